@@ -1,0 +1,35 @@
+# Every target makes the environment that it needs: .venv, an editable install under constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.PHONY: demo
+demo: $(INSTALLED)  ## fine-tune, score and draw; DATA=folder WEIGHTS=turbo for your own
+	$(BIN)/python recipes/demo.py $(if $(DATA),data=$(DATA)) $(if $(WEIGHTS),weights=$(WEIGHTS))
+
+.PHONY: test
+test: $(INSTALLED)  ## the whole default suite; real volumes from SAMMED3D_DATA
+	$(BIN)/python -m pytest
+
+.PHONY: check
+check: $(INSTALLED)  ## lint, format, types, import directions, unused and repeated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/vulture --min-confidence 60 sammed3d_backbone recipes examples tests
+	$(BIN)/pylint --disable=all --enable=duplicate-code,cyclic-import --min-similarity-lines=8 \
+		sammed3d_backbone recipes/*.py
+	$(BIN)/python -m pytest --quiet tests/test_architecture.py
+
+.PHONY: bench
+bench: $(INSTALLED)  ## time and memory of the encoder and UNETR against the reference
+	$(BIN)/python recipes/benchmark.py
