@@ -1,0 +1,46 @@
+"""What every test may ask for: the real volumes and seeded random numbers."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_runtest_setup(item):
+    """Tests marked gpu run where there is one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def root():
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real volumes, read-only."""
+    folder = Path(os.environ.get("SAMMED3D_DATA", ROOT / "../shared/data")).resolve()
+    if not (folder / "hippocampus" / "dataset.json").is_file():
+        pytest.skip(
+            f"no test volumes in {folder}; set SAMMED3D_DATA to the folder that holds "
+            "hippocampus/, headneck_ct/ and singles/"
+        )
+    return folder
+
+
+@pytest.fixture
+def rng():
+    """Random NumPy numbers, the same in every run."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def generator():
+    """Random torch numbers, the same in every run."""
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,158 @@
+"""The layout is a promise: who may import whom, what an import costs, where a file may lie."""
+
+import ast
+import graphlib
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sammed3d_backbone"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+EVERYTHING = sorted(
+    path
+    for folder in ("sammed3d_backbone", "recipes", "examples", "tests", "weights")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+# A part is a module or a folder directly inside the package. A part may import itself and these.
+MAY_IMPORT = {
+    "models": set(),
+    "variants": set(),
+    "config": set(),
+    "checkpoint": set(),
+    "adapters": set(),
+    "data": set(),
+    "clicks": set(),
+    "pretrained": {"variants"},
+    "factory": {"models", "variants", "pretrained", "checkpoint"},
+    "predictor": {"models", "data", "factory"},
+    "export": {"factory", "adapters", "data"},
+    "evaluation": {"data", "clicks"},
+    "training": {"clicks", "data", "evaluation"},
+}
+MAY_IMPORT["__init__"] = {"factory", "pretrained"}
+MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}
+
+HEAVY = {
+    "accelerate",
+    "huggingface_hub",
+    "matplotlib",
+    "monai",
+    "nibabel",
+    "scipy",
+    "sklearn",
+    "timm",
+    "torchvision",
+}
+
+
+def name_of(path):
+    """The dotted name of a source file of the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module):
+    """The part that a dotted name belongs to; the package itself is `__init__`."""
+    return [*module.split("."), "__init__"][1]
+
+
+MODULES = {name_of(path): path for path in SOURCES}
+
+
+def imports_of(module):
+    """Dotted names that a module imports, at its top or inside its functions."""
+    found = set()
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            stem = ".".join([*(parents if node.level else []), *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{stem}.{alias.name}"
+                found.add(inner if inner in MODULES else stem)
+    return found
+
+
+def own_imports_of(module):
+    """The imports that stay inside the package, without the module itself."""
+    return {name for name in imports_of(module) if name in MODULES} - {module}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_arrows(module):
+    part = part_of(module)
+    assert part in MAY_IMPORT, f"{module} is a new part: say in MAY_IMPORT what it may import"
+    wrong = {name for name in own_imports_of(module) if part_of(name) != part}
+    wrong = {name for name in wrong if part_of(name) not in MAY_IMPORT[part]}
+    assert not wrong, f"{module} imports {sorted(wrong)}; {part} may import {MAY_IMPORT[part]}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_package_runs_without_the_rest_of_the_checkout(module):
+    outside = {name.split(".")[0] for name in imports_of(module)}
+    assert not outside & {"recipes", "tests", "examples", "weights"}
+
+
+def test_no_import_goes_round_in_a_circle():
+    # A parent package is not drawn: Python runs it before its children in any case.
+    graph = {
+        module: {name for name in own_imports_of(module) if not module.startswith(f"{name}.")}
+        for module in MODULES
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_importing_the_package_loads_no_heavy_library():
+    code = "import sys, sammed3d_backbone; print(*sorted({n.split('.')[0] for n in sys.modules}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not HEAVY & set(run.stdout.split())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_module_is_a_drawer(path):
+    assert not {"utils", "util", "common", "helpers", "misc"} & set(name_of(path).split("."))
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=lambda p: p.name)
+def test_a_folder_holds_at_least_three_modules(folder):
+    assert len(list(folder.glob("*.py"))) >= 3
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pickles_are_read_in_one_place_and_never_run(path):
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load")
+    ]
+    assert not calls or path == PACKAGE / "checkpoint.py"
+    for call in calls:
+        assert ("weights_only", "True") in {(k.arg, ast.unparse(k.value)) for k in call.keywords}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_shapes_in_comments_are_letters(path):
+    text = path.read_text(encoding="utf-8")
+    comments = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    assert not [c for c in comments if re.fullmatch(r"#\s*[(\[]\d+(,\s*\d+){2,}[)\]]", c)]
