@@ -1,0 +1,1 @@
+"""The MONAI side: networks built on any encoder that fulfils `contract.py`."""

@@ -1,0 +1,113 @@
+"""What an adapter may ask of an encoder, as a type and as a check that anyone can run.
+
+An encoder turns a volume into token maps of one resolution. Adapters rely on the names below and
+on nothing else, so a foreign encoder that has them works in every adapter. The words are timm's.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A plain 3-D encoder with one token grid.
+
+    Attributes:
+        in_chans: Input channels C.
+        img_size: Input sides in voxels that `forward_intermediates` takes.
+        patch_size: Voxels per token along each axis: a power of two.
+        embed_dim: Channels E of every block's map.
+        out_chans: Channels F of the final map.
+        depth: Number of blocks.
+    """
+
+    in_chans: int
+    img_size: tuple[int, int, int]
+    patch_size: int
+    embed_dim: int
+    out_chans: int
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """Maps (B, E, x, y, z) after chosen blocks; first the final (B, F, x, y, z) unless told not."""
+
+    def prune_intermediate_layers(
+        self, indices: Sequence[int] | None = None, *, prune_norm: bool = False
+    ) -> list[int]:
+        """Drops blocks behind the last index and, if asked, whatever makes the final map."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names without weight decay."""
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions, each anchored with ^, that sort parameters by depth."""
+
+
+def check_encoder(encoder: Encoder) -> None:
+    """Runs an encoder once and checks everything that adapters rely on.
+
+    Args:
+        encoder: A module; its parameters, gradients and mode are left as they were.
+
+    Raises:
+        TypeError: If a name of the contract is missing.
+        ValueError: If what comes out is not what the attributes promise.
+    """
+    wanted = [name for name in dir(Encoder) if not name.startswith("_")]
+    wanted += [name for name in Encoder.__annotations__ if name not in wanted]
+    missing = [name for name in wanted if not hasattr(encoder, name)]
+    if missing or not isinstance(encoder, nn.Module):
+        raise TypeError(
+            f"{type(encoder).__name__} lacks {missing or 'torch.nn.Module as a base'}; "
+            f"adapters need it: see sammed3d_backbone.adapters.contract.Encoder"
+        )
+    patch = encoder.patch_size
+    if patch < 2 or patch & (patch - 1) or any(n % patch for n in encoder.img_size):
+        raise ValueError(
+            f"patch_size={patch} with img_size={encoder.img_size}: decoders double the grid stage "
+            f"by stage, so patch_size has to be a power of two that divides every side"
+        )
+    generator = torch.Generator().manual_seed(0)
+    device = next(encoder.parameters()).device
+    volume = torch.randn(2, encoder.in_chans, *encoder.img_size, generator=generator).to(device)
+    grid = tuple(n // patch for n in encoder.img_size)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            final, maps = encoder.forward_intermediates(volume, indices=range(encoder.depth))
+            alone = encoder.forward_intermediates(volume[1:], indices=[0], intermediates_only=True)
+    finally:
+        encoder.train(was_training)
+    _expect("the final map", final, (2, encoder.out_chans, *grid), "out_chans")
+    if len(maps) != encoder.depth:
+        raise ValueError(f"{len(maps)} maps for {encoder.depth} blocks; return one for every index")
+    for i, block_map in enumerate(maps):
+        _expect(f"the map of block {i}", block_map, (2, encoder.embed_dim, *grid), "embed_dim")
+    if not torch.allclose(maps[0][1:], alone[0], rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            "a volume's map depends on its neighbours in the batch; "
+            "replace norms over the batch by norms over channels or tokens"
+        )
+
+
+def _expect(what: str, value: Tensor, shape: tuple[int, ...], attribute: str) -> None:
+    """Compares a map's shape with what the attributes promise."""
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{what} is {tuple(value.shape)} where {attribute} and patch_size promise {shape}; "
+            f"return channels first and set {attribute} to what comes out"
+        )
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{what} holds NaN or infinity on a random volume; check its weights")

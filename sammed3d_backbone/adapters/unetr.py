@@ -1,0 +1,190 @@
+"""UNETR's decoder on any encoder of the contract.
+
+Comes in: a volume (B, C, X, Y, Z); goes out: class logits (B, K, X, Y, Z). The blocks are MONAI's;
+this file only wires them. Preprocessing, sliding windows and losses happen elsewhere.
+
+Source: Hatamizadeh et al., UNETR: Transformers for 3D Medical Image Segmentation, WACV 2022.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from monai.networks.blocks.dynunet_block import UnetOutBlock
+from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
+from torch import Tensor, nn
+
+from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.models.layers import LayerNorm3d
+
+
+class UNETR(nn.Module):
+    """An encoder's token maps, decoded to full resolution beside a convolution on the raw volume.
+
+    Letters: S = log2(patch size) stages, W = `feature_size`. Stage s of the decoder runs at
+    stride 2**s with W * 2**s channels; stage 0 is the raw volume's, the stages 1 to S - 1 get one
+    tap each, and the deepest map starts the way up.
+
+    Shapes:
+        x: (B, C, X, Y, Z), sides equal to the encoder's `img_size`.
+        returns: (B, K, X, Y, Z), logits.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        out_channels: int,
+        *,
+        feature_size: int,
+        taps: Sequence[int],
+        deepest: Literal["block", "neck"],
+        tap_norm: bool,
+        norm_name: str | tuple[str, dict[str, Any]],
+        conv_block: bool,
+        res_block: bool,
+    ) -> None:
+        super().__init__()
+        encoder.prune_intermediate_layers(taps, prune_norm=deepest == "block")
+        self.encoder = encoder
+        self.taps = tuple(taps)
+        self.deepest = deepest
+        hidden_size = encoder.embed_dim
+        stages = len(taps)
+        widths = [feature_size * 2**stage for stage in range(stages)]
+        # A map that starts the way up from the neck has been normalised there.
+        normed = taps if deepest == "block" else taps[:-1]
+        self.tap_norms = nn.ModuleList(
+            LayerNorm3d(hidden_size) if tap_norm else nn.Identity() for _ in normed
+        )
+        blocks = {"kernel_size": 3, "norm_name": norm_name, "res_block": res_block}
+        self.stem = UnetrBasicBlock(3, encoder.in_chans, widths[0], stride=1, **blocks)
+        self.skips = nn.ModuleList(
+            UnetrPrUpBlock(
+                3,
+                hidden_size,
+                widths[stage],
+                num_layer=stages - 1 - stage,
+                stride=1,
+                upsample_kernel_size=2,
+                conv_block=conv_block,
+                **blocks,
+            )
+            for stage in range(1, stages)
+        )
+        deep_width = hidden_size if deepest == "block" else encoder.out_chans
+        self.ups = nn.ModuleList(
+            UnetrUpBlock(3, below, width, upsample_kernel_size=2, **blocks)
+            for below, width in zip([*widths[1:], deep_width], widths, strict=True)
+        )
+        self.out = UnetOutBlock(3, widths[0], out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.deepest == "block":
+            maps = self.encoder.forward_intermediates(x, self.taps, intermediates_only=True)
+        else:
+            final, maps = self.encoder.forward_intermediates(x, self.taps[:-1])
+        maps = [norm(tap) for norm, tap in zip(self.tap_norms, maps, strict=True)]
+        if self.deepest == "neck":
+            maps.append(final)
+        levels = [self.stem(x)] + [
+            skip(tap) for skip, tap in zip(self.skips, maps[:-1], strict=True)
+        ]
+        y = maps[-1]
+        for up, level in zip(reversed(self.ups), reversed(levels), strict=True):
+            y = up(y, level)
+        return self.out(y)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes the encoder's blocks in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names without weight decay."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The encoder's depth groups under this network's names; the decoder follows them."""
+        return {
+            group: [(_under_encoder(pattern), rank) for pattern, rank in rules]
+            if isinstance(rules, list)
+            else _under_encoder(rules)
+            for group, rules in self.encoder.group_matcher(coarse).items()
+        }
+
+
+def unetr(
+    encoder: Encoder,
+    out_channels: int,
+    *,
+    feature_size: int = 16,
+    taps: Sequence[int] | Literal["monai"] | None = None,
+    deepest: Literal["block", "neck"] = "block",
+    tap_norm: bool = True,
+    norm_name: str | tuple[str, dict[str, Any]] = "instance",
+    conv_block: bool = True,
+    res_block: bool = True,
+) -> UNETR:
+    """UNETR around an encoder, for `out_channels` classes.
+
+    The encoder becomes part of the network and loses what the decoder does not read: the blocks
+    behind the last tap and, with `deepest="block"`, the neck. So every trainable parameter gets a
+    gradient, which multi-process training needs.
+
+    Args:
+        encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
+        out_channels: Number of classes K, background included.
+        feature_size: Channels at full resolution.
+        taps: Block numbers from 0, fine to coarse, one per halving from the volume to the tokens
+            (four for patches of 16 voxels, three for 8). None spreads them evenly and ends at the
+            last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released network's
+            global blocks. "monai" takes MONAI's, all but the last one block later.
+        deepest: Start the way up from the last tap's map ("block") or from the neck's ("neck"),
+            which is what the mask decoder was trained on.
+        tap_norm: Give each tap a layer norm of its own: taps are raw residual streams, whose
+            scale grows with depth. MONAI norms the last only.
+        norm_name: Norm inside the decoder's blocks, in MONAI's words.
+        conv_block: Convolutions after each upsampling of a tap, as in MONAI.
+        res_block: Residual decoder blocks, as in MONAI.
+
+    Raises:
+        ValueError: If the taps do not fit the encoder, or `out_channels` is not positive.
+    """
+    if out_channels < 1:
+        raise ValueError(f"out_channels={out_channels}; give the number of classes, background too")
+    if deepest not in ("block", "neck"):
+        raise ValueError(f"deepest={deepest!r} is unknown; use 'block' or 'neck'")
+    stages = encoder.patch_size.bit_length() - 1
+    even = [(i + 1) * encoder.depth // stages - 1 for i in range(stages)]
+    if taps is None:
+        taps = even
+    elif taps == "monai":
+        taps = [*(tap + 1 for tap in even[:-1]), even[-1]]
+    if (
+        len(taps) != stages
+        or list(taps) != sorted(set(taps))
+        or not (0 <= min(taps) <= max(taps) < encoder.depth)
+    ):
+        raise ValueError(
+            f"taps={tuple(taps)}: patches of {encoder.patch_size} voxels need {stages} ascending "
+            f"block numbers between 0 and {encoder.depth - 1}, e.g. {tuple(even)}"
+        )
+    if deepest == "neck" and taps[-1] != encoder.depth - 1:
+        raise ValueError(
+            f"deepest='neck' reads the last block, but taps={tuple(taps)} end earlier; "
+            f"end them with {encoder.depth - 1}"
+        )
+    return UNETR(
+        encoder,
+        out_channels,
+        feature_size=feature_size,
+        taps=taps,
+        deepest=deepest,
+        tap_norm=tap_norm,
+        norm_name=norm_name,
+        conv_block=conv_block,
+        res_block=res_block,
+    )
+
+
+def _under_encoder(pattern: str) -> str:
+    """An encoder's parameter pattern, seen from the network around it."""
+    return pattern.replace("^", r"^encoder\.")

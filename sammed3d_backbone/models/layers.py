@@ -1,0 +1,45 @@
+"""Small layers that several parts of the network share, one definition each.
+
+Comes in: a feature map or tokens; goes out: the same shape. No attention, no positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm3d(nn.Module):
+    """Normalises every voxel of a feature map over its channels.
+
+    Shapes:
+        x: (B, C, X, Y, Z).
+        returns: the same.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.movedim(1, -1)  # (B, X, Y, Z, C)
+        x = F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+        return x.movedim(-1, 1)  # (B, C, X, Y, Z)
+
+
+class MLPBlock(nn.Module):
+    """Two linear layers with an exact GELU between them.
+
+    Shapes:
+        x: (..., E).
+        returns: the same.
+    """
+
+    def __init__(self, embed_dim: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(embed_dim, mlp_dim)
+        self.lin2 = nn.Linear(mlp_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin2(F.gelu(self.lin1(x)))

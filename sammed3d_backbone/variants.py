@@ -1,0 +1,98 @@
+"""Sizes of the networks, one frozen record per variant.
+
+Everything else about a network is code. What was *trained* at such a size, on which
+spacing and with which normalisation, is a matter of the weights: `pretrained.py`.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Sizes of one network.
+
+    Args:
+        img_size: Side of the cubic input, in voxels.
+        patch_size: Side of the cubic patch, in voxels.
+        embed_dim: Token width.
+        depth: Number of transformer blocks.
+        num_heads: Attention heads; `embed_dim` is a multiple of it.
+        global_attn_blocks: Blocks whose tokens see the whole grid; the others see windows.
+        window_size: Side of an attention window, in tokens.
+        out_chans: Width of the neck's map, which is what the mask decoder reads.
+        mlp_ratio: Hidden width of a block's MLP over `embed_dim`.
+    """
+
+    img_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attn_blocks: tuple[int, ...]
+    window_size: int = 14
+    out_chans: int = 384
+    mlp_ratio: float = 4.0
+
+
+# `vit_b` is the reference's `vit_b_ori`, the only size with public weights; the reference's own
+# `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
+# `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
+# with all blocks global, since 512 tokens need no windows.
+VARIANTS: dict[str, Variant] = {
+    "tiny": Variant(
+        img_size=64,
+        patch_size=8,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        global_attn_blocks=tuple(range(12)),
+        out_chans=64,
+    ),
+    "vit_b": Variant(
+        img_size=128,
+        patch_size=16,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        global_attn_blocks=(2, 5, 8, 11),
+    ),
+    "vit_b_256": Variant(
+        img_size=256,
+        patch_size=16,
+        embed_dim=384,
+        depth=12,
+        num_heads=12,
+        global_attn_blocks=(2, 5, 8, 11),
+    ),
+    "vit_l_256": Variant(
+        img_size=256,
+        patch_size=16,
+        embed_dim=1024,
+        depth=24,
+        num_heads=16,
+        global_attn_blocks=(5, 11, 17, 23),
+    ),
+    "vit_h_256": Variant(
+        img_size=256,
+        patch_size=16,
+        embed_dim=1280,
+        depth=32,
+        num_heads=16,
+        global_attn_blocks=(7, 15, 23, 31),
+    ),
+}
+
+
+def variant(name: str) -> Variant:
+    """The sizes registered under a name.
+
+    Raises:
+        ValueError: If no variant has that name.
+    """
+    try:
+        return VARIANTS[name]
+    except KeyError:
+        near = difflib.get_close_matches(name, VARIANTS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown variant {name!r}; known: {sorted(VARIANTS)}.{hint}") from None
