@@ -1,1 +1,1 @@
-"""The weights that ship with the package, with their card and sums; read by importlib.resources."""
+"""Weights files that install with the package; `README.md` is the index of all known weights."""

@@ -1,0 +1,222 @@
+"""The command `sammed3d`: look at weights files, convert them, check them.
+
+One pair of functions per command: `_add_...` declares its arguments, `_run_...` does it and
+returns the exit code. 0 is success, 1 is a check that failed, 2 is a command that could not run.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sammed3d_backbone.pretrained import Weights
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="sammed3d", description="Weights of SAM-Med3D encoders.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_info(commands)
+    _add_convert(commands)
+    _add_verify(commands)
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="sammed3d: %(message)s")
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"sammed3d: error: {error}", file=sys.stderr)
+        return 2
+
+
+# --- info ------------------------------------------------------------------------------------
+
+
+def _add_info(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "info",
+        help="show a weights record, or what is in a file",
+        description="Without an argument: the weights table.",
+    )
+    parser.add_argument("weights", nargs="?", metavar="NAME|FILE")
+    parser.set_defaults(run=_run_info)
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.pretrained import WEIGHTS
+
+    if args.weights is None:
+        for name, record in WEIGHTS.items():
+            print(f"{name:<16} {record.variant or '':<8} {record.status:<24} {record.filename}")
+        return 0
+    if args.weights in WEIGHTS:
+        print(WEIGHTS[args.weights])
+        return 0
+    record, tensors, metadata = _opened(args.weights)
+    print(record)
+    print(f"layout: {metadata['layout']}")
+    for part in sorted({_part(name) for name in tensors}):
+        mine = [tensor for name, tensor in tensors.items() if _part(name) == part]
+        formats = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in mine}))
+        values = sum(tensor.numel() for tensor in mine)
+        print(f"{part}: {len(mine)} tensors, {values:,} values, {formats}")
+    for key in sorted(metadata.keys() - {"layout", "weights_record"}):
+        print(f"metadata {key}: {_shortened(metadata[key])}")
+    return 0
+
+
+def _opened(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
+    """The record, tensors and metadata of a file, the record as complete as the file makes it."""
+    from sammed3d_backbone.checkpoint import read
+    from sammed3d_backbone.factory import variant_of
+    from sammed3d_backbone.pretrained import from_metadata, locate, sha256_of
+
+    record, place = locate(weights)
+    tensors, metadata = read(place)
+    record = from_metadata(record, metadata)
+    if record.sha256 is None:
+        record = dataclasses.replace(record, sha256=sha256_of(place))
+    if record.variant is None:
+        record = dataclasses.replace(record, variant=variant_of(tensors))
+    return record, tensors, metadata
+
+
+def _part(name: str) -> str:
+    """The part of the promptable network that a tensor belongs to."""
+    from sammed3d_backbone.checkpoint import ENCODER, OTHER_PARTS
+
+    if name.startswith((ENCODER, *OTHER_PARTS)):
+        return name.split(".")[0]
+    return "tensors without a part"
+
+
+def _shortened(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text)} characters)"
+
+
+# --- convert ---------------------------------------------------------------------------------
+
+
+def _add_convert(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write a checkpoint as safetensors",
+        description="Names, number formats and values stay exactly as they are.",
+    )
+    parser.add_argument("source", metavar="FILE.pth", help="or a name, which is downloaded")
+    parser.add_argument("target", metavar="OUT.safetensors", type=Path)
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=_run_convert)
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    from sammed3d_backbone import __version__
+    from sammed3d_backbone.checkpoint import write
+    from sammed3d_backbone.pretrained import to_metadata
+
+    if args.target.exists() and not args.force:  # before reading hundreds of megabytes
+        raise FileExistsError(f"{args.target} exists; choose another name, or pass --force")
+    record, tensors, metadata = _opened(args.source)
+    facts = {key: value for key, value in metadata.items() if key != "content_sha256"}
+    entries = {
+        **facts,
+        **to_metadata(record),
+        "source_file": str(record.filename),
+        "source_sha256": str(record.sha256),
+        "written_by": f"sammed3d_backbone {__version__}",
+    }
+    write(args.target, tensors, entries, overwrite=args.force)
+    print(f"{args.target}: {len(tensors)} tensors of {record.name}")
+    return 0
+
+
+# --- verify ----------------------------------------------------------------------------------
+
+
+def _add_verify(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="check a file's hash, names, shapes and values",
+        description="Exit code 0: all that can be checked is right. 1: something is wrong.",
+    )
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--variant", help="instead of the one whose sizes the file has")
+    parser.set_defaults(run=_run_verify)
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.checkpoint import content_sha256
+
+    record, tensors, metadata = _opened(args.file)
+    findings = [_hash_finding(record)]
+    if "content_sha256" in metadata:
+        intact = content_sha256(tensors) == metadata["content_sha256"]
+        findings.append((intact, f"content {'as written' if intact else 'altered since written'}"))
+    findings.append(_finite_finding(tensors))
+    findings.append(_encoder_finding(tensors, args.variant or record.variant))
+    for right, sentence in findings:
+        print(f"{_MARKS[right]}  {sentence}")
+    return int(any(right is False for right, _ in findings))
+
+
+# What a check says: right, wrong, or cannot be told.
+_MARKS = {True: "ok   ", False: "WRONG", None: "-    "}
+Finding = tuple[bool | None, str]
+
+
+def _hash_finding(record: "Weights") -> Finding:
+    """Whether the file is the one of the table that it seems to be."""
+    from sammed3d_backbone.pretrained import WEIGHTS
+
+    for listed in WEIGHTS.values():
+        if listed.sha256 == record.sha256:
+            return True, f"sha256 {record.sha256} is that of {listed.name!r}"
+    for listed in WEIGHTS.values():
+        if listed.filename == record.filename and listed.sha256 is not None:
+            return False, (
+                f"sha256 {record.sha256} is not that of {listed.name!r}, whose file name it bears"
+            )
+    return None, f"sha256 {record.sha256}: no such file in the table"
+
+
+def _finite_finding(tensors: "Mapping[str, Tensor]") -> Finding:
+    import torch
+
+    endless = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if endless:
+        return False, f"values that are not finite in {len(endless)} tensors, such as {endless[0]}"
+    return True, f"all values of {len(tensors)} tensors are finite"
+
+
+def _encoder_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Finding:
+    """Whether the file holds a whole encoder, by names and shapes."""
+    import torch
+
+    from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, fit
+    from sammed3d_backbone.factory import encoder_like
+
+    if variant is None:
+        return False, "the sizes of no known variant; name one with --variant to see what differs"
+    with torch.device("meta"):
+        network = encoder_like(tensors, variant)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        _, report = fit(tensors, shapes, part=ENCODER, source="the file")
+    except CheckpointError as error:
+        return False, str(error)
+    rest = f", {len(report.unexpected)} unexpected" if report.unexpected else ""
+    return True, f"the {len(report.matched)} tensors of the {variant} encoder are there{rest}"

@@ -1,0 +1,247 @@
+"""From a variant and the name of weights to a network that is ready to use.
+
+Puts the table of sizes, the weights table, the reading of files and the network together; each
+of them is elsewhere. Nothing here starts from random values unless it was asked to.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from sammed3d_backbone.checkpoint import (
+    ENCODER,
+    STEM,
+    Change,
+    CheckpointError,
+    LoadReport,
+    fit,
+    read,
+)
+from sammed3d_backbone.models.attention import RelPos
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+from sammed3d_backbone.pretrained import (
+    WEIGHTS,
+    Weights,
+    default_weights,
+    from_metadata,
+    list_weights,
+    locate,
+)
+from sammed3d_backbone.variants import VARIANTS, Variant
+from sammed3d_backbone.variants import variant as variant_sizes
+
+__all__ = ["encoder", "encoder_like", "list_weights", "variant_of"]
+
+logger = logging.getLogger(__name__)
+
+
+def encoder(
+    variant: str = "vit_b",
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    in_chans: int = 1,
+    img_size: int | Sequence[int] | None = None,
+    rel_pos: RelPos = "released",
+    drop_path: float = 0.0,
+    channel_gains: Sequence[float] | None = None,
+) -> ImageEncoder3D:
+    """The image encoder of a variant with trained values.
+
+    The network carries the weights' record as `pretrained_cfg` and what loading did as
+    `load_report`; both are None for a random start.
+
+    Args:
+        variant: A name in `variants.VARIANTS`.
+        weights: A name of `list_weights()`; a .safetensors or .pth file; `repo_id:file` or
+            `repo_id@revision:file` on the Hub; "none" for random values; None for the variant's
+            default, which for `vit_b` downloads the released file once.
+        in_chans: Input channels. Kernels for one channel are repeated and divided by their
+            number, so that equal channels give the response of one.
+        img_size: Input side in voxels, or three of them with axial positions; None for the size
+            that the weights were stored with. The position table is resampled.
+        rel_pos: "released" as all public weights were trained; "axial" for the correct form,
+            which needs fine-tuning when the weights were trained with the other.
+        drop_path: Stochastic depth of the last block.
+        channel_gains: Share of each input channel in place of one over their number; they sum
+            to 1. (1, 0, 0, 0) begins with the first channel alone.
+
+    Raises:
+        ValueError: If a name is unknown, or what was asked contradicts itself.
+        CheckpointError: If the file does not hold the whole encoder of this variant.
+        FileNotFoundError: If the weights are nowhere to be found.
+        PermissionError: If the Hub refuses access.
+        ConnectionError: If a download broke.
+
+    Example:
+        >>> network = encoder("tiny", weights="none")
+        >>> network.img_size
+        (64, 64, 64)
+    """
+    sizes = variant_sizes(variant)
+    if weights is None:
+        weights = default_weights(variant)
+    if weights == "none":
+        if channel_gains is not None:
+            raise ValueError(
+                "channel_gains adapt trained kernels; leave them out of a random start"
+            )
+        size = sizes.img_size if img_size is None else img_size
+        network = _network(sizes, size, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path)
+        return _with_provenance(network, None, None)
+    if isinstance(weights, str) and weights in WEIGHTS:
+        _require_variant(WEIGHTS[weights], variant)  # before its download
+    record, path = locate(weights)
+    tensors, metadata = read(path)
+    record = from_metadata(record, metadata)
+    _require_variant(record, variant)
+    found = variant_of(tensors)
+    if found not in (None, variant):
+        raise CheckpointError(
+            f"{path} has the sizes of variant {found!r}, not of {variant!r}; "
+            f"call encoder({found!r}, weights=...)"
+        )
+    network = encoder_like(
+        tensors, variant, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path
+    )
+    state, report = fit(
+        tensors,
+        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()},
+        part=ENCODER,
+        channel_gains=channel_gains,
+        source=str(path),
+        layout=metadata["layout"],
+    )
+    network.load_state_dict(state)
+    report = _with_positions(report, record, rel_pos)
+    if img_size is not None:
+        report = _resized(report, network, img_size)
+    return _with_provenance(network, dataclasses.replace(record, variant=variant), report)
+
+
+def encoder_like(
+    tensors: Mapping[str, Tensor],
+    variant: str,
+    *,
+    in_chans: int = 1,
+    rel_pos: RelPos = "released",
+    drop_path: float = 0.0,
+) -> ImageEncoder3D:
+    """A random encoder of a variant whose position tables have the sizes of stored ones.
+
+    A network that was set to another input size keeps the relative tables it was built with, so
+    the two kinds of tables can belong to different grids.
+    """
+    sizes = variant_sizes(variant)
+    stored = _without_prefix(tensors)
+    grid = _grid(stored.get("pos_embed")) or (sizes.img_size // sizes.patch_size,) * 3
+    built = grid
+    if sizes.global_attn_blocks:
+        block = f"blocks.{sizes.global_attn_blocks[0]}.attn.rel_pos_"
+        tables = [stored[name] for axis in "dhw" if (name := f"{block}{axis}") in stored]
+        if len(tables) == 3 and all(table.ndim == 2 for table in tables):
+            built = tuple((len(table) + 1) // 2 for table in tables)
+    network = _network(
+        sizes,
+        [n * sizes.patch_size for n in built],
+        in_chans=in_chans,
+        rel_pos=rel_pos,
+        drop_path=drop_path,
+    )
+    if grid != built:
+        network.set_input_size([n * sizes.patch_size for n in grid])
+    return network
+
+
+def variant_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The variant whose sizes stored tensors have; None if there is none, or parts are missing."""
+    stored = _without_prefix(tensors)
+    try:
+        seen = (
+            stored[STEM].shape[2],
+            stored[STEM].shape[0],
+            len({name.split(".")[1] for name in stored if name.startswith("blocks.")}),
+            stored[STEM].shape[0] // stored["blocks.0.attn.rel_pos_d"].shape[1],
+            stored["neck.0.weight"].shape[0],
+        )
+    except (KeyError, IndexError):
+        return None
+    for name, v in VARIANTS.items():
+        if seen == (v.patch_size, v.embed_dim, v.depth, v.num_heads, v.out_chans):
+            return name
+    return None
+
+
+def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items()}
+
+
+def _grid(pos_embed: Tensor | None) -> tuple[int, ...] | None:
+    if pos_embed is None or pos_embed.ndim != 5:
+        return None
+    return tuple(pos_embed.shape[1:4])
+
+
+def _network(
+    sizes: Variant,
+    img_size: int | Sequence[int],
+    *,
+    in_chans: int,
+    rel_pos: RelPos,
+    drop_path: float,
+) -> ImageEncoder3D:
+    return ImageEncoder3D(
+        **{**dataclasses.asdict(sizes), "img_size": img_size},
+        in_chans=in_chans,
+        rel_pos=rel_pos,
+        drop_path=drop_path,
+    )
+
+
+def _require_variant(record: Weights, variant: str) -> None:
+    if record.variant not in (None, variant):
+        raise ValueError(
+            f"weights {record.name!r} belong to variant {record.variant!r}, not to {variant!r}; "
+            f"call encoder({record.variant!r}, weights={record.name!r})"
+        )
+
+
+def _with_positions(report: LoadReport, record: Weights, rel_pos: RelPos) -> LoadReport:
+    """The report with a note if the values were trained with the other relative positions."""
+    if rel_pos == "released" and record.rel_pos == "axial":
+        raise CheckpointError(
+            f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
+        )
+    if rel_pos == "released" or record.rel_pos == "axial":
+        return report
+    note = Change(
+        "relative positions",
+        record.rel_pos or "not known",
+        rel_pos,
+        "the values were not trained with this form: fine-tune before use",
+    )
+    logger.warning("%s: %s", report.source, note)
+    return dataclasses.replace(report, adapted=(*report.adapted, note))
+
+
+def _resized(
+    report: LoadReport, network: ImageEncoder3D, img_size: int | Sequence[int]
+) -> LoadReport:
+    """Sets the input size, and the report with the position table if that changed it."""
+    before = tuple(network.pos_embed.shape)
+    network.set_input_size(img_size)
+    after = tuple(network.pos_embed.shape)
+    if before == after:
+        return report
+    change = Change("pos_embed", str(before), str(after), "resampled trilinearly")
+    return dataclasses.replace(report, reshaped=(*report.reshaped, change))
+
+
+def _with_provenance(
+    network: ImageEncoder3D, record: Weights | None, report: LoadReport | None
+) -> ImageEncoder3D:
+    # Straight into the namespace: torch's stubs allow only tensors and modules as attributes.
+    vars(network).update(pretrained_cfg=record, load_report=report)
+    return network
