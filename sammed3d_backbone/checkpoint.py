@@ -7,12 +7,10 @@ of every difference. Knows no network, table or download. The only place that re
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
 import pickletools
-import re
 import tempfile
 import threading
 import warnings
@@ -20,7 +18,6 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -230,7 +227,7 @@ def _why_not(path: Path, error: Exception) -> str:
     """A sentence on a file that torch's restricted reader refused."""
     # What tensors are made of; anything worse under these names is in torch's own message.
     known = (*_PLAIN_GLOBALS, "torch.", "collections.", "_codecs.")
-    asked = sorted(_globals_of(path))
+    asked, protocol = _imports_of(path)
     refused = [name for name in asked if name.removeprefix("builtins.") in str(error)]
     refused = refused or [name for name in asked if not name.startswith(known)]
     if refused:
@@ -239,8 +236,7 @@ def _why_not(path: Path, error: Exception) -> str:
             "tensors; nothing of it was run. If it is yours, save `model.state_dict()` instead "
             "of the model or trainer; otherwise do not trust the file"
         )
-    protocol = re.search(r"Unsupported operand (\d+)", str(error))
-    if protocol:
+    if protocol > 3:
         return (
             f"{path} was pickled with a protocol that the safe reader does not know; load it "
             "where it was made and write it with torch.save's default protocol, or as safetensors"
@@ -249,39 +245,44 @@ def _why_not(path: Path, error: Exception) -> str:
     return f"{path} is not a weights file, or is damaged or cut short ({reason}); get it again"
 
 
-def _globals_of(path: Path) -> set[str]:
-    """Names that a file's pickles would import, found without running them."""
+def _imports_of(path: Path) -> tuple[list[str], int]:
+    """Names that a file's pickles would import, and their protocol, without running them."""
     names: set[str] = set()
+    texts: list[str] = []
+    memo: list[str] = []
+    protocol = 0
+    for opcode, argument in _opcodes(path):
+        if opcode == "PROTO":
+            protocol = max(protocol, int(str(argument)))
+        elif opcode in ("GLOBAL", "INST"):
+            names.add(str(argument).replace(" ", "."))
+        elif opcode == "STACK_GLOBAL":
+            names.add(".".join(texts[-2:]))
+        elif "UNICODE" in opcode:
+            texts.append(str(argument))
+        elif opcode == "MEMOIZE":
+            memo.append(texts[-1] if texts else "")
+        elif opcode in ("BINGET", "LONG_BINGET") and int(str(argument)) < len(memo):
+            texts.append(memo[int(str(argument))])
+    return sorted(names), protocol
+
+
+def _opcodes(path: Path) -> Iterator[tuple[str, object]]:
+    """Operations of a file's pickles by name, up to the first damage."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 for entry in archive.namelist():
                     if entry.endswith("data.pkl"):
-                        names.update(_imports(io.BytesIO(archive.read(entry))))
+                        for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+                            yield opcode.name, argument
         else:
             with path.open("rb") as file:
-                while True:  # the old format is several pickles in a row; the last ones raise
-                    names.update(_imports(file))
+                while True:  # the old format is several pickles, then bytes that end the loop
+                    for opcode, argument, _ in pickletools.genops(file):
+                        yield opcode.name, argument
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError):
-        pass  # names up to the damage are what is asked for
-    return names
-
-
-def _imports(file: BinaryIO) -> Iterator[str]:
-    """Globals of one pickle, as `module.name`."""
-    texts: list[str] = []
-    memo: dict[int, str] = {}
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".")
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(texts[-2:])
-        elif "UNICODE" in opcode.name:
-            texts.append(str(argument))
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = texts[-1] if texts else ""
-        elif opcode.name in ("BINGET", "LONG_BINGET") and argument in memo:
-            texts.append(memo[int(str(argument))])
+        return
 
 
 def _tensors_in(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, str], str]:
