@@ -22,10 +22,10 @@ torch.manual_seed(0)
 show("four channels", encoder("tiny", weights="none", in_chans=4), torch.randn(1, 4, 64, 64, 64))
 
 # A larger cube, chosen when building or later: the position table is resampled trilinearly.
-network = encoder("tiny", weights="none", img_size=96)
-show("a larger cube", network, torch.randn(1, 1, 96, 96, 96))
-network.set_input_size(80)
-show("another cube, same network", network, torch.randn(1, 1, 80, 80, 80))
+network = encoder("tiny", weights="none", img_size=80)
+show("a larger cube", network, torch.randn(1, 1, 80, 80, 80))
+network.set_input_size(72)
+show("another cube, same network", network, torch.randn(1, 1, 72, 72, 72))
 
 # A thin slab is padded to a cube, or goes through the correct per-axis positions, which the
 # released weights were not trained with: fine-tune them, or train from scratch.

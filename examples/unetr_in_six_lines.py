@@ -20,4 +20,5 @@ loss = DiceCELoss(to_onehot_y=True, softmax=True)(network(scan), labels)
 loss.backward()
 optimizer.step()
 
-print(f"loss {loss:.3f}; every parameter moved: {all(p.grad is not None for p in network.parameters())}")
+weights = sum(parameter.numel() for parameter in network.parameters())
+print(f"{weights / 1e6:.1f} M parameters, loss {loss:.3f} before the step")
