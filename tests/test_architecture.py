@@ -10,6 +10,8 @@ import tokenize
 from pathlib import Path
 
 import pytest
+import torch
+import vulture
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sammed3d_backbone"
@@ -29,6 +31,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "data": set(),
     "clicks": set(),
+    "provenance": set(),
     "adapters": {"models.layers"},
     "pretrained": {"variants"},
     "factory": {"models", "variants", "pretrained", "checkpoint"},
@@ -150,6 +153,23 @@ def test_pickles_are_read_in_one_place_and_never_run(path):
     assert not calls or path == PACKAGE / "checkpoint.py"
     for call in calls:
         assert ("weights_only", "True") in {(k.arg, ast.unparse(k.value)) for k in call.keywords}
+
+
+def test_nothing_in_the_package_or_the_recipes_is_unused():
+    finder = vulture.Vulture()
+    finder.scavenge(EVERYTHING)
+    # What these classes name is called by torch, like forward.
+    by_torch = {*dir(torch.nn.Module), *dir(torch.autograd.Function)}
+    code = {"class", "function", "import", "method", "property"}
+    # A recipe's variables are its knobs; the package's are also records that are shown whole.
+    kinds = {PACKAGE: code, ROOT / "recipes": {*code, "variable"}}
+    dead = [
+        f"{item.filename.relative_to(ROOT)}:{item.first_lineno} {item.typ} {item.name}"
+        for item in finder.get_unused_code()
+        for folder, kind in kinds.items()
+        if item.filename.is_relative_to(folder) and item.typ in kind and item.name not in by_torch
+    ]
+    assert not dead, "delete or use:\n" + "\n".join(dead)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
