@@ -7,6 +7,7 @@ of every difference. Knows no network, table or download. The only place that re
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,17 +211,13 @@ def _read_torch(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, 
     if start[8:9] == b"{" and b'"dtype"' in start:
         raise CheckpointError(f"{path} looks like safetensors; rename it to .safetensors")
     stand_ins: list[object] = [(_Inert, name) for name in _PLAIN_GLOBALS]
-    try:
-        # torch warns about pickle protocols that it then fails on; the error below says it.
-        with (
-            _ALLOWING,
-            torch.serialization.safe_globals(stand_ins),  # type: ignore[arg-type]
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise nearly anything
-        raise CheckpointError(_why_not(path, error)) from error
+    with _ALLOWING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch and pickletools warn of what the error below says
+        try:
+            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged pickles raise nearly anything
+            raise CheckpointError(_why_not(path, error)) from error
     return _tensors_in(path, content)
 
 
@@ -277,11 +275,13 @@ def _opcodes(path: Path) -> Iterator[tuple[str, object]]:
                         for opcode, argument, _ in pickletools.genops(archive.read(entry)):
                             yield opcode.name, argument
         else:
+            # In memory, where a damaged length reads to the end instead of allocating it.
             with path.open("rb") as file:
-                while True:  # the old format is several pickles, then bytes that end the loop
-                    for opcode, argument, _ in pickletools.genops(file):
-                        yield opcode.name, argument
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, NotImplementedError):
+                content = io.BytesIO(file.read(1 << 26))
+            while True:  # the old format is several pickles, then bytes that end the loop
+                for opcode, argument, _ in pickletools.genops(content):
+                    yield opcode.name, argument
+    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error):
         return
 
 

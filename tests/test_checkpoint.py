@@ -270,14 +270,14 @@ def test_a_file_without_tensors_by_name_says_what_it_holds(tmp_path, content, re
 
 @pytest.fixture(scope="module")
 def samples(full):
-    """One small file of each format, as bytes."""
+    """One small file of each format, as bytes, behind a name that prints short."""
     few = dict(list(full.items())[:8])
     files = {".safetensors": safetensors.torch.save(few)}
     for suffix, zipped in ((".pth", True), (".old.pth", False)):
         buffer = io.BytesIO()
         torch.save(training_run(few), buffer, _use_new_zipfile_serialization=zipped)
         files[suffix] = buffer.getvalue()
-    return files
+    return files.__getitem__
 
 
 @settings(
@@ -286,7 +286,7 @@ def samples(full):
 @given(suffix=st.sampled_from([".safetensors", ".pth", ".old.pth"]), share=st.floats(0, 0.999))
 def test_a_file_cut_short_anywhere_is_refused(tmp_path, samples, suffix, share):
     path = tmp_path / f"a{suffix}"
-    path.write_bytes(samples[suffix][: int(share * len(samples[suffix]))])
+    path.write_bytes(samples(suffix)[: int(share * len(samples(suffix)))])
     with pytest.raises(CheckpointError, match="again"):
         read(path)
 
@@ -302,7 +302,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path, samples, suffix, share):
 def test_a_damaged_byte_is_refused_or_harmless_but_never_another_error(
     tmp_path, samples, suffix, share, value
 ):
-    damaged = bytearray(samples[suffix])
+    damaged = bytearray(samples(suffix))
     damaged[int(share * len(damaged))] = value
     path = tmp_path / f"a{suffix}"
     path.write_bytes(damaged)
