@@ -1,6 +1,6 @@
 """Another encoder under the same UNETR decoder: here MONAI's ViT, given the contract's names.
 
-python examples/use_your_own_encoder.py
+python examples/use_your_own_encoder.py   (MONAI's ViT needs einops)
 """
 
 import torch

@@ -1,12 +1,16 @@
 """What pip installs works without the checkout, from a wheel and in place alike."""
 
+import ast
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from fnmatch import fnmatch
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,25 @@ def installed(request, tmp_path_factory):
         checkout = request.getfixturevalue("checkout")
         run(*pip, "--no-build-isolation", "--editable", checkout)
     return python
+
+
+def test_what_the_package_imports_is_what_it_asks_pip_for():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    asked = {
+        re.match(r"[\w-]+", line)[0].lower().replace("-", "_")
+        for line in setup["options"]["install_requires"].split()
+    }
+    imported = set()
+    for path in (ROOT / "sammed3d_backbone").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    libraries = imported - set(sys.stdlib_module_names) - {"sammed3d_backbone"}
+    owners = packages_distributions()
+    assert {owners[name][0].lower().replace("-", "_") for name in libraries} == asked
 
 
 def test_the_wheel_holds_every_module_and_every_shipped_weight(wheel):
