@@ -1,0 +1,411 @@
+"""Fine-tune UNETR on a 3-D encoder, score it on the original grid, and draw the result.
+
+    python recipes/finetune_unetr.py recipes/configs/hippocampus.yaml
+    accelerate launch recipes/finetune_unetr.py recipes/configs/hippocampus.yaml fold=1 lr=5e-4
+
+The same command goes on where a stopped run was. Everything lies in SAMMED3D_RUNS/<name>.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from monai.losses import DiceCELoss
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandAffined,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+)
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sammed3d_backbone import config, encoder
+from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.adapters.unetr import unetr
+from sammed3d_backbone.data.crops import CropStream
+from sammed3d_backbone.data.datasets import Dataset, find_dataset, read_dataset, read_fold
+from sammed3d_backbone.data.preparation import PreparedCase, load_image, load_label, prepare_cases
+from sammed3d_backbone.evaluation.figures import Shown, run_figure
+from sammed3d_backbone.evaluation.metrics import dice_per_class
+from sammed3d_backbone.evaluation.report import CaseScores, summarise, write_scores
+from sammed3d_backbone.export import (
+    Card,
+    Segmenter,
+    build_network,
+    library_versions,
+    save_model,
+    segment_volume,
+)
+from sammed3d_backbone.pretrained import seen_in_pretraining
+from sammed3d_backbone.training import engine, optim
+from sammed3d_backbone.training.runs import Progress, Run, open_run
+
+
+@dataclass(frozen=True)
+class Config:
+    """The knobs."""
+
+    name: str  # of the run's folder below SAMMED3D_RUNS
+    data: str  # folder with dataset.json, or its name below SAMMED3D_DATA
+    fold: int = 0  # of splits.json; without one, of `folds` dealt by case
+    folds: int = 5
+    model: Literal["unetr", "basicunet"] = "unetr"  # basicunet: MONAI's, the baseline to beat
+    control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can alone
+    variant: str = "tiny"
+    weights: str | None = None  # None: the variant's own; a name, a file, "none"
+    scratch: bool = False  # the fair twin: no weights, its own learning rate, no layer decay
+    rel_pos: Literal["released", "axial"] = "released"
+    feature_size: int = 16  # channels of the decoder at full resolution
+    spacing_mm: tuple[float, float, float] | None = (1.5, 1.5, 1.5)  # None: each volume's own
+    intensity: str = "zscore_positive"  # see data/intensity.py
+    img_size: int = 64  # side of the crop in voxels
+    on_foreground: float = 0.5  # share of crops centred on a labelled voxel
+    flip_axes: tuple[int, ...] = ()  # 0 left-right, 1 back-front, 2 feet-head
+    rotate_degrees: float = 15.0
+    zoom: float = 0.15  # largest relative change of size
+    steps: int = 1000  # of the optimiser
+    batch: int = 2  # crops per process and step
+    lr: float = 3e-4  # of the decoder, with pretrained weights
+    scratch_lr: float = 1e-3  # of everything, with scratch=true
+    layer_decay: float = 0.75  # factor on lr per encoder block, from the last one down
+    weight_decay: float = 0.05
+    warmup_steps: int = 50
+    clip: float = 1.0  # of the gradient's norm
+    drop_path: float = 0.1
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "bf16"] = "no"
+    overlap: float = 0.5  # of sliding windows
+    validate_every: int = 250  # steps
+    log_every: int = 25  # steps
+    save_every_s: float = 300.0  # seconds between checkpoints
+    workers: int = 0  # processes that make crops
+    threads: int = 0  # CPU threads per process; 0: all cores, shared by the processes
+    cpu: bool = False  # even where there is a GPU
+    seed: int = 0
+
+
+def main(cfg: Config) -> dict[str, Any]:
+    """Trains or goes on, evaluates, draws; returns the scores."""
+    accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cfg.cpu)
+    torch.set_num_threads(cfg.threads or max(1, _cores() // accelerator.num_processes))
+    say = accelerator.print
+    run = open_run(cfg.name, cfg)
+    say(config.dump(cfg))
+
+    dataset = read_dataset(find_dataset(cfg.data))
+    fold = read_fold(dataset, cfg.fold, folds=cfg.folds, seed=cfg.seed)
+    say(
+        f"{dataset.name}, fold {cfg.fold}: {len(fold.train)} train, {len(fold.val)} validation cases"
+    )
+    say(f"folds from {fold.rule}")
+    if partly := [case.id for case in dataset.cases if case.annotated is not None]:
+        missing = {
+            c.id for c in dataset.cases if c.annotated and {*c.annotated} != {*dataset.classes}
+        }
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(partly)} cases are annotated in part, and a missing class "
+                "is not background; remove them from dataset.json or complete them"
+            )
+    card = make_card(cfg, dataset)
+    train = prepare_cases(dataset, fold.train, card.preparation)
+    val = prepare_cases(dataset, fold.val, card.preparation)
+
+    torch.manual_seed(cfg.seed)
+    model = make_model(cfg, card, dataset.name, say)
+    lr, layer_decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
+    optimizer = optim.layer_decayed(
+        model, lr, layer_decay=layer_decay, weight_decay=cfg.weight_decay
+    )
+    ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True)
+    segmenter = Segmenter(ema.module, card)  # always the averaged weights
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema.to(accelerator.device)
+    progress = Progress()
+    accelerator.register_for_checkpointing(ema, progress)
+    if run.resume(accelerator, progress):
+        say(f"going on after step {progress.step} of {cfg.steps}")
+
+    schedule = engine.Schedule(
+        steps=cfg.steps,
+        validate_every=cfg.validate_every,
+        lr=lr,
+        warmup_steps=cfg.warmup_steps,
+        clip=cfg.clip,
+        log_every=cfg.log_every,
+        save_every_s=cfg.save_every_s,
+        seed=cfg.seed,
+    )
+    loss_of = DiceCELoss(softmax=True, to_onehot_y=True)
+
+    def step(model: nn.Module, batch: engine.Batch) -> Tensor:
+        loss: Tensor = loss_of(model(batch["image"]), batch["label"])  # logits (B, K, X, Y, Z)
+        return loss
+
+    samples_per_step = cfg.batch * accelerator.num_processes
+    with tqdm(
+        total=cfg.steps,
+        initial=progress.step,
+        desc=cfg.name,
+        unit="step",
+        disable=not accelerator.is_main_process,
+    ) as bar:
+        while progress.step < cfg.steps:
+            stream = CropStream(
+                train,
+                cfg.img_size,
+                first=progress.step * samples_per_step,
+                last=schedule.next_stop(progress.step) * samples_per_step,
+                seed=cfg.seed,
+                on_foreground=cfg.on_foreground,
+                augment=augmentation(cfg),
+            )
+            batches = accelerator.prepare(DataLoader(stream, cfg.batch, num_workers=cfg.workers))
+            engine.train(
+                accelerator, step, model, batches, optimizer, ema, progress, run, schedule, bar
+            )
+            scores = validate(accelerator, segmenter, val)
+            if accelerator.is_main_process:
+                run.record(step=progress.step, **summarise(scores, dataset.classes))
+            mean = summarise(scores, dataset.classes)["mean_dice"] or 0.0
+            bar.write(f"step {progress.step}: validation Dice {mean:.4f}")
+            if mean > progress.best:
+                progress.best = mean
+                if accelerator.is_main_process and cfg.control == "none":
+                    save_model(run.folder / "best.safetensors", segmenter)
+            run.save(accelerator, progress.step)
+
+    if accelerator.is_main_process and cfg.control == "none":
+        save_model(run.folder / "last.safetensors", segmenter)
+    return evaluate(accelerator, cfg, run, segmenter, dataset, fold.val, progress)
+
+
+def make_card(cfg: Config, dataset: Dataset) -> Card:
+    """What will travel with the weights."""
+    is_unetr = cfg.model == "unetr"
+    return Card(
+        network=cfg.model,
+        encoder={
+            "variant": cfg.variant,
+            "in_chans": len(dataset.channels),
+            "img_size": cfg.img_size,
+            "rel_pos": cfg.rel_pos,
+        }
+        if is_unetr
+        else {},
+        adapter={"feature_size": cfg.feature_size} if is_unetr else {},
+        labels=dataset.labels,
+        channels=dataset.channels,
+        spacing_mm=cfg.spacing_mm,
+        intensity=cfg.intensity,
+        crop_vox=cfg.img_size,
+        overlap=cfg.overlap,
+        training={
+            "config": dataclasses.asdict(cfg),
+            "dataset": {"name": dataset.name, "note": dataset.note, **dataset.about},
+        },
+        versions=library_versions(),
+    )
+
+
+class ZeroedEncoder(nn.Module):
+    """The control: maps of zeros in place of an encoder's, so the decoder is on its own.
+
+    It has no parameters; shapes and everything else an adapter asks for are the encoder's.
+    """
+
+    def __init__(self, replaced: Encoder) -> None:
+        super().__init__()
+        self.in_chans = replaced.in_chans
+        self.img_size = replaced.img_size
+        self.patch_size = replaced.patch_size
+        self.embed_dim = replaced.embed_dim
+        self.out_chans = replaced.out_chans
+        self.depth = replaced.depth
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> Any:
+        """Zeros (B, E, x, y, z), one map per index; first (B, F, x, y, z) unless told not."""
+        grid = [n // self.patch_size for n in x.shape[2:]]
+        chosen = range(self.depth) if indices is None else indices
+        maps = [x.new_zeros(len(x), self.embed_dim, *grid) for _ in chosen]
+        if intermediates_only:
+            return maps
+        return x.new_zeros(len(x), self.out_chans, *grid), maps
+
+    def prune_intermediate_layers(
+        self, indices: Sequence[int] | None = None, *, prune_norm: bool = False
+    ) -> list[int]:
+        """There is nothing to drop."""
+        return list(indices or ())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """There is nothing to recompute."""
+
+    def no_weight_decay(self) -> set[str]:
+        """There are no parameters."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """There are no parameters."""
+        return {}
+
+
+def make_model(cfg: Config, card: Card, dataset_name: str, say: Any) -> nn.Module:
+    """The network to train, and what is to be said about its weights."""
+    if cfg.model == "unetr":
+        weights = "none" if cfg.scratch else cfg.weights
+        backbone = encoder(weights=weights, drop_path=cfg.drop_path, **card.encoder)
+        say(backbone.load_report or f"{cfg.variant}: random weights, as asked")
+        say(seen_in_pretraining(backbone.pretrained_cfg, dataset_name))
+        if cfg.control == "zero_encoder":
+            backbone = ZeroedEncoder(backbone)
+        model: nn.Module = unetr(backbone, len(card.labels), **card.adapter)
+    else:
+        model = build_network(card)
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+    }
+    in_encoder = parts.get("encoder", 0)
+    say(f"{cfg.model}: {sum(parts.values()):,} parameters, {in_encoder:,} of them in the encoder")
+    return model
+
+
+def augmentation(cfg: Config) -> Compose:
+    """Random changes that leave the meaning of the labels alone.
+
+    Flips only along `flip_axes`: a flip that turns one class into another would teach nonsense.
+    """
+    both = ["image", "label"]
+    angle = math.radians(cfg.rotate_degrees)
+    return Compose(
+        [
+            *(RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in cfg.flip_axes),
+            RandAffined(
+                both,
+                prob=0.5,
+                rotate_range=(angle, angle, angle),
+                scale_range=(cfg.zoom, cfg.zoom, cfg.zoom),
+                mode=("bilinear", "nearest"),
+                padding_mode="border",
+            ),
+            RandGaussianNoised("image", prob=0.15, std=0.1),
+            RandGaussianSmoothd(
+                "image", prob=0.15, sigma_x=(0.3, 0.9), sigma_y=(0.3, 0.9), sigma_z=(0.3, 0.9)
+            ),
+            RandScaleIntensityd("image", prob=0.3, factors=0.25),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
+        ]
+    )
+
+
+def validate(
+    accelerator: Accelerator, segmenter: Segmenter, val: Sequence[PreparedCase]
+) -> list[CaseScores]:
+    """Dice on the network's grid, every process taking its share of the cases."""
+    mine = []
+    for case in val[accelerator.process_index :: accelerator.num_processes]:
+        with accelerator.autocast():
+            logits = segmenter.logits(case.image.to(accelerator.device))
+        labels = logits.argmax(0).cpu()
+        dice = dice_per_class(labels, case.label[0], len(logits))
+        mine.append(CaseScores(case.case.id, tuple(dice)))
+    return sorted(gather_object(mine), key=lambda score: score.case)
+
+
+def evaluate(
+    accelerator: Accelerator,
+    cfg: Config,
+    run: Run,
+    segmenter: Segmenter,
+    dataset: Dataset,
+    ids: Sequence[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores and figure of the last averaged weights, on the grid of the files.
+
+    The last weights, not the best: those were picked on these very cases.
+    """
+    cases = {case.id: case for case in dataset.cases}
+    results = run.folder / "results"
+    mine = []
+    share = ids[accelerator.process_index :: accelerator.num_processes]
+    for name in tqdm(
+        share, desc="evaluating", unit="case", disable=not accelerator.is_main_process
+    ):
+        prediction = segment_volume(segmenter, load_image(cases[name]))
+        prediction.save(results / "predictions" / f"{name}.nii.gz")
+        label = torch.as_tensor(load_label(cases[name]).array)
+        dice = dice_per_class(torch.as_tensor(prediction.array), label, len(dataset.labels))
+        mine.append(CaseScores(name, tuple(dice)))
+    scores = sorted(gather_object(mine), key=lambda score: score.case)
+    summary = summarise(scores, dataset.classes)
+    if accelerator.is_main_process:
+        about = {
+            "weights": "EMA of the last step",
+            "steps": progress.step,
+            "seconds": round(progress.seconds, 1),
+            "config": dataclasses.asdict(cfg),
+        }
+        write_scores(results, scores, dataset.classes, about)
+        draw(results / "figure.png", cfg, run, dataset, scores, summary)
+        for key, value in summary["dice"].items():
+            accelerator.print(f"Dice {key}: {value}")
+        accelerator.print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
+        accelerator.print(f"training took {progress.seconds:.0f} s; see {results / 'figure.png'}")
+    return summary
+
+
+def draw(
+    path: Path,
+    cfg: Config,
+    run: Run,
+    dataset: Dataset,
+    scores: Sequence[CaseScores],
+    summary: dict[str, Any],
+) -> None:
+    """The figure: best, median and worst case, and the curves."""
+    from sammed3d_backbone.data.volume import Volume
+
+    cases = {case.id: case for case in dataset.cases}
+    ranked = sorted(scores, key=lambda score: -score.mean)
+    chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    shown = [
+        Shown(
+            f"{rank}: {score.case}\nDice {score.mean:.3f}",
+            load_image(cases[score.case]),
+            load_label(cases[score.case]),
+            Volume.load(run.folder / "results" / "predictions" / f"{score.case}.nii.gz"),
+        )
+        for rank, score in chosen.items()
+    ]
+    title = (
+        f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}, {summary['cases']} cases, "
+        f"mean Dice {summary['mean_dice']:.3f}"
+    )
+    run_figure(path, shown, dataset.classes, run.records(), title=title, note=dataset.note)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main(config.parse(Config, description=__doc__))

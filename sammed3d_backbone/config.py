@@ -1,0 +1,148 @@
+"""Dataclass <- YAML <- ``key=value``: the whole configuration language of the recipes.
+
+A recipe states its knobs as a frozen dataclass of plain fields. `parse` reads the YAML file and the
+``key=value`` arguments of the command line into it; what a field cannot hold is an error that names
+the key. There is no nesting, no interpolation and no inheritance between files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+C = TypeVar("C")
+
+
+def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
+    """The configuration that a recipe's command line asks for.
+
+    Args:
+        cls: Dataclass of the recipe's knobs.
+        argv: Arguments without the program name; the command line when left out.
+        description: Shown by ``--help``, above the knobs and their defaults.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="knobs:\n" + "\n".join(f"  {line}" for line in _knobs(cls)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="YAML file with values for the knobs below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
+    args = parser.parse_args(argv)
+    try:
+        return load(cls, args.config, args.overrides)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
+def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+    """A configuration from a YAML file, with ``key=value`` strings on top.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no flat mapping, or a key or value does not fit the dataclass.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}; pass one of recipes/configs/*.yaml")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no key: value lines; see recipes/configs/ for the form")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is not of the form key=value")
+        values[key] = yaml.safe_load(text)
+    try:
+        return build(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def build(cls: type[C], values: Mapping[str, Any]) -> C:
+    """A configuration from plain values, each brought to its field's type.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value does not fit.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
+            raise ValueError(f"unknown key {key!r}{hint}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}; add it as key=value or to the file")
+    return cls(**{key: _fit(key, hints[key], value) for key, value in values.items()})
+
+
+def dump(config: Any) -> str:
+    """The configuration as YAML that `load` reads back to an equal one."""
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configurations of one class differ, with both values."""
+    a, b = dataclasses.asdict(one), dataclasses.asdict(other)
+    return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
+
+
+def _fit(key: str, hint: Any, value: Any) -> Any:
+    """The value brought to the type its field declares."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        (hint,) = (choice for choice in choices if choice is not type(None))
+        return _fit(key, hint, value)
+    if origin is typing.Literal:
+        if value not in choices:
+            raise ValueError(f"{key}={value!r}: give one of {', '.join(map(str, choices))}")
+        return value
+    if origin is tuple:
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if choices[-1] is not Ellipsis and len(items) != len(choices):
+            raise ValueError(f"{key}={value!r}: give {len(choices)} values, as [a, b, ...]")
+        return tuple(_fit(key, choices[0], item) for item in items)
+    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if hint is float and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-4 (without a dot) as a string; people write it all the time.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{key}={value!r}: give a value of type {hint.__name__}")
+
+
+def _knobs(cls: type) -> list[str]:
+    """One line per field: name, type and default."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        default = "(required)" if field.default is dataclasses.MISSING else repr(field.default)
+        lines.append(f"{field.name}: {field.type} = {default}")
+    return lines

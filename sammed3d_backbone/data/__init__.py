@@ -1,0 +1,1 @@
+"""NIfTI <-> tensor: volumes, their geometry and intensity, data sets, training crops."""

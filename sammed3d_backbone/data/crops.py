@@ -1,0 +1,98 @@
+"""Prepared cases -> the endless, numbered stream of training crops.
+
+Sample number n of a run is a pure function of (seed, n): which case, where the crop lies and how it
+is augmented. So a resumed run, another number of workers or of processes sees the same samples,
+and nothing but the number of finished steps has to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sammed3d_backbone.data.preparation import PreparedCase, foreground
+
+
+class Augmentation(Protocol):
+    """What MONAI's random transforms on dictionaries offer."""
+
+    def set_random_state(self, seed: int) -> object:
+        """Makes the next call depend on the seed only."""
+
+    def __call__(self, data: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The augmented ``image`` and ``label``."""
+
+
+class CropStream(Dataset[dict[str, Tensor]]):
+    """Training samples of a run, by number; every case comes once per epoch, in a new order.
+
+    Shapes:
+        returns: ``image`` (C, S, S, S) float32 and ``label`` (1, S, S, S) int64, S voxels a side.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[PreparedCase],
+        side_vox: int,
+        *,
+        first: int,
+        last: int,
+        seed: int,
+        on_foreground: float = 0.5,
+        augment: Augmentation | None = None,
+    ) -> None:
+        """Samples number `first` to `last` - 1.
+
+        Args:
+            cases: None smaller than the crop.
+            side_vox: Side of the crop.
+            first: Number of the first sample, counted from the start of the run.
+            last: One more than the number of the last.
+            seed: Of the run.
+            on_foreground: Share of crops centred on a voxel of a class, each class alike.
+            augment: Applied to every crop.
+        """
+        self.cases = cases
+        self.side_vox = side_vox
+        self.first, self.last = first, last
+        self.seed = seed
+        self.on_foreground = on_foreground
+        self.augment = augment
+        self.foreground = [foreground(case.label) for case in cases]
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = self.first + index
+        epoch, position = divmod(number, len(self.cases))
+        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.cases))
+        which = int(order[position])
+        rng = np.random.default_rng((self.seed, 1, number))
+        case = self.cases[which]
+        corner = self._corner(rng, which)
+        window = (slice(None), *(slice(c, c + self.side_vox) for c in corner))
+        sample = {"image": case.image[window].clone(), "label": case.label[window].clone()}
+        if self.augment is not None:
+            self.augment.set_random_state(seed=int(rng.integers(2**32)))
+            sample = dict(self.augment(sample))
+        return {
+            "image": torch.as_tensor(sample["image"]).float().contiguous(),
+            "label": torch.as_tensor(sample["label"]).long().contiguous(),
+        }
+
+    def _corner(self, rng: np.random.Generator, which: int) -> list[int]:
+        """First voxel of the crop."""
+        room = [n - self.side_vox for n in self.cases[which].image.shape[1:]]
+        classes = self.foreground[which]
+        if classes and rng.random() < self.on_foreground:
+            voxels = classes[int(rng.choice(sorted(classes)))]
+            centre = voxels[int(rng.integers(len(voxels)))].tolist()
+            wanted = [c - self.side_vox // 2 for c in centre]
+            return [min(max(w, 0), r) for w, r in zip(wanted, room, strict=True)]
+        return [int(rng.integers(r + 1)) for r in room]

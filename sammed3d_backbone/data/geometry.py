@@ -1,0 +1,269 @@
+"""Where the voxels the network sees lie in the input volume, and the way back.
+
+A `Geometry` is planned once from shape, affine and wanted spacing. It reorients the axes towards
+R, A, S (exact: a permutation and flips), resamples, and pads or crops to a box; `invert` undoes all
+three. Oblique volumes keep their oblique axes: nothing is straightened, so nothing is lost.
+
+Grids: voxel centres lie at integer indices, and a grid of ``n`` voxels covers ``[-0.5, n - 0.5]``.
+Resampling keeps that extent, so the new spacing is ``n * spacing / n'`` for the whole number of
+voxels ``n'`` nearest to the wanted one; it is recorded as `spacing_mm` and the way back is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import nibabel.orientations as orientations
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+TripleMm = tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """One volume's way to the network's grid and back.
+
+    Shapes:
+        input: (..., X, Y, Z), the voxel order of the file.
+        network: (..., X', Y', Z'), axes towards R, A, S, at `spacing_mm`, `box_shape` voxels.
+    """
+
+    input_shape: Triple
+    input_affine: NDArray[np.float64]
+    axes: Triple  # axis i of the oriented volume is axis axes[i] of the input
+    flips: tuple[bool, bool, bool]  # of the oriented volume's axes
+    resampled_shape: Triple
+    spacing_mm: TripleMm  # as resampled, nearest to the wanted one
+    box_start: Triple  # first voxel of the box in the resampled grid; negative where it pads
+    box_shape: Triple
+
+    @classmethod
+    def plan(
+        cls,
+        shape: Triple,
+        affine: NDArray[np.float64],
+        spacing_mm: TripleMm | None = None,
+        *,
+        min_shape: Triple | None = None,
+    ) -> Geometry:
+        """The geometry of a volume.
+
+        Args:
+            shape: Voxels along X, Y, Z of the input.
+            affine: Voxel -> RAS+ mm.
+            spacing_mm: Wanted along the R, A, S axes; None keeps the input's.
+            min_shape: The box is padded on both sides to at least these voxels.
+
+        Raises:
+            ValueError: If the wanted spacing is not positive.
+        """
+        to_ras = orientations.io_orientation(affine)  # row i: where input axis i goes, its sign
+        if np.isnan(to_ras).any():
+            raise ValueError("the affine leaves an axis without direction; mend the header")
+        order = np.argsort(to_ras[:, 0])
+        axes = _triple(order)
+        flips = tuple(bool(to_ras[axis, 1] < 0) for axis in axes)
+        oriented_shape = tuple(shape[axis] for axis in axes)
+        native_mm = np.linalg.norm(affine[:3, :3], axis=0)[order]
+        wanted_mm = native_mm if spacing_mm is None else np.asarray(spacing_mm, dtype=float)
+        if not (np.isfinite(wanted_mm).all() and (wanted_mm > 0).all()):
+            raise ValueError(f"spacing_mm={spacing_mm} is no spacing; give three positive numbers")
+        resampled = tuple(
+            max(1, round(n * float(native) / float(wanted)))
+            for n, native, wanted in zip(oriented_shape, native_mm, wanted_mm, strict=True)
+        )
+        effective = tuple(
+            float(native) * n / m
+            for n, m, native in zip(oriented_shape, resampled, native_mm, strict=True)
+        )
+        plain = cls(
+            input_shape=_triple(shape),
+            input_affine=np.array(affine, dtype=np.float64),
+            axes=axes,
+            flips=flips,  # type: ignore[arg-type]
+            resampled_shape=_triple(resampled),
+            spacing_mm=effective,  # type: ignore[arg-type]
+            box_start=(0, 0, 0),
+            box_shape=_triple(resampled),
+        )
+        if min_shape is None:
+            return plain
+        box = tuple(max(n, m) for n, m in zip(resampled, min_shape, strict=True))
+        start = tuple(-((b - n) // 2) for n, b in zip(resampled, box, strict=True))
+        return plain.boxed(_triple(start), _triple(box))
+
+    def boxed(self, start: Triple, shape: Triple) -> Geometry:
+        """The same geometry, cut and padded to a box of the resampled grid."""
+        return replace(self, box_start=start, box_shape=shape)
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """Voxel of the network's grid -> RAS+ mm, (4, 4)."""
+        to_oriented = np.eye(4)  # voxel of the box -> voxel of the oriented volume
+        for i, (axis, n) in enumerate(zip(self.axes, self.resampled_shape, strict=True)):
+            step = self.input_shape[axis] / n
+            to_oriented[i, i] = step
+            to_oriented[i, 3] = (self.box_start[i] + 0.5) * step - 0.5
+        to_input = np.zeros((4, 4))
+        to_input[3, 3] = 1
+        for i, (axis, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
+            to_input[axis, i] = -1 if flip else 1
+            to_input[axis, 3] = self.input_shape[axis] - 1 if flip else 0
+        affine: NDArray[np.float64] = self.input_affine @ to_input @ to_oriented
+        return affine
+
+    def resample(self, array: NDArray[Any] | Tensor) -> Tensor:
+        """The array oriented and resampled linearly, before the box.
+
+        Shapes:
+            array: (X, Y, Z) or (C, X, Y, Z), on the input grid.
+            returns: (C, X', Y', Z') float32, X', Y', Z' being `resampled_shape`.
+        """
+        x = self._orient(array).float()
+        return _interpolate(x, self.resampled_shape)
+
+    def resample_labels(self, labels: NDArray[Any] | Tensor) -> Tensor:
+        """Integer labels on the resampled grid: the class with the largest linear share.
+
+        Shapes:
+            labels: (X, Y, Z) integers on the input grid.
+            returns: (1, X', Y', Z') uint8 or int16, X', Y', Z' being `resampled_shape`.
+        """
+        x = self._orient(labels).long()
+        if _triple(x.shape[1:]) == self.resampled_shape:
+            return _small_integers(x)
+        best = torch.full(self.resampled_shape, -1.0)
+        result = torch.zeros(self.resampled_shape, dtype=torch.long)
+        for value in torch.unique(x).tolist():
+            share = _interpolate((x == value).float(), self.resampled_shape)[0]
+            result[share > best] = value
+            best = torch.maximum(best, share)
+        return _small_integers(result[None])
+
+    def to_box(self, resampled: Tensor, fill: float | Tensor = 0.0) -> Tensor:
+        """What lies in the box; voxels outside the volume are `fill`, one value or one per channel.
+
+        Shapes:
+            resampled: (C, X', Y', Z') of `resampled_shape`.
+            returns: (C, *box_shape).
+        """
+        channels = resampled.shape[0]
+        value = torch.as_tensor(fill, dtype=resampled.dtype).reshape(-1, 1, 1, 1)
+        box = value.expand(channels, *self.box_shape).clone()
+        inside_box, inside_volume = self._overlap()
+        box[(slice(None), *inside_box)] = resampled[(slice(None), *inside_volume)]
+        return box
+
+    def apply(self, array: NDArray[Any] | Tensor, fill: float | Tensor = 0.0) -> Tensor:
+        """The array on the network's grid: oriented, resampled, boxed; (C, *box_shape)."""
+        return self.to_box(self.resample(array), fill)
+
+    def invert(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Values on the network's grid, brought back linearly to the input grid.
+
+        Shapes:
+            values: (K, *box_shape), for instance class probabilities.
+            returns: (K, X, Y, Z) float32 of `input_shape`; `fill` where the box did not reach.
+
+        Raises:
+            ValueError: If the values do not have the shape of the box.
+        """
+        return self._unorient(_interpolate(self._from_box(values.float(), fill), self._oriented()))
+
+    def invert_labels(self, probs: Tensor, *, nearest: bool = False) -> Tensor:
+        """Class labels on the input grid, from class probabilities on the network's grid.
+
+        The probabilities are resampled and then compared, one class at a time, so that memory does
+        not grow with the number of classes. With `nearest`, the comparison comes first.
+
+        Shapes:
+            probs: (K, *box_shape); class 0 is background and fills what the box did not reach.
+            returns: (X, Y, Z) uint8 or int16 of `input_shape`.
+
+        Raises:
+            ValueError: If the probabilities do not have the shape of the box.
+        """
+        if nearest:
+            classes = self._from_box(probs.argmax(0, keepdim=True).float(), 0.0)
+            oriented = F.interpolate(classes[None], size=self._oriented(), mode="nearest-exact")[0]
+            return _small_integers(self._unorient(oriented)[0].round().long())
+        best: Tensor | None = None
+        result = torch.zeros(self._oriented(), dtype=torch.long)
+        for value, prob in enumerate(probs):
+            inside = self._from_box(prob[None].float(), 1.0 if value == 0 else 0.0)
+            share = _interpolate(inside, self._oriented())[0]
+            if best is None:
+                best = share
+                continue
+            result[share > best] = value
+            best = torch.maximum(best, share)
+        return _small_integers(self._unorient(result[None])[0])
+
+    def _oriented(self) -> Triple:
+        """Shape after orientation, before resampling."""
+        return _triple([self.input_shape[axis] for axis in self.axes])
+
+    def _orient(self, array: NDArray[Any] | Tensor) -> Tensor:
+        """(X, Y, Z) or (C, X, Y, Z) of the file -> (C, X', Y', Z') with axes towards R, A, S."""
+        x = torch.as_tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array)
+        if x.ndim == 3:
+            x = x[None]
+        if x.ndim != 4 or _triple(x.shape[1:]) != self.input_shape:
+            raise ValueError(
+                f"array of shape {tuple(x.shape)} is not on this geometry's input grid "
+                f"{self.input_shape}; plan a geometry from that array's own shape and affine"
+            )
+        x = x.permute(0, *(axis + 1 for axis in self.axes))
+        return x.flip([i + 1 for i, flip in enumerate(self.flips) if flip])
+
+    def _unorient(self, x: Tensor) -> Tensor:
+        """The inverse of `_orient`, (C, X', Y', Z') -> (C, X, Y, Z)."""
+        x = x.flip([i + 1 for i, flip in enumerate(self.flips) if flip])
+        back = np.argsort(self.axes)
+        return x.permute(0, *(int(axis) + 1 for axis in back)).contiguous()
+
+    def _overlap(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """The part the box and the resampled volume share, in indices of each."""
+        in_box, in_volume = [], []
+        for start, size, n in zip(
+            self.box_start, self.box_shape, self.resampled_shape, strict=True
+        ):
+            low, high = max(start, 0), max(min(start + size, n), max(start, 0))
+            in_volume.append(slice(low, high))
+            in_box.append(slice(low - start, high - start))
+        return tuple(in_box), tuple(in_volume)
+
+    def _from_box(self, values: Tensor, fill: float) -> Tensor:
+        """(C, *box_shape) -> (C, *resampled_shape)."""
+        if values.ndim != 4 or _triple(values.shape[1:]) != self.box_shape:
+            raise ValueError(
+                f"values of shape {tuple(values.shape)} are not on this geometry's network grid; "
+                f"give (K, {', '.join(map(str, self.box_shape))})"
+            )
+        volume = values.new_full((values.shape[0], *self.resampled_shape), fill)
+        inside_box, inside_volume = self._overlap()
+        volume[(slice(None), *inside_volume)] = values[(slice(None), *inside_box)]
+        return volume
+
+
+def _interpolate(x: Tensor, shape: Triple) -> Tensor:
+    """(C, X, Y, Z) -> (C, *shape), linear, the same extent; untouched where the shape is equal."""
+    if _triple(x.shape[1:]) == shape:
+        return x
+    return F.interpolate(x[None], size=shape, mode="trilinear", align_corners=False)[0]
+
+
+def _small_integers(labels: Tensor) -> Tensor:
+    """Labels in the smallest type that holds them."""
+    return labels.to(torch.uint8 if int(labels.max()) < 256 else torch.int16)
+
+
+def _triple(values: Any) -> Triple:
+    x, y, z = (int(v) for v in values)
+    return x, y, z

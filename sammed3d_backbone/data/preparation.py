@@ -1,0 +1,152 @@
+"""Opened cases -> what the network sees, the same way for training and for prediction.
+
+`Preparation` is the recipe of one data set (spacing, intensity, smallest side); it travels with a
+fine-tuned network. `prepare_cases` opens, checks and prepares many cases, keeps them in memory, and
+reports everything that is wrong with any of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sammed3d_backbone.data.datasets import (
+    Case,
+    Dataset,
+    DatasetError,
+    label_problems,
+    pair_problems,
+)
+from sammed3d_backbone.data.geometry import Geometry, TripleMm
+from sammed3d_backbone.data.intensity import MODES, normalise
+from sammed3d_backbone.data.volume import Volume
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a volume becomes the network's input. Axes always run towards R, A, S."""
+
+    spacing_mm: TripleMm | None  # None keeps each volume's own
+    intensity: str  # a mode of `intensity.normalise`
+    min_side_vox: int  # smaller volumes are padded on both sides, with what a raw zero became
+
+    def __post_init__(self) -> None:
+        if self.intensity not in MODES:
+            raise ValueError(
+                f"unknown intensity {self.intensity!r}; choose one of {', '.join(MODES)}"
+            )
+
+    def image(self, volume: Volume) -> tuple[Tensor, Geometry]:
+        """The network's input (C, X', Y', Z'), and the way back to the volume's grid."""
+        side = self.min_side_vox
+        geometry = Geometry.plan(
+            volume.shape, volume.affine, self.spacing_mm, min_shape=(side, side, side)
+        )
+        normalised = normalise(geometry.resample(volume.array), self.intensity)
+        return geometry.to_box(normalised.image, normalised.zero), geometry
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCase:
+    """One case on the network's grid.
+
+    Shapes:
+        image: (C, X', Y', Z') float32.
+        label: (1, X', Y', Z') integers, 0 where the volume was padded.
+    """
+
+    case: Case
+    image: Tensor
+    label: Tensor
+
+
+def load_image(case: Case) -> Volume:
+    """All channels of a case as one volume, (X, Y, Z) or (C, X, Y, Z).
+
+    Raises:
+        ValueError: If a file is unreadable or the channels do not lie on one grid.
+    """
+    volumes = [Volume.load(path) for path in case.images]
+    first = volumes[0]
+    if len(volumes) == 1:
+        return first
+    for path, volume in zip(case.images[1:], volumes[1:], strict=True):
+        problems = pair_problems(path, volume, first)
+        if problems:
+            raise ValueError(problems[0].replace("its label", f"channel {case.images[0].name}"))
+    return replace(first, array=np.stack([volume.array for volume in volumes]))
+
+
+def load_label(case: Case) -> Volume:
+    """The label volume of a case, as integers.
+
+    Raises:
+        ValueError: If the file is unreadable.
+    """
+    label = Volume.load(case.label)
+    return replace(label, array=np.round(label.array).astype(np.int16))
+
+
+def prepare_cases(
+    dataset: Dataset, ids: Sequence[str], preparation: Preparation, *, progress: bool = True
+) -> list[PreparedCase]:
+    """The named cases, opened, checked and prepared, in the given order.
+
+    Raises:
+        DatasetError: If any of them cannot be used; the message lists all reasons with their paths.
+    """
+    by_id = {case.id: case for case in dataset.cases}
+    problems: list[str] = []
+    prepared: list[PreparedCase] = []
+    bar: Iterable[str] = tqdm(ids, desc="reading cases", unit="case", disable=not progress)
+    for name in bar:
+        case = by_id[name]
+        found, opened = _open(case, dataset)
+        problems.extend(found)
+        if opened is None or problems:
+            continue  # go on looking for problems, but no longer prepare
+        image, label = opened
+        x, geometry = preparation.image(image)
+        y = geometry.to_box(geometry.resample_labels(label.array))
+        prepared.append(PreparedCase(case, x, y))
+    if problems:
+        raise DatasetError(f"{len(problems)} problems in {dataset.folder}:", problems)
+    return prepared
+
+
+def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume] | None]:
+    """What is wrong with a case, or its image and label."""
+    try:
+        image, raw = load_image(case), Volume.load(case.label)
+    except (ValueError, FileNotFoundError) as error:
+        return [str(error)], None
+    problems = label_problems(case.label, raw, dataset.labels)
+    problems += pair_problems(case.images[0], image, raw)
+    if image.channels != len(dataset.channels):
+        problems.append(
+            f"{case.images[0]}: {image.channels} channels, but dataset.json names "
+            f"{len(dataset.channels)}; mend one"
+        )
+    if problems:
+        return problems, None
+    return [], (image, replace(raw, array=raw.array.astype(np.int16)))
+
+
+def foreground(label: Tensor, most: int = 4096) -> dict[int, Tensor]:
+    """Some voxels of each class that occurs, to centre crops on, evenly picked.
+
+    Shapes:
+        label: (1, X, Y, Z).
+        returns: class -> (N, 3) indices, N at most `most`.
+    """
+    voxels = {}
+    for value in torch.unique(label).tolist():
+        if value:
+            found = torch.nonzero(label[0] == value)
+            voxels[int(value)] = found[:: -(-len(found) // most)]
+    return voxels

@@ -1,0 +1,133 @@
+"""A 3-D image with its place in the body: NIfTI file <-> array and affine.
+
+Reads one image, writes one image, and refuses what cannot be placed or read. It does not reorient,
+resample or normalise; that is `geometry` and `intensity`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+SUFFIXES = (".nii", ".nii.gz")
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An image or label volume in the voxel order of its file.
+
+    Shapes:
+        array: (X, Y, Z), or (C, X, Y, Z) for several channels; float32 for images.
+        affine: (4, 4) float64, voxel index -> world mm in RAS+, voxel centres at integer indices.
+    """
+
+    array: NDArray[Any]
+    affine: NDArray[np.float64]
+    header: nib.nifti1.Nifti1Header | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.array.ndim not in (3, 4):
+            raise ValueError(
+                f"array of shape {self.array.shape} is no volume; give (X, Y, Z) or (C, X, Y, Z)"
+            )
+        if 0 in self.array.shape:
+            raise ValueError(f"array of shape {self.array.shape} has no voxels; give at least one")
+        affine = np.asarray(self.affine)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise ValueError("the affine is no finite 4 x 4 matrix; mend the header of the file")
+        if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            raise ValueError(
+                "the affine is singular, so voxels have no place in the body; mend the header"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along X, Y, Z."""
+        x, y, z = self.array.shape[-3:]
+        return x, y, z
+
+    @property
+    def channels(self) -> int:
+        """Number of channels, 1 for (X, Y, Z)."""
+        return 1 if self.array.ndim == 3 else int(self.array.shape[0])
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between neighbouring voxel centres along X, Y, Z."""
+        x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+    @classmethod
+    def load(cls, path: str | Path) -> Volume:
+        """An image as float32; a 4-D NIfTI has its channels last and comes back channels first.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a readable NIfTI image with a usable affine.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at {path}; check the path")
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"{path} is not named .nii or .nii.gz; convert it to NIfTI first")
+        try:
+            image = nib.load(path)
+            if not isinstance(image, nib.nifti1.Nifti1Pair):
+                raise ValueError(f"{path} is {type(image).__name__}; convert it to NIfTI first")
+            array = np.asarray(image.dataobj, dtype=np.float32)
+        except (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error) as error:
+            raise ValueError(
+                f"{path} cannot be read as NIfTI ({error}); copy or convert it again"
+            ) from None
+        while array.ndim > 3 and array.shape[-1] == 1:
+            array = array[..., 0]
+        if array.ndim == 4:
+            array = np.moveaxis(array, -1, 0)  # (C, X, Y, Z)
+        try:
+            return cls(array, np.asarray(image.affine, dtype=np.float64), image.header.copy())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the volume; the file is complete or not there, whatever happens in between.
+
+        The header of the volume it came from keeps its codes and units; type, scaling and shape
+        are those of the array.
+
+        Raises:
+            ValueError: If the name does not end in .nii or .nii.gz.
+        """
+        path = Path(path)
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"{path} is not named .nii or .nii.gz; choose such a name")
+        array = self.array if self.array.ndim == 3 else np.moveaxis(self.array, 0, -1)
+        header = None
+        if self.header is not None:
+            header = self.header.copy()
+            header.set_data_dtype(array.dtype)
+            header.set_slope_inter(1, 0)
+            header["cal_min"] = header["cal_max"] = 0
+        image = nib.Nifti1Image(array, self.affine, header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        suffix = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=suffix, delete=False
+        ) as handle:
+            partial = Path(handle.name)
+        try:
+            nib.save(image, partial)
+            partial.chmod(0o644)
+            partial.replace(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                partial.unlink()

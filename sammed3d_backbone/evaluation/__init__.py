@@ -1,0 +1,1 @@
+"""From predictions to numbers, tables and figures."""

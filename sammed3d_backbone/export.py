@@ -1,0 +1,236 @@
+"""A fine-tuned network and all it needs <-> one safetensors file; a volume in, labels out.
+
+The file's metadata is a `Card` as JSON: how to build the network, what its outputs mean, and how a
+volume becomes its input. `load_model` needs nothing else, `segment_volume` uses it on a `Volume`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sammed3d_backbone.data.preparation import Preparation
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.factory import encoder
+
+CARD_KEY = "sammed3d_backbone"  # of the file's metadata
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything about a fine-tuned network but its tensors.
+
+    Args:
+        network: A name in `NETWORKS`.
+        encoder: Arguments of `factory.encoder`, without weights; empty for a network without it.
+        adapter: Arguments of the network's function, without encoder and classes.
+        labels: Class value -> name, background included.
+        channels: Names of the input channels, in order.
+        spacing_mm: Along R, A, S; None keeps each volume's own.
+        intensity: A mode of `data.intensity.normalise`.
+        crop_vox: Side of the window that slides over a volume.
+        overlap: Share of a window that the next one covers again.
+        orientation: Axes of the network's input.
+        training: Configuration, data set and weights it comes from; for the reader.
+        versions: Of the libraries it was trained with.
+    """
+
+    network: str
+    encoder: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    labels: Mapping[int, str]
+    channels: tuple[str, ...]
+    spacing_mm: tuple[float, float, float] | None
+    intensity: str
+    crop_vox: int
+    overlap: float = 0.5
+    orientation: str = "RAS"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def preparation(self) -> Preparation:
+        """How a volume becomes the network's input."""
+        return Preparation(self.spacing_mm, self.intensity, self.crop_vox)
+
+    def to_json(self) -> str:
+        """The card as it stands in the file."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Card:
+        """The card of a file.
+
+        Raises:
+            ValueError: If it is of another format.
+        """
+        values = json.loads(text)
+        found = values.pop("format", None)
+        if found != FORMAT:
+            raise ValueError(
+                f"model of format {found}, this version reads {FORMAT}; upgrade sammed3d-backbone"
+            )
+        values["labels"] = {int(value): name for value, name in values["labels"].items()}
+        values["channels"] = tuple(values["channels"])
+        if values["spacing_mm"] is not None:
+            values["spacing_mm"] = tuple(values["spacing_mm"])
+        return cls(**values)
+
+
+@dataclass
+class Segmenter:
+    """A fine-tuned network with its card."""
+
+    model: nn.Module
+    card: Card
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Class logits of a prepared image, by windows blended with Gaussian weights.
+
+        Shapes:
+            image: (C, X, Y, Z), no side smaller than the window.
+            returns: (K, X, Y, Z) float32.
+        """
+        from monai.inferers import sliding_window_inference
+
+        self.model.eval()
+        side = self.card.crop_vox
+        with torch.inference_mode():
+            logits: Tensor = sliding_window_inference(
+                image[None],
+                (side, side, side),
+                sw_batch_size=2,
+                predictor=self.model,
+                overlap=self.card.overlap,
+                mode="gaussian",
+            )
+        return logits[0].float()
+
+
+def segment_volume(segmenter: Segmenter, volume: Volume, *, nearest: bool = False) -> Volume:
+    """Labels of a volume, on its own grid and with its own affine, bit for bit.
+
+    Args:
+        segmenter: From `load_model`.
+        volume: With the channels of the card.
+        nearest: Bring back labels instead of probabilities.
+
+    Raises:
+        ValueError: If the number of channels is not the network's.
+    """
+    card = segmenter.card
+    if volume.channels != len(card.channels):
+        raise ValueError(
+            f"the volume has {volume.channels} channels, the model needs {len(card.channels)}: "
+            f"{', '.join(card.channels)}; stack them in this order as a 4-D NIfTI"
+        )
+    image, geometry = card.preparation.image(volume)
+    device = next(segmenter.model.parameters()).device
+    probs = segmenter.logits(image.to(device)).softmax(0).cpu()
+    labels = geometry.invert_labels(probs, nearest=nearest)
+    return Volume(labels.numpy(), volume.affine, volume.header)
+
+
+def build_network(card: Card) -> nn.Module:
+    """The card's network with random weights.
+
+    Raises:
+        ValueError: If the card names no known network.
+    """
+    try:
+        build = NETWORKS[card.network]
+    except KeyError:
+        raise ValueError(
+            f"unknown network {card.network!r}; this version knows {', '.join(NETWORKS)}"
+        ) from None
+    return build(card)
+
+
+def save_model(path: Path, segmenter: Segmenter) -> None:
+    """Writes network and card as one safetensors file, complete or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        key: t.detach().contiguous().cpu() for key, t in segmenter.model.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={CARD_KEY: segmenter.card.to_json()})
+    partial.replace(path)
+
+
+def load_model(path: str | Path) -> Segmenter:
+    """The network of a file that `save_model` wrote, ready for `segment_volume`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no such model, or its tensors do not fit its card.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no model at {path}; a run writes best.safetensors, last.safetensors"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(CARD_KEY)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}); copy it again") from None
+    if text is None:
+        raise ValueError(
+            f"{path} holds tensors without a card, so what they segment is unknown; pass a model "
+            "written by recipes/finetune_unetr.py"
+        )
+    card = Card.from_json(text)
+    model = build_network(card)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: tensors do not fit their card ({error}); copy it again"
+        ) from None
+    return Segmenter(model.eval(), card)
+
+
+def library_versions() -> dict[str, str]:
+    """What a result depends on beside its configuration."""
+    names = ("sammed3d-backbone", "torch", "monai", "timm", "accelerate", "nibabel", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"  # this package, imported from a checkout
+    return found
+
+
+def _build_unetr(card: Card) -> nn.Module:
+    from sammed3d_backbone.adapters.unetr import unetr
+
+    return unetr(encoder(**card.encoder, weights="none"), len(card.labels), **card.adapter)
+
+
+def _build_basicunet(card: Card) -> nn.Module:
+    from monai.networks.nets import BasicUNet
+
+    return BasicUNet(3, len(card.channels), len(card.labels), **card.adapter)
+
+
+# The second is no network of this package: it is the convolutional baseline to beat.
+NETWORKS: dict[str, Callable[[Card], nn.Module]] = {
+    "unetr": _build_unetr,
+    "basicunet": _build_basicunet,
+}

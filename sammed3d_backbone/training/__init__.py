@@ -1,0 +1,1 @@
+"""The small pieces every recipe shares: the loop's body, the optimiser, the run folder."""

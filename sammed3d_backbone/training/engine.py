@@ -1,0 +1,128 @@
+"""The body of the training loop, once: step, clip, learning rate, EMA, log, checkpoint.
+
+A recipe passes `step(model, batch) -> loss`; everything task-specific is in it and in the batches.
+Random numbers inside a step (drop path) are seeded by the number of the step, so that a run that
+was killed and went on ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sammed3d_backbone.training import optim
+from sammed3d_backbone.training.runs import Progress, Run
+
+Batch = Mapping[str, Tensor]
+Step = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a run unfolds over its optimiser steps."""
+
+    steps: int
+    validate_every: int
+    lr: float
+    warmup_steps: int
+    clip: float  # largest norm of all gradients together
+    log_every: int
+    save_every_s: float
+    seed: int
+
+    def next_stop(self, step: int) -> int:
+        """The step after which training pauses for validation, seen from a finished step."""
+        return min(self.steps, (step // self.validate_every + 1) * self.validate_every)
+
+
+def train(
+    accelerator: Accelerator,
+    step: Step,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: torch.optim.Optimizer,
+    ema: ModelEmaV3,
+    progress: Progress,
+    run: Run,
+    schedule: Schedule,
+    bar: tqdm[None],
+) -> None:
+    """Trains on the given batches, one optimiser step each, and logs and saves on the way.
+
+    Args:
+        accelerator: Has prepared model, batches and optimiser, and knows `ema` and `progress`.
+        step: Loss of a batch.
+        model: Left in training mode.
+        batches: Those of the steps to do now.
+        optimizer: Its learning rates are set here.
+        ema: Follows the model.
+        progress: Counts steps and seconds on.
+        run: Gets a line every `log_every` steps and a checkpoint every `save_every_s` seconds.
+        schedule: The numbers of the whole run.
+        bar: Advanced by one per step.
+    """
+    model.train()
+    stop = schedule.next_stop(progress.step)
+    losses: list[Tensor] = []
+    norms: list[Tensor] = []
+    saved = clock = time.monotonic()
+    for batch in batches:
+        lr = schedule.lr * optim.warmup_cosine(progress.step, schedule.steps, schedule.warmup_steps)
+        optim.set_lr(optimizer, lr)
+        torch.manual_seed(_seed(schedule.seed, progress.step, accelerator.process_index))
+        loss = step(model, batch)
+        accelerator.backward(loss)
+        norms.append(accelerator.clip_grad_norm_(model.parameters(), schedule.clip))
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.step += 1
+        ema.update(accelerator.unwrap_model(model), step=progress.step)
+        losses.append(loss.detach())
+        bar.update()
+        if progress.step % schedule.log_every == 0 or progress.step == schedule.steps:
+            now = time.monotonic()
+            progress.seconds += now - clock
+            mean = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
+            if not torch.isfinite(torch.tensor(mean)):
+                raise FloatingPointError(
+                    f"the loss is {mean} at step {progress.step}; lower lr=, or set "
+                    "mixed_precision=no"
+                )
+            rate = len(losses) * len(batch["image"]) * accelerator.num_processes / (now - clock)
+            clock = now
+            if accelerator.is_main_process:
+                run.record(
+                    step=progress.step,
+                    loss=mean,
+                    lr=lr,
+                    grad_norm=float(torch.stack(norms).mean()),
+                    images_per_s=round(rate, 3),
+                    seconds=round(progress.seconds, 1),
+                )
+            bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", refresh=False)
+            losses, norms = [], []
+            # Only here, so that no line of the log averages over a restart, and not at the stop,
+            # where the checkpoint has to come after the validation.
+            if progress.step < stop and _agreed(accelerator, now - saved > schedule.save_every_s):
+                run.save(accelerator, progress.step)
+                saved = time.monotonic()
+    progress.seconds += time.monotonic() - clock
+
+
+def _agreed(accelerator: Accelerator, wish: bool) -> bool:
+    """Whether any process wishes; the clocks of several processes differ."""
+    flag = torch.tensor(float(wish), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def _seed(*parts: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -1,0 +1,62 @@
+"""AdamW with learning rates that fall from the head towards the first block, and their schedule.
+
+There is no scheduler object: `set_lr` computes every learning rate from the step number, so there
+is nothing to save, nothing for accelerate to step once too often, and timm's ``lr_scale`` (which
+only timm's own schedulers apply) is applied here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import timm.optim
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+
+def layer_decayed(
+    model: nn.Module, lr: float, *, layer_decay: float = 1.0, weight_decay: float = 0.05
+) -> AdamW:
+    """AdamW over the model's trainable parameters, in timm's groups.
+
+    Args:
+        model: With ``group_matcher`` and ``no_weight_decay`` as timm's models have them; without
+            them, all layers learn alike.
+        lr: Of the last layers (the head or decoder).
+        layer_decay: Factor per block from the last to the first; 1 turns it off.
+        weight_decay: Not applied to biases, norms and what the model's ``no_weight_decay`` names.
+
+    Raises:
+        ValueError: If layer decay is asked of a model that does not say what its layers are.
+    """
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    groups: list[dict[str, Any]]
+    if layer_decay == 1.0:
+        groups = timm.optim.param_groups_weight_decay(  # type: ignore[attr-defined]
+            model, weight_decay, no_weight_decay_list=exempt
+        )
+    elif hasattr(model, "group_matcher"):
+        groups = timm.optim.param_groups_layer_decay(
+            model, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay
+        )
+    else:
+        raise ValueError(
+            f"{type(model).__name__} has no group_matcher, so its layers are not known; "
+            "pass layer_decay=1"
+        )
+    return AdamW([group | {"lr": lr * group.get("lr_scale", 1.0)} for group in groups], lr=lr)
+
+
+def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
+    """Factor on the learning rate in step number `step`, counted from 0: up linearly, down to 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets every group's learning rate to `lr` times the group's ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

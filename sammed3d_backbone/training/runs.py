@@ -1,0 +1,145 @@
+"""The folder of a run: its configuration, its log, its checkpoints; made to survive a kill.
+
+    <SAMMED3D_RUNS>/<name>/config.yaml        what was run; another configuration is refused
+                           metrics.jsonl      one JSON object per line, in the order of steps
+                           checkpoints/<step> the newest complete one is where the run goes on
+                           best.safetensors, last.safetensors    networks, see `export`
+                           results/           scores and figure
+
+A checkpoint is written beside its place and renamed, so at any moment the newest named one is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from sammed3d_backbone import config
+
+RUNS_VARIABLE = "SAMMED3D_RUNS"
+DEFAULT_RUNS = "~/sammed3d_runs"
+PARTIAL = "partial-"
+
+
+@dataclass
+class Progress:
+    """What a run knows beside its weights; saved in every checkpoint."""
+
+    step: int = 0  # finished optimiser steps
+    best: float = float("-inf")  # best validation score so far
+    seconds: float = 0.0  # spent in this run, over all resumes
+
+    def state_dict(self) -> dict[str, Any]:
+        """For accelerate's checkpoints."""
+        return {"step": self.step, "best": self.best, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For accelerate's checkpoints."""
+        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """The file of JSON lines."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = (self.folder / "checkpoints").glob("[0-9]*")
+        return sorted(found, key=lambda path: int(path.name))
+
+    def record(self, **values: Any) -> None:
+        """Appends one line to the log."""
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(values) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the log; a line cut off by a kill is left out."""
+        if not self.log.is_file():
+            return []
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def save(self, accelerator: Accelerator, step: int) -> None:
+        """Writes the checkpoint of a step and then removes the older ones."""
+        place = self.folder / "checkpoints" / f"{step:07d}"
+        partial = place.with_name(PARTIAL + place.name)
+        older = self.checkpoints
+        if place in older:
+            return
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            partial.replace(place)
+            for path in older:
+                shutil.rmtree(path)
+        accelerator.wait_for_everyone()
+
+    def resume(self, accelerator: Accelerator, progress: Progress) -> bool:
+        """Goes on from the newest checkpoint, if there is one.
+
+        The log forgets what came after it, and what a kill left half-written is removed.
+
+        Args:
+            accelerator: With everything prepared and registered that is to be restored.
+            progress: Registered with the accelerator; tells the step.
+        """
+        if accelerator.is_main_process:
+            for path in (self.folder / "checkpoints").glob(f"{PARTIAL}*"):
+                shutil.rmtree(path)
+        accelerator.wait_for_everyone()
+        found = self.checkpoints
+        if found:
+            accelerator.load_state(str(found[-1]))
+        if accelerator.is_main_process:
+            kept = [line for line in self.records() if line["step"] <= progress.step]
+            _write(self.log, "".join(json.dumps(line) + "\n" for line in kept if found))
+        accelerator.wait_for_everyone()
+        return bool(found)
+
+
+def open_run(name: str, cfg: Any) -> Run:
+    """The run of that name below SAMMED3D_RUNS, new or to be continued.
+
+    Raises:
+        ValueError: If the folder holds a run of another configuration; names what differs.
+    """
+    folder = Path(os.environ.get(RUNS_VARIABLE, DEFAULT_RUNS)).expanduser() / name
+    written = folder / "config.yaml"
+    if written.is_file():
+        try:
+            earlier = config.load(type(cfg), written)
+        except ValueError as error:
+            raise ValueError(
+                f"{folder} holds a run of another version ({error}); pass another name="
+            ) from None
+        changed = config.differences(earlier, cfg)
+        if changed:
+            listed = ", ".join(f"{key} ({a!r} -> {b!r})" for key, (a, b) in changed.items())
+            raise ValueError(
+                f"{folder} holds a run with other values of {listed}; pass another name=, or "
+                "remove the folder to start over"
+            )
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _write(written, config.dump(cfg))
+    return Run(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a small file so that it is whole at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
