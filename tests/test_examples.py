@@ -17,7 +17,13 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.D
 @pytest.fixture
 def run_offline(tmp_path):
     """Runs Python in an empty folder, where no hub can be asked and no window opened."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "MPLBACKEND": "Agg"}
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+    }
 
     def run(*arguments):
         done = subprocess.run(

@@ -106,7 +106,7 @@ def test_the_wheel_carries_licence_and_notice(wheel):
 
 
 def test_the_first_example_of_the_readme_runs_outside_the_checkout(installed, tmp_path):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     where = run(installed, "-c", "import sammed3d_backbone as s; print(s.__file__)", cwd=tmp_path)
     assert not Path(where).is_relative_to(ROOT)
     run(installed, "-c", FIRST_EXAMPLE, cwd=tmp_path, env=env)
