@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from sammed3d_backbone.pretrained import Weights
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --- info ------------------------------------------------------------------------------------
 
 
-def _add_info(commands: "Commands") -> None:
+def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "info",
         help="show a weights record, or what is in a file",
@@ -111,7 +109,7 @@ def _shortened(text: str, limit: int = 300) -> str:
 # --- convert ---------------------------------------------------------------------------------
 
 
-def _add_convert(commands: "Commands") -> None:
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "convert",
         help="write a checkpoint as safetensors",
@@ -147,7 +145,7 @@ def _run_convert(args: argparse.Namespace) -> int:
 # --- verify ----------------------------------------------------------------------------------
 
 
-def _add_verify(commands: "Commands") -> None:
+def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "verify",
         help="check a file's hash, names, shapes and values",

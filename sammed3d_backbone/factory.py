@@ -97,6 +97,10 @@ def encoder(
     tensors, metadata = read(path)
     record = from_metadata(record, metadata)
     _require_variant(record, variant)
+    if record.rel_pos == "axial" and rel_pos == "released":
+        raise ValueError(
+            f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
+        )
     found = variant_of(tensors)
     if found not in (None, variant):
         raise CheckpointError(
@@ -210,10 +214,6 @@ def _require_variant(record: Weights, variant: str) -> None:
 
 def _with_positions(report: LoadReport, record: Weights, rel_pos: RelPos) -> LoadReport:
     """The report with a note if the values were trained with the other relative positions."""
-    if rel_pos == "released" and record.rel_pos == "axial":
-        raise CheckpointError(
-            f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
-        )
     if rel_pos == "released" or record.rel_pos == "axial":
         return report
     note = Change(

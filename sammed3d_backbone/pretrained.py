@@ -258,7 +258,7 @@ def locate(weights: str | os.PathLike[str]) -> tuple[Weights, Path]:
             f"no weights file {str(weights)!r}; give an existing .safetensors or .pth file, "
             f"'repo_id:file' for one on the Hub, or a name of {list_weights()}"
         )
-    near = difflib.get_close_matches(str(weights), [*WEIGHTS, "none"], n=1)
+    near = difflib.get_close_matches(str(weights), WEIGHTS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
         f"unknown weights {weights!r}; known: {list_weights()}, 'none' for a random start, "

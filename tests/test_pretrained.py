@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -38,43 +37,19 @@ REPO, FILE = "someone/net", "deep/net.safetensors"
 HUB_FILE = f"{REPO}:{FILE}"
 
 
-def load_hub_server():
-    path = Path(__file__).with_name("hub_server.py")
-    spec = importlib.util.spec_from_file_location("hub_server", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.HubServer
+_spec = importlib.util.spec_from_file_location(
+    "hub_server", Path(__file__).with_name("hub_server.py")
+)
+hub_server = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hub_server)
+loopback_hub = hub_server.loopback_hub  # a fixture
 
 
 @pytest.fixture
-def hub():
-    """A Hub on loopback with one file."""
-    with load_hub_server()() as server:
-        server.publish(REPO, FILE, CONTENT)
-        yield server
-
-
-@pytest.fixture
-def at_hub(hub, tmp_path, monkeypatch):
-    """This process asks the loopback Hub and caches in a fresh folder.
-
-    huggingface_hub reads its environment when it is imported, hence its constants; the test of
-    the environment itself is run in a process of its own.
-    """
-    for name in list(os.environ):
-        if name.startswith("HF_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    form = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", form)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    huggingface_hub.close_session()
-    yield hub
-    huggingface_hub.close_session()
+def at_hub(loopback_hub):
+    """The loopback Hub with one file, which this process asks."""
+    loopback_hub.publish(REPO, FILE, CONTENT)
+    return loopback_hub
 
 
 @pytest.fixture
@@ -383,15 +358,15 @@ def test_a_pin_that_cannot_be_written_is_a_warning(at_hub, tmp_path, caplog):
     assert "is not pinned, a later change goes unseen" in caplog.text
 
 
-def test_the_environment_alone_steers_a_download(hub, tmp_path):
+def test_the_environment_alone_steers_a_download(at_hub, tmp_path):
     """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, each in a process of its own."""
-    hub.tokens[REPO] = "hf_right"
+    at_hub.tokens[REPO] = "hf_right"
     code = (
         "import sys; from sammed3d_backbone.pretrained import locate;"
         "print(locate(sys.argv[1])[1].read_bytes() == bytes(range(256)) * 4096)"
     )
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-    environment = {**kept, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    environment = {**kept, "HF_ENDPOINT": at_hub.endpoint, "HF_HOME": str(tmp_path)}
     environment["TQDM_POSITION"] = "-1"  # a progress bar without a terminal
 
     def run(**more):
@@ -408,10 +383,10 @@ def test_the_environment_alone_steers_a_download(hub, tmp_path):
     assert online.stdout.strip() == "True", online.stderr
     assert "downloading" in online.stderr
     assert "1.05M" in online.stderr  # the progress bar
-    hub.requests.clear()
+    at_hub.requests.clear()
     offline = run(HF_HUB_OFFLINE="1")
     assert offline.stdout.strip() == "True", offline.stderr
-    assert not hub.requests
+    assert not at_hub.requests
 
 
 # --- records in the metadata of files --------------------------------------------------------

@@ -1,0 +1,335 @@
+"""From names and files to networks: every layout, every size, and nothing random by accident."""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import sammed3d_backbone
+from sammed3d_backbone import encoder, list_weights
+from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, write
+from sammed3d_backbone.factory import encoder_like, variant_of
+from sammed3d_backbone.pretrained import DEFAULT_WEIGHTS, WEIGHTS, Weights, to_metadata
+from sammed3d_backbone.variants import VARIANTS, Variant
+
+_spec = importlib.util.spec_from_file_location(
+    "hub_server", Path(__file__).with_name("hub_server.py")
+)
+hub_server = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hub_server)
+loopback_hub = hub_server.loopback_hub  # a fixture
+
+GOLDEN = Path(__file__).parent / "golden" / "keys_vit_b.json"
+TOY = Variant(
+    img_size=32,
+    patch_size=8,
+    embed_dim=24,
+    depth=3,
+    num_heads=2,
+    global_attn_blocks=(1,),
+    window_size=3,
+    out_chans=6,
+)
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    """A variant that costs nothing, and no weights for it but those of the tests."""
+    monkeypatch.setitem(VARIANTS, "toy", TOY)
+
+
+@pytest.fixture
+def source(generator):
+    """A toy network of which no value is zero."""
+    network = encoder("toy", weights="none")
+    return filled(network, generator)
+
+
+def filled(network, generator):
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return network.eval()
+
+
+def save(network, path, **extra):
+    torch.save({"model_state_dict": network.state_dict(), **extra}, path)
+    return path
+
+
+def volume(side=32, channels=1):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(1, 1, side, side, side, generator=generator).expand(-1, channels, -1, -1, -1)
+
+
+def same(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+# --- names and random starts -----------------------------------------------------------------
+
+
+def test_the_public_names_are_functions_and_a_version():
+    assert sammed3d_backbone.__all__ == ["__version__", "encoder", "list_weights"]
+    assert "turbo" in list_weights()
+
+
+def test_a_random_start_is_asked_for_and_carries_no_record():
+    network = encoder("toy", weights="none")
+    assert (network.pretrained_cfg, network.load_report) == (None, None)
+
+
+def test_a_variant_without_weights_never_starts_at_random_by_itself():
+    with pytest.raises(ValueError, match="pass weights='none' for a random start"):
+        encoder("toy")
+
+
+@pytest.mark.parametrize("name", ["tiny", "vit_b_256"])
+def test_a_random_start_has_the_variants_sizes(name):
+    with torch.device("meta"):
+        network = encoder(name, weights="none", in_chans=2, drop_path=0.1)
+    sizes = VARIANTS[name]
+    assert network.img_size == (sizes.img_size,) * 3
+    assert (network.embed_dim, network.depth) == (sizes.embed_dim, sizes.depth)
+    assert network.in_chans == 2
+
+
+def test_a_random_start_may_have_any_size_and_axial_positions():
+    network = encoder("toy", weights="none", img_size=(16, 24, 32), rel_pos="axial")
+    assert network(torch.zeros(1, 1, 16, 24, 32)).shape == (1, 6, 2, 3, 4)
+
+
+def test_an_unknown_variant_gets_the_nearest_one():
+    with pytest.raises(ValueError, match=r"Did you mean 'vit_b'\?"):
+        encoder("vitb", weights="none")
+
+
+def test_weights_of_another_variant_are_refused_before_any_download():
+    with pytest.raises(ValueError, match=r"call encoder\('vit_b', weights='turbo'\)"):
+        encoder("toy", weights="turbo")
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "encoder only": lambda t: t,
+    "encoder only under its prefix": lambda t: {f"{ENCODER}{n}": v for n, v in t.items()},
+    "module. prefix": lambda t: {f"module.{ENCODER}{n}": v for n, v in t.items()},
+    "full model": lambda t: {
+        **{f"{ENCODER}{n}": v for n, v in t.items()},
+        "prompt_encoder.no_mask_embed.weight": torch.zeros(1, 6),
+        "mask_decoder.iou_token.weight": torch.zeros(1, 6),
+    },
+    "training run": lambda t: {
+        "model_state_dict": {f"{ENCODER}{n}": v for n, v in t.items()},
+        "args": argparse.Namespace(lr=1.0),
+        "epoch": 1,
+    },
+    "state_dict": lambda t: {"state_dict": t},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_file_in_any_layout_gives_the_network_that_made_it(tmp_path, source, layout):
+    torch.save(layout(source.state_dict()), tmp_path / "a.pth")
+    network = encoder("toy", weights=tmp_path / "a.pth").eval()
+    assert same(network, source)
+    assert torch.equal(network(volume()), source(volume()))
+    report = network.load_report
+    assert set(report.matched) == set(source.state_dict())
+    changes = (report.missing, report.unexpected, report.adapted, report.reshaped)
+    assert changes == ((), (), (), ())
+
+
+def test_the_network_carries_the_record_of_its_file(tmp_path, source):
+    path = save(source, tmp_path / "a.pth")
+    record = encoder("toy", weights=path).pretrained_cfg
+    assert record.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (record.variant, record.status) == ("toy", "local file")
+
+
+def test_a_record_inside_a_file_reaches_the_network(tmp_path, source):
+    path = tmp_path / "a.safetensors"
+    inside = Weights(name="mine", variant="toy", spacing_mm=(1.0, 1.0, 2.0), rel_pos="released")
+    write(path, source.state_dict(), to_metadata(inside))
+    network = encoder("toy", weights=path)
+    assert same(network, source)
+    assert network.pretrained_cfg.spacing_mm == (1.0, 1.0, 2.0)
+    assert network.pretrained_cfg.status == "local file, made from mine"
+
+
+def test_a_record_inside_a_file_for_another_variant_is_refused(tmp_path, source):
+    path = tmp_path / "a.safetensors"
+    write(path, source.state_dict(), to_metadata(Weights(name="mine", variant="tiny")))
+    with pytest.raises(ValueError, match=r"call encoder\('tiny'"):
+        encoder("toy", weights=path)
+
+
+def test_a_file_with_another_variants_sizes_names_that_variant(tmp_path, source):
+    path = save(source, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"call encoder\('toy', weights=\.\.\.\)"):
+        encoder("tiny", weights=path)
+
+
+def test_a_file_that_lacks_tensors_raises_and_never_loads_in_part(tmp_path, source):
+    state = source.state_dict()
+    del state["blocks.2.attn.qkv.weight"]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"blocks\.2\.attn\.qkv\.weight"):
+        encoder("toy", weights=tmp_path / "a.pth")
+
+
+def test_a_file_of_something_else_raises(tmp_path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="choose the variant that the file belongs to"):
+        encoder("toy", weights=tmp_path / "a.pth")
+
+
+def test_the_variant_of_every_size_is_recognised_from_its_tensors():
+    for name in VARIANTS:
+        with torch.device("meta"):
+            state = encoder(name, weights="none").state_dict()
+        assert variant_of(state) == name
+        assert variant_of({f"{ENCODER}{n}": t for n, t in state.items()}) == name
+    assert variant_of({}) is None
+
+
+def test_the_released_files_tensors_are_those_of_vit_b():
+    shapes = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    released = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with torch.device("meta"):
+        ours = encoder_like(released, "vit_b").state_dict()
+    assert {f"{ENCODER}{n}": list(t.shape) for n, t in ours.items()} == {
+        n: shape for n, shape in shapes.items() if n.startswith(ENCODER)
+    }
+
+
+# --- channels, sizes, positions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gains", [None, (0.5, 0.25, 0.25, 0)])
+def test_more_channels_keep_the_response(tmp_path, source, gains):
+    path = save(source, tmp_path / "a.pth")
+    network = encoder("toy", weights=path, in_chans=4, channel_gains=gains).eval()
+    assert torch.allclose(network(volume(channels=4)), source(volume()), atol=1e-4)
+    assert "4 channels" in str(network.load_report)
+
+
+def test_gains_without_weights_to_adapt_are_refused():
+    with pytest.raises(ValueError, match="leave them out of a random start"):
+        encoder("toy", weights="none", in_chans=2, channel_gains=(0.5, 0.5))
+
+
+def test_another_size_resamples_the_position_table_and_nothing_else(tmp_path, source):
+    path = save(source, tmp_path / "a.pth")
+    network = encoder("toy", weights=path, img_size=48).eval()
+    (change,) = network.load_report.reshaped
+    assert str(change) == ("pos_embed: (1, 4, 4, 4, 24) -> (1, 6, 6, 6, 24), resampled trilinearly")
+    expected = torch.nn.functional.interpolate(
+        source.pos_embed.movedim(-1, 1), size=(6, 6, 6), mode="trilinear"
+    ).movedim(1, -1)
+    assert torch.allclose(network.pos_embed, expected)
+    assert torch.equal(network.blocks[1].attn.rel_pos_d, source.blocks[1].attn.rel_pos_d)
+    source.set_input_size(48)
+    assert torch.equal(network(volume(48)), source(volume(48)))
+
+
+def test_the_size_that_weights_were_stored_with_is_the_default(tmp_path, generator):
+    bigger = filled(encoder("toy", weights="none", img_size=48), generator)
+    network = encoder("toy", weights=save(bigger, tmp_path / "a.pth")).eval()
+    assert network.img_size == (48, 48, 48)
+    assert same(network, bigger)
+
+
+def test_a_network_that_was_resized_is_stored_and_found_again(tmp_path, source):
+    source.set_input_size(48)  # new position table, old relative tables
+    network = encoder("toy", weights=save(source, tmp_path / "a.pth")).eval()
+    assert same(network, source)
+    assert torch.equal(network(volume(48)), source(volume(48)))
+    again = encoder("toy", weights=tmp_path / "a.pth", img_size=32)
+    assert again.img_size == (32, 32, 32)
+    assert len(again.load_report.reshaped) == 1
+
+
+def test_axial_positions_on_other_weights_say_that_they_need_fine_tuning(tmp_path, source, caplog):
+    network = encoder("toy", weights=save(source, tmp_path / "a.pth"), rel_pos="axial")
+    assert "fine-tune before use" in caplog.text
+    assert "relative positions: not known -> axial" in str(network.load_report)
+
+
+def test_axial_weights_load_as_what_they_are(tmp_path, generator, caplog):
+    box = (16, 24, 32)
+    axial = filled(encoder("toy", weights="none", rel_pos="axial", img_size=box), generator)
+    path = tmp_path / "a.safetensors"
+    write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
+    network = encoder("toy", weights=path, rel_pos="axial").eval()
+    assert network.img_size == box
+    assert same(network, axial)
+    assert not caplog.text
+    with pytest.raises(ValueError, match="pass rel_pos='axial'"):
+        encoder("toy", weights=path)
+
+
+# --- the Hub ---------------------------------------------------------------------------------
+
+
+def test_a_file_on_the_hub_becomes_a_network(loopback_hub, tmp_path, source):
+    path = save(source, tmp_path / "a.pth")
+    loopback_hub.publish("someone/net", "toy.pth", path.read_bytes())
+    network = encoder("toy", weights="someone/net:toy.pth")
+    assert same(network, source)
+    assert network.pretrained_cfg.repo_id == "someone/net"
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_hostile_file_from_the_hub_runs_nothing(loopback_hub, tmp_path, source):
+    path = save(source, tmp_path / "a.pth", args=Hostile(tmp_path / "it ran"))
+    loopback_hub.publish("someone/net", "toy.pth", path.read_bytes())
+    with pytest.raises(CheckpointError, match=r"mkdir, which is code and not tensors"):
+        encoder("toy", weights="someone/net:toy.pth")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.integration
+def test_the_default_encoder_at_full_size_through_the_hub(
+    loopback_hub, tmp_path, monkeypatch, caplog
+):
+    """`encoder()` on a file with the released file's names, shapes and layout."""
+    shapes = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    tensors = {n: torch.full(shape, float(i)) for i, (n, shape) in enumerate(shapes.items())}
+    path = tmp_path / "turbo.pth"
+    torch.save({"model_state_dict": tensors}, path)
+    content = path.read_bytes()
+    listed = dataclasses.replace(WEIGHTS["turbo"], sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(WEIGHTS, "turbo", listed)
+    loopback_hub.publish(listed.repo_id, listed.filename, content)
+    assert DEFAULT_WEIGHTS["vit_b"] == "turbo"
+
+    network = encoder()
+
+    assert "downloading sam_med3d_turbo.pth (402 MB)" in caplog.text
+    assert network.pretrained_cfg == listed
+    assert len(network.load_report.matched) == 189
+    assert len(network.load_report.unused) == 135
+    state = network.state_dict()
+    assert all(torch.equal(state[n], tensors[f"{ENCODER}{n}"]) for n in state)
+
+    torch.save({"model_state_dict": tensors, "args": argparse.Namespace(lr=8e-4)}, path)
+    local = encoder("vit_b", weights=path)
+    assert same(local, network)
+    assert local.pretrained_cfg.status == "local file"
