@@ -5,13 +5,12 @@ on nothing else, so a foreign encoder that has them works in every adapter. The 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
 
-@runtime_checkable
 class Encoder(Protocol):
     """A plain 3-D encoder with one token grid.
 
@@ -34,10 +33,20 @@ class Encoder(Protocol):
     def depth(self) -> int:
         """Number of blocks."""
 
+    @overload
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: Literal[True]
+    ) -> list[Tensor]: ...
+
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
-        """Maps (B, E, x, y, z) after chosen blocks; first the final (B, F, x, y, z) unless told not."""
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """The final map (B, F, x, y, z) unless told not, and maps (B, E, x, y, z) of blocks."""
 
     def prune_intermediate_layers(
         self, indices: Sequence[int] | None = None, *, prune_norm: bool = False

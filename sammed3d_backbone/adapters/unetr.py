@@ -55,7 +55,7 @@ class UNETR(nn.Module):
         self.tap_norms = nn.ModuleList(
             LayerNorm3d(hidden_size) if tap_norm else nn.Identity() for _ in normed
         )
-        blocks = {"kernel_size": 3, "norm_name": norm_name, "res_block": res_block}
+        blocks: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": res_block}
         self.stem = UnetrBasicBlock(3, encoder.in_chans, widths[0], stride=1, **blocks)
         self.skips = nn.ModuleList(
             UnetrPrUpBlock(
@@ -91,7 +91,8 @@ class UNETR(nn.Module):
         y = maps[-1]
         for up, level in zip(reversed(self.ups), reversed(levels), strict=True):
             y = up(y, level)
-        return self.out(y)
+        logits: Tensor = self.out(y)
+        return logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the encoder's blocks in the backward pass."""

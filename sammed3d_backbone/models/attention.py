@@ -1,4 +1,4 @@
-"""Attention over a 3-D token grid with relative positions: released or axial, whole grid or windows.
+"""Attention over a 3-D token grid, whole or in windows, with released or axial positions.
 
 Comes in: normalised tokens (B, X, Y, Z, E); goes out: the same shape after attention and output
 projection. Letters used here: B batch, E token width, A heads, C width of one head, N tokens of
@@ -37,7 +37,6 @@ of the bias adds q(i)·b_k to every logit of row i, padded or not, and drops out
 it is left out everywhere. The textbook form on the padded window is in the tests.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +46,7 @@ from torch import Tensor, nn
 
 RelPos = Literal["released", "axial"]
 Grid = tuple[int, int, int]  # tokens per axis
+CACHED_LOGITS = 2**18  # attention logits of a group of heads that a CPU works on at once
 
 
 class Attention(nn.Module):
@@ -90,28 +90,21 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * table_grid[2] - 1, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        side = self.window_size
-        grid = x.shape[1:4]
-        if not side or all(n <= side for n in grid):
-            return self._attend(x)
-        out = torch.empty_like(x)
-        # Windows of equal real extents go through together: per axis there are whole windows and
-        # at most one partial one, hence at most eight groups.
-        for spans in itertools.product(*(_spans(n, side) for n in grid)):
-            index = (slice(None), *(slice(start, stop) for start, stop, _ in spans))
-            ex, ey, ez = (extent for _, _, extent in spans)
-            windows = x[index].unflatten(3, (-1, ez)).unflatten(2, (-1, ey)).unflatten(1, (-1, ex))
-            windows = windows.permute(0, 1, 3, 5, 2, 4, 6, 7)  # (B, nx, ny, nz, ex, ey, ez, E)
-            y = self._attend(windows.flatten(0, 3)).view(windows.shape)
-            y = y.permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B, nx, ex, ny, ey, nz, ez, E)
-            out[index] = y.flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return out
+        side = self.window_size or max(x.shape[1:4])
+        slabs = []
+        for slab in x.split(side, dim=1):
+            bars = []
+            for bar in slab.split(side, dim=2):
+                windows = [self._attend(window) for window in bar.split(side, dim=3)]
+                bars.append(torch.cat(windows, dim=3))
+            slabs.append(torch.cat(bars, dim=2))
+        return torch.cat(slabs, dim=1)
 
     def _attend(self, x: Tensor) -> Tensor:
-        """Attention inside each grid of a batch of equal grids or windows.
+        """Attention inside one window, or inside the grid where that is the window.
 
         Shapes:
-            x: (B, x, y, z, E), real tokens only.
+            x: (B, x, y, z, E), real tokens only; an extent below S means padding behind it.
             returns: the same.
         """
         batch, *extents, _ = x.shape
@@ -121,108 +114,114 @@ class Attention(nn.Module):
         qkv = F.linear(x.flatten(1, 3), self.qkv.weight, bias)  # (B, N, 3 * E)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, A, N, C)
         q, k, v = qkv.flatten(1, 2).unbind(0)  # (B * A, N, C)
-        if self.rel_pos == "axial":
-            positions = self._axial(q, grid)
-        else:
-            b_q = q_bias.view(1, self.num_heads, -1).expand(batch, -1, -1).flatten(0, 1)
-            b_v = v_bias.view(1, self.num_heads, 1, -1).expand(batch, -1, -1, -1).flatten(0, 1)
-            positions = self._released(q, b_q, grid)
-            if positions.extra_key:
-                k = F.pad(k, (0, 0, 0, 1))  # (B * A, N + 1, C)
-                v = torch.cat([v, b_v], dim=1)  # (B * A, N + 1, C)
-        # Terms that depend on the query ride along in the matrix product, against one-hot keys.
-        q = torch.cat([q * self.scale, positions.queries], dim=-1)
-        k = torch.cat([k, positions.keys.expand(len(k), -1, -1)], dim=-1).transpose(1, 2)
-        logits = torch.bmm(q, k) if positions.base is None else torch.baddbmm(positions.base, q, k)
-        out = torch.bmm(logits.softmax(dim=-1), v)  # (B * A, N, C)
+        b_q, b_v = (b.view(self.num_heads, 1, -1).repeat(batch, 1, 1) for b in (q_bias, v_bias))
+        terms = self._axial(q, grid) if self.rel_pos == "axial" else self._released(q, b_q, grid)
+        if len(terms.keys) > q.shape[1]:
+            k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
+        # What differs between queries rides along in the matrix product, on indicator keys.
+        q = torch.cat([q, terms.queries], dim=-1)
+        k = torch.cat([k * self.scale, terms.keys.expand(len(k), -1, -1)], dim=-1)
+        out = _attend_by_heads(q, k, v, terms.lines)  # (Z, N, C)
         out = out.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2)  # (B, N, E)
-        return self.proj(out).unflatten(1, grid)
+        projected: Tensor = self.proj(out)
+        return projected.unflatten(1, grid)
 
-    def _released(self, q: Tensor, b_q: Tensor, grid: Grid) -> "Positions":
-        """Relative positions as the public weights were trained with them.
+    def _released(self, q: Tensor, b_q: Tensor, grid: Grid) -> "Terms":
+        """The released relative positions and, where the window is padded, the extra key's logit.
 
         Faithful: the mis-broadcast axes and the unmasked window padding; pinned by
-        `test_released_bias_equals_the_textbook_form`.
+        `test_released_attention_equals_the_textbook_form`.
 
         Shapes:
-            q: (Z, N, C), unscaled queries of Z = B * A heads on the real grid (x, y, z).
-            b_q: (Z, C), the query of a padded position.
+            q: (Z, N, C), unscaled queries.
+            b_q: (Z, 1, C), the query of a padded position.
         """
         x, y, z = grid
         side = self.window_size or x
         rel_d = _relative_rows(self.rel_pos_d, x, side)  # (x, S, C)
         rel_h = _relative_rows(self.rel_pos_h, y, side)  # (y, S, C)
         rel_w = _relative_rows(self.rel_pos_w, side, side)  # (S, S, C)
-        along_z = q.reshape(-1, x * y, z, q.shape[-1])  # (Z, x * y, z, C)
+        t = torch.matmul(q.reshape(-1, x, y * z, q.shape[-1]), rel_d.mT).flatten(1, 2)  # (Z, N, S)
+        lines = q.reshape(-1, x * y, z, q.shape[-1])  # (Z, x * y, z, C)
         if z < side:
-            pads = b_q[:, None, None, :].expand(-1, x * y, side - z, -1)
-            along_z = torch.cat([along_z, pads], dim=2)  # (Z, x * y, S, C)
-        t = torch.matmul(q.reshape(-1, x, y * z, q.shape[-1]), rel_d.mT)  # (Z, x, y * z, S)
-        t = t.flatten(1, 2)  # (Z, N, S)
-        u = torch.matmul(along_z.unflatten(1, (x, y)), rel_h.mT).flatten(1, 2)  # (Z, x * y, S, S)
-        v = torch.matmul(along_z.flatten(0, 1).transpose(0, 1), rel_w.mT)  # (S, Z * x * y, S)
+            pads = b_q[:, None].expand(-1, x * y, side - z, -1)
+            lines = torch.cat([lines, pads], dim=2)  # (Z, x * y, S, C)
+        u = torch.matmul(lines.unflatten(1, (x, y)), rel_h.mT).flatten(1, 2)  # (Z, x * y, S, S)
+        v = torch.matmul(lines.flatten(0, 1).transpose(0, 1), rel_w.mT)  # (S, Z * x * y, S)
         v = v.transpose(0, 1).unflatten(0, (-1, x * y))  # (Z, x * y, S, S)
-        # Every query along the last axis shares these terms.
-        rows = (u[:, :, :x, None, :z] + v[:, :, None, :y, :z]).flatten(2)  # (Z, x * y, x * y * z)
-        base = rows[:, :, None, :].expand(-1, -1, z, -1)  # (Z, x * y, z, N)
+        lines_bias = (u[:, :, :x, None, :z] + v[:, :, None, :y, :z]).flatten(2)  # (Z, x * y, N)
         keys = torch.eye(z, dtype=q.dtype, device=q.device).repeat(x * y, 1)  # (N, z)
-        extra_key = min(grid) < side
-        if extra_key:
-            logit = _padding_logit(t.unflatten(1, (x * y, z)), u, v, grid)  # (Z, x * y, z)
-            base = torch.cat([base, logit[..., None]], dim=-1)  # (Z, x * y, z, N + 1)
-            keys = F.pad(keys, (0, 0, 0, 1))
-        return Positions(
-            queries=t[..., :z], keys=keys, base=base.flatten(1, 2), extra_key=extra_key
+        if min(grid) == side:
+            return Terms(t, keys, lines_bias)
+        extra = _padding_logit(t.unflatten(1, (x * y, z)), u, v, grid).flatten(1)  # (Z, N)
+        return Terms(
+            queries=torch.cat([t[..., :z], extra[..., None]], dim=-1),  # (Z, N, z + 1)
+            keys=torch.block_diag(keys, keys.new_ones(1, 1)),  # (N + 1, z + 1)
+            lines=F.pad(lines_bias, (0, 1)),  # (Z, x * y, N + 1)
         )
 
-    def _axial(self, q: Tensor, grid: Grid) -> "Positions":
+    def _axial(self, q: Tensor, grid: Grid) -> "Terms":
         """Relative positions per axis; padding takes no part.
 
         Shapes:
-            q: (Z, N, C), unscaled queries on the real grid (x, y, z).
+            q: (Z, N, C), unscaled queries.
         """
-        side = self.window_size
-        x, y, z = grid
-        q_grid = q.unflatten(1, grid)  # (Z, x, y, z, C)
-        queries = [
-            torch.einsum(
-                "ndhwc,dkc->ndhwk", q_grid, _relative_rows(self.rel_pos_d, x, side or x)[:, :x]
-            ),
-            torch.einsum(
-                "ndhwc,hkc->ndhwk", q_grid, _relative_rows(self.rel_pos_h, y, side or y)[:, :y]
-            ),
-            torch.einsum(
-                "ndhwc,wkc->ndhwk", q_grid, _relative_rows(self.rel_pos_w, z, side or z)[:, :z]
-            ),
-        ]
-        eyes = [torch.eye(n, dtype=q.dtype, device=q.device) for n in grid]
-        keys = [
-            eyes[0][:, None, None, :].expand(x, y, z, x),
-            eyes[1][None, :, None, :].expand(x, y, z, y),
-            eyes[2][None, None, :, :].expand(x, y, z, z),
-        ]
-        return Positions(
-            queries=torch.cat(queries, dim=-1).flatten(1, 3),  # (Z, N, x + y + z)
-            keys=torch.cat(keys, dim=-1).flatten(0, 2),  # (N, x + y + z)
-            base=None,
-            extra_key=False,
-        )
+        q = q.unflatten(1, grid)  # (Z, x, y, z, C)
+        queries, keys = [], []
+        tables = (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w)
+        for axis, (n, table) in enumerate(zip(grid, tables, strict=True)):
+            rows = _relative_rows(table, n, self.window_size or n)[:, :n]  # (n, n, C)
+            along = q.movedim(axis + 1, 1).flatten(2, 3)  # (Z, n, N / n, C)
+            values = torch.matmul(along, rows.mT)  # (Z, n, N / n, n)
+            others = [m for i, m in enumerate(grid) if i != axis]
+            queries.append(values.unflatten(2, others).movedim(1, axis + 1).flatten(1, 3))
+            place = [1, 1, 1, n]
+            place[axis] = n
+            eye = torch.eye(n, dtype=q.dtype, device=q.device).view(place)
+            keys.append(eye.expand(*grid, n).flatten(0, 2))
+        return Terms(torch.cat(queries, dim=-1), torch.cat(keys, dim=-1), None)
 
 
 @dataclass(frozen=True)
-class Positions:
-    """The position part of the logits: `queries @ keys.T + base`.
+class Terms:
+    """The position part of the logits, as `queries @ keys.T + lines`.
 
     Shapes:
-        queries: (Z, N, R), R relative values per query.
-        keys: (N, R) or with an extra key (N + 1, R), rows that pick among them.
-        base: (Z, N, N) or (Z, N, N + 1), or None for zero.
+        queries: (Z, N, R), R values per query.
+        keys: (K, R), indicators of the value that a key takes; K is N, or N + 1 with an extra key.
+        lines: (Z, N / z, K), what all z queries of a line along the last axis share; or None.
     """
 
     queries: Tensor
     keys: Tensor
-    base: Tensor | None
-    extra_key: bool
+    lines: Tensor | None
+
+
+def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> Tensor:
+    """Softmax attention, a few heads at a time where the logits are to stay in a CPU's cache.
+
+    Shapes:
+        q: (Z, N, R + C).
+        k: (Z, K, R + C).
+        v: (Z, K, C).
+        lines: (Z, N / z, K), added to the logits of z consecutive queries; or None.
+        returns: (Z, N, C).
+    """
+    heads, queries, keys = len(q), q.shape[1], k.shape[1]
+    group = max(1, CACHED_LOGITS // (queries * keys)) if q.device.type == "cpu" else heads
+    lines_of = [None] * heads if lines is None else lines.split(group)
+    out = []
+    for q_i, k_i, v_i, lines_i in zip(
+        q.split(group), k.split(group), v.split(group), lines_of, strict=False
+    ):
+        if lines_i is None:
+            logits = torch.bmm(q_i, k_i.mT)
+        else:
+            repeats = queries // lines_i.shape[1]
+            logits = lines_i[:, :, None].expand(-1, -1, repeats, -1).reshape(-1, queries, keys)
+            logits = torch.baddbmm(logits, q_i, k_i.mT)
+        out.append(torch.bmm(logits.softmax(dim=-1), v_i))
+    return torch.cat(out)
 
 
 def _padding_logit(t: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
@@ -263,10 +262,3 @@ def _relative_rows(table: Tensor, queries: int, side: int) -> Tensor:
     i = torch.arange(queries, device=table.device)[:, None]
     j = torch.arange(side, device=table.device)[None, :]
     return table[i - j + side - 1]
-
-
-def _spans(tokens: int, side: int) -> list[tuple[int, int, int]]:
-    """Start, stop and window extent of the whole windows along an axis, then of the partial one."""
-    whole = tokens - tokens % side
-    spans = [(0, whole, side), (whole, tokens, tokens - whole)]
-    return [span for span in spans if span[0] < span[1]]

@@ -75,7 +75,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        return out
 
 
 class ImageEncoder3D(nn.Module):
@@ -177,7 +178,8 @@ class ImageEncoder3D(nn.Module):
         return len(self.blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.neck(self.forward_features(x))
+        out: Tensor = self.neck(self.forward_features(x))
+        return out
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The residual stream after the last block, before the neck.

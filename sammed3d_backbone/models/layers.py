@@ -42,4 +42,5 @@ class MLPBlock(nn.Module):
         self.lin2 = nn.Linear(mlp_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
+        out: Tensor = self.lin2(F.gelu(self.lin1(x)))
+        return out
