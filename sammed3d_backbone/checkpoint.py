@@ -239,7 +239,7 @@ def _why_not(path: Path, error: Exception) -> str:
             f"{path} was pickled with a protocol that the safe reader does not know; load it "
             "where it was made and write it with torch.save's default protocol, or as safetensors"
         )
-    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].split(". ")[0]
     return f"{path} is not a weights file, or is damaged or cut short ({reason}); get it again"
 
 
@@ -253,7 +253,7 @@ def _imports_of(path: Path) -> tuple[list[str], int]:
         if opcode == "PROTO":
             protocol = max(protocol, int(str(argument)))
         elif opcode in ("GLOBAL", "INST"):
-            names.add(str(argument).replace(" ", "."))
+            names.add(str(argument).replace(" ", ".").replace("__builtin__", "builtins"))
         elif opcode == "STACK_GLOBAL":
             names.add(".".join(texts[-2:]))
         elif "UNICODE" in opcode:

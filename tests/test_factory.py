@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import doctest
 import hashlib
 import importlib.util
 import json
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import sammed3d_backbone
-from sammed3d_backbone import encoder, list_weights
+from sammed3d_backbone import encoder, factory, list_weights
 from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, write
 from sammed3d_backbone.factory import encoder_like, variant_of
 from sammed3d_backbone.pretrained import DEFAULT_WEIGHTS, WEIGHTS, Weights, to_metadata
@@ -114,6 +115,11 @@ def test_an_unknown_variant_gets_the_nearest_one():
 def test_weights_of_another_variant_are_refused_before_any_download():
     with pytest.raises(ValueError, match=r"call encoder\('vit_b', weights='turbo'\)"):
         encoder("toy", weights="turbo")
+
+
+def test_the_example_in_the_docstring_runs():
+    done = doctest.testmod(factory)
+    assert (done.failed, done.attempted) == (0, 2)
 
 
 # --- files -----------------------------------------------------------------------------------
