@@ -361,6 +361,7 @@ def evaluate(
             "weights": "EMA of the last step",
             "steps": progress.step,
             "seconds": round(progress.seconds, 1),
+            "cpu_seconds": round(progress.cpu_seconds, 1),
             "config": dataclasses.asdict(cfg),
         }
         write_scores(results, scores, dataset.classes, about)

@@ -8,17 +8,22 @@ the key. There is no nesting, no interpolation and no inheritance between files.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-C = TypeVar("C")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
@@ -62,7 +67,10 @@ def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not of the form key=value")
-        values[key] = yaml.safe_load(text)
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{override!r} is not valid YAML behind the =: {error}") from None
     try:
         return build(cls, values)
     except ValueError as error:
@@ -76,7 +84,7 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
         ValueError: If a key is unknown or missing, or a value does not fit.
     """
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
@@ -94,7 +102,7 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
     return cls(**{key: _fit(key, hints[key], value) for key, value in values.items()})
 
 
-def dump(config: Any) -> str:
+def dump(config: DataclassInstance) -> str:
     """The configuration as YAML that `load` reads back to an equal one."""
     values = {
         key: list(value) if isinstance(value, tuple) else value
@@ -103,13 +111,15 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def differences(one: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+def differences(
+    one: DataclassInstance, other: DataclassInstance
+) -> dict[str, tuple[object, object]]:
     """The keys in which two configurations of one class differ, with both values."""
     a, b = dataclasses.asdict(one), dataclasses.asdict(other)
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
 
 
-def _fit(key: str, hint: Any, value: Any) -> Any:
+def _fit(key: str, hint: object, value: object) -> object:
     """The value brought to the type its field declares."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -126,23 +136,33 @@ def _fit(key: str, hint: Any, value: Any) -> Any:
         if choices[-1] is not Ellipsis and len(items) != len(choices):
             raise ValueError(f"{key}={value!r}: give {len(choices)} values, as [a, b, ...]")
         return tuple(_fit(key, choices[0], item) for item in items)
-    if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    return _fit_scalar(key, hint, value)
+
+
+def _fit_scalar(key: str, hint: object, value: object) -> object:
+    """The value as a bool, int, float or str."""
+    if isinstance(value, bool) is not (hint is bool):
+        pass  # Python counts booleans as integers; a configuration does not
+    elif hint is str and isinstance(value, (str, int, float)):
         return str(value)
-    if hint is float and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-4 (without a dot) as a string; people write it all the time.
-        try:
+    elif hint is float and isinstance(value, (str, int, float)):
+        # YAML 1.1 reads 1e-4 (without a dot) as a string, and people write it all the time.
+        with contextlib.suppress(ValueError):
             return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif isinstance(hint, type) and isinstance(value, hint):
         return value
-    raise ValueError(f"{key}={value!r}: give a value of type {hint.__name__}")
+    raise ValueError(f"{key}={value!r}: give a value of type {getattr(hint, '__name__', hint)}")
 
 
-def _knobs(cls: type) -> list[str]:
+def _knobs(cls: type[DataclassInstance]) -> list[str]:
     """One line per field: name, type and default."""
     lines = []
     for field in dataclasses.fields(cls):
-        default = "(required)" if field.default is dataclasses.MISSING else repr(field.default)
-        lines.append(f"{field.name}: {field.type} = {default}")
+        default = repr(field.default)
+        if field.default is dataclasses.MISSING:
+            default = "(required)"
+            if field.default_factory is not dataclasses.MISSING:
+                default = repr(field.default_factory())
+        kind = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+        lines.append(f"{field.name}: {kind} = {default}")
     return lines

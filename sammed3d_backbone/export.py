@@ -106,7 +106,7 @@ class Segmenter:
         self.model.eval()
         side = self.card.crop_vox
         with torch.inference_mode():
-            logits: Tensor = sliding_window_inference(
+            logits = sliding_window_inference(
                 image[None],
                 (side, side, side),
                 sw_batch_size=2,
@@ -114,6 +114,7 @@ class Segmenter:
                 overlap=self.card.overlap,
                 mode="gaussian",
             )
+        assert isinstance(logits, Tensor)  # as the network returns one
         return logits[0].float()
 
 

@@ -150,10 +150,8 @@ def read_fold(dataset: Dataset, fold: int, *, folds: int = 5, seed: int = 0) -> 
         ValueError: If there is no such fold.
     """
     path = dataset.folder / "splits.json"
-    if path.is_file():
-        made = _read_splits(dataset, path)
-    else:
-        made = _dealt_splits(dataset, folds, seed)
+    is_given = path.is_file()
+    made = _read_splits(dataset, path) if is_given else _dealt_splits(dataset, folds, seed)
     if not 0 <= fold < len(made):
         raise ValueError(f"fold={fold}: there are {len(made)}, counted from 0")
     return made[fold]

@@ -11,8 +11,9 @@ voxels ``n'`` nearest to the wanted one; it is recorded as `spacing_mm` and the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, SupportsInt
 
 import nibabel.orientations as orientations
 import numpy as np
@@ -264,6 +265,6 @@ def _small_integers(labels: Tensor) -> Tensor:
     return labels.to(torch.uint8 if int(labels.max()) < 256 else torch.int16)
 
 
-def _triple(values: Any) -> Triple:
+def _triple(values: Iterable[SupportsInt]) -> Triple:
     x, y, z = (int(v) for v in values)
     return x, y, z

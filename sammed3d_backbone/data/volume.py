@@ -7,6 +7,7 @@ resample or normalise; that is `geometry` and `intensity`.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import tempfile
 import zlib
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -81,13 +83,23 @@ class Volume:
         if not path.name.endswith(SUFFIXES):
             raise ValueError(f"{path} is not named .nii or .nii.gz; convert it to NIfTI first")
         try:
-            image = nib.load(path)
-            if not isinstance(image, nib.nifti1.Nifti1Pair):
-                raise ValueError(f"{path} is {type(image).__name__}; convert it to NIfTI first")
+            content = path.read_bytes()
+            if path.suffix == ".gz":
+                content = gzip.decompress(content)  # all of it, so that its checksum is compared
+            kind = nib.Nifti2Image if content[4:7] == b"n+2" else nib.Nifti1Image
+            image = kind.from_bytes(content)
             array = np.asarray(image.dataobj, dtype=np.float32)
-        except (ImageFileError, HeaderDataError, EOFError, OSError, zlib.error) as error:
+        except (
+            WrapStructError,
+            HeaderDataError,
+            ImageFileError,
+            EOFError,
+            OSError,
+            zlib.error,
+        ) as error:
+            reason = str(error).replace("\n", " ")
             raise ValueError(
-                f"{path} cannot be read as NIfTI ({error}); copy or convert it again"
+                f"{path} cannot be read as NIfTI ({reason}); copy or convert it again"
             ) from None
         while array.ndim > 3 and array.shape[-1] == 1:
             array = array[..., 0]

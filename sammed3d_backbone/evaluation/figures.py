@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -84,7 +85,7 @@ def run_figure(
 
 
 def _draw_plane(
-    axes: Any,
+    axes: Axes,
     image: np.ndarray[Any, Any],
     label: np.ndarray[Any, Any],
     prediction: np.ndarray[Any, Any],
@@ -112,7 +113,7 @@ def _draw_plane(
     axes.set_yticks([])
 
 
-def _draw_curve(axes: Any, records: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
+def _draw_curve(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     if points:
         steps, values = zip(*points, strict=True)

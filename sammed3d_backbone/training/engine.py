@@ -74,6 +74,7 @@ def train(
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     saved = clock = time.monotonic()
+    cpu_clock = time.process_time()
     for batch in batches:
         lr = schedule.lr * optim.warmup_cosine(progress.step, schedule.steps, schedule.warmup_steps)
         optim.set_lr(optimizer, lr)
@@ -89,7 +90,9 @@ def train(
         bar.update()
         if progress.step % schedule.log_every == 0 or progress.step == schedule.steps:
             now = time.monotonic()
+            cpu_now = time.process_time()
             progress.seconds += now - clock
+            progress.cpu_seconds += cpu_now - cpu_clock
             mean = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
             if not torch.isfinite(torch.tensor(mean)):
                 raise FloatingPointError(
@@ -97,7 +100,7 @@ def train(
                     "mixed_precision=no"
                 )
             rate = len(losses) * len(batch["image"]) * accelerator.num_processes / (now - clock)
-            clock = now
+            clock, cpu_clock = now, cpu_now
             if accelerator.is_main_process:
                 run.record(
                     step=progress.step,
@@ -106,6 +109,7 @@ def train(
                     grad_norm=float(torch.stack(norms).mean()),
                     images_per_s=round(rate, 3),
                     seconds=round(progress.seconds, 1),
+                    cpu_seconds=round(progress.cpu_seconds, 1),
                 )
             bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", refresh=False)
             losses, norms = [], []
@@ -114,7 +118,6 @@ def train(
             if progress.step < stop and _agreed(accelerator, now - saved > schedule.save_every_s):
                 run.save(accelerator, progress.step)
                 saved = time.monotonic()
-    progress.seconds += time.monotonic() - clock
 
 
 def _agreed(accelerator: Accelerator, wish: bool) -> bool:

@@ -30,10 +30,11 @@ def layer_decayed(
     Raises:
         ValueError: If layer decay is asked of a model that does not say what its layers are.
     """
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
+    named: Any = model  # nn.Module lets any attribute be a tensor
+    exempt = named.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     groups: list[dict[str, Any]]
     if layer_decay == 1.0:
-        groups = timm.optim.param_groups_weight_decay(  # type: ignore[attr-defined]
+        groups = timm.optim.param_groups_weight_decay(
             model, weight_decay, no_weight_decay_list=exempt
         )
     elif hasattr(model, "group_matcher"):

@@ -6,21 +6,25 @@
                            best.safetensors, last.safetensors    networks, see `export`
                            results/           scores and figure
 
-A checkpoint is written beside its place and renamed, so at any moment the newest named one is whole.
+A checkpoint is written beside its place and renamed, so the newest named one is always whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
 from sammed3d_backbone import config
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RUNS_VARIABLE = "SAMMED3D_RUNS"
 DEFAULT_RUNS = "~/sammed3d_runs"
@@ -33,15 +37,17 @@ class Progress:
 
     step: int = 0  # finished optimiser steps
     best: float = float("-inf")  # best validation score so far
-    seconds: float = 0.0  # spent in this run, over all resumes
+    seconds: float = 0.0  # on the clock, spent in training, over all resumes
+    cpu_seconds: float = 0.0  # of the main process's cores, likewise; blind to a busy machine
 
     def state_dict(self) -> dict[str, Any]:
         """For accelerate's checkpoints."""
-        return {"step": self.step, "best": self.best, "seconds": self.seconds}
+        return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """For accelerate's checkpoints."""
-        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Run:
         found = (self.folder / "checkpoints").glob("[0-9]*")
         return sorted(found, key=lambda path: int(path.name))
 
-    def record(self, **values: Any) -> None:
+    def record(self, **values: object) -> None:
         """Appends one line to the log."""
         with self.log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(values) + "\n")
@@ -111,7 +117,7 @@ class Run:
         return bool(found)
 
 
-def open_run(name: str, cfg: Any) -> Run:
+def open_run(name: str, cfg: DataclassInstance) -> Run:
     """The run of that name below SAMMED3D_RUNS, new or to be continued.
 
     Raises:

@@ -1,0 +1,190 @@
+"""The way to the network's grid and back: every orientation, oblique, anisotropic."""
+
+import itertools
+
+import nibabel.orientations as orientations
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sammed3d_backbone.data.geometry import Geometry
+
+# Every way three axes can lie in a file: six orders, eight signs.
+ORIENTATIONS = [
+    "".join(pair[sign] for pair, sign in zip(order, signs, strict=True))
+    for order in itertools.permutations(("LR", "PA", "IS"))
+    for signs in itertools.product((0, 1), repeat=3)
+]
+SPACING_MM = {"L": 0.7, "R": 0.7, "P": 1.3, "A": 1.3, "I": 3.0, "S": 3.0}
+
+
+def affine_of(axes, *, degrees=0.0, origin=(11.0, -7.0, 3.0)):
+    """Voxel -> RAS+ mm of a volume whose axes run towards the letters, turned about two axes."""
+    matrix = np.zeros((3, 3))
+    for column, letter in enumerate(axes):
+        row = "LRPAIS".index(letter) // 2
+        matrix[row, column] = SPACING_MM[letter] * (1 if letter in "RAS" else -1)
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array(
+        [[1, 0, 0], [0, c, -s], [0, s, c]]
+    )
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ matrix
+    affine[:3, 3] = origin
+    return affine
+
+
+def world_ramp(shape, affine):
+    """Three channels holding the world coordinates of each voxel, (3, X, Y, Z)."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return np.moveaxis(index @ affine[:3, :3].T + affine[:3, 3], -1, 0)
+
+
+def test_there_are_48_orientations():
+    assert len(set(ORIENTATIONS)) == 48
+
+
+@pytest.mark.parametrize("axes", ORIENTATIONS)
+@pytest.mark.parametrize("degrees", [0.0, 14.0])
+def test_the_axes_run_towards_ras_and_come_back_exactly(axes, degrees, rng):
+    shape = (5, 6, 7)
+    affine = affine_of(axes, degrees=degrees)
+    array = rng.integers(0, 200, shape)
+    geometry = Geometry.plan(shape, affine)
+    seen = geometry.apply(array)
+    assert orientations.aff2axcodes(geometry.affine) == ("R", "A", "S")
+    assert np.array_equal(geometry.invert(seen)[0].numpy(), array)
+
+
+@pytest.mark.parametrize("axes", ORIENTATIONS)
+def test_a_voxel_keeps_its_place_in_the_body(axes):
+    shape = (5, 6, 7)
+    affine = affine_of(axes, degrees=9.0)
+    geometry = Geometry.plan(shape, affine, min_shape=(8, 8, 8))
+    seen = geometry.apply(world_ramp(shape, affine), fill=np.nan)
+    expected = world_ramp((8, 8, 8), geometry.affine)
+    inside = ~torch.isnan(seen)
+    assert int(inside.sum()) == 3 * 5 * 6 * 7
+    assert np.allclose(seen[inside], expected[inside.numpy()], atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI", "SAL", "PIR"])
+def test_resampling_keeps_the_place_in_the_body(axes):
+    shape = (12, 10, 14)
+    affine = affine_of(axes, degrees=6.0)
+    geometry = Geometry.plan(shape, affine, (1.0, 1.0, 1.0))
+    seen = geometry.apply(world_ramp(shape, affine)).numpy()
+    expected = world_ramp(geometry.box_shape, geometry.affine)
+    # beyond the centres of the outermost voxels, linear interpolation repeats them
+    core = tuple(slice(2, -2) for _ in range(3))
+    assert np.allclose(seen[(..., *core)], expected[(..., *core)], atol=1e-3)
+
+
+def test_the_extent_is_kept_and_the_spacing_is_that_of_whole_voxels():
+    geometry = Geometry.plan((10, 10, 10), np.diag([0.7, 1.5, 5.0, 1.0]), (1.5, 1.5, 1.5))
+    assert geometry.resampled_shape == (5, 10, 33)
+    assert geometry.spacing_mm == pytest.approx((1.4, 1.5, 50 / 33))
+
+
+def test_a_thin_volume_keeps_one_voxel():
+    geometry = Geometry.plan((1, 4, 4), np.diag([0.2, 1.0, 1.0, 1.0]), (1.5, 1.5, 1.5))
+    assert geometry.resampled_shape == (1, 3, 3)
+    assert geometry.invert(geometry.apply(np.ones((1, 4, 4)))).shape == (1, 1, 4, 4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    axes=st.sampled_from(ORIENTATIONS),
+    degrees=st.floats(-40, 40),
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    spacing=st.tuples(*[st.floats(0.4, 4.0)] * 3),
+    side=st.integers(1, 12),
+)
+def test_labels_come_back_on_the_input_grid_for_any_volume(axes, degrees, shape, spacing, side):
+    geometry = Geometry.plan(
+        shape, affine_of(axes, degrees=degrees), spacing, min_shape=(side, side, side)
+    )
+    assert min(geometry.box_shape) >= side
+    probs = torch.zeros(2, *geometry.box_shape)
+    probs[1] = 1
+    labels = geometry.invert_labels(probs)
+    assert tuple(labels.shape) == shape
+    assert bool((labels == 1).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    axes=st.sampled_from(ORIENTATIONS),
+    factor=st.tuples(*[st.sampled_from([1, 3, 5])] * 3),
+    seed=st.integers(0, 99),
+)
+def test_a_grid_that_holds_the_old_centres_gives_every_label_back(axes, factor, seed):
+    shape = (4, 5, 3)
+    affine = affine_of(axes)
+    fine = Geometry.plan(shape, affine).spacing_mm
+    spacing = tuple(s / f for s, f in zip(fine, factor, strict=True))
+    labels = np.random.default_rng(seed).integers(0, 4, shape)
+    geometry = Geometry.plan(shape, affine, spacing)
+    seen = geometry.apply(np.stack([labels == value for value in range(4)]).astype(np.float32))
+    assert np.array_equal(geometry.invert_labels(seen, nearest=True).numpy(), labels)
+
+
+def test_integer_labels_are_not_touched_without_resampling(rng):
+    labels = rng.integers(0, 5, (4, 5, 6))
+    geometry = Geometry.plan((4, 5, 6), affine_of("PIR"))
+    seen = geometry.resample_labels(labels)
+    assert seen.dtype == torch.uint8
+    assert np.array_equal(geometry.invert(seen)[0].numpy(), labels)
+
+
+def test_resampled_labels_take_the_class_with_the_largest_share():
+    labels = np.zeros((4, 1, 1), dtype=np.int16)
+    labels[1:3] = 300
+    geometry = Geometry.plan((4, 1, 1), np.eye(4), (0.5, 1.0, 1.0))
+    assert geometry.resample_labels(labels).flatten().tolist() == [0, 0, 300, 300, 300, 300, 0, 0]
+
+
+def test_a_box_pads_with_one_value_per_channel_and_crops():
+    geometry = Geometry.plan((2, 2, 2), np.eye(4)).boxed((-1, 0, 1), (4, 2, 3))
+    seen = geometry.apply(np.ones((2, 2, 2, 2)), fill=torch.tensor([5.0, 7.0]))
+    assert seen[:, :, 0, 0].tolist() == [[5, 1, 1, 5], [7, 1, 1, 7]]
+    assert seen[:, 1, 0].tolist() == [[1, 5, 5], [1, 7, 7]]
+    back = geometry.invert(seen, fill=-1.0)
+    assert back[0, 0, 0].tolist() == [-1, 1]
+
+
+def test_a_box_beside_the_volume_holds_only_padding():
+    geometry = Geometry.plan((2, 2, 2), np.eye(4)).boxed((5, 5, 5), (2, 2, 2))
+    assert bool((geometry.apply(np.ones((2, 2, 2)), fill=-3.0) == -3).all())
+    assert geometry.invert_labels(torch.ones(1, 2, 2, 2)).sum() == 0
+
+
+def test_outside_the_box_is_background():
+    geometry = Geometry.plan((4, 1, 1), np.eye(4)).boxed((1, 0, 0), (2, 1, 1))
+    probs = torch.tensor([0.1, 0.9]).reshape(2, 1, 1, 1).expand(2, 2, 1, 1)
+    assert geometry.invert_labels(probs).flatten().tolist() == [0, 1, 1, 0]
+
+
+def test_an_array_of_another_grid_is_refused():
+    geometry = Geometry.plan((2, 2, 2), np.eye(4))
+    with pytest.raises(ValueError, match="plan a geometry from that array's own shape"):
+        geometry.apply(np.zeros((2, 2, 3)))
+
+
+def test_values_of_another_box_are_refused():
+    geometry = Geometry.plan((2, 2, 2), np.eye(4))
+    with pytest.raises(ValueError, match=r"give \(K, 2, 2, 2\)"):
+        geometry.invert(torch.zeros(1, 2, 2, 3))
+
+
+@pytest.mark.parametrize("spacing", [(0.0, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, np.nan, 1.0)])
+def test_a_spacing_that_is_none_is_refused(spacing):
+    with pytest.raises(ValueError, match="give three positive numbers"):
+        Geometry.plan((2, 2, 2), np.eye(4), spacing)
+
+
+def test_an_affine_without_direction_is_refused():
+    with pytest.raises(ValueError, match="mend the header"):
+        Geometry.plan((2, 2, 2), np.diag([1.0, 1.0, 0.0, 1.0]))

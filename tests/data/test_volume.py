@@ -1,0 +1,170 @@
+"""NIfTI file <-> array and affine."""
+
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from sammed3d_backbone.data.volume import Volume
+
+OBLIQUE = np.array([[0, -1.5, 0.1, 4], [0.7, 0, 0.2, -3], [0.1, 0.1, 3, 9], [0, 0, 0, 1]])
+
+
+def test_what_is_saved_is_loaded_back(tmp_path, rng):
+    array = rng.normal(size=(3, 4, 5)).astype(np.float32)
+    Volume(array, OBLIQUE).save(tmp_path / "v.nii.gz")
+    back = Volume.load(tmp_path / "v.nii.gz")
+    assert np.array_equal(back.array, array)
+    assert np.allclose(back.affine, OBLIQUE, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["sform", "qform"])
+def test_the_affine_of_a_file_goes_through_bit_equal(tmp_path, form):
+    header = nib.Nifti1Header()
+    rotation = np.diag([0.7, 0.9, 1.1, 1.0]) @ np.eye(4)
+    if form == "sform":
+        header.set_sform(OBLIQUE, code=1)
+    else:
+        header.set_qform(rotation, code=1)
+        header.set_sform(None, code=0)
+    affine = OBLIQUE if form == "sform" else rotation
+    image = nib.Nifti1Image(np.zeros((2, 3, 4), np.int16), None, header)
+    nib.save(image, tmp_path / "in.nii")
+    volume = Volume.load(tmp_path / "in.nii")
+    Volume(np.ones((2, 3, 4), np.uint8), volume.affine, volume.header).save(tmp_path / "out.nii.gz")
+    assert np.array_equal(Volume.load(tmp_path / "out.nii.gz").affine, volume.affine)
+    assert np.allclose(volume.affine, affine, atol=1e-6)
+
+
+def test_a_label_written_with_the_header_of_a_scaled_image_keeps_its_values(tmp_path):
+    image = nib.Nifti1Image(np.arange(8, dtype=np.float32).reshape(2, 2, 2) * 1000, np.eye(4))
+    image.header.set_data_dtype(np.int16)
+    image.header["cal_max"] = 100
+    nib.save(image, tmp_path / "image.nii.gz")
+    header = Volume.load(tmp_path / "image.nii.gz").header
+    labels = np.arange(8, dtype=np.uint8).reshape(2, 2, 2)
+    Volume(labels, np.eye(4), header).save(tmp_path / "label.nii.gz")
+    back = nib.load(tmp_path / "label.nii.gz")
+    assert np.array_equal(np.asarray(back.dataobj), labels)
+    assert back.get_data_dtype() == np.uint8
+
+
+def test_channels_come_first_in_memory_and_last_in_the_file(tmp_path, rng):
+    array = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    Volume(array, np.eye(4)).save(tmp_path / "v.nii.gz")
+    assert nib.load(tmp_path / "v.nii.gz").shape == (3, 4, 5, 2)
+    back = Volume.load(tmp_path / "v.nii.gz")
+    assert (back.channels, back.shape) == (2, (3, 4, 5))
+    assert np.array_equal(back.array, array)
+
+
+def test_a_fourth_axis_of_one_is_no_channel(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5, 1), np.int16), np.eye(4)), tmp_path / "v.nii")
+    assert Volume.load(tmp_path / "v.nii").array.shape == (3, 4, 5)
+
+
+def test_the_spacing_is_read_from_the_affine():
+    volume = Volume(np.zeros((2, 2, 2)), np.diag([-0.7, 1.5, 3, 1]))
+    assert volume.spacing_mm == pytest.approx((0.7, 1.5, 3))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.nii\.gz; check the path"):
+        Volume.load(tmp_path / "none.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["v.mha", "v.nrrd", "v"])
+def test_another_format_is_refused_by_its_name(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="convert it to NIfTI first"):
+        Volume.load(tmp_path / name)
+    with pytest.raises(ValueError, match="choose such a name"):
+        Volume(np.zeros((1, 1, 1)), np.eye(4)).save(tmp_path / name)
+
+
+def broken_files(good):
+    """What becomes of files on their way."""
+    return {
+        "empty": b"",
+        "text": b"not an image at all " * 40,
+        "cut": good[: len(good) // 2],
+        "flipped": good[:400] + bytes(255 - b for b in good[400:440]) + good[440:],
+        "cut inside": gzip.compress(gzip.decompress(good)[:500]),
+    }
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "flipped", "cut inside"])
+def test_a_broken_file_is_refused_with_its_path(tmp_path, damage, rng):
+    Volume(rng.normal(size=(9, 9, 9)), np.eye(4)).save(tmp_path / "good.nii.gz")
+    path = tmp_path / "broken.nii.gz"
+    path.write_bytes(broken_files((tmp_path / "good.nii.gz").read_bytes())[damage])
+    with pytest.raises(ValueError, match=r"broken\.nii\.gz .*copy or convert it again"):
+        Volume.load(path)
+
+
+@pytest.mark.parametrize(
+    ("affine", "remedy"),
+    [
+        (np.diag([1.0, 1.0, 0.0, 1.0]), "singular.*mend the header"),
+        (np.full((4, 4), np.nan), "no finite 4 x 4"),
+        (np.eye(3), "no finite 4 x 4"),
+    ],
+)
+def test_an_affine_that_places_nothing_is_refused(affine, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        Volume(np.zeros((2, 2, 2)), affine)
+
+
+def test_a_file_without_a_usable_affine_is_refused_with_its_path(tmp_path):
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), None)
+    image.header.set_sform(np.diag([1.0, 1.0, 0.0, 1.0]), code=1)
+    nib.save(image, tmp_path / "flat.nii")
+    with pytest.raises(ValueError, match=r"flat\.nii.*mend the header"):
+        Volume.load(tmp_path / "flat.nii")
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (1, 1, 2, 2, 2), (0, 2, 2)])
+def test_an_array_that_is_no_volume_is_refused(shape):
+    with pytest.raises(ValueError, match="give "):
+        Volume(np.zeros(shape), np.eye(4))
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "v.nii.gz"
+    Volume(np.zeros((2, 2, 2)), np.eye(4)).save(path)
+    before = path.read_bytes()
+
+    def fail(image, filename):
+        filename.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(nib, "save", fail)
+    with pytest.raises(OSError, match="no space left"):
+        Volume(np.ones((2, 2, 2)), np.eye(4)).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
+    path = tmp_path / "v.nii.gz"
+    Volume(np.zeros((2, 2, 2)), np.eye(4)).save(path)
+    before = path.read_bytes()
+    code = f"""
+        import os, signal
+        import nibabel as nib, numpy as np
+        from sammed3d_backbone.data.volume import Volume
+        def die(image, filename):
+            filename.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        nib.save = die
+        Volume(np.ones((2, 2, 2)), np.eye(4)).save({str(path)!r})
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=os.environ, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before

@@ -1,0 +1,116 @@
+"""Dataclass <- YAML <- key=value."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from sammed3d_backbone import config
+
+
+@dataclass(frozen=True)
+class Knobs:
+    name: str
+    steps: int = 10
+    lr: float = 1e-3
+    fast: bool = False
+    weights: str | None = None
+    spacing: tuple[float, float, float] | None = (1.5, 1.5, 1.5)
+    axes: tuple[int, ...] = ()
+    model: Literal["small", "large"] = "small"
+    tags: tuple[str, ...] = field(default_factory=tuple)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "knobs.yaml"
+    path.write_text("name: run\nlr: 1e-4\naxes: [0, 2]\n")
+    return path
+
+
+def test_a_file_fills_the_dataclass(file):
+    knobs = config.load(Knobs, file)
+    assert knobs == Knobs(name="run", lr=1e-4, axes=(0, 2))
+    assert isinstance(knobs.lr, float)  # YAML 1.1 reads 1e-4 as a string
+
+
+def test_the_command_line_wins(file):
+    knobs = config.load(Knobs, file, ["lr=0.5", "fast=true", "spacing=null", "axes=[1]", "name=7"])
+    assert knobs == Knobs(name="7", lr=0.5, fast=True, spacing=None, axes=(1,))
+
+
+def test_an_equals_sign_may_stand_in_the_value(file):
+    assert config.load(Knobs, file, ["weights=user/repo:a=b.pth"]).weights == "user/repo:a=b.pth"
+
+
+def test_what_is_dumped_is_read_back_equal(tmp_path):
+    knobs = Knobs(name="1", lr=3e-4, weights=None, spacing=(1, 2, 3), tags=("a", "null"))
+    path = tmp_path / "dumped.yaml"
+    path.write_text(config.dump(knobs))
+    assert config.load(Knobs, path) == knobs
+
+
+def test_differences_name_both_values():
+    assert config.differences(Knobs("a"), Knobs("a", steps=3)) == {"steps": (10, 3)}
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("stpes=3", "did you mean 'steps'"),
+        ("zzz=3", "known: name, steps"),
+        ("steps=many", "give a value of type int"),
+        ("steps=1.5", "give a value of type int"),
+        ("steps=true", "give a value of type int"),
+        ("lr=fast", "give a value of type float"),
+        ("lr=[1]", "give a value of type float"),
+        ("fast=1", "give a value of type bool"),
+        ("name=null", "give a value of type str"),
+        ("name=true", "give a value of type str"),
+        ("spacing=[1, 2]", "give 3 values"),
+        ("model=medium", "give one of small, large"),
+        ("steps", "of the form key=value"),
+        ("steps=[", "not valid YAML"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_remedy(file, override, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        config.load(Knobs, file, [override])
+
+
+def test_a_missing_value_is_named(tmp_path):
+    path = tmp_path / "knobs.yaml"
+    path.write_text("steps: 3\n")
+    with pytest.raises(ValueError, match="no value for name; add it as key=value"):
+        config.load(Knobs, path)
+
+
+def test_a_missing_file_says_what_to_pass(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pass one of recipes/configs"):
+        config.load(Knobs, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"), [("a: [", "not valid YAML"), ("- a\n", "see recipes/configs/")]
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, remedy):
+    path = tmp_path / "knobs.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=remedy):
+        config.load(Knobs, path)
+
+
+def test_the_command_line_reports_in_one_line_and_leaves(file, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        config.parse(Knobs, [str(file), "stpes=3"])
+    assert stopped.value.code == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_help_lists_every_knob_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(Knobs, ["--help"], description="What it does.")
+    shown = capsys.readouterr().out
+    assert "What it does." in shown
+    assert "steps: int = 10" in shown
+    assert "name: str = (required)" in shown
