@@ -14,7 +14,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 .PHONY: demo
 demo: $(INSTALLED)  ## fine-tune, score and draw; DATA=folder WEIGHTS=turbo for your own
-	$(BIN)/python recipes/demo.py $(if $(DATA),data=$(DATA)) $(if $(WEIGHTS),weights=$(WEIGHTS))
+	$(BIN)/python recipes/demo.py $(if $(DATA),'data=$(DATA)') $(if $(WEIGHTS),'weights=$(WEIGHTS)')
 
 .PHONY: test
 test: $(INSTALLED)  ## the whole default suite; real volumes from SAMMED3D_DATA
