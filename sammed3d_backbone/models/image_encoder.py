@@ -313,7 +313,8 @@ class ImageEncoder3D(nn.Module):
         """
         return {
             "stem": r"^pos_embed|^patch_embed",
-            "blocks": r"^blocks" if coarse else [(r"^blocks\.(\d+)", None), (r"^neck", (99999,))],
+            "blocks": r"^blocks" if coarse else [(r"^blocks\.(\d+)", None)],
+            "neck": r"^neck",
         }
 
     def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:

@@ -1,0 +1,97 @@
+"""What an adapter may rely on, for every size of ours and for a foreign encoder."""
+
+import pytest
+import torch
+from foreign import ConvEncoder
+from torch import nn
+
+from sammed3d_backbone.adapters.contract import check_encoder
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+from sammed3d_backbone.variants import VARIANTS
+
+
+def reduced(name, rel_pos="released"):
+    """A variant with its wiring and its number of blocks, at a fraction of its width and input."""
+    sizes = vars(VARIANTS[name])
+    heads = 2
+    return ImageEncoder3D(
+        **{
+            **sizes,
+            "embed_dim": 8 * heads,
+            "num_heads": heads,
+            "out_chans": 6,
+            "img_size": 2 * sizes["patch_size"],
+        },
+        rel_pos=rel_pos,
+    )
+
+
+@pytest.mark.parametrize("rel_pos", ["released", "axial"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_fulfils_the_contract(name, rel_pos):
+    check_encoder(reduced(name, rel_pos))
+
+
+def test_a_foreign_encoder_fulfils_the_contract():
+    check_encoder(ConvEncoder())
+
+
+def test_checking_leaves_mode_and_gradients_alone():
+    encoder = ConvEncoder().train()
+    check_encoder(encoder)
+    assert encoder.training
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_a_missing_name_is_named():
+    with pytest.raises(TypeError, match=r"Identity lacks .*'forward_intermediates'.*contract"):
+        check_encoder(nn.Identity())
+
+
+def test_a_patch_that_is_no_power_of_two_says_why():
+    encoder = ConvEncoder(patch_size=6, img_size=12)
+    with pytest.raises(ValueError, match="patch_size has to be a power of two"):
+        check_encoder(encoder)
+
+
+def test_channels_that_are_not_the_promised_ones_name_the_attribute():
+    encoder = ConvEncoder()
+    encoder.out_chans = 7
+    with pytest.raises(ValueError, match="set out_chans to what comes out"):
+        check_encoder(encoder)
+
+
+def test_a_missing_map_is_told():
+    class Forgetful(ConvEncoder):
+        def forward_intermediates(self, x, indices=None, *, intermediates_only=False):
+            final, maps = super().forward_intermediates(x, indices)
+            return maps[:-1] if intermediates_only else (final, maps[:-1])
+
+    with pytest.raises(ValueError, match="return one for every index"):
+        check_encoder(Forgetful())
+
+
+def test_a_norm_over_the_batch_is_told():
+    class Batchwise(ConvEncoder):
+        def forward_intermediates(self, x, indices=None, *, intermediates_only=False):
+            shifted = x - x.mean(0, keepdim=True)
+            return super().forward_intermediates(
+                shifted, indices, intermediates_only=intermediates_only
+            )
+
+    with pytest.raises(ValueError, match="replace norms over the batch"):
+        check_encoder(Batchwise())
+
+
+def test_weights_that_are_not_finite_are_told():
+    encoder = ConvEncoder()
+    nn.init.constant_(encoder.blocks[0].bias, float("nan"))
+    with pytest.raises(ValueError, match="check its weights"):
+        check_encoder(encoder)
+
+
+def test_the_check_runs_where_the_parameters_are():
+    with torch.device("meta"):
+        encoder = ConvEncoder()
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        check_encoder(encoder)

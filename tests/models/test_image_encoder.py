@@ -1,0 +1,327 @@
+"""The encoder: parity with the reference, timm's words, sizes, memory and compilers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from parity import Case, compare, pair, relative_error
+from torch import nn
+
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D, resample_pos_embed
+from sammed3d_backbone.variants import VARIANTS, variant
+
+
+def make(generator, **changes):
+    sizes = {
+        "img_size": 16,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depth": 4,
+        "num_heads": 2,
+        "global_attn_blocks": (1, 3),
+        "window_size": 6,
+        "out_chans": 10,
+    }
+    encoder = ImageEncoder3D(**{**sizes, **changes})
+    for name, parameter in encoder.named_parameters():
+        if "pos" in name or name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+    return encoder.eval()
+
+
+@pytest.fixture
+def encoder(generator):
+    return make(generator)
+
+
+@pytest.fixture
+def volume(generator):
+    return torch.randn(2, 1, 16, 16, 16, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(96, torch.float64, batch=2),
+        Case(128, torch.float64, batch=2),
+        Case(160, torch.float64, num_heads=1, embed_dim=16),
+        Case(256, torch.float64, trained_side=256, embed_dim=16, num_heads=1, depth=2),
+    ],
+    ids=["96", "128", "160", "256-partial-windows"],
+)
+def test_the_encoder_equals_the_reference_in_float64(case):
+    errors = compare(case)
+    assert max(errors.values()) < 1e-10, errors
+
+
+def test_the_encoder_equals_the_reference_in_float32_at_full_depth():
+    case = Case(
+        128, torch.float32, depth=12, global_attn_blocks=(2, 5, 8, 11), embed_dim=96, num_heads=3
+    )
+    errors = compare(case)
+    assert max(errors["neck"], errors["block"]) < 5e-6, errors
+    assert max(errors["input gradient"], errors["parameter gradient"]) < 1e-4, errors
+
+
+def test_the_released_size_equals_the_reference_in_float32(generator):
+    reference, ours = pair(
+        Case(
+            128,
+            torch.float32,
+            depth=12,
+            global_attn_blocks=(2, 5, 8, 11),
+            embed_dim=768,
+            num_heads=12,
+            out_chans=384,
+        ),
+        seed=5,
+    )
+    volume = torch.randn(1, 1, 128, 128, 128, generator=generator)
+    with torch.no_grad():
+        assert relative_error(ours(volume), reference(volume)) < 5e-6
+
+
+def test_the_names_and_shapes_are_the_released_files(root):
+    golden = json.loads((root / "tests/golden/keys_vit_b.json").read_text())
+    prefix = "image_encoder."
+    wanted = {
+        name.removeprefix(prefix): tuple(shape)
+        for name, shape in golden.items()
+        if name.startswith(prefix)
+    }
+    with torch.device("meta"):
+        ours = ImageEncoder3D(**vars(VARIANTS["vit_b"])).state_dict()
+    assert {name: tuple(value.shape) for name, value in ours.items()} == wanted
+    assert list(ours) == list(wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("vit_b", 92_924_928),
+        ("vit_b_256", 28_602_624),
+        ("vit_l_256", 315_202_560),
+        ("vit_h_256", 644_850_688),
+    ],
+)
+def test_every_size_has_the_references_number_of_parameters(name, count):
+    with torch.device("meta"):
+        encoder = ImageEncoder3D(**vars(VARIANTS[name]))
+    assert sum(p.numel() for p in encoder.parameters()) == count
+
+
+def test_the_whole_promptable_tiny_model_stays_below_six_million_parameters():
+    from medim.models.sam_med3d import MaskDecoder3D, PromptEncoder3D, TwoWayTransformer3D
+
+    sizes = variant("tiny")
+    width = sizes.out_chans
+    side = sizes.img_size // sizes.patch_size
+    prompts = PromptEncoder3D(
+        embed_dim=width,
+        image_embedding_size=(side,) * 3,
+        input_image_size=(sizes.img_size,) * 3,
+        mask_in_chans=16,
+    )
+    decoder = MaskDecoder3D(transformer_dim=width, iou_head_hidden_dim=width)
+    decoder.transformer = TwoWayTransformer3D(
+        depth=2, embedding_dim=width, mlp_dim=256, num_heads=8
+    )
+    parts = (ImageEncoder3D(**vars(sizes)), prompts, decoder)
+    values = sum(value.numel() for part in parts for value in part.state_dict().values())
+    assert values <= 6_000_000
+    assert 4 * values <= 24_000_000
+
+
+def test_an_unknown_variant_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'vit_b'"):
+        variant("vitb")
+
+
+def test_a_batch_of_two_equals_two_batches_of_one(encoder, volume):
+    alone = torch.cat([encoder(volume[:1]), encoder(volume[1:])])
+    torch.testing.assert_close(encoder(volume), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_is_the_neck_of_the_features(encoder, volume):
+    features = encoder.forward_features(volume)
+    assert features.shape == (2, 24, 4, 4, 4)
+    assert torch.equal(encoder(volume), encoder.neck(features))
+
+
+def test_intermediates_are_the_blocks_outputs_in_their_order(encoder, volume):
+    seen = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda _m, _i, out: seen.append(out.movedim(-1, 1)))
+    final, maps = encoder.forward_intermediates(volume, indices=[3, -4])
+    assert torch.equal(maps[0], seen[0])
+    assert torch.equal(maps[1], seen[3])
+    assert torch.equal(final, encoder.neck(seen[3]))
+
+
+def test_intermediates_alone_do_not_run_the_blocks_behind_them(encoder, volume):
+    ran = []
+    encoder.blocks[2].register_forward_hook(lambda *_: ran.append(2))
+    (only,) = encoder.forward_intermediates(volume, indices=[1], intermediates_only=True)
+    assert only.shape == (2, 24, 4, 4, 4)
+    assert ran == []
+
+
+def test_intermediates_pass_the_neck_when_asked(encoder, volume):
+    (last,) = encoder.forward_intermediates(volume, 1, norm=True, intermediates_only=True)
+    assert torch.equal(last, encoder(volume))
+
+
+def test_all_blocks_are_returned_when_none_are_named(encoder, volume):
+    assert len(encoder.forward_intermediates(volume, intermediates_only=True)) == 4
+
+
+@pytest.mark.parametrize("indices", [0, 5, [4], [-5], []], ids=str)
+def test_an_index_without_a_block_says_which_there_are(encoder, volume, indices):
+    with pytest.raises(ValueError, match=r"give (1 to 4|block numbers from -4 to 3)"):
+        encoder.forward_intermediates(volume, indices=indices)
+
+
+def test_feature_info_says_channels_stride_and_module(encoder):
+    assert encoder.feature_info[2] == {"num_chs": 24, "reduction": 4, "module": "blocks.2"}
+    assert len(encoder.feature_info) == 4
+
+
+def test_pruning_keeps_what_the_taps_need(encoder, volume):
+    want = encoder.forward_intermediates(volume, indices=[0, 2], intermediates_only=True)
+    assert encoder.prune_intermediate_layers([0, 2], prune_norm=True) == [0, 2]
+    got = encoder.forward_intermediates(volume, indices=[0, 2], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert encoder.depth == 3
+    assert len(encoder.feature_info) == 3
+    assert encoder(volume).shape[1] == encoder.out_chans == encoder.embed_dim
+
+
+def test_a_resized_encoder_takes_the_new_size_and_keeps_its_relative_tables(encoder, generator):
+    before = encoder.blocks[1].attn.rel_pos_d
+    encoder.set_input_size(24)
+    assert encoder.img_size == (24, 24, 24)
+    assert encoder.pos_embed.shape == (1, 6, 6, 6, 24)
+    assert encoder.blocks[1].attn.rel_pos_d is before
+    assert encoder(torch.randn(1, 1, 24, 24, 24, generator=generator)).shape == (1, 10, 6, 6, 6)
+
+
+def test_a_position_table_on_its_own_grid_stays_as_it_is(generator):
+    table = torch.randn(1, 3, 3, 3, 5, generator=generator)
+    assert torch.equal(resample_pos_embed(table, (3, 3, 3)), table)
+
+
+def test_a_linear_position_table_is_resampled_between_token_centres():
+    table = torch.arange(4.0).view(1, 4, 1, 1, 1).expand(1, 4, 4, 4, 2)
+    resampled = resample_pos_embed(table, (2, 4, 4))
+    assert torch.equal(resampled[0, :, 0, 0, 0], torch.tensor([0.5, 2.5]))
+
+
+def test_another_size_names_the_call_that_sets_it(encoder, generator):
+    with pytest.raises(ValueError, match=r"set_input_size\(\(24, 24, 24\)\)"):
+        encoder(torch.zeros(1, 1, 24, 24, 24))
+
+
+def test_a_box_in_released_mode_names_both_ways_out(encoder):
+    with pytest.raises(ValueError, match=r"pad the volume to \(24, 24, 24\), or use rel_pos='axia"):
+        encoder(torch.zeros(1, 1, 16, 16, 24))
+
+
+def test_a_side_that_does_not_split_names_the_size_to_pad_to(encoder):
+    with pytest.raises(ValueError, match=r"use \(20, 20, 20\) and pad to it"):
+        encoder.set_input_size(18)
+
+
+def test_missing_axes_or_channels_are_named(encoder):
+    with pytest.raises(ValueError, match="in_chans= your channels"):
+        encoder(torch.zeros(1, 2, 16, 16, 16))
+    with pytest.raises(ValueError, match="add the missing axes"):
+        encoder(torch.zeros(16, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"rel_pos": "rotary"}, "use 'released' or 'axial'"),
+        ({"num_heads": 5}, "make embed_dim a multiple of num_heads"),
+        ({"img_size": (16, 16)}, "give one side in voxels, or three"),
+    ],
+    ids=["positions", "heads", "sides"],
+)
+def test_contradicting_sizes_are_refused_with_the_remedy(generator, changes, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        make(generator, **changes)
+
+
+def test_axial_positions_take_any_box(generator):
+    encoder = make(generator, rel_pos="axial", img_size=(16, 8, 24))
+    assert encoder(torch.randn(1, 1, 16, 8, 24, generator=generator)).shape == (1, 10, 4, 2, 6)
+    encoder.set_input_size((8, 8, 16))
+    assert encoder(torch.randn(1, 1, 8, 8, 16, generator=generator)).shape == (1, 10, 2, 2, 4)
+
+
+def test_recomputed_blocks_give_bit_equal_outputs_and_gradients(encoder, volume):
+    def run():
+        encoder.zero_grad()
+        out = encoder(volume)
+        out.square().mean().backward()
+        return [out, *(p.grad.clone() for p in encoder.parameters())]
+
+    plain = run()
+    encoder.set_grad_checkpointing()
+    recomputed = run()
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+def test_bfloat16_autocast_stays_within_two_per_cent(encoder, volume):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = encoder(volume)
+    assert relative_error(half, encoder(volume)) < 0.02
+
+
+@pytest.mark.parametrize("rel_pos", ["released", "axial"])
+def test_an_exported_program_equals_the_module(generator, volume, rel_pos):
+    encoder = make(generator, rel_pos=rel_pos)
+    program = torch.export.export(encoder, (volume,))
+    with torch.no_grad():
+        assert relative_error(program.module()(volume), encoder(volume)) < 1e-6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_encoder_equals_the_eager_one_forward_and_backward(generator, volume):
+    encoder = make(generator, depth=1, global_attn_blocks=(), window_size=5)
+    compiled = torch.compile(encoder)
+    results = []
+    for network in (encoder, compiled):
+        encoder.zero_grad()
+        out = network(volume)
+        out.square().mul(torch.arange(4.0)).mean().backward()
+        results.append([out.detach(), encoder.pos_embed.grad, encoder.blocks[0].attn.qkv.bias.grad])
+    for eager, other in zip(*results, strict=True):
+        assert relative_error(other, eager) < 1e-4
+
+
+def test_stochastic_depth_acts_in_training_and_not_in_evaluation(generator, volume):
+    encoder = make(generator, drop_path=0.9)
+    assert torch.equal(encoder(volume), encoder(volume))
+    encoder.train()
+    torch.manual_seed(0)
+    assert not torch.equal(encoder(volume), encoder(volume))
+
+
+def test_tables_and_positions_are_spared_from_weight_decay(encoder):
+    spared = encoder.no_weight_decay()
+    assert "pos_embed" in spared
+    assert "blocks.3.attn.rel_pos_w" in spared
+    assert "blocks.3.attn.qkv.weight" not in spared
+    assert spared <= {name for name, _ in encoder.named_parameters()}
+
+
+def test_parameters_are_grouped_by_depth_for_layer_decay(encoder):
+    from timm.models import group_parameters
+
+    layers = group_parameters(encoder, encoder.group_matcher(), reverse=True)
+    assert layers["pos_embed"] == layers["patch_embed.proj.weight"] == 0
+    assert layers["blocks.0.attn.qkv.weight"] == 1
+    assert layers["blocks.3.mlp.lin1.weight"] == 4
+    assert layers["neck.2.weight"] == 5
