@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import Dataset, find_dataset, read_dataset, read_fold
 from sammed3d_backbone.data.preparation import PreparedCase, load_image, load_label, prepare_cases
+from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, run_figure
 from sammed3d_backbone.evaluation.metrics import dice_per_class
 from sammed3d_backbone.evaluation.report import CaseScores, summarise, write_scores
@@ -52,6 +53,7 @@ from sammed3d_backbone.export import (
     segment_volume,
 )
 from sammed3d_backbone.pretrained import seen_in_pretraining
+from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.runs import Progress, Run, open_run
 
@@ -109,19 +111,14 @@ def main(cfg: Config) -> dict[str, Any]:
 
     dataset = read_dataset(find_dataset(cfg.data))
     fold = read_fold(dataset, cfg.fold, folds=cfg.folds, seed=cfg.seed)
-    say(
-        f"{dataset.name}, fold {cfg.fold}: {len(fold.train)} train, {len(fold.val)} validation cases"
-    )
-    say(f"folds from {fold.rule}")
-    if partly := [case.id for case in dataset.cases if case.annotated is not None]:
-        missing = {
-            c.id for c in dataset.cases if c.annotated and {*c.annotated} != {*dataset.classes}
-        }
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(partly)} cases are annotated in part, and a missing class "
-                "is not background; remove them from dataset.json or complete them"
-            )
+    say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
+    say(f"fold {cfg.fold} of {fold.rule}")
+    in_part = [c.id for c in dataset.cases if c.annotated and {*c.annotated} < {*dataset.classes}]
+    if in_part:
+        raise ValueError(
+            f"{len(in_part)} of {len(dataset.cases)} cases are annotated in part, e.g. "
+            f"{in_part[0]}, and a missing class is not background; remove them from dataset.json"
+        )
     card = make_card(cfg, dataset)
     train = prepare_cases(dataset, fold.train, card.preparation)
     val = prepare_cases(dataset, fold.val, card.preparation)
@@ -240,7 +237,7 @@ class ZeroedEncoder(nn.Module):
 
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Zeros (B, E, x, y, z), one map per index; first (B, F, x, y, z) unless told not."""
         grid = [n // self.patch_size for n in x.shape[2:]]
         chosen = range(self.depth) if indices is None else indices
@@ -250,7 +247,10 @@ class ZeroedEncoder(nn.Module):
         return x.new_zeros(len(x), self.out_chans, *grid), maps
 
     def prune_intermediate_layers(
-        self, indices: Sequence[int] | None = None, *, prune_norm: bool = False
+        self,
+        indices: Sequence[int] | None = None,
+        *,
+        prune_norm: bool = False,  # noqa: ARG002 (the contract's)
     ) -> list[int]:
         """There is nothing to drop."""
         return list(indices or ())
@@ -262,12 +262,12 @@ class ZeroedEncoder(nn.Module):
         """There are no parameters."""
         return set()
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
         """There are no parameters."""
         return {}
 
 
-def make_model(cfg: Config, card: Card, dataset_name: str, say: Any) -> nn.Module:
+def make_model(cfg: Config, card: Card, dataset_name: str, say: Callable[..., None]) -> nn.Module:
     """The network to train, and what is to be said about its weights."""
     if cfg.model == "unetr":
         weights = "none" if cfg.scratch else cfg.weights
@@ -363,6 +363,7 @@ def evaluate(
             "seconds": round(progress.seconds, 1),
             "cpu_seconds": round(progress.cpu_seconds, 1),
             "config": dataclasses.asdict(cfg),
+            "provenance": provenance(Path(__file__).parent),
         }
         write_scores(results, scores, dataset.classes, about)
         draw(results / "figure.png", cfg, run, dataset, scores, summary)
@@ -382,11 +383,12 @@ def draw(
     summary: dict[str, Any],
 ) -> None:
     """The figure: best, median and worst case, and the curves."""
-    from sammed3d_backbone.data.volume import Volume
-
     cases = {case.id: case for case in dataset.cases}
     ranked = sorted(scores, key=lambda score: -score.mean)
-    chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    ranks: dict[CaseScores, str] = {}  # one or two cases fill several of the ranks
+    for rank, place in (("best", 0), ("median", len(ranked) // 2), ("worst", -1)):
+        score = ranked[place]
+        ranks[score] = f"{ranks[score]}, {rank}" if score in ranks else rank
     shown = [
         Shown(
             f"{rank}: {score.case}\nDice {score.mean:.3f}",
@@ -394,11 +396,11 @@ def draw(
             load_label(cases[score.case]),
             Volume.load(run.folder / "results" / "predictions" / f"{score.case}.nii.gz"),
         )
-        for rank, score in chosen.items()
+        for score, rank in ranks.items()
     ]
     title = (
-        f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}, {summary['cases']} cases, "
-        f"mean Dice {summary['mean_dice']:.3f}"
+        f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}, "
+        f"mean Dice {summary['mean_dice']} over {len(scores)} validation case(s)"
     )
     run_figure(path, shown, dataset.classes, run.records(), title=title, note=dataset.note)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sammed3d_backbone.checkpoint import read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.factory import encoder
@@ -159,15 +160,8 @@ def build_network(card: Card) -> nn.Module:
 
 def save_model(path: Path, segmenter: Segmenter) -> None:
     """Writes network and card as one safetensors file, complete or not at all."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        key: t.detach().contiguous().cpu() for key, t in segmenter.model.state_dict().items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={CARD_KEY: segmenter.card.to_json()})
-    partial.replace(path)
+    tensors = segmenter.model.state_dict()
+    write(path, tensors, {CARD_KEY: segmenter.card.to_json()}, overwrite=True)
 
 
 def load_model(path: str | Path) -> Segmenter:
@@ -177,32 +171,18 @@ def load_model(path: str | Path) -> Segmenter:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no such model, or its tensors do not fit its card.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no model at {path}; a run writes best.safetensors, last.safetensors"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(CARD_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); copy it again") from None
-    if text is None:
+    tensors, metadata = read(path)
+    if CARD_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors without a card, so what they segment is unknown; pass a model "
-            "written by recipes/finetune_unetr.py"
+            "that recipes/finetune_unetr.py wrote: best.safetensors or last.safetensors of a run"
         )
-    card = Card.from_json(text)
+    card = Card.from_json(metadata[CARD_KEY])
     model = build_network(card)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path}: tensors do not fit their card ({error}); copy it again"
-        ) from None
+        raise ValueError(f"{path} does not fit its own card: {error}; copy it again") from None
     return Segmenter(model.eval(), card)
 
 

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "pretrained": {"variants"},
     "factory": {"models", "variants", "pretrained", "checkpoint"},
     "predictor": {"models", "data", "factory"},
-    "export": {"factory", "adapters", "data"},
+    "export": {"checkpoint", "factory", "adapters", "data"},
     "evaluation": {"data", "clicks"},
     "training": {"clicks", "config", "data", "evaluation"},
 }

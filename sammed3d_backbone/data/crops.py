@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sammed3d_backbone.data.preparation import PreparedCase, foreground
+from sammed3d_backbone.data.preparation import PreparedCase
 
 
 class Augmentation(Protocol):
@@ -63,7 +63,7 @@ class CropStream(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.on_foreground = on_foreground
         self.augment = augment
-        self.foreground = [foreground(case.label) for case in cases]
+        self.foreground = [_foreground(case.label) for case in cases]
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -96,3 +96,18 @@ class CropStream(Dataset[dict[str, Tensor]]):
             wanted = [c - self.side_vox // 2 for c in centre]
             return [min(max(w, 0), r) for w, r in zip(wanted, room, strict=True)]
         return [int(rng.integers(r + 1)) for r in room]
+
+
+def _foreground(label: Tensor, most: int = 4096) -> dict[int, Tensor]:
+    """Some voxels of each class that occurs, to centre crops on, evenly picked.
+
+    Shapes:
+        label: (1, X, Y, Z).
+        returns: class -> (N, 3) indices, N at most `most`.
+    """
+    voxels = {}
+    for value in torch.unique(label).tolist():
+        if value:
+            found = torch.nonzero(label[0] == value)
+            voxels[int(value)] = found[:: -(-len(found) // most)]
+    return voxels

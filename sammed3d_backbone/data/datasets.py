@@ -99,10 +99,9 @@ def read_dataset(folder: str | Path) -> Dataset:
     description = folder / "dataset.json"
     if not description.is_file():
         raise FileNotFoundError(f"no dataset.json in {folder}; pass the folder that holds it")
-    try:
-        info = json.loads(description.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{description} is not JSON:", [f"{error}; mend it"]) from None
+    info = _read_json(description)
+    if not isinstance(info, dict):
+        raise DatasetError(f"{description} cannot be used:", ["it is no JSON object; mend it"])
     problems: list[str] = []
     labels = _labels(info, problems)
     named = info.get("channel_names", info.get("modality", {"0": "image"}))
@@ -190,6 +189,14 @@ def _corners(volume: Volume) -> np.ndarray[Any, np.dtype[np.float64]]:
     corners[:, :3] *= np.array(volume.shape) - 1
     world: np.ndarray[Any, np.dtype[np.float64]] = (corners @ volume.affine.T)[:, :3]
     return world
+
+
+def _read_json(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
+    """The content of a JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} is not JSON:", [f"{error}; mend it"]) from None
 
 
 def _labels(info: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
@@ -280,9 +287,16 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _read_splits(dataset: Dataset, path: Path) -> list[Fold]:
     """The folds of a splits.json: a list of train and val ids, or {"rule":, "folds":}."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _read_json(path)
     rule = str(content.get("rule", "")) if isinstance(content, dict) else ""
-    entries = content["folds"] if isinstance(content, dict) else content
+    entries = content.get("folds") if isinstance(content, dict) else content
+    is_form = isinstance(entries, list) and all(
+        isinstance(entry, dict) and {"train", "val"} <= set(entry) for entry in entries
+    )
+    if not is_form:
+        raise DatasetError(
+            f"{path} cannot be used:", ['give a list of {"train": [ids], "val": [ids]}']
+        )
     known = {case.id for case in dataset.cases}
     problems, made = [], []
     for number, entry in enumerate(entries):

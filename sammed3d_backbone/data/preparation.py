@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -135,18 +134,3 @@ def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume
     if problems:
         return problems, None
     return [], (image, replace(raw, array=raw.array.astype(np.int16)))
-
-
-def foreground(label: Tensor, most: int = 4096) -> dict[int, Tensor]:
-    """Some voxels of each class that occurs, to centre crops on, evenly picked.
-
-    Shapes:
-        label: (1, X, Y, Z).
-        returns: class -> (N, 3) indices, N at most `most`.
-    """
-    voxels = {}
-    for value in torch.unique(label).tolist():
-        if value:
-            found = torch.nonzero(label[0] == value)
-            voxels[int(value)] = found[:: -(-len(found) // most)]
-    return voxels

@@ -13,10 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sammed3d_backbone.data.geometry import Geometry
+from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.volume import Volume
 
 PLANES = ("sagittal", "coronal", "axial")
+MARGIN_MM = 8.0  # around what is drawn
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
@@ -51,7 +52,7 @@ def run_figure(
         note: What the reader has to know before believing it; printed below the title.
     """
     rows = len(shown)
-    figure = Figure(figsize=(13, 0.9 + 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(13, max(5.5, 0.9 + 3.1 * rows)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=11, wrap=True)
     grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 1, 1.25])
@@ -60,10 +61,11 @@ def run_figure(
             _towards_ras(volume) for volume in (case.image, case.label, case.prediction)
         )
         spacing_mm = Geometry.plan(case.image.shape, case.image.affine).spacing_mm
-        centre = _centre(label)
+        centre = _fullest_slices(label)
+        view = _view(label, prediction, spacing_mm)
         for plane in range(3):
             axes = figure.add_subplot(grid[row, plane])
-            _draw_plane(axes, image, label, prediction, plane, centre[plane], spacing_mm)
+            _draw_plane(axes, image, label, prediction, plane, centre[plane], spacing_mm, view)
             if row == 0:
                 axes.set_title(PLANES[plane], fontsize=10)
             if plane == 0:
@@ -91,7 +93,8 @@ def _draw_plane(
     prediction: np.ndarray[Any, Any],
     plane: int,
     index: int,
-    spacing_mm: tuple[float, float, float],
+    spacing_mm: TripleMm,
+    view: list[tuple[int, int]],
 ) -> None:
     """One slice with the outlines of label (solid) and prediction (dotted)."""
     across, up = (axis for axis in range(3) if axis != plane)
@@ -109,6 +112,8 @@ def _draw_plane(
                 linestyles=style,
                 linewidths=1.3,
             )
+    axes.set_xlim(view[across][0] - 0.5, view[across][1] - 0.5)
+    axes.set_ylim(view[up][0] - 0.5, view[up][1] - 0.5)
     axes.set_xticks([])
     axes.set_yticks([])
 
@@ -131,7 +136,21 @@ def _towards_ras(volume: Volume) -> np.ndarray[Any, Any]:
     return array
 
 
-def _centre(label: np.ndarray[Any, Any]) -> list[int]:
+def _view(
+    label: np.ndarray[Any, Any], prediction: np.ndarray[Any, Any], spacing_mm: TripleMm
+) -> list[tuple[int, int]]:
+    """Per axis, the voxels to show: all that is labelled or predicted anywhere, and a margin."""
+    drawn = (label > 0) | (prediction > 0)
+    view = []
+    for axis, size in enumerate(drawn.shape):
+        used = np.flatnonzero(drawn.any(axis=tuple(a for a in range(3) if a != axis)))
+        margin = round(MARGIN_MM / spacing_mm[axis])
+        first, last = (used[0], used[-1]) if len(used) else (0, size - 1)
+        view.append((max(0, int(first) - margin), min(size, int(last) + margin + 1)))
+    return view
+
+
+def _fullest_slices(label: np.ndarray[Any, Any]) -> list[int]:
     """Per axis, the slice with most labelled voxels."""
     labelled = label > 0
     return [

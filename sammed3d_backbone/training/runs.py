@@ -117,13 +117,18 @@ class Run:
         return bool(found)
 
 
+def runs_folder() -> Path:
+    """Where all runs lie: SAMMED3D_RUNS, by default outside any work tree."""
+    return Path(os.environ.get(RUNS_VARIABLE, DEFAULT_RUNS)).expanduser()
+
+
 def open_run(name: str, cfg: DataclassInstance) -> Run:
     """The run of that name below SAMMED3D_RUNS, new or to be continued.
 
     Raises:
         ValueError: If the folder holds a run of another configuration; names what differs.
     """
-    folder = Path(os.environ.get(RUNS_VARIABLE, DEFAULT_RUNS)).expanduser() / name
+    folder = runs_folder() / name
     written = folder / "config.yaml"
     if written.is_file():
         try:

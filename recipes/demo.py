@@ -1,0 +1,71 @@
+"""The main job in one command: fine-tune a UNETR, score it, draw it. This is `make demo`.
+
+    python recipes/demo.py                          # an average brain that installs with nilearn
+    python recipes/demo.py data=FOLDER              # your Decathlon or nnU-Net raw folder
+    python recipes/demo.py data=FOLDER weights=turbo    # on the released encoder, from the Hub
+
+Everything else is recipes/configs/demo.yaml; any of its keys can be given as key=value too.
+"""
+
+import argparse
+from pathlib import Path
+
+import finetune_unetr
+from prepare_demo_data import write_demo_data
+
+from sammed3d_backbone import config
+from sammed3d_backbone.data.datasets import find_dataset, read_dataset
+from sammed3d_backbone.pretrained import WEIGHTS
+from sammed3d_backbone.training.runs import runs_folder
+
+CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+
+
+def configure(given: dict[str, str]) -> finetune_unetr.Config:
+    """The demo's configuration with what was asked for; writes the demo's data if they are needed.
+
+    Args:
+        given: key -> value from the command line.
+    """
+    if "data" not in given:
+        folder = runs_folder() / "demo_data"
+        if not (folder / "dataset.json").is_file():
+            print(f"writing the demo's data to {folder}")
+            write_demo_data(folder)
+        given = {"data": str(folder), **given}
+    else:
+        dataset = read_dataset(find_dataset(given["data"]))
+        is_ct = any(channel.upper() == "CT" for channel in dataset.channels)
+        own = {
+            "name": f"demo_{dataset.name}",
+            "intensity": "ct" if is_ct else "zscore_positive",
+            "flip_axes": "[]",  # what the labels mean is not known here
+        }
+        given = {**own, **given}
+    if "weights" in given:
+        record = WEIGHTS.get(given["weights"])
+        variant = (record.variant if record else None) or "vit_b"
+        name = given.get("name", "demo") + "_" + Path(given["weights"]).stem
+        # a crop of 64 voxels keeps the large variant within a laptop's reach
+        given = {"variant": variant, "scratch": "false", "img_size": "64", **given, "name": name}
+    return config.load(finetune_unetr.Config, CONFIG, [f"{k}={v}" for k, v in given.items()])
+
+
+def main() -> None:
+    """Runs the demo."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    pairs = [pair.partition("=") for pair in parser.parse_args().overrides]
+    if lost := [key for key, equals, _ in pairs if not equals]:
+        parser.error(f"{lost[0]!r} is not of the form key=value")
+    given = {key: value for key, _, value in pairs}
+    try:
+        finetune_unetr.main(configure(given))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Write the demo's data set: a brain that installs with nilearn, cut into slabs, no download.
+
+    python recipes/prepare_demo_data.py FOLDER
+
+The volume is the MNI152 T1 template, an average of 152 people that is left-right symmetric by
+construction; its grey- and white-matter maps give the labels. One volume cannot show how well
+anything generalises, and its two halves are mirror images, so it is cut along the back-front axis
+only: a slab to train on, a gap as long as a crop that is thrown away, a slab to validate on.
+
+Source: Fonov et al., Unbiased average age-appropriate atlases for pediatric studies, NeuroImage
+54:313-327, 2011 (ICBM 152 nonlinear symmetric 2009a), as packaged by nilearn.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from nilearn.datasets import (
+    load_mni152_gm_template,
+    load_mni152_template,
+    load_mni152_wm_template,
+)
+
+from sammed3d_backbone.data.volume import Volume
+
+NOTE = (
+    "one average, left-right symmetric brain cut into slabs: shows that the chain works, "
+    "not how well it generalises"
+)
+GAP_MM = 48  # the demo's crop: 32 voxels of 1.5 mm
+TRAIN_SHARE = 0.6  # of what the gap leaves
+
+
+def write_demo_data(folder: Path) -> None:
+    """Writes the data set in the Decathlon's layout, with its one fold.
+
+    dataset.json comes last, so a folder that has it is complete.
+    """
+    template = load_mni152_template(resolution=1)
+    image = np.asarray(template.dataobj)
+    grey, white = (
+        np.asarray(load(resolution=1).dataobj)
+        for load in (load_mni152_gm_template, load_mni152_wm_template)
+    )
+    labels = np.stack([1 - grey - white, grey, white]).argmax(0).astype(np.uint8)
+    x, y, z = (_extent(labels, axis) for axis in range(3))  # 1 mm voxels
+    train_end = y.start + round((y.stop - y.start - GAP_MM) * TRAIN_SHARE)
+    slabs = {"back": slice(y.start, train_end), "front": slice(train_end + GAP_MM, y.stop)}
+    for name, slab in slabs.items():
+        affine = template.affine.copy()
+        affine[:3, 3] += (x.start, slab.start, z.start)
+        scaled = np.round(image[x, slab, z] * 1000).astype(np.int16)
+        Volume(scaled, affine).save(folder / "imagesTr" / f"{name}.nii.gz")
+        Volume(labels[x, slab, z], affine).save(folder / "labelsTr" / f"{name}.nii.gz")
+    splits = {
+        "rule": f"slabs along Y of one brain, {GAP_MM} mm apart",
+        "folds": [{"train": ["back"], "val": ["front"]}],
+    }
+    description = {
+        "name": "MNI152 slabs",
+        "description": "Grey and white matter of the MNI152 T1 template",
+        "reference": "Fonov et al., NeuroImage 54:313-327, 2011",
+        "note": NOTE,
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "Grey matter", "2": "White matter"},
+        "training": [
+            {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+            for name in slabs
+        ],
+    }
+    for name, content in {"splits.json": splits, "dataset.json": description}.items():
+        partial = folder / f".{name}.partial"
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / name)
+
+
+def _extent(labels: np.ndarray, axis: int) -> slice:
+    """From the first to the last labelled voxel along an axis."""
+    used = np.flatnonzero(labels.any(axis=tuple(a for a in range(3) if a != axis)))
+    return slice(int(used[0]), int(used[-1]) + 1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    write_demo_data(parser.parse_args().folder)

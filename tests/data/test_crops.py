@@ -1,0 +1,106 @@
+"""The numbered stream of training crops."""
+
+import pytest
+import torch
+from monai.transforms import Compose, RandFlipd, RandGaussianNoised
+from torch.utils.data import DataLoader
+
+from sammed3d_backbone.data.crops import CropStream
+from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.preparation import PreparedCase
+
+
+@pytest.fixture
+def cases(generator):
+    made = []
+    for i in range(5):
+        image = torch.randn(1, 12, 10, 9, generator=generator)
+        image[0, 0, 0, 0] = i
+        label = torch.zeros(1, 12, 10, 9, dtype=torch.uint8)
+        if i:
+            label[0, 9:11, 1:3, 4:6] = 1
+            label[0, 2, 2, 2] = 2
+        made.append(PreparedCase(Case(str(i), (), None), image, label))
+    return made
+
+
+def stream(cases, first=0, last=20, side=6, **changes):
+    augment = Compose(
+        [
+            RandFlipd(["image", "label"], prob=0.5, spatial_axis=0),
+            RandGaussianNoised("image", prob=0.5),
+        ]
+    )
+    return CropStream(
+        cases, side, first=first, last=last, seed=3, **{"augment": augment, **changes}
+    )
+
+
+def equal(one, other):
+    return all(torch.equal(one[key], other[key]) for key in ("image", "label"))
+
+
+def test_a_sample_depends_on_its_number_only(cases):
+    whole = [stream(cases)[i] for i in range(20)]
+    rest = stream(cases, first=13)
+    assert equal(whole[13], rest[0])
+    assert equal(whole[19], rest[6])
+    again = stream(cases)
+    assert equal(again[17], whole[17])  # asked for out of order
+
+
+def test_workers_do_not_change_the_samples(cases):
+    alone = list(DataLoader(stream(cases, last=8), batch_size=2))
+    shared = list(DataLoader(stream(cases, last=8), batch_size=2, num_workers=2))
+    assert all(equal(a, b) for a, b in zip(alone, shared, strict=True))
+
+
+def test_another_seed_gives_other_samples(cases):
+    one, other = stream(cases), stream(cases)
+    other.seed = 4
+    assert not equal(one[0], other[0])
+
+
+def test_every_case_comes_once_per_epoch_in_a_new_order(cases):
+    whole = stream(cases, side=9, last=10, augment=None, on_foreground=0)
+    cases[:] = [
+        PreparedCase(c.case, torch.full_like(c.image, float(c.case.id)), c.label) for c in cases
+    ]
+    seen = [int(whole[i]["image"].mean()) for i in range(10)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
+    assert seen[:5] != seen[5:]
+
+
+def test_crops_have_the_types_and_the_side_that_a_loss_wants(cases):
+    sample = stream(cases)[0]
+    assert sample["image"].shape == sample["label"].shape == (1, 6, 6, 6)
+    assert (sample["image"].dtype, sample["label"].dtype) == (torch.float32, torch.int64)
+
+
+def test_image_and_label_are_cut_and_flipped_together(cases):
+    for case in cases:
+        case.image[0] = case.label[0].float()
+    samples = stream(cases, augment=stream(cases).augment.transforms[0])
+    assert all(
+        torch.equal(s["image"], s["label"].float()) for s in map(samples.__getitem__, range(20))
+    )
+
+
+def test_foreground_crops_hold_every_class_alike(cases):
+    held = [
+        stream(cases[1:], last=60, on_foreground=1.0, augment=None)[i]["label"] for i in range(60)
+    ]
+    share = sum(bool((label == 2).any()) for label in held) / 60
+    assert all(bool(label.any()) for label in held)
+    assert 0.3 < share < 0.75  # class 2 has one voxel, class 1 has eight
+
+
+def test_a_case_without_labels_is_cropped_anywhere(cases):
+    assert stream(cases[:1], on_foreground=1.0)[0]["label"].sum() == 0
+
+
+def test_the_cached_cases_are_not_changed(cases):
+    before = [case.image.clone() for case in cases]
+    for i in range(20):
+        stream(cases)[i]["image"].zero_()
+    assert all(torch.equal(case.image, image) for case, image in zip(cases, before, strict=True))

@@ -1,0 +1,104 @@
+"""Opened cases -> what the network sees; everything wrong with any of them at once."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from sammed3d_backbone.data.datasets import DatasetError, read_dataset
+from sammed3d_backbone.data.preparation import Preparation, load_image, prepare_cases
+from sammed3d_backbone.data.volume import Volume
+
+PLAIN = Preparation(spacing_mm=None, intensity="zscore_positive", min_side_vox=1)
+
+
+def prepared(folder, ids, preparation=PLAIN):
+    return prepare_cases(read_dataset(folder), ids, preparation, progress=False)
+
+
+def test_cases_come_in_the_order_asked_for(decathlon):
+    cases = prepared(decathlon(), ["case_2", "case_0"])
+    assert [case.case.id for case in cases] == ["case_2", "case_0"]
+    assert cases[0].image.shape == cases[0].label.shape == (1, 6, 7, 8)
+
+
+def test_image_and_label_stay_together_through_orientation_and_spacing():
+    array = np.zeros((10, 12, 14), dtype=np.float32)
+    array[2:5, 3:9, 4:8] = 100
+    affine = np.array([[0, 0, -1.0, 0], [2.0, 0, 0, 0], [0, -1.5, 0, 0], [0, 0, 0, 1]])
+    image = Volume(array + 1, affine)
+    x, geometry = Preparation((1.0, 1.0, 1.0), "zscore", 24).image(image)
+    y = geometry.to_box(geometry.resample_labels((array > 0).astype(np.uint8)))
+    assert x.shape[1:] == y.shape[1:]
+    bright = x[0] > (x.min() + x.max()) / 2
+    agreement = 2 * (bright & (y[0] > 0)).sum() / (bright.sum() + (y > 0).sum())
+    assert float(agreement) > 0.95
+
+
+def test_small_volumes_are_padded_with_what_a_raw_zero_became():
+    image = Volume(np.full((2, 2, 2), 4.0), np.eye(4))
+    image.array[0] = 2
+    x, geometry = Preparation(None, "zscore_positive", 4).image(image)
+    assert x.shape == (1, 4, 4, 4)
+    assert float(x[0, 0, 0, 0]) == pytest.approx(-3 / image.array.std(ddof=1))
+    assert geometry.box_start == (-1, -1, -1)
+
+
+def test_channels_in_several_files_are_stacked(nnunet):
+    (case, *_) = prepared(nnunet(), ["case_0"])
+    assert case.image.shape == (2, 6, 7, 8)
+
+
+def test_channels_on_different_grids_are_refused(nnunet, write_volume):
+    folder = nnunet()
+    write_volume("imagesTr/case_1_0001.nii.gz", affine=np.diag([1, 1, 2, 1]))
+    with pytest.raises(DatasetError, match=r"case_1_0001.*away from channel case_1_0000"):
+        prepared(folder, ["case_1"])
+    with pytest.raises(ValueError, match="mend one affine"):
+        load_image(read_dataset(folder).cases[1])
+
+
+def test_everything_wrong_is_listed_at_once_with_its_path(decathlon, write_volume, labels):
+    folder = decathlon(cases=6)
+    (folder / "imagesTr/case_0.nii.gz").write_bytes(b"broken")
+    write_volume("labelsTr/case_1.nii.gz", labels + 7)
+    write_volume("imagesTr/case_2.nii.gz", shape=(6, 7, 9))
+    write_volume("imagesTr/case_3.nii.gz", affine=np.diag([1, 1, 1.2, 1]))
+    write_volume("labelsTr/case_4.nii.gz", np.zeros_like(labels))
+    two = np.zeros((6, 7, 8, 2), np.float32)
+    nib.save(nib.Nifti1Image(two, np.eye(4)), folder / "imagesTr/case_5.nii.gz")
+    with pytest.raises(DatasetError, match="6 problems") as caught:
+        prepared(folder, [f"case_{i}" for i in range(6)])
+    for number, reason in enumerate(
+        ("broken", "values [7, 8, 9]", "shape", "away", "background only", "2 channels")
+    ):
+        line = next(p for p in caught.value.problems if f"case_{number}" in p)
+        assert reason in line or "cannot be read" in line
+        assert str(folder) in line
+
+
+def test_labels_stored_as_floats_are_taken_as_the_integers_they_are(
+    decathlon, write_volume, labels
+):
+    folder = decathlon(cases=1)
+    write_volume("labelsTr/case_0.nii.gz", labels.astype(np.float32))
+    (case,) = prepared(folder, ["case_0"])
+    assert case.label.dtype == torch.uint8
+    assert np.array_equal(case.label[0].numpy(), labels)
+
+
+def test_an_unknown_intensity_is_refused_early():
+    with pytest.raises(ValueError, match="choose one of zscore_positive"):
+        Preparation(None, "minmax", 4)
+
+
+@pytest.mark.parametrize("name", ["hippocampus", "headneck_ct"])
+def test_real_cases_are_prepared(shared_data, name):
+    dataset = read_dataset(shared_data / name)
+    ids = [case.id for case in dataset.cases[:3]]
+    intensity = "ct" if name == "headneck_ct" else "zscore_positive"
+    cases = prepare_cases(dataset, ids, Preparation((3, 3, 3), intensity, 32), progress=False)
+    for case in cases:
+        assert min(case.image.shape[1:]) >= 32
+        assert bool(case.image.isfinite().all())
+        assert set(case.label.unique().tolist()) <= set(dataset.labels)
