@@ -1,6 +1,7 @@
 """How far the encoder is from the reference: forward, every block, every gradient.
 
-    python recipes/parity.py [--out recipes/results/parity.json]
+    python recipes/parity.py           # measures, writes recipes/results/parity.json
+    python recipes/parity.py --table   # prints the README's table from that file
 
 Both networks get the same random weights (tables, biases and the position table too: they start
 at zero, where half of what is compared would vanish) and the same random volumes. The reference
@@ -137,11 +138,33 @@ def _run(network: nn.Module, volume: Tensor, generator: torch.Generator) -> dict
     return found
 
 
+def table(result: dict) -> str:
+    """The README's table as Markdown."""
+    lines = [
+        "| input | tokens | width | blocks | precision | blocks' outputs | neck | input gradient | "
+        "parameter gradients |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        errors = (
+            f"{row[kind]:.1e}" for kind in ("block", "neck", "input gradient", "parameter gradient")
+        )
+        lines.append(
+            f"| {row['batch']} x {row['side_vox']}³ | {row['grid']}³ | {row['embed_dim']} | "
+            f"{row['depth']} | {row['dtype']} | {' | '.join(errors)} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Prints one row per case and writes all of them with their provenance."""
     parser = argparse.ArgumentParser(description="Compare the encoder with the reference.")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "parity.json")
+    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.out.read_text())))
+        return
     rows = []
     for case in CASES:
         errors = compare(case)

@@ -141,8 +141,9 @@ class Attention(nn.Module):
         rel_d = _relative_rows(self.rel_pos_d, x, side)  # (x, S, C)
         rel_h = _relative_rows(self.rel_pos_h, y, side)  # (y, S, C)
         rel_w = _relative_rows(self.rel_pos_w, side, side)  # (S, S, C)
-        t = torch.matmul(q.reshape(-1, x, y * z, q.shape[-1]), rel_d.mT).flatten(1, 2)  # (Z, N, S)
-        lines = q.reshape(-1, x * y, z, q.shape[-1])  # (Z, x * y, z, C)
+        q = q.contiguous()  # two views of it follow
+        t = torch.matmul(q.unflatten(1, (x, y * z)), rel_d.mT).flatten(1, 2)  # (Z, N, S)
+        lines = q.unflatten(1, (x * y, z))  # (Z, x * y, z, C)
         if z < side:
             pads = b_q[:, None].expand(-1, x * y, side - z, -1)
             lines = torch.cat([lines, pads], dim=2)  # (Z, x * y, S, C)
