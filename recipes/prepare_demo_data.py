@@ -44,15 +44,16 @@ def write_demo_data(folder: Path) -> None:
         for load in (load_mni152_gm_template, load_mni152_wm_template)
     )
     labels = np.stack([1 - grey - white, grey, white]).argmax(0).astype(np.uint8)
-    x, y, z = (_extent(labels, axis) for axis in range(3))  # 1 mm voxels
-    train_end = y.start + round((y.stop - y.start - GAP_MM) * TRAIN_SHARE)
-    slabs = {"back": slice(y.start, train_end), "front": slice(train_end + GAP_MM, y.stop)}
+    brain = np.flatnonzero(labels.any(axis=(0, 2)))  # 1 mm voxels along Y
+    first, last = int(brain[0]), int(brain[-1]) + 1
+    train_end = first + round((last - first - GAP_MM) * TRAIN_SHARE)
+    slabs = {"back": slice(first, train_end), "front": slice(train_end + GAP_MM, last)}
     for name, slab in slabs.items():
         affine = template.affine.copy()
-        affine[:3, 3] += (x.start, slab.start, z.start)
-        scaled = np.round(image[x, slab, z] * 1000).astype(np.int16)
+        affine[1, 3] += slab.start
+        scaled = np.round(image[:, slab] * 1000).astype(np.int16)
         Volume(scaled, affine).save(folder / "imagesTr" / f"{name}.nii.gz")
-        Volume(labels[x, slab, z], affine).save(folder / "labelsTr" / f"{name}.nii.gz")
+        Volume(labels[:, slab], affine).save(folder / "labelsTr" / f"{name}.nii.gz")
     splits = {
         "rule": f"slabs along Y of one brain, {GAP_MM} mm apart",
         "folds": [{"train": ["back"], "val": ["front"]}],
@@ -73,12 +74,6 @@ def write_demo_data(folder: Path) -> None:
         partial = folder / f".{name}.partial"
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial.replace(folder / name)
-
-
-def _extent(labels: np.ndarray, axis: int) -> slice:
-    """From the first to the last labelled voxel along an axis."""
-    used = np.flatnonzero(labels.any(axis=tuple(a for a in range(3) if a != axis)))
-    return slice(int(used[0]), int(used[-1]) + 1)
 
 
 if __name__ == "__main__":

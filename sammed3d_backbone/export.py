@@ -81,6 +81,12 @@ class Card:
             raise ValueError(
                 f"model of format {found}, this version reads {FORMAT}; upgrade sammed3d-backbone"
             )
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        if set(values) != known:
+            raise ValueError(
+                f"the model's card differs from this version's in {sorted(set(values) ^ known)}; "
+                "upgrade sammed3d-backbone"
+            )
         values["labels"] = {int(value): name for value, name in values["labels"].items()}
         values["channels"] = tuple(values["channels"])
         if values["spacing_mm"] is not None:

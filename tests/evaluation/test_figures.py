@@ -1,0 +1,78 @@
+"""The picture of a run."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation import figures
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch, rng):
+    """Draws cases and gives back the figure before it became a PNG."""
+    kept = {}
+    save = Figure.savefig
+
+    def keep(self, path, **given):
+        kept["figure"] = self
+        save(self, path, **given)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+
+    def draw(label, prediction=None, *, affine=None, cases=1, records=(), **given):
+        affine = np.eye(4) if affine is None else affine
+        image = Volume(rng.normal(size=label.shape), affine)
+        prediction = label if prediction is None else prediction
+        shown = [
+            figures.Shown(f"case {i}", image, Volume(label, affine), Volume(prediction, affine))
+            for i in range(cases)
+        ]
+        path = tmp_path / "new" / "figure.png"
+        figures.run_figure(path, shown, ("head", "tail"), records, title="A title", **given)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        return kept["figure"]
+
+    return draw
+
+
+@pytest.fixture
+def label():
+    array = np.zeros((8, 10, 30), dtype=np.uint8)
+    array[2:4, 3:6, 10:14] = 1
+    array[4:6, 3:6, 10:14] = 2
+    return array
+
+
+def test_there_are_three_planes_per_case_two_curves_and_a_legend(drawn, label):
+    records = [{"step": 5, "loss": 2.0}, {"step": 5, "mean_dice": 0.5}, {"step": 9, "loss": 1.0}]
+    figure = drawn(label, cases=2, records=records)
+    assert len(figure.axes) == 2 * 3 + 3
+    loss, dice = figure.axes[6:8]
+    assert loss.lines[0].get_xydata().tolist() == [[5, 2], [9, 1]]
+    assert dice.lines[0].get_xydata().tolist() == [[5, 0.5]]
+
+
+def test_the_note_of_the_data_set_is_on_the_figure(drawn, label):
+    assert "only a toy" in drawn(label, note="only a toy").get_suptitle()
+
+
+@pytest.mark.parametrize(
+    "axes", [np.eye(4), np.array([[0, 0, -1, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])]
+)
+def test_planes_are_drawn_in_ras_whatever_the_file_has(drawn, label, axes):
+    figure = drawn(label, affine=axes)
+    heights = [axis.images[0].get_array().shape for axis in figure.axes[:3]]
+    size = label.shape if axes[0, 0] else (30, 8, 10)
+    assert heights == [(size[2], size[1]), (size[2], size[0]), (size[1], size[0])]
+
+
+def test_the_view_holds_all_that_was_predicted(drawn, label):
+    prediction = label.copy()
+    prediction[4, 4, 28] = 1  # far from the reference: must not be hidden
+    sagittal = drawn(label, prediction, affine=np.diag([1, 1, 4, 1.0])).axes[0]
+    assert sagittal.get_ylim() == (7.5, 29.5)
+
+
+def test_a_class_that_was_not_found_is_drawn_without_it(drawn, label):
+    assert drawn(label, np.zeros_like(label), records=[{"step": 1, "mean_dice": None}])

@@ -1,0 +1,230 @@
+"""The fine-tuning recipe from data set to figure, on boxes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finetune_unetr
+import numpy as np
+import pytest
+import torch
+from finetune_unetr import Config, augmentation, main, make_card, make_model
+from safetensors.torch import load_file
+
+from sammed3d_backbone import config, encoder
+from sammed3d_backbone.checkpoint import write
+from sammed3d_backbone.data.crops import CropStream
+from sammed3d_backbone.data.datasets import read_dataset
+from sammed3d_backbone.data.preparation import prepare_cases
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.export import load_model, segment_volume
+from sammed3d_backbone.training import engine
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads():
+    """The recipe sets the number of threads; what other tests see is put back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_weights(tmp_path):
+    """A file of trained values, so to speak."""
+    torch.manual_seed(3)
+    tensors = encoder("tiny", weights="none", img_size=16).state_dict()
+    write(tmp_path / "tiny.safetensors", tensors, {})
+    return str(tmp_path / "tiny.safetensors")
+
+
+@pytest.mark.integration
+def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_data, capsys):
+    summary = main(Config(**small))
+    run = runs / "toy"
+    assert set(summary["dice"]) == {"front", "back"}
+    written = json.loads((run / "results/scores.json").read_text())
+    assert written["mean_dice"] == summary["mean_dice"]
+    assert written["steps"] == 4
+    assert written["config"]["name"] == "toy"
+    with (run / "results/scores.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == list(written["per_case"])
+    assert (run / "results/figure.png").read_bytes().startswith(b"\x89PNG")
+    for case in written["per_case"]:
+        image = Volume.load(toy_data / f"imagesTr/{case}.nii.gz")
+        predicted = Volume.load(run / f"results/predictions/{case}.nii.gz")
+        assert np.array_equal(predicted.affine, image.affine)
+        again = segment_volume(load_model(run / "last.safetensors"), image)
+        assert np.array_equal(again.array, predicted.array)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "mean_dice" in line] == [2, 4]
+    said = capsys.readouterr().out
+    for part in ("feature_size: 4", "random weights, as asked", "parameters", "dealt by case"):
+        assert part in said
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "basicunet", "img_size": 32}, {"control": "zero_encoder"}, {"rel_pos": "axial"}],
+    ids=["basicunet", "zero_encoder", "axial"],
+)
+def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
+    assert main(Config(**small | {"steps": 2} | changes))["cases"] == 2
+    assert (runs / "toy/last.safetensors").is_file() == ("control" not in changes)
+
+
+@pytest.mark.integration
+def test_a_run_killed_by_the_system_ends_with_the_same_bits(small, runs, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        config.dump(
+            Config(
+                **small,
+            )
+        )
+    )
+    command = [sys.executable, str(ROOT / "recipes/finetune_unetr.py"), str(path), "steps=8"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "name=whole"], env=env, check=True, capture_output=True)
+    killed = subprocess.Popen(
+        [*command, "name=killed"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    patience = time.monotonic() + 120
+    while not list((runs / "killed/checkpoints").glob("[0-9]*")):
+        assert killed.poll() is None
+        assert time.monotonic() < patience
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    rest = subprocess.run(
+        [*command, "name=killed"], env=env, check=True, capture_output=True, text=True
+    )
+    assert "going on after step" in rest.stdout
+    for name in ("best", "last"):
+        whole, resumed = (
+            load_file(runs / run / f"{name}.safetensors") for run in ("whole", "killed")
+        )
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.integration
+def test_accelerate_launches_it(small, runs, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(config.dump(Config(**small)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "recipes/finetune_unetr.py"), str(path), "steps=2", "drop_path=0"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean Dice") == 1  # one process speaks
+    assert json.loads((runs / "toy/results/scores.json").read_text())["cases"] == 2
+
+
+def test_weights_bring_layer_decay_and_scratch_its_own_rate(small, tiny_weights, monkeypatch):
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def spy(model, lr, *, layer_decay, weight_decay):
+        seen.update(lr=lr, layer_decay=layer_decay, weight_decay=weight_decay)
+        raise Stop
+
+    monkeypatch.setattr(finetune_unetr.optim, "layer_decayed", spy)
+    with pytest.raises(Stop):
+        main(Config(**small))
+    assert (seen["lr"], seen["layer_decay"]) == (1e-3, 1.0)
+    with pytest.raises(Stop):
+        main(Config(**small | {"scratch": False, "weights": tiny_weights, "name": "warm"}))
+    assert (seen["lr"], seen["layer_decay"]) == (3e-4, 0.75)
+
+
+def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, tiny_weights):
+    said = []
+    cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
+    model = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
+    stored = load_file(tiny_weights)
+    name = "blocks.3.attn.qkv.weight"
+    assert torch.equal(model.encoder.state_dict()[name], stored[name])
+    said = "\n".join(map(str, said))
+    assert "matched: " in said
+    assert tiny_weights in said
+
+
+def test_scratch_ignores_the_weights(small, toy_data, tiny_weights):
+    cfg = Config(**small | {"weights": tiny_weights})
+    said = []
+    model = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
+    stored = load_file(tiny_weights)["blocks.3.attn.qkv.weight"]
+    assert not torch.equal(model.encoder.blocks[3].attn.qkv.weight, stored)
+    assert "random weights" in str(said[0])
+
+
+def test_the_zeroed_encoder_has_no_parameters_and_says_nothing(small, toy_data):
+    cfg = Config(**small | {"control": "zero_encoder"})
+    model = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", lambda _: None)
+    assert list(model.encoder.parameters()) == []
+    final, maps = model.encoder.forward_intermediates(torch.ones(2, 1, 16, 16, 16), [0, 3])
+    assert [tuple(m.shape) for m in (final, *maps)] == [(2, 64, 2, 2, 2)] + 2 * [(2, 192, 2, 2, 2)]
+    assert not any(m.any() for m in (final, *maps))
+    loss = model(torch.randn(2, 1, 16, 16, 16)).square().mean()
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
+    """The front stays in front: a flip along Y would turn one class into the other."""
+    cfg = Config(**small | {"flip_axes": (0, 2)})
+    dataset = read_dataset(toy_data)
+    cases = prepare_cases(
+        dataset, ["case_0", "case_1"], make_card(cfg, dataset).preparation, progress=False
+    )
+    stream = CropStream(cases, 16, first=0, last=40, seed=0, augment=augmentation(cfg))
+    for i in range(40):
+        label = stream[i]["label"][0]
+        centre = [torch.nonzero(label == value).float()[:, 1].mean() for value in (1, 2)]
+        if not any(c.isnan() for c in centre):
+            assert centre[0] > centre[1]
+
+
+def test_flips_do_happen(small):
+    ramp = torch.arange(4.0).reshape(1, 4, 1, 1).expand(1, 4, 4, 4)
+    flips = augmentation(Config(**small | {"flip_axes": (0,)})).transforms[0]
+    flipped = 0
+    for seed in range(40):
+        flips.set_random_state(seed)
+        out = flips({"image": ramp.clone(), "label": ramp.clone()})["image"]
+        flipped += bool(out[0, 0, 0, 0] == 3)
+    assert 10 < flipped < 30
+
+
+def test_a_case_annotated_in_part_is_refused(small, toy_data, tmp_path):
+    info = json.loads((toy_data / "dataset.json").read_text())
+    info["training"][0]["annotated"] = ["front"]
+    for kind in ("imagesTr", "labelsTr"):
+        (tmp_path / kind).symlink_to(toy_data / kind)
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"case_0.*not background; remove them"):
+        main(Config(**small | {"data": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
+    cfg = config.load(Config, path)
+    assert cfg.img_size % encoder(cfg.variant, weights="none").patch_size == 0
+    assert engine.Schedule(
+        cfg.steps, cfg.validate_every, cfg.lr, cfg.warmup_steps, cfg.clip, 1, 1, 1
+    ).next_stop(0)
+    assert cfg.warmup_steps < cfg.steps

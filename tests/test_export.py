@@ -1,0 +1,171 @@
+"""A fine-tuned network and all it needs <-> one file; a volume in, labels out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.export import (
+    CARD_KEY,
+    Card,
+    Segmenter,
+    build_network,
+    load_model,
+    save_model,
+    segment_volume,
+)
+
+
+def card(**changes):
+    values = {
+        "network": "unetr",
+        "encoder": {"variant": "tiny", "in_chans": 1, "img_size": 16, "rel_pos": "released"},
+        "adapter": {"feature_size": 4},
+        "labels": {0: "background", 1: "head", 2: "tail"},
+        "channels": ("MRI",),
+        "spacing_mm": (1.0, 1.0, 1.0),
+        "intensity": "zscore_positive",
+        "crop_vox": 16,
+        "training": {"config": {"lr": 1e-3}},
+        "versions": {"torch": torch.__version__},
+    }
+    return Card(**values | changes)
+
+
+BASIC = {"network": "basicunet", "encoder": {}, "adapter": {"features": [4, 4, 8, 8, 8, 4]}}
+BASIC["crop_vox"] = 32  # it halves its input four times
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    torch.manual_seed(0)
+    return Segmenter(build_network(card()).eval(), card())
+
+
+class Threshold(nn.Module):
+    """Says class 1 where the image is above a value: what goes in is what comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, x):
+        logits = self.gain * (x - 1.57)  # half way up the edge of the phantom below
+        return torch.cat([-logits, logits], dim=1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, BASIC, {"spacing_mm": None}], ids=["unetr", "basicunet", "native"]
+)
+def test_a_network_comes_back_with_its_card(tmp_path, changes, generator):
+    torch.manual_seed(1)
+    given = Segmenter(build_network(card(**changes)).eval(), card(**changes))
+    save_model(tmp_path / "model.safetensors", given)
+    back = load_model(tmp_path / "model.safetensors")
+    assert back.card == given.card
+    assert not back.model.training
+    volume = torch.randn(1, 34, 36, 32, generator=generator)
+    assert torch.equal(back.logits(volume), given.logits(volume))
+
+
+def test_a_file_can_be_written_over(tmp_path, segmenter):
+    for _ in range(2):
+        save_model(tmp_path / "model.safetensors", segmenter)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+@pytest.mark.parametrize(
+    "affine",
+    [
+        np.diag([1.0, 1.0, 1.0, 1.0]),
+        np.array([[0, 0, -2.0, 5], [-0.7, 0, 0, 1], [0, 1.3, 0, 2], [0, 0, 0, 1]]),
+        np.array([[1.5, 0.1, 0, 5], [-0.1, 1.5, 0.2, 1], [0, -0.2, 1.5, 2], [0, 0, 0, 1]]),
+    ],
+    ids=["plain", "turned", "oblique"],
+)
+def test_labels_lie_on_the_volumes_own_grid_with_its_affine(affine, nearest):
+    array = np.full((20, 14, 22), 1.0, dtype=np.float32)
+    array[6:14, 4:10, 5:15] = 100
+    volume = Volume(array, affine)
+    found = segment_volume(
+        Segmenter(Threshold(), card(labels={0: "background", 1: "bright"})), volume, nearest=nearest
+    )
+    assert found.array.shape == array.shape
+    assert found.array.dtype == np.uint8
+    assert np.array_equal(found.affine, affine)
+    bright = array > 50
+    assert 2 * (bright & (found.array == 1)).sum() / (bright.sum() + found.array.sum()) > 0.95
+    if affine[0, 0] == 1:
+        assert np.array_equal(found.array, bright)
+
+
+def test_several_channels_are_asked_for_by_name(segmenter):
+    volume = Volume(np.zeros((2, 16, 16, 16), np.float32), np.eye(4))
+    with pytest.raises(ValueError, match="2 channels, the model needs 1: MRI; stack"):
+        segment_volume(segmenter, volume)
+
+
+def test_a_volume_smaller_than_the_window_is_segmented(segmenter):
+    volume = Volume(np.random.default_rng(0).normal(size=(5, 30, 9)).astype(np.float32), np.eye(4))
+    assert segment_volume(segmenter, volume).array.shape == (5, 30, 9)
+
+
+def test_an_empty_volume_gives_labels(segmenter):
+    volume = Volume(np.zeros((16, 16, 16), np.float32), np.eye(4))
+    assert segment_volume(segmenter, volume).array.max() <= 2
+
+
+def test_an_unknown_network_names_the_known_ones():
+    with pytest.raises(ValueError, match="this version knows unetr, basicunet"):
+        build_network(card(network="transformer"))
+
+
+def test_a_file_without_a_card_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"pass a model that recipes/finetune_unetr\.py wrote"):
+        load_model(tmp_path / "model.safetensors")
+
+
+def rewritten(path, segmenter, *, tensors=None, **entries):
+    """The model's file with some of it changed."""
+    save_model(path, segmenter)
+    values = json.loads(segmenter.card.to_json()) | entries
+    held = load_file(path) | (tensors or {})
+    save_file(held, path, metadata={CARD_KEY: json.dumps(values)})
+    return path
+
+
+def test_a_card_of_another_format_is_refused(tmp_path, segmenter):
+    path = rewritten(tmp_path / "model.safetensors", segmenter, format=99)
+    with pytest.raises(ValueError, match="reads 1; upgrade sammed3d-backbone"):
+        load_model(path)
+
+
+def test_a_card_with_a_key_of_a_newer_version_is_refused(tmp_path, segmenter):
+    path = rewritten(tmp_path / "model.safetensors", segmenter, colour="blue")
+    with pytest.raises(ValueError, match=r"colour.*upgrade sammed3d-backbone"):
+        load_model(path)
+
+
+def test_tensors_that_do_not_fit_the_card_are_refused(tmp_path, segmenter):
+    path = rewritten(tmp_path / "model.safetensors", segmenter, tensors={"extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"(?s)extra.*copy it again"):
+        load_model(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
+        load_model(tmp_path / "none.safetensors")
+
+
+def test_a_damaged_file_is_refused(tmp_path, segmenter):
+    path = tmp_path / "model.safetensors"
+    save_model(path, segmenter)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_model(path)

@@ -1,0 +1,104 @@
+"""A training run small enough to be done many times."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import nn
+from tqdm import tqdm
+
+from sammed3d_backbone.training import engine, optim
+from sammed3d_backbone.training.runs import Progress, Run
+
+
+class Noisy(nn.Module):
+    """A linear layer with dropout, so that a step draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.layer(self.drop(x))
+
+
+class Toy:
+    """One process's view of a run: everything a recipe sets up, and its loop."""
+
+    def __init__(
+        self, folder, *, steps=8, validate_every=4, log_every=2, save_every_s=0.0, bad=None
+    ):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.accelerator = Accelerator(cpu=True)
+        torch.manual_seed(0)
+        model = Noisy()
+        self.ema = ModelEmaV3(model, decay=0.9, use_warmup=True)
+        self.model, self.optimizer = self.accelerator.prepare(
+            model, optim.layer_decayed(model, 1e-2)
+        )
+        self.progress, self.run = Progress(), Run(folder)
+        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+        self.resumed = self.run.resume(self.accelerator, self.progress)
+        self.schedule = engine.Schedule(
+            steps=steps,
+            validate_every=validate_every,
+            lr=1e-2,
+            warmup_steps=2,
+            clip=1.0,
+            log_every=log_every,
+            save_every_s=save_every_s,
+            seed=5,
+        )
+        self.bad = bad  # step whose loss is not finite
+
+    def batch(self, number):
+        generator = torch.Generator().manual_seed(number)
+        return {"image": torch.randn(3, 4, generator=generator), "number": torch.tensor(number)}
+
+    def step(self, model, batch):
+        loss = model(batch["image"]).square().mean()
+        return loss * float("nan") if int(batch["number"]) == self.bad else loss
+
+    def go(self):
+        """The loop of a recipe, with a validation that takes the weight's mean."""
+        while self.progress.step < self.schedule.steps:
+            first = self.progress.step
+            engine.train(
+                self.accelerator,
+                self.step,
+                self.model,
+                map(self.batch, range(first, self.schedule.next_stop(first))),
+                self.optimizer,
+                self.ema,
+                self.progress,
+                self.run,
+                self.schedule,
+                tqdm(disable=True),
+            )
+            score = float(self.ema.module.layer.weight.detach().mean())
+            self.run.record(step=self.progress.step, mean_dice=score)
+            self.progress.best = max(self.progress.best, score)
+            self.run.save(self.accelerator, self.progress.step)
+
+    def state(self):
+        """Everything that has to be equal after a resume."""
+        tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        for entry in self.optimizer.state_dict()["state"].values():
+            tensors += [value for value in entry.values() if torch.is_tensor(value)]
+        return tensors
+
+    def log(self):
+        """The log without what a clock says."""
+        clocks = ("seconds", "cpu_seconds", "images_per_s")
+        return [{k: v for k, v in r.items() if k not in clocks} for r in self.run.records()]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Sets up the run of a name, afresh each time, as a new process would."""
+
+    def make(name="run", **changes):
+        return Toy(tmp_path / name, **changes)
+
+    return make

@@ -1,0 +1,116 @@
+"""The body of the loop: what a step does, and that a killed run loses nothing."""
+
+import pytest
+import torch
+
+from sammed3d_backbone.training import optim
+
+
+class Killed(Exception):
+    """In place of SIGKILL."""
+
+
+def killed_after(toy, step):
+    """Breaks off when the batch of this step is asked for."""
+    whole = toy.batch
+
+    def batch(number):
+        if number == step:
+            raise Killed
+        return whole(number)
+
+    toy.batch = batch
+    with pytest.raises(Killed):
+        toy.go()
+
+
+def equal(one, other):
+    pairs = list(zip(one.state(), other.state(), strict=True))
+    return all(torch.equal(a, b) for a, b in pairs) and one.log() == other.log()
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(toy, step):
+    whole = toy("whole")
+    whole.go()
+    killed_after(toy("killed"), step)
+    rest = toy("killed")
+    assert rest.progress.step <= step
+    rest.go()
+    assert equal(rest, whole)
+    assert rest.progress.best == whole.progress.best
+
+
+def test_a_run_killed_many_times_ends_with_the_same_bits(toy):
+    whole = toy("whole")
+    whole.go()
+    for step in (1, 3, 3, 5, 5, 7):
+        killed_after(toy("killed"), step)
+    rest = toy("killed")
+    rest.go()
+    assert equal(rest, whole)
+
+
+def test_a_finished_run_has_nothing_left_to_do(toy):
+    toy().go()
+    again = toy()
+    assert (again.resumed, again.progress.step) == (True, 8)
+    again.go()
+    assert len(again.run.records()) == 4 + 2
+
+
+def test_the_log_has_a_line_per_window_and_one_per_validation(toy):
+    run = toy()
+    run.go()
+    assert [record["step"] for record in run.run.records()] == [2, 4, 4, 6, 8, 8]
+    first = run.run.records()[0]
+    assert set(first) == {
+        "step", "loss", "lr", "grad_norm", "images_per_s", "seconds", "cpu_seconds",
+    }  # fmt: skip
+    assert first["lr"] == pytest.approx(1e-2 * optim.warmup_cosine(1, 8, 2))
+
+
+def test_time_adds_up_over_resumes(toy):
+    killed_after(toy(), 5)
+    before = toy().progress.seconds
+    rest = toy()
+    rest.go()
+    assert 0 < before < rest.progress.seconds
+
+
+def test_no_checkpoint_is_written_before_the_clock_says_so(toy):
+    run = toy(save_every_s=1e6)
+    killed_after(run, 7)
+    assert [path.name for path in run.run.checkpoints] == ["0000004"]  # after validation
+
+
+def test_a_last_window_that_is_not_full_is_logged(toy):
+    run = toy(steps=5, validate_every=10)
+    run.go()
+    assert [r["step"] for r in run.run.records() if "loss" in r] == [2, 4, 5]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(toy):
+    with pytest.raises(FloatingPointError, match="at step 4; lower lr="):
+        toy(bad=2).go()
+
+
+def test_the_gradient_that_the_optimiser_sees_is_clipped(toy):
+    run = toy()
+    run.step = lambda model, batch: model(batch["image"]).square().mean() * 1e6
+    norms = []
+    run.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(
+            torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item()
+        )
+    )
+    run.go()
+    assert run.run.records()[0]["grad_norm"] > 1e3  # the log says what it was before
+    assert max(norms) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_average_follows_the_weights(toy):
+    run = toy()
+    run.go()
+    assert not torch.equal(run.ema.module.layer.weight, run.model.layer.weight)
+    assert not run.ema.module.training
