@@ -47,7 +47,8 @@ def configure(given: dict[str, str]) -> finetune_unetr.Config:
         variant = (record.variant if record else None) or "vit_b"
         name = given.get("name", "demo") + "_" + Path(given["weights"]).stem
         # a crop of 64 voxels keeps the large variant within a laptop's reach
-        given = {"variant": variant, "scratch": "false", "img_size": "64", **given, "name": name}
+        fitting = {"variant": variant, "scratch": "false", "img_size": "64"}
+        given = {"intensity": "zscore_positive", **fitting, **given, "name": name}
     return config.load(finetune_unetr.Config, CONFIG, [f"{k}={v}" for k, v in given.items()])
 
 

@@ -1,4 +1,4 @@
-"""The command `sammed3d`: look at weights files, convert them, check them.
+"""The command `sammed3d`: look at weights files, convert them, check them; segment a volume.
 
 One pair of functions per command: `_add_...` declares its arguments, `_run_...` does it and
 returns the exit code. 0 is success, 1 is a check that failed, 2 is a command that could not run.
@@ -27,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(prog="sammed3d", description="Weights of SAM-Med3D encoders.")
+    parser = argparse.ArgumentParser(prog="sammed3d", description="SAM-Med3D encoders.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_info(commands)
     _add_convert(commands)
     _add_verify(commands)
+    _add_predict(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(format="sammed3d: %(message)s")
     try:
@@ -218,3 +219,48 @@ def _encoder_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
         return False, str(error)
     rest = f", {len(report.unexpected)} unexpected" if report.unexpected else ""
     return True, f"the {len(report.matched)} tensors of the {variant} encoder are there{rest}"
+
+
+# --- predict ---------------------------------------------------------------------------------
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="segment a NIfTI volume with a fine-tuned model",
+        description="The labels lie on the volume's own grid, with its affine.",
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="last.safetensors of a run")
+    parser.add_argument("source", metavar="IN.nii.gz", type=Path, help="channels as 4th axis")
+    parser.add_argument("target", metavar="OUT.nii.gz", type=Path)
+    parser.add_argument("--nearest", action="store_true", help="resample labels, not probabilities")
+    parser.add_argument("--device", default="cpu", help="such as cuda; cpu when left out")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=_run_predict)
+
+
+def _run_predict(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.data.volume import Volume, require_nifti_name
+    from sammed3d_backbone.export import load_model, segment_volume
+
+    require_nifti_name(args.target)  # before minutes of work
+    if args.target.exists() and (not args.force or args.target.samefile(args.source)):
+        raise FileExistsError(
+            f"{args.target} exists; choose another name, or pass --force if it is not IN itself"
+        )
+    segmenter = load_model(args.model)
+    try:
+        segmenter.model.to(args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used ({reason}); try cpu") from None
+    volume = Volume.load(args.source)
+    labels = segment_volume(segmenter, volume, nearest=args.nearest)
+    labels.save(args.target)
+    x, y, z = volume.spacing_mm
+    for value, name in segmenter.card.labels.items():
+        if value:
+            voxels = int((labels.array == value).sum())
+            print(f"{value} {name}: {voxels} voxels, {voxels * x * y * z / 1000:.2f} ml")
+    print(args.target)
+    return 0

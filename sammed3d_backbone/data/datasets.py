@@ -104,8 +104,7 @@ def read_dataset(folder: str | Path) -> Dataset:
         raise DatasetError(f"{description} cannot be used:", ["it is no JSON object; mend it"])
     problems: list[str] = []
     labels = _labels(info, problems)
-    named = info.get("channel_names", info.get("modality", {"0": "image"}))
-    channels = tuple(str(named[key]) for key in sorted(named, key=int))
+    channels = _channels(info, problems)
     if "training" in info:
         cases = _listed_cases(folder, info["training"], channels, problems)
     else:
@@ -191,10 +190,11 @@ def _corners(volume: Volume) -> np.ndarray[Any, np.dtype[np.float64]]:
     return world
 
 
-def _read_json(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
+def _read_json(path: Path) -> object:
     """The content of a JSON file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+        return content
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} is not JSON:", [f"{error}; mend it"]) from None
 
@@ -220,6 +220,15 @@ def _labels(info: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
     if not problems and sorted(labels) != list(range(len(labels))):
         problems.append(f"label values {sorted(labels)} have gaps; number them 0, 1, 2, ...")
     return dict(sorted(labels.items()))
+
+
+def _channels(info: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+    """Names in order, from ``{"0": "CT"}`` under "modality" or nnU-Net 2's "channel_names"."""
+    named = info.get("channel_names") or info.get("modality") or {"0": "image"}
+    if not isinstance(named, dict) or sorted(named) != [str(i) for i in range(len(named))]:
+        problems.append('the channels are not numbered; give them as {"0": "T1", "1": "T2"}')
+        return ("image",)
+    return tuple(str(named[str(i)]) for i in range(len(named)))
 
 
 def _listed_cases(
@@ -290,10 +299,9 @@ def _read_splits(dataset: Dataset, path: Path) -> list[Fold]:
     content = _read_json(path)
     rule = str(content.get("rule", "")) if isinstance(content, dict) else ""
     entries = content.get("folds") if isinstance(content, dict) else content
-    is_form = isinstance(entries, list) and all(
+    if not isinstance(entries, list) or not all(
         isinstance(entry, dict) and {"train", "val"} <= set(entry) for entry in entries
-    )
-    if not is_form:
+    ):
         raise DatasetError(
             f"{path} cannot be used:", ['give a list of {"train": [ids], "val": [ids]}']
         )

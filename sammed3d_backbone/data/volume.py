@@ -80,8 +80,7 @@ class Volume:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}; check the path")
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path} is not named .nii or .nii.gz; convert it to NIfTI first")
+        require_nifti_name(path)
         try:
             content = path.read_bytes()
             if path.suffix == ".gz":
@@ -120,8 +119,7 @@ class Volume:
             ValueError: If the name does not end in .nii or .nii.gz.
         """
         path = Path(path)
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path} is not named .nii or .nii.gz; choose such a name")
+        require_nifti_name(path)
         array = self.array if self.array.ndim == 3 else np.moveaxis(self.array, 0, -1)
         header = None
         if self.header is not None:
@@ -143,3 +141,15 @@ class Volume:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
+
+
+def require_nifti_name(path: Path) -> None:
+    """Refuses a path that another tool would not take for NIfTI.
+
+    Raises:
+        ValueError: If it does not end in .nii or .nii.gz.
+    """
+    if not path.name.endswith(SUFFIXES):
+        raise ValueError(
+            f"{path} is not named .nii or .nii.gz; choose such a name, or convert it to NIfTI"
+        )

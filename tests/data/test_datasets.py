@@ -72,6 +72,8 @@ def test_what_was_annotated_and_what_is_cut_off_is_kept(decathlon):
         ({"labels": {"0": "background", "2": "b"}}, "number them 0, 1, 2"),
         ({"training": [{"image": "x.nii.gz"}]}, "add both paths"),
         ({"training": []}, "put them into"),
+        ({"modality": ["MRI"]}, "the channels are not numbered; give them as"),
+        ({"modality": {"1": "MRI"}}, "the channels are not numbered"),
     ],
 )
 def test_a_description_that_does_not_do_is_refused(decathlon, changes, remedy):

@@ -82,7 +82,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["v.mha", "v.nrrd", "v"])
 def test_another_format_is_refused_by_its_name(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="convert it to NIfTI first"):
+    with pytest.raises(ValueError, match="convert it to NIfTI"):
         Volume.load(tmp_path / name)
     with pytest.raises(ValueError, match="choose such a name"):
         Volume(np.zeros((1, 1, 1)), np.eye(4)).save(tmp_path / name)

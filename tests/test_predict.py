@@ -1,0 +1,91 @@
+"""sammed3d predict: a NIfTI in, labels on its grid out."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.export import Card, Segmenter, build_network, save_model
+
+AFFINE = np.array([[0, 0, -2.0, 5], [-1.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A fine-tuned network, so to speak."""
+    torch.manual_seed(0)
+    card = Card(
+        network="unetr",
+        encoder={"variant": "tiny", "in_chans": 1, "img_size": 16},
+        adapter={"feature_size": 4},
+        labels={0: "background", 1: "head", 2: "tail"},
+        channels=("MRI",),
+        spacing_mm=(2.0, 2.0, 2.0),
+        intensity="zscore_positive",
+        crop_vox=16,
+    )
+    save_model(tmp_path / "model.safetensors", Segmenter(build_network(card), card))
+    return str(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def scan(tmp_path, rng):
+    """A turned, anisotropic volume."""
+    Volume(rng.normal(100, 20, (12, 20, 14)).astype(np.float32), AFFINE).save(
+        tmp_path / "in.nii.gz"
+    )
+    return str(tmp_path / "in.nii.gz")
+
+
+@pytest.mark.parametrize("options", [[], ["--nearest"]])
+def test_labels_are_written_on_the_grid_of_the_scan(model, scan, tmp_path, capsys, options):
+    target = tmp_path / "new" / "out.nii.gz"
+    assert main(["predict", model, scan, str(target), *options]) == 0
+    found, given = nib.load(target), nib.load(scan)
+    assert found.shape == given.shape
+    assert np.array_equal(found.affine, given.affine)
+    assert found.get_data_dtype() == np.uint8
+    labels = np.asarray(found.dataobj)
+    said = capsys.readouterr().out
+    count = int((labels == 1).sum())
+    assert f"1 head: {count} voxels, {count * 3 / 1000:.2f} ml" in said
+    assert str(target) in said
+
+
+def test_an_existing_file_is_kept_unless_forced(model, scan, tmp_path, capsys):
+    target = tmp_path / "out.nii.gz"
+    target.write_bytes(b"precious")
+    assert main(["predict", model, scan, str(target)]) == 2
+    assert "pass --force" in capsys.readouterr().err
+    assert target.read_bytes() == b"precious"
+    assert main(["predict", model, scan, str(target), "--force"]) == 0
+
+
+def test_the_scan_itself_is_never_written_over(model, scan, tmp_path):
+    before = (tmp_path / "in.nii.gz").read_bytes()
+    assert main(["predict", model, scan, scan, "--force"]) == 2
+    assert (tmp_path / "in.nii.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["{model}", "{tmp}/none.nii.gz", "{tmp}/o.nii.gz"], "check the path"),
+        (["{tmp}/none.safetensors", "{scan}", "{tmp}/o.nii.gz"], "none.safetensors"),
+        (["{scan}", "{scan}", "{tmp}/o.nii.gz"], "in.nii.gz"),
+        (["{model}", "{scan}", "{tmp}/o.mha"], "choose such a name"),
+        (["{model}", "{scan}", "{tmp}/o.nii.gz", "--device=nonsense"], "try cpu"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+    model, scan, tmp_path, capsys, arguments, remedy
+):
+    filled = [a.format(model=model, scan=scan, tmp=tmp_path) for a in arguments]
+    before = sorted(tmp_path.iterdir())
+    assert main(["predict", *filled]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sammed3d: error: ")
+    assert remedy in line
+    assert sorted(tmp_path.iterdir()) == before
