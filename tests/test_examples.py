@@ -57,3 +57,9 @@ def test_a_python_block_of_the_readme_runs_by_itself(number, run_offline):
 
 def test_the_readme_names_every_example():
     assert not [path.name for path in EXAMPLES if f"examples/{path.name}" not in README]
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(page):
+    links = re.findall(r"\]\(([^):#]+)\)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (ROOT / link).exists()]
