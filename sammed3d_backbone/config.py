@@ -128,6 +128,8 @@ def _fit(key: str, hint: object, value: object) -> object:
         (hint,) = (choice for choice in choices if choice is not type(None))
         return _fit(key, hint, value)
     if origin is typing.Literal:
+        if value is False and "no" in choices:
+            value = "no"  # YAML 1.1 reads a bare no as false
         if value not in choices:
             raise ValueError(f"{key}={value!r}: give one of {', '.join(map(str, choices))}")
         return value

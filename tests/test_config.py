@@ -18,6 +18,7 @@ class Knobs:
     spacing: tuple[float, float, float] | None = (1.5, 1.5, 1.5)
     axes: tuple[int, ...] = ()
     model: Literal["small", "large"] = "small"
+    precision: Literal["no", "bf16"] = "bf16"
     tags: tuple[str, ...] = field(default_factory=tuple)
 
 
@@ -37,6 +38,10 @@ def test_a_file_fills_the_dataclass(file):
 def test_the_command_line_wins(file):
     knobs = config.load(Knobs, file, ["lr=0.5", "fast=true", "spacing=null", "axes=[1]", "name=7"])
     assert knobs == Knobs(name="7", lr=0.5, fast=True, spacing=None, axes=(1,))
+
+
+def test_a_bare_no_is_the_word_where_that_is_a_choice(file):
+    assert config.load(Knobs, file, ["precision=no"]).precision == "no"
 
 
 def test_an_equals_sign_may_stand_in_the_value(file):

@@ -7,6 +7,7 @@ was killed and went on ends with the same bits as one that was not.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -94,10 +95,12 @@ def train(
             progress.seconds += now - clock
             progress.cpu_seconds += cpu_now - cpu_clock
             mean = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
-            if not torch.isfinite(torch.tensor(mean)):
+            norm = float(torch.stack(norms).mean())
+            # An infinite norm clips a step to nothing, so the run would go on and learn little.
+            if not math.isfinite(mean + norm):
                 raise FloatingPointError(
-                    f"the loss is {mean} at step {progress.step}; lower lr=, or set "
-                    "mixed_precision=no"
+                    f"the loss is {mean} and the gradient's norm {norm} at step {progress.step}; "
+                    "lower lr=, or set mixed_precision=no"
                 )
             rate = len(losses) * len(batch["image"]) * accelerator.num_processes / (now - clock)
             clock, cpu_clock = now, cpu_now
@@ -106,7 +109,7 @@ def train(
                     step=progress.step,
                     loss=mean,
                     lr=lr,
-                    grad_norm=float(torch.stack(norms).mean()),
+                    grad_norm=norm,
                     images_per_s=round(rate, 3),
                     seconds=round(progress.seconds, 1),
                     cpu_seconds=round(progress.cpu_seconds, 1),
