@@ -114,3 +114,10 @@ def test_the_average_follows_the_weights(toy):
     run.go()
     assert not torch.equal(run.ema.module.layer.weight, run.model.layer.weight)
     assert not run.ema.module.training
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_although_the_loss_is(toy):
+    run = toy(log_every=1)
+    run.step = lambda model, batch: (model(batch["image"]) * 0).sqrt().sum()
+    with pytest.raises(FloatingPointError, match=r"loss is 0\.0 .*set mixed_precision=no"):
+        run.go()
