@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from monai.transforms import (
 )
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config, encoder
@@ -154,7 +155,15 @@ def main(cfg: Config) -> dict[str, Any]:
         loss: Tensor = loss_of(model(batch["image"]), batch["label"])  # logits (B, K, X, Y, Z)
         return loss
 
-    samples_per_step = cfg.batch * accelerator.num_processes
+    per_step = cfg.batch * accelerator.num_processes
+    stream = CropStream(
+        train,
+        cfg.img_size,
+        samples=cfg.steps * per_step,
+        seed=cfg.seed,
+        on_foreground=cfg.on_foreground,
+        augment=augmentation(cfg),
+    )
     with tqdm(
         total=cfg.steps,
         initial=progress.step,
@@ -163,16 +172,9 @@ def main(cfg: Config) -> dict[str, Any]:
         disable=not accelerator.is_main_process,
     ) as bar:
         while progress.step < cfg.steps:
-            stream = CropStream(
-                train,
-                cfg.img_size,
-                first=progress.step * samples_per_step,
-                last=schedule.next_stop(progress.step) * samples_per_step,
-                seed=cfg.seed,
-                on_foreground=cfg.on_foreground,
-                augment=augmentation(cfg),
-            )
-            batches = accelerator.prepare(DataLoader(stream, cfg.batch, num_workers=cfg.workers))
+            stop = schedule.next_stop(progress.step)
+            now = Subset(stream, range(progress.step * per_step, stop * per_step))
+            batches = accelerator.prepare(DataLoader(now, cfg.batch, num_workers=cfg.workers))
             engine.train(
                 accelerator, step, model, batches, optimizer, ema, progress, run, schedule, bar
             )
@@ -411,4 +413,7 @@ def _cores() -> int:
 
 
 if __name__ == "__main__":
-    main(config.parse(Config, description=__doc__))
+    try:
+        main(config.parse(Config, description=__doc__))
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

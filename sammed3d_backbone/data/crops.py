@@ -40,36 +40,33 @@ class CropStream(Dataset[dict[str, Tensor]]):
         cases: Sequence[PreparedCase],
         side_vox: int,
         *,
-        first: int,
-        last: int,
+        samples: int,
         seed: int,
         on_foreground: float = 0.5,
         augment: Augmentation | None = None,
     ) -> None:
-        """Samples number `first` to `last` - 1.
+        """All samples of a run.
 
         Args:
             cases: None smaller than the crop.
             side_vox: Side of the crop.
-            first: Number of the first sample, counted from the start of the run.
-            last: One more than the number of the last.
+            samples: Of the whole run.
             seed: Of the run.
             on_foreground: Share of crops centred on a voxel of a class, each class alike.
             augment: Applied to every crop.
         """
         self.cases = cases
         self.side_vox = side_vox
-        self.first, self.last = first, last
+        self.samples = samples
         self.seed = seed
         self.on_foreground = on_foreground
         self.augment = augment
         self.foreground = [_foreground(case.label) for case in cases]
 
     def __len__(self) -> int:
-        return self.last - self.first
+        return self.samples
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        number = self.first + index
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
         epoch, position = divmod(number, len(self.cases))
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.cases))
         which = int(order[position])
@@ -81,9 +78,10 @@ class CropStream(Dataset[dict[str, Tensor]]):
         if self.augment is not None:
             self.augment.set_random_state(seed=int(rng.integers(2**32)))
             sample = dict(self.augment(sample))
+        # MONAI gives its own subclass of tensors, which would slow every operation down from here
         return {
-            "image": torch.as_tensor(sample["image"]).float().contiguous(),
-            "label": torch.as_tensor(sample["label"]).long().contiguous(),
+            "image": sample["image"].as_subclass(Tensor).float().contiguous(),
+            "label": sample["label"].as_subclass(Tensor).long().contiguous(),
         }
 
     def _corner(self, rng: np.random.Generator, which: int) -> list[int]:

@@ -127,7 +127,9 @@ class Volume:
             header.set_data_dtype(array.dtype)
             header.set_slope_inter(1, 0)
             header["cal_min"] = header["cal_max"] = 0
-        image = nib.Nifti1Image(array, self.affine, header)
+        is_second = isinstance(header, nib.Nifti2Header)
+        kind: type[nib.Nifti1Image] = nib.Nifti2Image if is_second else nib.Nifti1Image
+        image = kind(array, self.affine, header)
         path.parent.mkdir(parents=True, exist_ok=True)
         suffix = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"
         with tempfile.NamedTemporaryFile(

@@ -64,6 +64,22 @@ def test_channels_come_first_in_memory_and_last_in_the_file(tmp_path, rng):
     assert np.array_equal(back.array, array)
 
 
+def test_a_label_of_a_scan_with_channels_is_a_plain_volume(tmp_path):
+    Volume(np.ones((2, 3, 4, 5), np.float32), OBLIQUE).save(tmp_path / "scan.nii.gz")
+    scan = Volume.load(tmp_path / "scan.nii.gz")
+    Volume(np.ones((3, 4, 5), np.uint8), scan.affine, scan.header).save(tmp_path / "label.nii.gz")
+    label = nib.load(tmp_path / "label.nii.gz")
+    assert label.shape == (3, 4, 5)
+    assert np.array_equal(label.affine, scan.affine)
+
+
+def test_the_second_version_of_the_format_is_kept(tmp_path, caplog):
+    nib.save(nib.Nifti2Image(np.ones((3, 4, 5), np.float32), OBLIQUE), tmp_path / "in.nii.gz")
+    Volume.load(tmp_path / "in.nii.gz").save(tmp_path / "out.nii.gz")
+    assert isinstance(nib.load(tmp_path / "out.nii.gz"), nib.Nifti2Image)
+    assert not caplog.records
+
+
 def test_a_fourth_axis_of_one_is_no_channel(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((3, 4, 5, 1), np.int16), np.eye(4)), tmp_path / "v.nii")
     assert Volume.load(tmp_path / "v.nii").array.shape == (3, 4, 5)

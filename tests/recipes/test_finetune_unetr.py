@@ -116,6 +116,18 @@ def test_a_run_killed_by_the_system_ends_with_the_same_bits(small, runs, tmp_pat
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes/finetune_unetr.py"), str(CONFIGS[0]), "data=/nowhere"],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: no dataset.json in /nowhere")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.integration
 def test_accelerate_launches_it(small, runs, tmp_path):
     path = tmp_path / "small.yaml"
@@ -191,7 +203,7 @@ def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
     cases = prepare_cases(
         dataset, ["case_0", "case_1"], make_card(cfg, dataset).preparation, progress=False
     )
-    stream = CropStream(cases, 16, first=0, last=40, seed=0, augment=augmentation(cfg))
+    stream = CropStream(cases, 16, samples=40, seed=0, augment=augmentation(cfg))
     for i in range(40):
         label = stream[i]["label"][0]
         centre = [torch.nonzero(label == value).float()[:, 1].mean() for value in (1, 2)]
