@@ -107,7 +107,7 @@ def main(cfg: Config) -> dict[str, Any]:
     accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cfg.cpu)
     torch.set_num_threads(cfg.threads or max(1, _cores() // accelerator.num_processes))
     say = accelerator.print
-    run = open_run(cfg.name, cfg)
+    run = open_run(cfg.name, cfg)  # before minutes of reading
     say(config.dump(cfg))
 
     dataset = read_dataset(find_dataset(cfg.data))
@@ -123,6 +123,9 @@ def main(cfg: Config) -> dict[str, Any]:
     card = make_card(cfg, dataset)
     train = prepare_cases(dataset, fold.train, card.preparation)
     val = prepare_cases(dataset, fold.val, card.preparation)
+    if accelerator.is_main_process:
+        run.begin(cfg)
+    accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, card, dataset.name, say)

@@ -67,6 +67,11 @@ class Run:
         found = (self.folder / "checkpoints").glob("[0-9]*")
         return sorted(found, key=lambda path: int(path.name))
 
+    def begin(self, cfg: DataclassInstance) -> None:
+        """Makes the folder and writes the configuration into it."""
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "config.yaml", config.dump(cfg))
+
     def record(self, **values: object) -> None:
         """Appends one line to the log."""
         with self.log.open("a", encoding="utf-8") as log:
@@ -123,7 +128,7 @@ def runs_folder() -> Path:
 
 
 def open_run(name: str, cfg: DataclassInstance) -> Run:
-    """The run of that name below SAMMED3D_RUNS, new or to be continued.
+    """The run of that name below SAMMED3D_RUNS, new or to be continued; nothing is written yet.
 
     Raises:
         ValueError: If the folder holds a run of another configuration; names what differs.
@@ -144,8 +149,6 @@ def open_run(name: str, cfg: DataclassInstance) -> Run:
                 f"{folder} holds a run with other values of {listed}; pass another name=, or "
                 "remove the folder to start over"
             )
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    _write(written, config.dump(cfg))
     return Run(folder)
 
 

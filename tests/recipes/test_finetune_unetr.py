@@ -126,6 +126,7 @@ def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: no dataset.json in /nowhere")
     assert "Traceback" not in done.stderr
+    assert not runs.exists()  # so that the name is still free
 
 
 @pytest.mark.integration

@@ -19,24 +19,36 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
+def opened(name, cfg):
+    """As a recipe does it: opened, and begun once the data are read."""
+    run = open_run(name, cfg)
+    run.begin(cfg)
+    return run
+
+
+def test_opening_a_run_writes_nothing(runs):
+    open_run("one", Knobs())
+    assert list(runs.iterdir()) == []
+
+
 def test_a_run_lies_below_the_folder_of_runs_with_its_configuration(runs):
-    run = open_run("one", Knobs())
+    run = opened("one", Knobs())
     assert run.folder == runs / "one"
     assert (run.folder / "config.yaml").read_text() == "name: run\nlr: 0.001\n"
 
 
 def test_the_same_configuration_opens_it_again():
-    assert open_run("one", Knobs()).folder == open_run("one", Knobs()).folder
+    assert opened("one", Knobs()).folder == opened("one", Knobs()).folder
 
 
 def test_another_configuration_is_refused_and_names_what_differs():
-    open_run("one", Knobs())
+    opened("one", Knobs())
     with pytest.raises(ValueError, match=r"lr \(0\.001 -> 0\.1\); pass another name="):
         open_run("one", Knobs(lr=0.1))
 
 
 def test_a_run_of_another_version_is_refused():
-    run = open_run("one", Knobs())
+    run = opened("one", Knobs())
     (run.folder / "config.yaml").write_text("name: run\nold_knob: 3\n")
     with pytest.raises(ValueError, match=r"another version.*pass another name="):
         open_run("one", Knobs())
