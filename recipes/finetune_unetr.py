@@ -123,9 +123,6 @@ def main(cfg: Config) -> dict[str, Any]:
     card = make_card(cfg, dataset)
     train = prepare_cases(dataset, fold.train, card.preparation)
     val = prepare_cases(dataset, fold.val, card.preparation)
-    if accelerator.is_main_process:
-        run.begin(cfg)
-    accelerator.wait_for_everyone()
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, card, dataset.name, say)
@@ -139,6 +136,9 @@ def main(cfg: Config) -> dict[str, Any]:
     ema.to(accelerator.device)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, progress)
+    if accelerator.is_main_process:
+        run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
+    accelerator.wait_for_everyone()
     if run.resume(accelerator, progress):
         say(f"going on after step {progress.step} of {cfg.steps}")
 
