@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,7 +115,11 @@ def main(cfg: Config) -> dict[str, Any]:
     fold = read_fold(dataset, cfg.fold, folds=cfg.folds, seed=cfg.seed)
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
     say(f"fold {cfg.fold} of {fold.rule}")
-    in_part = [c.id for c in dataset.cases if c.annotated and {*c.annotated} < {*dataset.classes}]
+    in_part = [
+        case.id
+        for case in dataset.cases
+        if case.annotated is not None and {*case.annotated} < {*dataset.classes}
+    ]
     if in_part:
         raise ValueError(
             f"{len(in_part)} of {len(dataset.cases)} cases are annotated in part, e.g. "
@@ -167,6 +172,9 @@ def main(cfg: Config) -> dict[str, Any]:
         on_foreground=cfg.on_foreground,
         augment=augmentation(cfg),
     )
+    rest = Subset(stream, range(progress.step * per_step, len(stream)))
+    loader = accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers))
+    batches = iter(loader)
     with tqdm(
         total=cfg.steps,
         initial=progress.step,
@@ -175,20 +183,17 @@ def main(cfg: Config) -> dict[str, Any]:
         disable=not accelerator.is_main_process,
     ) as bar:
         while progress.step < cfg.steps:
-            stop = schedule.next_stop(progress.step)
-            now = Subset(stream, range(progress.step * per_step, stop * per_step))
-            batches = accelerator.prepare(DataLoader(now, cfg.batch, num_workers=cfg.workers))
+            now = islice(batches, schedule.next_stop(progress.step) - progress.step)
             engine.train(
-                accelerator, step, model, batches, optimizer, ema, progress, run, schedule, bar
+                accelerator, step, model, now, optimizer, ema, progress, run, schedule, bar
             )
-            scores = validate(accelerator, segmenter, val)
+            summary = summarise(validate(accelerator, segmenter, val), dataset.classes)
+            is_best = (summary["mean_dice"] or 0.0) > progress.best
+            progress.best = max(progress.best, summary["mean_dice"] or 0.0)
             if accelerator.is_main_process:
-                run.record(step=progress.step, **summarise(scores, dataset.classes))
-            mean = summarise(scores, dataset.classes)["mean_dice"] or 0.0
-            bar.write(f"step {progress.step}: validation Dice {mean:.4f}")
-            if mean > progress.best:
-                progress.best = mean
-                if accelerator.is_main_process and cfg.control == "none":
+                bar.write(f"step {progress.step}: validation Dice {summary['mean_dice']}")
+                run.record(step=progress.step, **summary)
+                if is_best and cfg.control == "none":
                     save_model(run.folder / "best.safetensors", segmenter)
             run.save(accelerator, progress.step)
 
