@@ -4,8 +4,9 @@ An encoder turns a volume into token maps of one resolution. Adapters rely on th
 on nothing else, so a foreign encoder that has them works in every adapter. The words are timm's.
 """
 
+import copy
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def check_encoder(encoder: Encoder) -> None:
     """Runs an encoder once and checks everything that adapters rely on.
 
     Args:
-        encoder: A module; its parameters, gradients and mode are left as they were.
+        encoder: A module; a copy of it is run, so it stays as it is.
 
     Raises:
         TypeError: If a name of the contract is missing.
@@ -87,18 +88,32 @@ def check_encoder(encoder: Encoder) -> None:
             f"patch_size={patch} with img_size={encoder.img_size}: decoders double the grid stage "
             f"by stage, so patch_size has to be a power of two that divides every side"
         )
+    _check_groups(encoder)
     generator = torch.Generator().manual_seed(0)
-    device = next(encoder.parameters()).device
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     volume = torch.randn(2, encoder.in_chans, *encoder.img_size, generator=generator).to(device)
-    grid = tuple(n // patch for n in encoder.img_size)
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        with torch.no_grad():
-            final, maps = encoder.forward_intermediates(volume, indices=range(encoder.depth))
-            alone = encoder.forward_intermediates(volume[1:], indices=[0], intermediates_only=True)
-    finally:
-        encoder.train(was_training)
+    copied = copy.deepcopy(encoder).eval()
+    _check_maps(copied, volume)
+    _check_pruning(copied, volume)
+
+
+def _check_groups(encoder: Encoder) -> None:
+    """Patterns of depth groups must hold under an adapter's prefix."""
+    for rules in encoder.group_matcher().values():
+        for pattern in [rules] if isinstance(rules, str) else [rule for rule, _ in rules]:
+            if any(not part.startswith("^") for part in pattern.split("|")):
+                raise ValueError(
+                    f"group_matcher's {pattern!r} would match anywhere in a longer name, and an "
+                    f"adapter adds a prefix; begin each alternative with ^"
+                )
+
+
+def _check_maps(encoder: Encoder, volume: Tensor) -> None:
+    """Number, shapes and values of the maps, and that volumes of a batch do not mix."""
+    grid = tuple(n // encoder.patch_size for n in encoder.img_size)
+    with torch.no_grad():
+        final, maps = encoder.forward_intermediates(volume, indices=range(encoder.depth))
+        alone = encoder.forward_intermediates(volume[1:], indices=[0], intermediates_only=True)
     _expect("the final map", final, (2, encoder.out_chans, *grid), "out_chans")
     if len(maps) != encoder.depth:
         raise ValueError(f"{len(maps)} maps for {encoder.depth} blocks; return one for every index")
@@ -108,6 +123,23 @@ def check_encoder(encoder: Encoder) -> None:
         raise ValueError(
             "a volume's map depends on its neighbours in the batch; "
             "replace norms over the batch by norms over channels or tokens"
+        )
+
+
+def _check_pruning(encoder: Encoder, volume: Tensor) -> None:
+    """After pruning, every parameter has to get a gradient from the maps that stay."""
+    module = cast("nn.Module", encoder)
+    module.requires_grad_()
+    encoder.prune_intermediate_layers([0], prune_norm=True)
+    (first,) = encoder.forward_intermediates(volume, indices=[0], intermediates_only=True)
+    if first.requires_grad:
+        first.square().mean().backward()
+    idle = [name for name, p in module.named_parameters() if p.grad is None]
+    if idle:
+        raise ValueError(
+            f"after prune_intermediate_layers([0], prune_norm=True) {len(idle)} parameters get no "
+            f"gradient, {idle[0]} for one, which stalls multi-process training; remove there what "
+            f"the chosen maps do not need"
         )
 
 

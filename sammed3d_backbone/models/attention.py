@@ -37,6 +37,7 @@ of the bias adds q(i)·b_k to every logit of row i, padded or not, and drops out
 it is left out everywhere. The textbook form on the padded window is in the tests.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,11 +121,11 @@ class Attention(nn.Module):
             k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
         # What differs between queries rides along in the matrix product, on indicator keys.
         q = torch.cat([q, terms.queries], dim=-1)
-        k = torch.cat([k * self.scale, terms.keys.expand(len(k), -1, -1)], dim=-1)
+        k = torch.cat([k * self.scale, terms.keys.expand(k.shape[0], -1, -1)], dim=-1)
         out = _attend_by_heads(q, k, v, terms.lines)  # (Z, N, C)
         out = out.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2)  # (B, N, E)
-        projected: Tensor = self.proj(out)
-        return projected.unflatten(1, grid)
+        projected: Tensor = self.proj(out).unflatten(1, grid)
+        return projected
 
     def _released(self, q: Tensor, b_q: Tensor, grid: Grid) -> "Terms":
         """The released relative positions and, where the window is padded, the extra key's logit.
@@ -208,21 +209,23 @@ def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> T
         lines: (Z, N / z, K), added to the logits of z consecutive queries; or None.
         returns: (Z, N, C).
     """
-    heads, queries, keys = len(q), q.shape[1], k.shape[1]
-    group = max(1, CACHED_LOGITS // (queries * keys)) if q.device.type == "cpu" else heads
-    lines_of = [None] * heads if lines is None else lines.split(group)
-    out = []
-    for q_i, k_i, v_i, lines_i in zip(
-        q.split(group), k.split(group), v.split(group), lines_of, strict=False
-    ):
-        if lines_i is None:
-            logits = torch.bmm(q_i, k_i.mT)
-        else:
-            repeats = queries // lines_i.shape[1]
-            logits = lines_i[:, :, None].expand(-1, -1, repeats, -1).reshape(-1, queries, keys)
-            logits = torch.baddbmm(logits, q_i, k_i.mT)
-        out.append(torch.bmm(logits.softmax(dim=-1), v_i))
-    return torch.cat(out)
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return _softmax_product(q, k, v, lines)
+    group = max(1, CACHED_LOGITS // (q.shape[1] * k.shape[1]))
+    lines_of = itertools.repeat(None) if lines is None else lines.split(group)
+    groups = zip(q.split(group), k.split(group), v.split(group), lines_of, strict=False)
+    return torch.cat([_softmax_product(*parts) for parts in groups])
+
+
+def _softmax_product(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> Tensor:
+    """One group's softmax attention; shapes as in `_attend_by_heads`."""
+    if lines is None:
+        logits = torch.bmm(q, k.mT)
+    else:
+        repeats = q.shape[1] // lines.shape[1]
+        logits = lines[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2)  # (Z, N, K)
+        logits = torch.baddbmm(logits, q, k.mT)
+    return torch.bmm(logits.softmax(dim=-1), v)
 
 
 def _padding_logit(t: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:

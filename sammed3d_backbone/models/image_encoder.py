@@ -9,7 +9,7 @@ this order. Letters: E token width, F neck width, x, y, z tokens per axis.
 Reading weights, resampling volumes and downloads happen elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -155,7 +155,7 @@ class ImageEncoder3D(nn.Module):
             )
             for i in range(depth)
         )
-        self.neck = nn.Sequential(
+        self.neck: nn.Sequential | None = nn.Sequential(
             nn.Conv3d(embed_dim, out_chans, kernel_size=1, bias=False),
             LayerNorm3d(out_chans),
             nn.Conv3d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
@@ -178,8 +178,7 @@ class ImageEncoder3D(nn.Module):
         return len(self.blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.neck(self.forward_features(x))
-        return out
+        return self._through_neck(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The residual stream after the last block, before the neck.
@@ -252,10 +251,10 @@ class ImageEncoder3D(nn.Module):
                 x = block(x)
             if i in wanted:
                 tokens = x.movedim(-1, 1)  # (B, E, x, y, z)
-                maps.append(self.neck(tokens) if norm else tokens)
+                maps.append(self._through_neck(tokens) if norm else tokens)
         if intermediates_only:
             return maps
-        return self.neck(x.movedim(-1, 1)), maps
+        return self._through_neck(x.movedim(-1, 1)), maps
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Makes the encoder take volumes of another size.
@@ -282,7 +281,7 @@ class ImageEncoder3D(nn.Module):
 
         Args:
             indices: Blocks that stay readable; the blocks behind the last of them are removed.
-            prune_norm: Remove the neck as well; `forward` then ends with the last block's map.
+            prune_norm: Remove the neck as well; what needs it is an error from then on.
 
         Returns:
             The indices as block numbers from 0.
@@ -291,8 +290,7 @@ class ImageEncoder3D(nn.Module):
         self.blocks = self.blocks[: wanted[-1] + 1]
         self.feature_info = self.feature_info[: wanted[-1] + 1]
         if prune_norm:
-            self.neck = nn.Sequential()
-            self.out_chans = self.embed_dim
+            self.neck = None
         return wanted
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -317,28 +315,39 @@ class ImageEncoder3D(nn.Module):
             "neck": r"^neck",
         }
 
+    def _through_neck(self, tokens: Tensor) -> Tensor:
+        """The neck's map (B, F, x, y, z) of a token map (B, E, x, y, z)."""
+        if self.neck is None:
+            raise ValueError(
+                "this encoder's neck was removed when a network that does not read it took the "
+                "encoder over; build a fresh encoder, or read forward_features"
+            )
+        out: Tensor = self.neck(tokens)
+        return out
+
     def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
         """Chosen blocks as numbers from 0."""
         if indices is None:
             return set(range(self.depth))
-        if isinstance(indices, int):
+        if not isinstance(indices, Iterable):
             if not 1 <= indices <= self.depth:
                 raise ValueError(
                     f"indices={indices} asks for the last {indices} of {self.depth} blocks; "
                     f"give 1 to {self.depth}, or a list of block numbers"
                 )
-            return set(range(self.depth - indices, self.depth))
-        wrong = [i for i in indices if not -self.depth <= i < self.depth]
-        if wrong or not indices:
+            return set(range(self.depth - int(indices), self.depth))
+        chosen = [int(i) for i in indices]
+        if not chosen or any(not -self.depth <= i < self.depth for i in chosen):
             raise ValueError(
-                f"indices={list(indices)} does not name blocks; "
+                f"indices={chosen} does not name blocks; "
                 f"give block numbers from {-self.depth} to {self.depth - 1}"
             )
-        return {i % self.depth for i in indices}
+        return {i % self.depth for i in chosen}
 
     def _checked_size(self, img_size: int | Sequence[int]) -> Grid:
         """The input size as three sides."""
-        sides = (img_size,) * 3 if isinstance(img_size, int) else tuple(img_size)
+        given = list(img_size) if isinstance(img_size, Iterable) else [img_size] * 3
+        sides = tuple(int(n) for n in given)
         if len(sides) != 3 or min(sides) < 1:
             raise ValueError(f"img_size={img_size} is no size; give one side in voxels, or three")
         p = self.patch_size

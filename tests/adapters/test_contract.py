@@ -36,11 +36,34 @@ def test_a_foreign_encoder_fulfils_the_contract():
     check_encoder(ConvEncoder())
 
 
-def test_checking_leaves_mode_and_gradients_alone():
+def test_checking_leaves_the_encoder_as_it_is():
     encoder = ConvEncoder().train()
+    encoder.stem.eval()
+    encoder.stem.weight.requires_grad_(False)
     check_encoder(encoder)
     assert encoder.training
+    assert not encoder.stem.training
+    assert not encoder.stem.weight.requires_grad
+    assert encoder.depth == 6
     assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_a_pattern_that_is_not_anchored_is_told():
+    class Loose(ConvEncoder):
+        def group_matcher(self, coarse=False):
+            return {"stem": "^stem|final", "blocks": [(r"^blocks\.(\d+)", None)]}
+
+    with pytest.raises(ValueError, match=r"begin each alternative with \^"):
+        check_encoder(Loose())
+
+
+def test_pruning_that_leaves_idle_parameters_is_told():
+    class Hoarder(ConvEncoder):
+        def prune_intermediate_layers(self, indices=None, *, prune_norm=False):
+            return list(indices)
+
+    with pytest.raises(ValueError, match="remove there what the chosen maps do not need"):
+        check_encoder(Hoarder())
 
 
 def test_a_missing_name_is_named():

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from parity import Case, compare, pair, relative_error
@@ -194,7 +195,22 @@ def test_pruning_keeps_what_the_taps_need(encoder, volume):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert encoder.depth == 3
     assert len(encoder.feature_info) == 3
-    assert encoder(volume).shape[1] == encoder.out_chans == encoder.embed_dim
+
+
+def test_a_neck_that_was_removed_is_missed_loudly(encoder, volume):
+    encoder.prune_intermediate_layers([3], prune_norm=True)
+    with pytest.raises(ValueError, match="build a fresh encoder, or read forward_features"):
+        encoder(volume)
+    with pytest.raises(ValueError, match="build a fresh encoder"):
+        encoder.forward_intermediates(volume, norm=True, intermediates_only=True)
+    assert encoder.forward_features(volume).shape == (2, 24, 4, 4, 4)
+
+
+def test_numbers_from_numpy_are_numbers(volume):
+    encoder = make(torch.Generator(), img_size=np.int64(16))
+    by_array = encoder.forward_intermediates(volume, np.array([0, 2]), intermediates_only=True)
+    assert len(by_array) == 2
+    assert len(encoder.forward_intermediates(volume, np.int64(1), intermediates_only=True)) == 1
 
 
 def test_a_resized_encoder_takes_the_new_size_and_keeps_its_relative_tables(encoder, generator):
@@ -282,14 +298,16 @@ def test_bfloat16_autocast_stays_within_two_per_cent(encoder, volume):
 @pytest.mark.parametrize("rel_pos", ["released", "axial"])
 def test_an_exported_program_equals_the_module(generator, volume, rel_pos):
     encoder = make(generator, rel_pos=rel_pos)
-    program = torch.export.export(encoder, (volume,))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(encoder, (volume,), dynamic_shapes={"x": {0: batch}})
+    more = torch.cat([volume, volume[:1]])
     with torch.no_grad():
-        assert relative_error(program.module()(volume), encoder(volume)) < 1e-6
+        assert relative_error(program.module()(more), encoder(more)) < 1e-6
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiled_encoder_equals_the_eager_one_forward_and_backward(generator, volume):
-    encoder = make(generator, depth=1, global_attn_blocks=(), window_size=5)
+    encoder = make(generator, depth=2, global_attn_blocks=(1,), window_size=5)
     compiled = torch.compile(encoder)
     results = []
     for network in (encoder, compiled):
@@ -325,3 +343,18 @@ def test_parameters_are_grouped_by_depth_for_layer_decay(encoder):
     assert layers["blocks.0.attn.qkv.weight"] == 1
     assert layers["blocks.3.mlp.lin1.weight"] == 4
     assert layers["neck.2.weight"] == 5
+
+
+@pytest.mark.gpu
+def test_a_cuda_device_gives_the_processors_features(encoder, volume):
+    want = encoder(volume)
+    assert relative_error(encoder.cuda()(volume.cuda()).cpu(), want) < 1e-3  # TF32 is allowed
+
+
+@pytest.mark.gpu
+def test_a_bfloat16_step_on_a_cuda_device_reaches_every_parameter(encoder, volume):
+    encoder.cuda().train()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = encoder(volume.cuda())
+    out.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
