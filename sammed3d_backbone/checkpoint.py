@@ -421,13 +421,17 @@ def fit(
     return fitted, dataclasses.replace(report, adapted=tuple(adapted))
 
 
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, by the names that the part itself gives them."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
 def _taken(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], part: str
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The file's tensors of one network under its own names, and the names of the others."""
     if part and any(name.startswith(part) for name in tensors):
-        mine = {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
-        return mine, [name for name in tensors if not name.startswith(part)]
+        return part_of(tensors, part), [name for name in tensors if not name.startswith(part)]
     roots = {name.split(".")[0] for name in shapes}
     mine = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in roots}
     return mine, [name for name in tensors if name not in mine]

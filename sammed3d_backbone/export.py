@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sammed3d_backbone.checkpoint import read, write
+from sammed3d_backbone.checkpoint import part_of, read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.factory import encoder
+from sammed3d_backbone.factory import encoder, encoder_like
 
 CARD_KEY = "sammed3d_backbone"  # of the file's metadata
+UNETR_ENCODER = "encoder."  # prefix of the encoder's tensors
 FORMAT = 1
 
 
@@ -149,8 +150,14 @@ def segment_volume(segmenter: Segmenter, volume: Volume, *, nearest: bool = Fals
     return Volume(labels.numpy(), volume.affine, volume.header)
 
 
-def build_network(card: Card) -> nn.Module:
+def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The card's network with random weights.
+
+    Args:
+        card: What to build.
+        tensors: State dict that it will load; None for a start without one. An encoder that was
+            set to another input size keeps the relative tables that it was built with, so their
+            size is the tensors' and not the card's.
 
     Raises:
         ValueError: If the card names no known network.
@@ -161,7 +168,7 @@ def build_network(card: Card) -> nn.Module:
         raise ValueError(
             f"unknown network {card.network!r}; this version knows {', '.join(NETWORKS)}"
         ) from None
-    return build(card)
+    return build(card, tensors or {})
 
 
 def save_model(path: Path, segmenter: Segmenter) -> None:
@@ -184,7 +191,7 @@ def load_model(path: str | Path) -> Segmenter:
             "that recipes/finetune_unetr.py wrote: best.safetensors or last.safetensors of a run"
         )
     card = Card.from_json(metadata[CARD_KEY])
-    model = build_network(card)
+    model = build_network(card, tensors)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -204,20 +211,27 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _build_unetr(card: Card) -> nn.Module:
+def _build_unetr(card: Card, tensors: Mapping[str, Tensor]) -> nn.Module:
     from sammed3d_backbone.adapters.unetr import unetr
 
-    return unetr(encoder(**card.encoder, weights="none"), len(card.labels), **card.adapter)
+    network = encoder(**card.encoder, weights="none")
+    stored = part_of(tensors, UNETR_ENCODER)
+    if stored:
+        kept = {name: value for name, value in card.encoder.items() if name != "img_size"}
+        img_size = network.img_size
+        network = encoder_like(stored, **kept)
+        network.set_input_size(img_size)
+    return unetr(network, len(card.labels), **card.adapter)
 
 
-def _build_basicunet(card: Card) -> nn.Module:
+def _build_basicunet(card: Card, _: Mapping[str, Tensor]) -> nn.Module:
     from monai.networks.nets import BasicUNet
 
     return BasicUNet(3, len(card.channels), len(card.labels), **card.adapter)
 
 
 # The second is no network of this package: it is the convolutional baseline to beat.
-NETWORKS: dict[str, Callable[[Card], nn.Module]] = {
+NETWORKS: dict[str, Callable[[Card, Mapping[str, Tensor]], nn.Module]] = {
     "unetr": _build_unetr,
     "basicunet": _build_basicunet,
 }

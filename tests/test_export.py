@@ -1,5 +1,6 @@
 """A fine-tuned network and all it needs <-> one file; a volume in, labels out."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sammed3d_backbone.adapters.unetr import unetr
+from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.export import (
     CARD_KEY,
@@ -18,6 +21,7 @@ from sammed3d_backbone.export import (
     save_model,
     segment_volume,
 )
+from sammed3d_backbone.factory import encoder
 
 
 def card(**changes):
@@ -70,6 +74,29 @@ def test_a_network_comes_back_with_its_card(tmp_path, changes, generator):
     assert not back.model.training
     volume = torch.randn(1, 34, 36, 32, generator=generator)
     assert torch.equal(back.logits(volume), given.logits(volume))
+
+
+@pytest.mark.parametrize("stored_size", [16, 24])
+def test_an_encoder_from_weights_of_another_size_comes_back(tmp_path, stored_size, generator):
+    weights = tmp_path / "weights.safetensors"
+    stored = encoder("tiny", weights="none", img_size=stored_size)
+    for parameter in stored.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    write(weights, stored.state_dict(), {})
+    described = card(encoder={**card().encoder, "img_size": 32}, crop_vox=32)
+    backbone = encoder(weights=weights, **described.encoder)
+    given = Segmenter(unetr(backbone, 3, **described.adapter).eval(), described)
+    save_model(tmp_path / "model.safetensors", given)
+    back = load_model(tmp_path / "model.safetensors")
+    volume = torch.randn(1, 32, 32, 32, generator=generator)
+    assert torch.equal(back.logits(volume), given.logits(volume))
+
+
+def test_a_file_whose_position_table_is_not_its_cards_is_refused(tmp_path, segmenter):
+    described = dataclasses.replace(segmenter.card, encoder={**card().encoder, "img_size": 32})
+    save_model(tmp_path / "model.safetensors", Segmenter(segmenter.model, described))
+    with pytest.raises(ValueError, match=r"(?s)pos_embed.*copy it again"):
+        load_model(tmp_path / "model.safetensors")
 
 
 def test_a_file_can_be_written_over(tmp_path, segmenter):
