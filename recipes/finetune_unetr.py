@@ -408,9 +408,10 @@ def draw(
         )
         for score, rank in ranks.items()
     ]
+    mean = "undefined" if summary["mean_dice"] is None else f"{summary['mean_dice']:.3f}"
     title = (
         f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}, "
-        f"mean Dice {summary['mean_dice']} over {len(scores)} validation case(s)"
+        f"mean Dice {mean} over {len(scores)} validation case(s)"
     )
     run_figure(path, shown, dataset.classes, run.records(), title=title, note=dataset.note)
 
