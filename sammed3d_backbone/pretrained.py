@@ -525,6 +525,8 @@ _DECATHLON = {
     9: "Spleen",
     10: "Colon",
 }
+# Task 1 calls itself by the series that it is made of.
+_DECATHLON_NAMES = {"brats": "BrainTumour"} | {name.lower(): name for name in _DECATHLON.values()}
 # Series whose members' names do not simply end in a year.
 _SERIES = {"isles": ("ISLESSISS", "ISLESSPES"), "sega": ("SEG.A.2023",)}
 
@@ -555,7 +557,8 @@ def seen_in_pretraining(record: Weights | None, dataset_name: str) -> Exposure:
 
     Names are compared without case and punctuation; `MSD_Liver`, `Task03_Liver` and
     `Dataset003_Liver` are the same set, and a bare series such as `BraTS` stands for all of
-    its editions.
+    its editions. The Decathlon's dataset.json gives its tasks bare names such as `Liver`, so
+    such a name is taken for the task.
 
     Args:
         record: The weights' record; None for a random start.
@@ -625,7 +628,8 @@ def _matches(asked: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple
     exact = tuple(name for name in names if _plain(name) == plain)
     if exact:
         return exact, ()
-    series = tuple(name for name in names if _series(name) == plain)
+    organ = None if task else _DECATHLON_NAMES.get(plain)
+    series = tuple(name for name in names if _series(name) == plain or name == f"MSD_{organ}")
     if series:
         return series, ()
     return (), tuple(name for name in names if re.fullmatch(rf"{_series(name)}(v?\d.*)", plain))

@@ -442,6 +442,17 @@ def test_the_pretraining_list_has_the_published_counts():
         ("Task04_Hippocampus", "seen", ["MSD_Hippocampus"]),
         ("Dataset004_Hippocampus", "seen", ["MSD_Hippocampus"]),
         ("MSD_Task03_Liver", "seen", ["MSD_Liver"]),
+        ("Hippocampus", "seen", ["MSD_Hippocampus (stage 1)"]),
+        ("Liver", "seen", ["MSD_Liver (stage 1 and 2)"]),
+        ("BRATS", "seen", ["MSD_BrainTumour (stage 1 and 2)", "BraTS21"]),
+        ("BrainTumour", "seen", ["MSD_BrainTumour"]),
+        ("Heart", "seen", ["MSD_Heart"]),
+        ("PROSTATE", "seen", ["MSD_Prostate"]),
+        ("Lung", "seen", ["MSD_Lung"]),
+        ("Pancreas", "seen", ["MSD_Pancreas"]),
+        ("Hepatic Vessel", "seen", ["MSD_HepaticVessel"]),
+        ("Spleen", "seen", ["MSD_Spleen"]),
+        ("Colon", "seen", ["MSD_Colon"]),
         ("MSD", "seen", ["MSD_Colon", "MSD_Spleen", "MSD_Lung (stage 1 and 2)"]),
         ("TotalSegmentator", "seen", ["Totalsegmentator"]),
         ("TotalSegmentator v2", "related", ["Totalsegmentator"]),
@@ -467,6 +478,12 @@ def test_turbo_and_a_dataset(asked, verdict, names):
     assert exposure.verdict == verdict
     for name in names:
         assert name in str(exposure)
+
+
+def test_the_decathlons_own_name_for_a_task_is_known(shared_data):
+    content = (shared_data / "hippocampus" / "dataset.json").read_text(encoding="utf-8")
+    exposure = seen_in_pretraining(WEIGHTS["turbo"], json.loads(content)["name"])
+    assert (exposure.verdict, "MSD_Hippocampus" in str(exposure)) == ("seen", True)
 
 
 def test_challenge_weights_claim_nothing_about_what_their_list_leaves_out():
