@@ -69,6 +69,17 @@ def test_the_scan_itself_is_never_written_over(model, scan, tmp_path):
     assert (tmp_path / "in.nii.gz").read_bytes() == before
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scan_with_voxels_that_are_no_number_is_refused(model, scan, tmp_path, capsys, value):
+    volume = Volume.load(scan)
+    volume.array[3, 3, 3] = value
+    volume.save(scan)
+    before = sorted(tmp_path.iterdir())
+    assert main(["predict", model, scan, str(tmp_path / "out.nii.gz")]) == 2
+    assert "replace those voxels" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [

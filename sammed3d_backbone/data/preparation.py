@@ -41,7 +41,16 @@ class Preparation:
             )
 
     def image(self, volume: Volume) -> tuple[Tensor, Geometry]:
-        """The network's input (C, X', Y', Z'), and the way back to the volume's grid."""
+        """The network's input (C, X', Y', Z'), and the way back to the volume's grid.
+
+        Raises:
+            ValueError: If a voxel is NaN or infinite: statistics over it would spoil all others.
+        """
+        endless = volume.array.size - int(np.isfinite(volume.array).sum())
+        if endless:
+            raise ValueError(
+                f"the volume holds NaN or infinity in {endless} voxels; replace those voxels"
+            )
         side = self.min_side_vox
         geometry = Geometry.plan(
             volume.shape, volume.affine, self.spacing_mm, min_shape=(side, side, side)

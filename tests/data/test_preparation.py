@@ -44,6 +44,14 @@ def test_small_volumes_are_padded_with_what_a_raw_zero_became():
     assert geometry.box_start == (-1, -1, -1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_voxels_that_are_not_finite_are_refused(value):
+    image = Volume(np.ones((2, 4, 4, 4)), np.eye(4))
+    image.array[1, 2, 2, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinity in 1 voxels; replace those voxels"):
+        PLAIN.image(image)
+
+
 def test_channels_in_several_files_are_stacked(nnunet):
     (case, *_) = prepared(nnunet(), ["case_0"])
     assert case.image.shape == (2, 6, 7, 8)
