@@ -532,13 +532,14 @@ def write(
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     entries = {"format": "pt", **metadata, "content_sha256": content_sha256(plain)}
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".draft")
+    os.close(descriptor)  # Windows renames no open file
     try:
         safetensors.torch.save_file(plain, draft, metadata=entries)
-        os.fsync(descriptor)
+        with Path(draft).open("rb+") as file:
+            os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         Path(draft).chmod(0o666 & ~mask)  # mkstemp's are private
         Path(draft).replace(path)
     finally:
-        os.close(descriptor)
         Path(draft).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import stat
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -519,6 +520,34 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatc
         write(path, {"a": torch.ones(1)}, {}, overwrite=True)
     assert read(path)[0]["a"] == 0
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_and_closed_before_it_gets_its_name(tmp_path, monkeypatch):
+    opened, synced = [], []
+    mkstemp, fsync, replace = tempfile.mkstemp, os.fsync, Path.replace
+
+    def watched_mkstemp(**options):
+        made = mkstemp(**options)
+        opened.append(made[0])
+        return made
+
+    def watched_fsync(descriptor):
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+        opened.append(descriptor)
+
+    def watched_replace(draft, target):
+        assert synced == [draft.stat().st_ino]
+        for descriptor in opened:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(descriptor)
+        return replace(draft, target)
+
+    monkeypatch.setattr(tempfile, "mkstemp", watched_mkstemp)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    write(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {})
+    assert read(tmp_path / "a.safetensors")[0]["a"] == 0
 
 
 def test_a_written_file_is_as_readable_as_any_other(tmp_path):
