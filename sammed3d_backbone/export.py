@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,11 @@ class Card:
 
     @classmethod
     def from_json(cls, text: str) -> Card:
-        """The card of a file.
+        """The card of a file; what an older file does not say has its default.
 
         Raises:
-            ValueError: If it is of another format.
+            ValueError: If it is of another format, says more than this version knows, or lacks
+                what a network cannot be built without.
         """
         values = json.loads(text)
         found = values.pop("format", None)
@@ -82,11 +83,18 @@ class Card:
             raise ValueError(
                 f"model of format {found}, this version reads {FORMAT}; upgrade sammed3d-backbone"
             )
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        if set(values) != known:
+        known = dataclasses.fields(cls)
+        newer = sorted(set(values) - {entry.name for entry in known})
+        if newer:
             raise ValueError(
-                f"the model's card differs from this version's in {sorted(set(values) ^ known)}; "
+                f"the model's card says {newer}, which this version does not know; "
                 "upgrade sammed3d-backbone"
+            )
+        needed = {e.name for e in known if MISSING is e.default is e.default_factory}
+        if not needed <= set(values):
+            raise ValueError(
+                f"the model's card lacks {sorted(needed - set(values))}; copy the file again, or "
+                "train the model again"
             )
         values["labels"] = {int(value): name for value, name in values["labels"].items()}
         values["channels"] = tuple(values["channels"])

@@ -179,6 +179,26 @@ def test_a_card_with_a_key_of_a_newer_version_is_refused(tmp_path, segmenter):
         load_model(path)
 
 
+def with_card(path, segmenter, change):
+    """The model's file with its card changed in place."""
+    save_model(path, segmenter)
+    values = json.loads(segmenter.card.to_json())
+    change(values)
+    save_file(load_file(path), path, metadata={CARD_KEY: json.dumps(values)})
+    return path
+
+
+def test_a_card_of_an_older_version_has_defaults_for_what_it_does_not_say(tmp_path, segmenter):
+    path = with_card(tmp_path / "model.safetensors", segmenter, lambda v: v.pop("overlap"))
+    assert load_model(path).card == segmenter.card
+
+
+def test_a_card_without_what_a_network_needs_is_refused(tmp_path, segmenter):
+    path = with_card(tmp_path / "model.safetensors", segmenter, lambda v: v.pop("labels"))
+    with pytest.raises(ValueError, match=r"lacks \['labels'\]; copy the file again"):
+        load_model(path)
+
+
 def test_tensors_that_do_not_fit_the_card_are_refused(tmp_path, segmenter):
     path = rewritten(tmp_path / "model.safetensors", segmenter, tensors={"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"(?s)extra.*copy it again"):
