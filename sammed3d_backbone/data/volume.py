@@ -87,6 +87,7 @@ class Volume:
                 content = gzip.decompress(content)  # all of it, so that its checksum is compared
             kind = nib.Nifti2Image if content[4:7] == b"n+2" else nib.Nifti1Image
             image = kind.from_bytes(content)
+            _require_one_number_per_voxel(path, image.get_data_dtype())
             array = np.asarray(image.dataobj, dtype=np.float32)
         except (
             WrapStructError,
@@ -143,6 +144,20 @@ class Volume:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
+
+
+def _require_one_number_per_voxel(path: Path, dtype: np.dtype[Any]) -> None:
+    """Refuses colours and complex numbers, of which a plain conversion keeps a part at most."""
+    if dtype.fields is not None:
+        raise ValueError(
+            f"{path} holds colours of type {dtype} instead of intensities; convert it to one "
+            "number per voxel, or store its channels along a fourth axis"
+        )
+    if dtype.kind == "c":
+        raise ValueError(
+            f"{path} holds complex numbers of type {dtype}; save their magnitude, or real and "
+            "imaginary part along a fourth axis"
+        )
 
 
 def require_nifti_name(path: Path) -> None:

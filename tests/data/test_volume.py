@@ -125,6 +125,20 @@ def test_a_broken_file_is_refused_with_its_path(tmp_path, damage, rng):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        ([("R", "u1"), ("G", "u1"), ("B", "u1")], r"rgb\.nii.* type .*'R'.*one number per voxel"),
+        (np.complex64, r"rgb\.nii.* type complex64; save their magnitude"),
+        (np.complex128, "type complex128; save their magnitude"),
+    ],
+)
+def test_voxels_of_several_numbers_are_refused_by_their_type(tmp_path, dtype, remedy):
+    nib.save(nib.Nifti1Image(np.zeros((2, 2, 2), dtype), np.eye(4)), tmp_path / "rgb.nii")
+    with pytest.raises(ValueError, match=remedy):
+        Volume.load(tmp_path / "rgb.nii")
+
+
+@pytest.mark.parametrize(
     ("affine", "remedy"),
     [
         (np.diag([1.0, 1.0, 0.0, 1.0]), "singular.*mend the header"),
