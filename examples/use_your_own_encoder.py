@@ -17,9 +17,9 @@ class MonaiViT(ViT):
     out_chans = embed_dim  # it has no neck: the final map is as wide as the tokens
 
     def __init__(self):
-        super().__init__(
-            1, self.img_size, (8, 8, 8), self.embed_dim, mlp_dim=96, num_layers=6, num_heads=4
-        )
+        super().__init__(1, 32, 8, hidden_size=48, mlp_dim=96, num_layers=6, num_heads=4)
+        for block in self.blocks:  # built for cross-attention, which this network has not
+            block.norm_cross_attn = torch.nn.Identity()
 
     @property
     def depth(self):
