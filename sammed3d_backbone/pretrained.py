@@ -16,7 +16,12 @@ import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from huggingface_hub import DryRunFileInfo
+
+from sammed3d_backbone.variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +155,8 @@ _TURBO = Weights(
     orientation="RAS",
     normalisation=(
         "CT clamped to [-1000, 1000] HU; then z-score with the mean and unbiased deviation "
-        "of the crop's voxels above 0"
+        "of the crop's voxels above 0; this package takes them, on purpose, over the whole "
+        "resampled volume, so that all windows of a scan share one scale"
     ),
     pretraining=SA_MED3D_140K,
     held_out=SA_MED3D_HELD_OUT,
@@ -193,6 +199,8 @@ WEIGHTS: dict[str, Weights] = {
 
 # What `encoder(variant)` loads when it is not told.
 DEFAULT_WEIGHTS = {"vit_b": "turbo"}
+# Spacing that a variant's crop was made for, where no weights record says it.
+_MEANT_FOR = {"tiny": " at 1.5 mm"}
 
 
 def list_weights() -> list[str]:
@@ -219,6 +227,20 @@ def default_weights(variant: str) -> str:
     raise ValueError(
         f"no weights are published for {variant!r}; pass weights='none' for a random start, "
         f"or a file, or choose one of {sorted(DEFAULT_WEIGHTS)}"
+    )
+
+
+def _require_no_variant(name: str) -> None:
+    """Refuses the name of a network where that of weights is needed, saying what there is."""
+    if name not in VARIANTS:
+        return
+    side = VARIANTS[name].img_size
+    crop = f"{name!r} is a variant (crop {side}^3 voxels{_MEANT_FOR.get(name, '')})"
+    if name in DEFAULT_WEIGHTS:
+        raise ValueError(f"{crop}, not weights; its weights are {DEFAULT_WEIGHTS[name]!r}")
+    raise ValueError(
+        f"{crop} without weights yet; start at random with encoder({name!r}, weights='none'), or "
+        "give a weights file"
     )
 
 
@@ -258,6 +280,7 @@ def locate(weights: str | os.PathLike[str]) -> tuple[Weights, Path]:
             f"no weights file {str(weights)!r}; give an existing .safetensors or .pth file, "
             f"'repo_id:file' for one on the Hub, or a name of {list_weights()}"
         )
+    _require_no_variant(str(weights))
     near = difflib.get_close_matches(str(weights), WEIGHTS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(
@@ -337,15 +360,9 @@ def _fetch(record: Weights) -> Path:
     repo_id, filename = str(record.repo_id), str(record.filename)
     place = f"{repo_id}@{record.revision}"
     try:
-        plan = hf_hub_download(repo_id, filename, revision=record.revision, dry_run=True)
-        if plan.will_download:
-            logger.warning(
-                "downloading %s (%.0f MB) from %s into %s",
-                record.filename,
-                (plan.file_size or 0) / 1e6,
-                f"{constants.ENDPOINT}/{record.repo_id}",
-                constants.HF_HUB_CACHE,
-            )
+        _announce(
+            record, hf_hub_download(repo_id, filename, revision=record.revision, dry_run=True)
+        )
         return Path(hf_hub_download(repo_id, filename, revision=record.revision))
     except errors.GatedRepoError as error:
         raise PermissionError(
@@ -379,11 +396,27 @@ def _fetch(record: Weights) -> Path:
         raise ConnectionError(
             f"{constants.ENDPOINT} failed on {record.filename} of {place}: {error}; try later"
         ) from error
+    except TypeError:  # a fault of this code or of the release of huggingface_hub, not of the net
+        raise
     except Exception as error:  # the HTTP library below huggingface_hub changes between releases
         raise ConnectionError(
             f"the download of {record.filename} from {place} broke off: {error}; run it again, "
             "or fetch the file by other means and pass its path"
         ) from error
+
+
+def _announce(record: Weights, plan: "DryRunFileInfo") -> None:
+    """Say how large a download will be; nothing where the cache has the file."""
+    from huggingface_hub import constants
+
+    if plan.will_download:
+        logger.warning(
+            "downloading %s (%.0f MB) from %s into %s",
+            record.filename,
+            (plan.file_size or 0) / 1e6,
+            f"{constants.ENDPOINT}/{record.repo_id}",
+            constants.HF_HUB_CACHE,
+        )
 
 
 def _unreachable(record: Weights, error: Exception) -> str:

@@ -107,6 +107,7 @@ def test_turbo_is_what_a_user_needs_to_know():
     assert (turbo.spacing_mm, turbo.crop_vox) == ((1.5, 1.5, 1.5), (128, 128, 128))
     assert turbo.orientation == "RAS"
     assert "[-1000, 1000] HU" in turbo.normalisation
+    assert "over the whole resampled volume" in turbo.normalisation
 
 
 def test_a_printed_record_names_every_field_and_counts_the_datasets():
@@ -134,6 +135,19 @@ def test_defaults_are_in_the_table_and_belong_to_their_variant():
 def test_a_variant_without_weights_says_how_to_start_at_random():
     with pytest.raises(ValueError, match=r"pass weights='none' for a random start"):
         default_weights("vit_h_256")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tiny", r"variant \(crop 64\^3 voxels at 1\.5 mm\) without weights yet.*weights='none'"),
+        ("vit_b_256", r"variant \(crop 256\^3 voxels\) without weights yet.*weights='none'"),
+        ("vit_b", r"variant \(crop 128\^3 voxels\), not weights; its weights are 'turbo'"),
+    ],
+)
+def test_a_variant_given_as_weights_is_named_for_what_it_is(name, said):
+    with pytest.raises(ValueError, match=said):
+        locate(name)
 
 
 # --- names and local files -------------------------------------------------------------------
@@ -286,6 +300,15 @@ def test_a_failing_hub_says_so(at_hub, monkeypatch):
     with pytest.raises(FileNotFoundError, match="set HF_ENDPOINT to a mirror") as caught:
         locate(HUB_FILE)
     assert "503" in str(caught.value)
+
+
+def test_a_huggingface_hub_that_lacks_an_argument_is_no_broken_transfer(monkeypatch):
+    def older(repo_id, filename, *, revision):
+        raise AssertionError
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", older)
+    with pytest.raises(TypeError, match="dry_run"):
+        locate(HUB_FILE)
 
 
 def test_offline_with_a_cache_works_and_asks_nobody(at_hub, offline):

@@ -33,6 +33,10 @@ class Normalised:
 def normalise(image: Tensor, mode: str) -> Normalised:
     """The image with each channel normalised by itself.
 
+    Give the whole resampled volume. The released weights were trained with the statistics of each
+    crop; here a crop has its volume's, on purpose: windows that slide over one scan then share one
+    scale, and a crop of nothing but background is not blown up.
+
     Args:
         mode: ``"zscore_positive"``: statistics over voxels > 0, applied to all (released weights);
             ``"zscore"``: statistics over all voxels; ``"ct"``: clamp to [-1000, 1000] HU, then as
