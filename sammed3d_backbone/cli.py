@@ -240,6 +240,8 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _run_predict(args: argparse.Namespace) -> int:
+    import numpy as np
+
     from sammed3d_backbone.data.volume import Volume, require_nifti_name
     from sammed3d_backbone.export import load_model, segment_volume
 
@@ -257,10 +259,10 @@ def _run_predict(args: argparse.Namespace) -> int:
     volume = Volume.load(args.source)
     labels = segment_volume(segmenter, volume, nearest=args.nearest)
     labels.save(args.target)
-    x, y, z = volume.spacing_mm
+    voxel_ml = abs(np.linalg.det(volume.affine[:3, :3])) / 1000  # axes may be sheared
     for value, name in segmenter.card.labels.items():
         if value:
             voxels = int((labels.array == value).sum())
-            print(f"{value} {name}: {voxels} voxels, {voxels * x * y * z / 1000:.2f} ml")
+            print(f"{value} {name}: {voxels} voxels, {voxels * voxel_ml:.2f} ml")
     print(args.target)
     return 0

@@ -54,6 +54,18 @@ def test_labels_are_written_on_the_grid_of_the_scan(model, scan, tmp_path, capsy
     assert str(target) in said
 
 
+def test_a_sheared_voxels_volume_is_not_the_product_of_its_edges(model, tmp_path, capsys, rng):
+    sheared = np.array([[1.0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    scan, target = tmp_path / "sheared.nii.gz", tmp_path / "out.nii.gz"
+    Volume(rng.normal(100, 20, (16, 16, 16)).astype(np.float32), sheared).save(scan)
+    assert main(["predict", model, str(scan), str(target)]) == 0
+    said = capsys.readouterr().out
+    counts = np.bincount(np.asarray(nib.load(target).dataobj).ravel(), minlength=3)
+    for value, name in ((1, "head"), (2, "tail")):
+        assert f"{value} {name}: {counts[value]} voxels, {counts[value] / 1000:.2f} ml" in said
+    assert counts[1:].max() > 100
+
+
 def test_an_existing_file_is_kept_unless_forced(model, scan, tmp_path, capsys):
     target = tmp_path / "out.nii.gz"
     target.write_bytes(b"precious")
