@@ -14,7 +14,9 @@ import finetune_unetr
 from prepare_demo_data import write_demo_data
 
 from sammed3d_backbone import config
+from sammed3d_backbone.checkpoint import read
 from sammed3d_backbone.data.datasets import find_dataset, read_dataset
+from sammed3d_backbone.factory import variant_of
 from sammed3d_backbone.pretrained import WEIGHTS
 from sammed3d_backbone.training.runs import runs_folder
 
@@ -43,13 +45,24 @@ def configure(given: dict[str, str]) -> finetune_unetr.Config:
         }
         given = {**own, **given}
     if "weights" in given:
-        record = WEIGHTS.get(given["weights"])
-        variant = (record.variant if record else None) or "vit_b"
         name = given.get("name", "demo") + "_" + Path(given["weights"]).stem
         # a crop of 64 voxels keeps the large variant within a laptop's reach
-        fitting = {"variant": variant, "scratch": "false", "img_size": "64"}
+        fitting = {
+            "variant": variant_for(given["weights"]),
+            "scratch": "false",
+            "img_size": "64",
+        }
         given = {"intensity": "zscore_positive", **fitting, **given, "name": name}
     return config.load(finetune_unetr.Config, CONFIG, [f"{k}={v}" for k, v in given.items()])
+
+
+def variant_for(weights: str) -> str:
+    """The variant that weights are of: by the table, by a local file's tensors, else vit_b."""
+    record = WEIGHTS.get(weights)
+    found = record.variant if record else None
+    if Path(weights).is_file():
+        found = variant_of(read(Path(weights))[0])
+    return found or "vit_b"
 
 
 def main() -> None:

@@ -102,17 +102,30 @@ class Config:
     cpu: bool = False  # even where there is a GPU
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        counts = ("folds", "steps", "batch", "validate_every", "log_every", "img_size")
+        if low := [key for key in counts if getattr(self, key) < 1]:
+            raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap={self.overlap}; give 0 or more, and less than 1")
+        if not {*self.flip_axes} <= {0, 1, 2}:
+            raise ValueError(f"flip_axes={self.flip_axes}; give axes among [0, 1, 2]")
+
+
+# Keys that may change when a run goes on: they say where and how fast, not what.
+FREE = ("threads", "workers", "cpu", "save_every_s")
+
 
 def main(cfg: Config) -> dict[str, Any]:
     """Trains or goes on, evaluates, draws; returns the scores."""
     accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cfg.cpu)
     torch.set_num_threads(cfg.threads or max(1, _cores() // accelerator.num_processes))
     say = accelerator.print
-    run = open_run(cfg.name, cfg)  # before minutes of reading
+    run = open_run(cfg.name, cfg, free=FREE)  # before minutes of reading
     say(config.dump(cfg))
 
     dataset = read_dataset(find_dataset(cfg.data))
-    fold = read_fold(dataset, cfg.fold, folds=cfg.folds, seed=cfg.seed)
+    fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
     say(f"fold {cfg.fold} of {fold.rule}")
     in_part = [
@@ -126,8 +139,10 @@ def main(cfg: Config) -> dict[str, Any]:
             f"{in_part[0]}, and a missing class is not background; remove them from dataset.json"
         )
     card = make_card(cfg, dataset)
-    train = prepare_cases(dataset, fold.train, card.preparation)
-    val = prepare_cases(dataset, fold.val, card.preparation)
+    train, val = (
+        prepare_cases(dataset, ids, card.preparation, progress=accelerator.is_main_process)
+        for ids in (fold.train, fold.val)
+    )
 
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, card, dataset.name, say)
@@ -139,7 +154,7 @@ def main(cfg: Config) -> dict[str, Any]:
     segmenter = Segmenter(ema.module, card)  # always the averaged weights
     model, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
-    progress = Progress()
+    progress = Progress(accelerator.num_processes)
     accelerator.register_for_checkpointing(ema, progress)
     if accelerator.is_main_process:
         run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing

@@ -63,10 +63,14 @@ def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no key: value lines; see recipes/configs/ for the form")
+    hints = typing.get_type_hints(cls)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not of the form key=value")
+        if _is_text(hints.get(key)) and text not in ("null", "~"):
+            values[key] = text  # YAML would read 010 as a number and yes as true
+            continue
         try:
             values[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -117,6 +121,11 @@ def differences(
     """The keys in which two configurations of one class differ, with both values."""
     a, b = dataclasses.asdict(one), dataclasses.asdict(other)
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
+
+
+def _is_text(hint: object) -> bool:
+    """Whether a field holds a string, or a string or None."""
+    return hint is str or {*typing.get_args(hint)} == {str, type(None)}
 
 
 def _fit(key: str, hint: object, value: object) -> object:

@@ -107,5 +107,6 @@ def _foreground(label: Tensor, most: int = 4096) -> dict[int, Tensor]:
     for value in torch.unique(label).tolist():
         if value:
             found = torch.nonzero(label[0] == value)
-            voxels[int(value)] = found[:: -(-len(found) // most)]
+            # A strided view would keep the indices of all voxels in memory.
+            voxels[int(value)] = found[:: -(-len(found) // most)].clone()
     return voxels

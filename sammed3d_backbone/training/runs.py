@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ PARTIAL = "partial-"
 class Progress:
     """What a run knows beside its weights; saved in every checkpoint."""
 
+    processes: int = 1  # that train together; they share out the samples of a step
     step: int = 0  # finished optimiser steps
     best: float = float("-inf")  # best validation score so far
     seconds: float = 0.0  # on the clock, spent in training, over all resumes
@@ -107,7 +109,11 @@ class Run:
         Args:
             accelerator: With everything prepared and registered that is to be restored.
             progress: Registered with the accelerator; tells the step.
+
+        Raises:
+            ValueError: If the checkpoint is of another number of processes.
         """
+        processes = progress.processes
         if accelerator.is_main_process:
             for path in (self.folder / "checkpoints").glob(f"{PARTIAL}*"):
                 shutil.rmtree(path)
@@ -115,6 +121,12 @@ class Run:
         found = self.checkpoints
         if found:
             accelerator.load_state(str(found[-1]))
+        if progress.processes != processes:
+            raise ValueError(
+                f"{self.folder} was trained by {progress.processes} processes, and {processes} "
+                f"would see other samples; go on with accelerate launch --num_processes "
+                f"{progress.processes}, or pass another name="
+            )
         if accelerator.is_main_process:
             kept = [line for line in self.records() if line["step"] <= progress.step]
             _write(self.log, "".join(json.dumps(line) + "\n" for line in kept if found))
@@ -127,8 +139,13 @@ def runs_folder() -> Path:
     return Path(os.environ.get(RUNS_VARIABLE, DEFAULT_RUNS)).expanduser()
 
 
-def open_run(name: str, cfg: DataclassInstance) -> Run:
+def open_run(name: str, cfg: DataclassInstance, *, free: Collection[str] = ()) -> Run:
     """The run of that name below SAMMED3D_RUNS, new or to be continued; nothing is written yet.
+
+    Args:
+        name: Of the folder.
+        cfg: What is asked for now.
+        free: Keys that may differ from the earlier start, since no result depends on them.
 
     Raises:
         ValueError: If the folder holds a run of another configuration; names what differs.
@@ -142,7 +159,8 @@ def open_run(name: str, cfg: DataclassInstance) -> Run:
             raise ValueError(
                 f"{folder} holds a run of another version ({error}); pass another name="
             ) from None
-        changed = config.differences(earlier, cfg)
+        found = config.differences(earlier, cfg)
+        changed = {key: values for key, values in found.items() if key not in free}
         if changed:
             listed = ", ".join(f"{key} ({a!r} -> {b!r})" for key, (a, b) in changed.items())
             raise ValueError(

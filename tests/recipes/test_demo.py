@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from prepare_demo_data import GAP_MM, NOTE, write_demo_data
 
+from sammed3d_backbone import encoder
+from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.data.datasets import read_dataset, read_fold
 from sammed3d_backbone.data.preparation import Preparation, load_image, prepare_cases
 
@@ -81,6 +83,12 @@ def test_weights_choose_their_variant_and_are_not_ignored(toy_data, runs, weight
     assert (cfg.weights, cfg.variant, cfg.scratch) == (weights, variant, False)
     assert cfg.name != demo.configure({"data": str(toy_data)}).name
     assert "/" not in cfg.name
+
+
+def test_a_local_file_tells_its_own_variant(toy_data, runs, tmp_path):
+    write(tmp_path / "mine.safetensors", encoder("tiny", weights="none").state_dict(), {})
+    cfg = demo.configure({"data": str(toy_data), "weights": str(tmp_path / "mine.safetensors")})
+    assert cfg.variant == "tiny"
 
 
 def test_any_key_of_the_recipe_can_be_given(toy_data, runs):

@@ -241,3 +241,18 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         cfg.steps, cfg.validate_every, cfg.lr, cfg.warmup_steps, cfg.clip, 1, 1, 1
     ).next_stop(0)
     assert cfg.warmup_steps < cfg.steps
+
+
+@pytest.mark.parametrize(
+    ("knob", "remedy"),
+    [
+        ({"batch": 0}, "batch=0; give 1 or more"),
+        ({"validate_every": 0}, "validate_every=0; give 1 or more"),
+        ({"overlap": 1.0}, "give 0 or more, and less than 1"),
+        ({"flip_axes": (3,)}, r"give axes among \[0, 1, 2\]"),
+    ],
+    ids=str,
+)
+def test_knobs_out_of_range_are_refused_before_anything_is_read(knob, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        Config(name="toy", data="nowhere", **knob)

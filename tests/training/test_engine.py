@@ -121,3 +121,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_although_the_loss_is(toy):
     run.step = lambda model, batch: (model(batch["image"]) * 0).sqrt().sum()
     with pytest.raises(FloatingPointError, match=r"loss is 0\.0 .*set mixed_precision=no"):
         run.go()
+
+
+def test_another_number_of_processes_is_refused_with_the_launch_that_fits(toy):
+    of_two = toy()
+    of_two.progress.processes = 2
+    killed_after(of_two, 5)
+    with pytest.raises(ValueError, match="accelerate launch --num_processes 2"):
+        toy()

@@ -47,6 +47,11 @@ def test_another_configuration_is_refused_and_names_what_differs():
         open_run("one", Knobs(lr=0.1))
 
 
+def test_keys_that_change_no_result_may_change():
+    opened("one", Knobs())
+    assert open_run("one", Knobs(lr=0.1), free=("lr",)).folder.name == "one"
+
+
 def test_a_run_of_another_version_is_refused():
     run = opened("one", Knobs())
     (run.folder / "config.yaml").write_text("name: run\nold_knob: 3\n")
