@@ -16,10 +16,7 @@ import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from huggingface_hub import DryRunFileInfo
+from typing import Any, Literal
 
 from sammed3d_backbone.variants import VARIANTS
 
@@ -360,9 +357,8 @@ def _fetch(record: Weights) -> Path:
     repo_id, filename = str(record.repo_id), str(record.filename)
     place = f"{repo_id}@{record.revision}"
     try:
-        _announce(
-            record, hf_hub_download(repo_id, filename, revision=record.revision, dry_run=True)
-        )
+        plan = hf_hub_download(repo_id, filename, revision=record.revision, dry_run=True)
+        _announce(record, (plan.file_size or 0) if plan.will_download else None)
         return Path(hf_hub_download(repo_id, filename, revision=record.revision))
     except errors.GatedRepoError as error:
         raise PermissionError(
@@ -405,15 +401,15 @@ def _fetch(record: Weights) -> Path:
         ) from error
 
 
-def _announce(record: Weights, plan: "DryRunFileInfo") -> None:
-    """Say how large a download will be; nothing where the cache has the file."""
+def _announce(record: Weights, n_bytes: int | None) -> None:
+    """Say how large a download will be; None is no download, since the cache has the file."""
     from huggingface_hub import constants
 
-    if plan.will_download:
+    if n_bytes is not None:
         logger.warning(
             "downloading %s (%.0f MB) from %s into %s",
             record.filename,
-            (plan.file_size or 0) / 1e6,
+            n_bytes / 1e6,
             f"{constants.ENDPOINT}/{record.repo_id}",
             constants.HF_HUB_CACHE,
         )
@@ -661,8 +657,8 @@ def _matches(asked: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple
     exact = tuple(name for name in names if _plain(name) == plain)
     if exact:
         return exact, ()
-    organ = None if task else _DECATHLON_NAMES.get(plain)
-    series = tuple(name for name in names if _series(name) == plain or name == f"MSD_{organ}")
+    named = None if task else _DECATHLON_NAMES.get(plain)
+    series = tuple(name for name in names if _series(name) == plain or name == f"MSD_{named}")
     if series:
         return series, ()
     return (), tuple(name for name in names if re.fullmatch(rf"{_series(name)}(v?\d.*)", plain))
