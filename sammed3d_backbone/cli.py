@@ -56,6 +56,7 @@ def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _run_info(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.factory import CARD_KEY
     from sammed3d_backbone.pretrained import WEIGHTS
 
     if args.weights is None:
@@ -66,6 +67,14 @@ def _run_info(args: argparse.Namespace) -> int:
         print(WEIGHTS[args.weights])
         return 0
     record, tensors, metadata = _opened(args.weights)
+    if CARD_KEY in metadata:
+        from sammed3d_backbone.export import Card  # imports nibabel
+
+        print(f"name: {record.name}\nsha256: {record.sha256}")
+        print(Card.from_json(metadata[CARD_KEY]))
+        values = sum(tensor.numel() for tensor in tensors.values())
+        print(f"{len(tensors)} tensors, {values:,} values")
+        return 0
     print(record)
     print(f"layout: {metadata['layout']}")
     for part in sorted({_part(name) for name in tensors}):
@@ -159,6 +168,7 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _run_verify(args: argparse.Namespace) -> int:
     from sammed3d_backbone.checkpoint import content_sha256
+    from sammed3d_backbone.factory import CARD_KEY
 
     record, tensors, metadata = _opened(args.file)
     findings = [_hash_finding(record)]
@@ -166,7 +176,10 @@ def _run_verify(args: argparse.Namespace) -> int:
         intact = content_sha256(tensors) == metadata["content_sha256"]
         findings.append((intact, f"content {'as written' if intact else 'altered since written'}"))
     findings.append(_finite_finding(tensors))
-    findings.append(_encoder_finding(tensors, args.variant or record.variant))
+    if CARD_KEY in metadata:
+        findings.append(_model_finding(args.file))
+    else:
+        findings.append(_encoder_finding(tensors, args.variant or record.variant))
     for right, sentence in findings:
         print(f"{_MARKS[right]}  {sentence}")
     return int(any(right is False for right, _ in findings))
@@ -219,6 +232,18 @@ def _encoder_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
         return False, str(error)
     rest = f", {len(report.unexpected)} unexpected" if report.unexpected else ""
     return True, f"the {len(report.matched)} tensors of the {variant} encoder are there{rest}"
+
+
+def _model_finding(file: str) -> Finding:
+    """Whether a fine-tuned network loads strictly, as `predict` will load it."""
+    from sammed3d_backbone.export import load_model
+
+    try:
+        segmenter = load_model(file)
+    except ValueError as error:
+        return False, str(error).replace("\n", " ")
+    count = len(segmenter.model.state_dict())
+    return True, f"the {count} tensors of the fine-tuned {segmenter.card.network} fit its card"
 
 
 # --- predict ---------------------------------------------------------------------------------

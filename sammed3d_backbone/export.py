@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from sammed3d_backbone.checkpoint import part_of, read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.factory import encoder, encoder_like
+from sammed3d_backbone.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
 
-CARD_KEY = "sammed3d_backbone"  # of the file's metadata
-UNETR_ENCODER = "encoder."  # prefix of the encoder's tensors
 FORMAT = 1
 
 
@@ -59,6 +57,26 @@ class Card:
     orientation: str = "RAS"
     training: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """What a user has to know, as lines of `field: value`."""
+        spacing = self.spacing_mm
+        data = self.training.get("dataset", {})
+        rows = {
+            "network": f"fine-tuned {self.network}",
+            "encoder": _listed(self.encoder) or "none",
+            "adapter": _listed(self.adapter) or "as by default",
+            "labels": _listed(self.labels),
+            "channels": ", ".join(self.channels),
+            "spacing_mm": " x ".join(map(str, spacing)) if spacing else "each volume's own",
+            "intensity": self.intensity,
+            "orientation": self.orientation,
+            "crop_vox": self.crop_vox,
+            "overlap": self.overlap,
+            "dataset": data.get("name", "not known"),
+            "versions": _listed(self.versions) or "not known",
+        }
+        return "\n".join(f"{key}: {value}" for key, value in rows.items())
 
     @property
     def preparation(self) -> Preparation:
@@ -219,11 +237,15 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def _listed(values: Mapping[Any, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
 def _build_unetr(card: Card, tensors: Mapping[str, Tensor]) -> nn.Module:
     from sammed3d_backbone.adapters.unetr import unetr
 
     network = encoder(**card.encoder, weights="none")
-    stored = part_of(tensors, UNETR_ENCODER)
+    stored = part_of(tensors, MODEL_ENCODER)
     if stored:
         kept = {name: value for name, value in card.encoder.items() if name != "img_size"}
         img_size = network.img_size

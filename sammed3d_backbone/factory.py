@@ -5,9 +5,11 @@ of them is elsewhere. Nothing here starts from random values unless it was asked
 """
 
 import dataclasses
+import json
 import logging
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from sammed3d_backbone.checkpoint import (
     CheckpointError,
     LoadReport,
     fit,
+    part_of,
     read,
 )
 from sammed3d_backbone.models.attention import RelPos
@@ -36,6 +39,9 @@ from sammed3d_backbone.variants import variant as variant_sizes
 __all__ = ["encoder", "encoder_like", "list_weights", "variant_of"]
 
 logger = logging.getLogger(__name__)
+
+CARD_KEY = "sammed3d_backbone"  # of the metadata of a fine-tuned network, see export.py
+MODEL_ENCODER = "encoder."  # prefix of the encoder's tensors in it
 
 
 def encoder(
@@ -57,7 +63,9 @@ def encoder(
         variant: A name in `variants.VARIANTS`.
         weights: A name of `list_weights()`; a .safetensors or .pth file; `repo_id:file` or
             `repo_id@revision:file` on the Hub; "none" for random values; None for the variant's
-            default, which for `vit_b` downloads the released file once.
+            default, which for `vit_b` downloads the released file once. From a fine-tuned
+            network comes its encoder, as pruned as it is there: blocks and neck that its decoder
+            did not read stay away and are listed in the report as missing.
         in_chans: Input channels. Kernels for one channel are repeated and divided by their
             number, so that equal channels give the response of one.
         img_size: Input side in voxels, or three of them with axial positions; None for the size
@@ -81,6 +89,7 @@ def encoder(
         (64, 64, 64)
     """
     sizes = variant_sizes(variant)
+    in_chans, img_size = _checked_numbers(in_chans, img_size, drop_path)
     if weights is None:
         weights = default_weights(variant)
     if weights == "none":
@@ -96,6 +105,9 @@ def encoder(
     record, path = locate(weights)
     tensors, metadata = read(path)
     record = from_metadata(record, metadata)
+    is_model = CARD_KEY in metadata
+    if is_model:
+        record, tensors = _encoder_of_model(record, tensors, metadata[CARD_KEY])
     _require_variant(record, variant)
     if record.rel_pos == "axial" and rel_pos == "released":
         raise ValueError(
@@ -110,6 +122,7 @@ def encoder(
     network = encoder_like(
         tensors, variant, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path
     )
+    dropped = _prune_like(network, tensors) if is_model else ()
     state, report = fit(
         tensors,
         {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()},
@@ -119,7 +132,7 @@ def encoder(
         layout=metadata["layout"],
     )
     network.load_state_dict(state)
-    report = _with_positions(report, record, rel_pos)
+    report = _with_positions(_without(report, dropped), record, rel_pos)
     if img_size is not None:
         report = _resized(report, network, img_size)
     return _with_provenance(network, dataclasses.replace(record, variant=variant), report)
@@ -202,6 +215,76 @@ def _network(
         rel_pos=rel_pos,
         drop_path=drop_path,
     )
+
+
+def _checked_numbers(
+    in_chans: int, img_size: int | Sequence[int] | None, drop_path: float
+) -> tuple[int, int | list[int] | None]:
+    """Plain numbers, of whatever integer type they came as."""
+    try:
+        channels = operator.index(in_chans)
+    except TypeError:
+        channels = 0
+    if channels < 1:
+        raise ValueError(f"in_chans={in_chans!r}; give the number of input channels, 1 or more")
+    if not 0 <= drop_path < 1:
+        raise ValueError(
+            f"drop_path={drop_path!r} is no share of dropped paths; give 0 for none or a number "
+            "below 1, such as 0.1"
+        )
+    if img_size is None:
+        return channels, None
+    try:
+        if isinstance(img_size, Iterable):
+            return channels, [operator.index(side) for side in img_size]
+        return channels, operator.index(img_size)
+    except TypeError:
+        raise ValueError(
+            f"img_size={img_size!r} is no number of voxels; give one whole number, or three"
+        ) from None
+
+
+def _encoder_of_model(
+    record: Weights, tensors: Mapping[str, Tensor], card: str
+) -> tuple[Weights, dict[str, Tensor]]:
+    """The encoder's share of a fine-tuned network, and the record with what its card says."""
+    about = json.loads(card)
+    mine = part_of(tensors, MODEL_ENCODER)
+    if not mine:
+        raise CheckpointError(
+            f"{record.name} is a fine-tuned {about.get('network')} without an encoder; to segment "
+            "with it use `sammed3d predict`, and as weights pass the file that a run of a network "
+            "with an encoder wrote"
+        )
+    return dataclasses.replace(
+        record,
+        variant=about["encoder"]["variant"],
+        rel_pos=about["encoder"].get("rel_pos", "released"),
+        status=f"{record.status}, encoder of a fine-tuned {about['network']}",
+    ), mine
+
+
+def _prune_like(network: ImageEncoder3D, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Removes the blocks and the neck that a fine-tuned encoder has lost; their tensors' names."""
+    whole = list(network.state_dict())
+    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+    has_neck = any(name.startswith("neck.") for name in tensors)
+    network.prune_intermediate_layers([max(blocks, default=0)], prune_norm=not has_neck)
+    kept = network.state_dict().keys()
+    return tuple(name for name in whole if name not in kept)
+
+
+def _without(report: LoadReport, dropped: tuple[str, ...]) -> LoadReport:
+    """The report with what a fine-tuned encoder has lost."""
+    if dropped:
+        parts = sorted({".".join(name.split(".")[: 1 + (name[0] == "b")]) for name in dropped})
+        logger.warning(
+            "%s is a fine-tuned network whose decoder did not read %s: this encoder lacks it and "
+            "is for token maps only; for a whole encoder pass the weights that it started from",
+            report.source,
+            ", ".join(parts),
+        )
+    return dataclasses.replace(report, missing=(*report.missing, *dropped))
 
 
 def _require_variant(record: Weights, variant: str) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,30 @@ def test_a_random_start_has_the_variants_sizes(name):
 def test_a_random_start_may_have_any_size_and_axial_positions():
     network = encoder("toy", weights="none", img_size=(16, 24, 32), rel_pos="axial")
     assert network(torch.zeros(1, 1, 16, 24, 32)).shape == (1, 6, 2, 3, 4)
+
+
+def test_sizes_may_be_integers_of_numpy():
+    side = np.int64(16)
+    network = encoder("toy", weights="none", in_chans=np.int32(2), img_size=side)
+    assert (type(network.in_chans), network.img_size) == (int, (16, 16, 16))
+    box = np.array([16, 24, 32])
+    assert encoder("toy", weights="none", img_size=box, rel_pos="axial").img_size == (16, 24, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ({"in_chans": 0}, "in_chans=0; give the number of input channels, 1 or more"),
+        ({"in_chans": 1.5}, "give the number of input channels"),
+        ({"img_size": 16.5}, "give one whole number, or three"),
+        ({"drop_path": 1.0}, r"a number below 1, such as 0\.1"),
+        ({"drop_path": -0.1}, "give 0 for none"),
+        ({"drop_path": float("nan")}, "give 0 for none"),
+    ],
+)
+def test_numbers_that_make_no_network_are_refused(given, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        encoder("toy", weights="none", **given)
 
 
 def test_an_unknown_variant_gets_the_nearest_one():

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from sammed3d_backbone import encoder
+from sammed3d_backbone.checkpoint import read, write
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import Card, Segmenter, build_network, save_model
+from sammed3d_backbone.export import Card, Segmenter, build_network, load_model, save_model
 
 AFFINE = np.array([[0, 0, -2.0, 5], [-1.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1]])
 
@@ -25,6 +27,7 @@ def model(tmp_path):
         spacing_mm=(2.0, 2.0, 2.0),
         intensity="zscore_positive",
         crop_vox=16,
+        training={"dataset": {"name": "toes"}},
     )
     save_model(tmp_path / "model.safetensors", Segmenter(build_network(card), card))
     return str(tmp_path / "model.safetensors")
@@ -37,6 +40,50 @@ def scan(tmp_path, rng):
         tmp_path / "in.nii.gz"
     )
     return str(tmp_path / "in.nii.gz")
+
+
+def test_info_of_a_model_prints_its_card(model, capsys):
+    assert main(["info", model]) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "network: fine-tuned unetr",
+        "encoder: variant tiny, in_chans 1, img_size 16",
+        "labels: 0 background, 1 head, 2 tail",
+        "spacing_mm: 2.0 x 2.0 x 2.0",
+        "intensity: zscore_positive",
+        "dataset: toes",
+    ):
+        assert line in said.splitlines()
+
+
+def test_a_model_verifies_and_an_altered_one_does_not(model, capsys):
+    assert main(["verify", model]) == 0
+    assert "tensors of the fine-tuned unetr fit its card" in capsys.readouterr().out
+    tensors, metadata = read(model)
+    del tensors["out.conv.conv.bias"]
+    write(model, tensors, metadata, overwrite=True)
+    assert main(["verify", model]) == 1
+    assert "out.conv.conv.bias" in capsys.readouterr().out
+
+
+def test_the_encoder_of_a_model_is_taken_without_what_it_lost(model, caplog):
+    network = encoder("tiny", weights=model)
+    segmenter = load_model(model)
+    mine, its = network.state_dict(), segmenter.model.encoder.state_dict()
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(mine[name], its[name]) for name in mine)
+    assert "neck.0.weight" in network.load_report.missing
+    assert "did not read neck" in caplog.text
+    assert "encoder of a fine-tuned unetr" in network.pretrained_cfg.status
+    with pytest.raises(ValueError, match=r"call encoder\('tiny'"):
+        encoder("vit_b", weights=model)
+
+
+def test_a_model_without_an_encoder_is_no_weights(model):
+    tensors, metadata = read(model)
+    write(model, {"a": tensors["out.conv.conv.bias"]}, metadata, overwrite=True)
+    with pytest.raises(ValueError, match=r"without an encoder.*`sammed3d predict`"):
+        encoder("tiny", weights=model)
 
 
 @pytest.mark.parametrize("options", [[], ["--nearest"]])
