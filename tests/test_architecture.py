@@ -160,7 +160,7 @@ def test_nothing_in_the_package_or_the_recipes_is_unused():
     finder.scavenge(EVERYTHING)
     # What these classes name is called by torch, like forward.
     by_torch = {*dir(torch.nn.Module), *dir(torch.autograd.Function)}
-    code = {"class", "function", "import", "method", "property"}
+    code = {"class", "function", "method", "property"}  # ruff finds unused imports and locals
     # A recipe's variables are its knobs; the package's are also records that are shown whole.
     kinds = {PACKAGE: code, ROOT / "recipes": {*code, "variable"}}
     dead = [
