@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -212,10 +211,19 @@ def measure_peak(name: str) -> int:
     """In this process: highest resident size in a training step minus that after building."""
     network, x = NETWORKS[name](), volume()
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    built = pages * resource.getpagesize()
+    built = _resident_bytes("VmRSS")
     train_step(network, x)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - built
+    return _resident_bytes("VmHWM") - built
+
+
+def _resident_bytes(entry: str) -> int:
+    """Resident size of this process, now (VmRSS) or at its highest (VmHWM); Linux only.
+
+    `resource.getrusage` would not do: its peak is inherited from the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) * 1024
 
 
 def measure(runs: int) -> dict[str, object]:
@@ -238,8 +246,13 @@ def measure(runs: int) -> dict[str, object]:
     result["unetr_parts_s"] = where_the_time_goes(pair["our_unetr"], x, runs)
     del pair
     gc.collect()
-    result["peak_bytes"] = {name: peak_bytes(name) for name in tqdm(NETWORKS, desc="memory")}
-    return {**result, **provenance(HERE)}
+    return {**result, **measure_memory(), **provenance(HERE)}
+
+
+def measure_memory() -> dict[str, object]:
+    """Peak memory of a training step of each network."""
+    peaks = {name: peak_bytes(name) for name in tqdm(NETWORKS, desc="memory")}
+    return {"peak_bytes": peaks, "peak_commit": provenance(HERE)["commit"]}
 
 
 def table(result: dict) -> str:
@@ -285,6 +298,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "benchmark.json")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--memory", action="store_true", help="measure memory anew, keep the times")
     parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     parser.add_argument("--peak", choices=NETWORKS, help="print one network's peak memory in bytes")
     arguments = parser.parse_args()
@@ -292,7 +306,10 @@ def main() -> None:
     if arguments.peak:
         print(measure_peak(arguments.peak))
         return
-    if not arguments.table:
+    if arguments.memory:
+        kept = json.loads(arguments.out.read_text())
+        arguments.out.write_text(json.dumps({**kept, **measure_memory()}, indent=1) + "\n")
+    elif not arguments.table:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(measure(arguments.runs), indent=1) + "\n")
     print(table(json.loads(arguments.out.read_text())))
