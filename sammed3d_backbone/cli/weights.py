@@ -1,51 +1,23 @@
-"""The command `sammed3d`: look at weights files, convert them, check them; segment a volume.
-
-One pair of functions per command: `_add_...` declares its arguments, `_run_...` does it and
-returns the exit code. 0 is success, 1 is a check that failed, 2 is a command that could not run.
-"""
+"""Commands on weights files: `sammed3d info`, `convert` and `verify`."""
 
 import argparse
 import dataclasses
-import logging
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sammed3d_backbone.cli import Commands
     from sammed3d_backbone.pretrained import Weights
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Arguments without the program's name; None for those of the process.
-
-    Returns:
-        The exit code.
-    """
-    parser = argparse.ArgumentParser(prog="sammed3d", description="SAM-Med3D encoders.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_info(commands)
-    _add_convert(commands)
-    _add_verify(commands)
-    _add_predict(commands)
-    args = parser.parse_args(argv)
-    logging.basicConfig(format="sammed3d: %(message)s")
-    try:
-        return int(args.run(args))
-    except (ValueError, OSError) as error:
-        print(f"sammed3d: error: {error}", file=sys.stderr)
-        return 2
 
 
 # --- info ------------------------------------------------------------------------------------
 
 
-def _add_info(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_info(commands: "Commands") -> None:
+    """Declares `sammed3d info`."""
     parser = commands.add_parser(
         "info",
         help="show a weights record, or what is in a file",
@@ -119,7 +91,8 @@ def _shortened(text: str, limit: int = 300) -> str:
 # --- convert ---------------------------------------------------------------------------------
 
 
-def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_convert(commands: "Commands") -> None:
+    """Declares `sammed3d convert`."""
     parser = commands.add_parser(
         "convert",
         help="write a checkpoint as safetensors",
@@ -155,7 +128,8 @@ def _run_convert(args: argparse.Namespace) -> int:
 # --- verify ----------------------------------------------------------------------------------
 
 
-def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verify(commands: "Commands") -> None:
+    """Declares `sammed3d verify`."""
     parser = commands.add_parser(
         "verify",
         help="check a file's hash, names, shapes and values",
@@ -244,50 +218,3 @@ def _model_finding(file: str) -> Finding:
         return False, str(error).replace("\n", " ")
     count = len(segmenter.model.state_dict())
     return True, f"the {count} tensors of the fine-tuned {segmenter.card.network} fit its card"
-
-
-# --- predict ---------------------------------------------------------------------------------
-
-
-def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "predict",
-        help="segment a NIfTI volume with a fine-tuned model",
-        description="The labels lie on the volume's own grid, with its affine.",
-    )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="last.safetensors of a run")
-    parser.add_argument("source", metavar="IN.nii.gz", type=Path, help="channels as 4th axis")
-    parser.add_argument("target", metavar="OUT.nii.gz", type=Path)
-    parser.add_argument("--nearest", action="store_true", help="resample labels, not probabilities")
-    parser.add_argument("--device", default="cpu", help="such as cuda; cpu when left out")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.set_defaults(run=_run_predict)
-
-
-def _run_predict(args: argparse.Namespace) -> int:
-    import numpy as np
-
-    from sammed3d_backbone.data.volume import Volume, require_nifti_name
-    from sammed3d_backbone.export import load_model, segment_volume
-
-    require_nifti_name(args.target)  # before minutes of work
-    if args.target.exists() and (not args.force or args.target.samefile(args.source)):
-        raise FileExistsError(
-            f"{args.target} exists; choose another name, or pass --force if it is not IN itself"
-        )
-    segmenter = load_model(args.model)
-    try:
-        segmenter.model.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used ({reason}); try cpu") from None
-    volume = Volume.load(args.source)
-    labels = segment_volume(segmenter, volume, nearest=args.nearest)
-    labels.save(args.target)
-    voxel_ml = abs(np.linalg.det(volume.affine[:3, :3])) / 1000  # axes may be sheared
-    for value, name in segmenter.card.labels.items():
-        if value:
-            voxels = int((labels.array == value).sum())
-            print(f"{value} {name}: {voxels} voxels, {voxels * voxel_ml:.2f} ml")
-    print(args.target)
-    return 0

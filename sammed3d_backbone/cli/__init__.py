@@ -1,0 +1,48 @@
+"""The command `sammed3d`: weights files, fine-tuned networks and the promptable model from a shell.
+
+One pair of functions per command, in the module of its subject: `add_...` declares its arguments,
+`_run_...` does it and returns the exit code. 0 is success, 1 is a check that failed, 2 is a command
+that could not run.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sammed3d_backbone.cli import models, weights
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+COMMANDS = (
+    weights.add_info,
+    weights.add_convert,
+    weights.add_verify,
+    models.add_predict,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="sammed3d", description="SAM-Med3D as a backbone and as a promptable model."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="sammed3d: %(message)s")
+    try:
+        return int(args.run(args))
+    except (ValueError, OSError) as error:
+        print(f"sammed3d: error: {error}", file=sys.stderr)
+        return 2
