@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from monai.losses import DiceCELoss
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -40,8 +39,21 @@ from sammed3d_backbone import config, encoder
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.data.crops import CropStream
-from sammed3d_backbone.data.datasets import Dataset, find_dataset, read_dataset, read_fold
-from sammed3d_backbone.data.preparation import PreparedCase, load_image, load_label, prepare_cases
+from sammed3d_backbone.data.datasets import (
+    Dataset,
+    few_subjects,
+    find_dataset,
+    read_dataset,
+    read_fold,
+    with_subjects,
+)
+from sammed3d_backbone.data.preparation import (
+    PreparedCase,
+    annotated_classes,
+    load_image,
+    load_label,
+    prepare_cases,
+)
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, run_figure
 from sammed3d_backbone.evaluation.metrics import dice_per_class
@@ -57,6 +69,7 @@ from sammed3d_backbone.export import (
 from sammed3d_backbone.pretrained import seen_in_pretraining
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training import engine, optim
+from sammed3d_backbone.training.losses import partial_dice_ce
 from sammed3d_backbone.training.runs import Progress, Run, open_run
 
 
@@ -68,6 +81,8 @@ class Config:
     data: str  # folder with dataset.json, or its name below SAMMED3D_DATA
     fold: int = 0  # of splits.json; without one, of `folds` dealt by case
     folds: int = 5
+    subjects: str | None = None  # JSON file, case -> subject, seen from recipes/
+    labels: int | None = None  # train on this many subjects, drawn by the seed; None: all
     model: Literal["unetr", "basicunet"] = "unetr"  # basicunet: MONAI's, the baseline to beat
     control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can alone
     variant: str = "tiny"
@@ -125,19 +140,13 @@ def main(cfg: Config) -> dict[str, Any]:
     say(config.dump(cfg))
 
     dataset = read_dataset(find_dataset(cfg.data))
+    if cfg.subjects is not None:
+        dataset = with_subjects(dataset, Path(__file__).parent / cfg.subjects)
     fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
+    if cfg.labels is not None:
+        fold = replace(fold, train=few_subjects(dataset, fold.train, cfg.labels, cfg.seed))
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
     say(f"fold {cfg.fold} of {fold.rule}")
-    in_part = [
-        case.id
-        for case in dataset.cases
-        if case.annotated is not None and {*case.annotated} < {*dataset.classes}
-    ]
-    if in_part:
-        raise ValueError(
-            f"{len(in_part)} of {len(dataset.cases)} cases are annotated in part, e.g. "
-            f"{in_part[0]}, and a missing class is not background; remove them from dataset.json"
-        )
     card = make_card(cfg, dataset)
     train, val = (
         prepare_cases(dataset, ids, card.preparation, progress=accelerator.is_main_process)
@@ -172,11 +181,10 @@ def main(cfg: Config) -> dict[str, Any]:
         save_every_s=cfg.save_every_s,
         seed=cfg.seed,
     )
-    loss_of = DiceCELoss(softmax=True, to_onehot_y=True)
 
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
-        loss: Tensor = loss_of(model(batch["image"]), batch["label"])  # logits (B, K, X, Y, Z)
-        return loss
+        logits = model(batch["image"])  # (B, K, X, Y, Z)
+        return partial_dice_ce(logits, batch["label"], batch["annotated"])
 
     per_step = cfg.batch * accelerator.num_processes
     stream = CropStream(
@@ -349,7 +357,7 @@ def validate(
         with accelerator.autocast():
             logits = segmenter.logits(case.image.to(accelerator.device))
         labels = logits.argmax(0).cpu()
-        dice = dice_per_class(labels, case.label[0], len(logits))
+        dice = dice_per_class(labels, case.label[0], len(logits), case.annotated)
         mine.append(CaseScores(case.case.id, tuple(dice)))
     return sorted(gather_object(mine), key=lambda score: score.case)
 
@@ -377,7 +385,10 @@ def evaluate(
         prediction = segment_volume(segmenter, load_image(cases[name]))
         prediction.save(results / "predictions" / f"{name}.nii.gz")
         label = torch.as_tensor(load_label(cases[name]).array)
-        dice = dice_per_class(torch.as_tensor(prediction.array), label, len(dataset.labels))
+        annotated = annotated_classes(cases[name], dataset)
+        dice = dice_per_class(
+            torch.as_tensor(prediction.array), label, len(dataset.labels), annotated
+        )
         mine.append(CaseScores(name, tuple(dice)))
     scores = sorted(gather_object(mine), key=lambda score: score.case)
     summary = summarise(scores, dataset.classes)

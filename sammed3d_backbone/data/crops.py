@@ -32,7 +32,8 @@ class CropStream(Dataset[dict[str, Tensor]]):
     """Training samples of a run, by number; every case comes once per epoch, in a new order.
 
     Shapes:
-        returns: ``image`` (C, S, S, S) float32 and ``label`` (1, S, S, S) int64, S voxels a side.
+        returns: ``image`` (C, S, S, S) float32 and ``label`` (1, S, S, S) int64, S voxels a side;
+            ``annotated`` (K,) bool, as in `PreparedCase`.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CropStream(Dataset[dict[str, Tensor]]):
         return {
             "image": sample["image"].as_subclass(Tensor).float().contiguous(),
             "label": sample["label"].as_subclass(Tensor).long().contiguous(),
+            "annotated": case.annotated,
         }
 
     def _corner(self, rng: np.random.Generator, which: int) -> list[int]:

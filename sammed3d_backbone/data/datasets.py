@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Case:
     label: Path
     annotated: tuple[str, ...] | None = None  # classes that were looked for; None: all
     truncated: tuple[str, ...] = ()  # classes that go on beyond the volume
+    subject: str = ""  # whose scan it is; the case's own id where nothing tells
+
+    def __post_init__(self) -> None:
+        if not self.subject:
+            object.__setattr__(self, "subject", self.id)
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,49 @@ def read_fold(dataset: Dataset, fold: int, *, folds: int = 5, seed: int = 0) -> 
     return made[fold]
 
 
+def with_subjects(dataset: Dataset, path: Path) -> Dataset:
+    """The data set with the subjects of a JSON file, ``{"case": "subject", ...}``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        DatasetError: If it does not name a subject for every case.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}; pass subjects= a JSON file, case -> subject")
+    subjects = _read_json(path)
+    if not isinstance(subjects, dict):
+        raise DatasetError(f"{path} cannot be used:", ['give {"case": "subject", ...}'])
+    problems = [
+        f"{case.id} has no subject; add it" for case in dataset.cases if case.id not in subjects
+    ]
+    if problems:
+        raise DatasetError(f"{path} cannot be used:", problems)
+    named = tuple(replace(case, subject=str(subjects[case.id])) for case in dataset.cases)
+    return replace(dataset, cases=named)
+
+
+def few_subjects(dataset: Dataset, ids: Sequence[str], labels: int, seed: int) -> tuple[str, ...]:
+    """The cases of `labels` subjects among the given cases, in the given order.
+
+    Subsets of one seed are nested: more labels keep the subjects of fewer.
+
+    Raises:
+        ValueError: If there are not that many subjects.
+    """
+    subject_of = {case.id: case.subject for case in dataset.cases}
+    subjects = sorted(
+        {subject_of[name] for name in ids},
+        key=lambda subject: hashlib.sha256(f"{seed}:{subject}".encode()).hexdigest(),
+    )
+    if not 1 <= labels <= len(subjects):
+        raise ValueError(
+            f"labels={labels}: the fold has {len(subjects)} subjects to train on; give 1 to "
+            f"{len(subjects)}, or null for all"
+        )
+    chosen = set(subjects[:labels])
+    return tuple(name for name in ids if subject_of[name] in chosen)
+
+
 def label_problems(path: Path, label: Volume, labels: Mapping[int, str]) -> list[str]:
     """What is wrong with an opened label volume, in sentences with its path."""
     values = np.unique(label.array)
@@ -259,6 +307,7 @@ def _listed_cases(
                 label=label,
                 annotated=None if annotated is None else tuple(annotated),
                 truncated=tuple(entry.get("truncated", ())),
+                subject=str(entry.get("subject", "")),
             )
         )
     return cases

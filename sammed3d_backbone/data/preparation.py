@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,11 +67,13 @@ class PreparedCase:
     Shapes:
         image: (C, X', Y', Z') float32.
         label: (1, X', Y', Z') integers, 0 where the volume was padded.
+        annotated: (K,) bool; where it is False, the class was not looked for and may be anywhere.
     """
 
     case: Case
     image: Tensor
     label: Tensor
+    annotated: Tensor
 
 
 def load_image(case: Case) -> Volume:
@@ -100,6 +103,12 @@ def load_label(case: Case) -> Volume:
     return replace(label, array=np.round(label.array).astype(np.int16))
 
 
+def annotated_classes(case: Case, dataset: Dataset) -> Tensor:
+    """Which classes were looked for in a case, (K,) bool; background always is."""
+    known = dataset.classes if case.annotated is None else case.annotated
+    return torch.tensor([True, *(name in known for name in dataset.classes)])
+
+
 def prepare_cases(
     dataset: Dataset, ids: Sequence[str], preparation: Preparation, *, progress: bool = True
 ) -> list[PreparedCase]:
@@ -121,7 +130,7 @@ def prepare_cases(
         image, label = opened
         x, geometry = preparation.image(image)
         y = geometry.to_box(geometry.resample_labels(label.array))
-        prepared.append(PreparedCase(case, x, y))
+        prepared.append(PreparedCase(case, x, y, annotated_classes(case, dataset)))
     if problems:
         raise DatasetError(f"{len(problems)} problems in {dataset.folder}:", problems)
     return prepared

@@ -29,25 +29,32 @@ from sammed3d_backbone.data.geometry import TripleMm
 Mask: TypeAlias = NDArray[np.bool_]
 
 
-def dice_per_class(prediction: Tensor, label: Tensor, classes: int) -> list[float]:
+def dice_per_class(
+    prediction: Tensor, label: Tensor, classes: int, annotated: Tensor | None = None
+) -> list[float]:
     """Dice of every class but background.
 
     A class that neither holds scores NaN (nothing was asked, nothing was said) and is left out of
-    means; a class that only one of them holds scores 0.
+    means; a class that only one of them holds scores 0. A class that was not looked for in this
+    case scores NaN too.
 
     Shapes:
         prediction: (X, Y, Z) integers.
         label: (X, Y, Z) integers.
+        annotated: (K,) bool, background included.
 
     Args:
         prediction: Predicted labels.
         label: Reference labels.
-        classes: Number of classes, background included.
+        classes: Number of classes K, background included.
+        annotated: Classes that were looked for; None for all.
     """
     values = torch.arange(1, classes).reshape(-1, 1, 1, 1)
     ours, theirs = prediction[None] == values, label[None] == values  # (K - 1, X, Y, Z)
     scores = compute_dice(ours[None], theirs[None], include_background=True, ignore_empty=False)[0]
     empty = ~(ours.flatten(1).any(1) | theirs.flatten(1).any(1))
+    if annotated is not None:
+        empty |= ~annotated[1:]
     return [math.nan if e else float(s) for s, e in zip(scores, empty, strict=True)]
 
 

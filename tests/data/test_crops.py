@@ -20,7 +20,9 @@ def cases(generator):
         if i:
             label[0, 9:11, 1:3, 4:6] = 1
             label[0, 2, 2, 2] = 2
-        made.append(PreparedCase(Case(str(i), (), None), image, label))
+        made.append(
+            PreparedCase(Case(str(i), (), None), image, label, torch.tensor([True, True, i > 2]))
+        )
     return made
 
 
@@ -61,7 +63,8 @@ def test_another_seed_gives_other_samples(cases):
 def test_every_case_comes_once_per_epoch_in_a_new_order(cases):
     whole = stream(cases, side=9, samples=10, augment=None, on_foreground=0)
     cases[:] = [
-        PreparedCase(c.case, torch.full_like(c.image, float(c.case.id)), c.label) for c in cases
+        PreparedCase(c.case, torch.full_like(c.image, float(c.case.id)), c.label, c.annotated)
+        for c in cases
     ]
     seen = [int(whole[i]["image"].mean()) for i in range(10)]
     assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
@@ -106,3 +109,9 @@ def test_the_cached_cases_are_not_changed(cases):
 
 def test_samples_are_plain_tensors(cases):
     assert {type(value) for value in stream(cases)[0].values()} == {torch.Tensor}
+
+
+def test_a_sample_says_which_classes_its_case_was_annotated_for(cases):
+    samples = [stream(cases)[i] for i in range(5)]
+    assert [s["annotated"].tolist()[:2] for s in samples] == [[True, True]] * 5
+    assert sorted(s["annotated"][2].item() for s in samples) == [False, False, False, True, True]

@@ -1,5 +1,6 @@
 """Folders in the layouts people have, what is wrong with them, and folds."""
 
+import itertools
 import json
 import re
 
@@ -8,11 +9,13 @@ import pytest
 
 from sammed3d_backbone.data.datasets import (
     DatasetError,
+    few_subjects,
     find_dataset,
     label_problems,
     pair_problems,
     read_dataset,
     read_fold,
+    with_subjects,
 )
 from sammed3d_backbone.data.volume import Volume
 
@@ -248,3 +251,57 @@ def test_a_grid_that_differs_in_the_fourth_decimal_is_the_same_grid(tmp_path):
 def test_an_image_that_does_not_lie_on_its_label_is_reported(tmp_path, image, remedy):
     (problem,) = pair_problems(tmp_path, image, Volume(np.zeros((4, 4, 4)), np.eye(4)))
     assert re.search(remedy, problem)
+
+
+def test_a_case_is_its_own_subject_unless_dataset_json_says_otherwise(decathlon):
+    folder = decathlon(cases=2)
+    info = json.loads((folder / "dataset.json").read_text())
+    info["training"][0]["subject"] = "anna"
+    (folder / "dataset.json").write_text(json.dumps(info))
+    assert [case.subject for case in read_dataset(folder).cases] == ["anna", "case_1"]
+
+
+def test_a_file_of_subjects_names_one_for_every_case(decathlon, tmp_path):
+    dataset = read_dataset(decathlon())
+    path = tmp_path / "subjects.json"
+    with pytest.raises(FileNotFoundError, match="pass subjects= a JSON file"):
+        with_subjects(dataset, path)
+    path.write_text('["case_0"]')
+    with pytest.raises(DatasetError, match=r'give \{"case": "subject"'):
+        with_subjects(dataset, path)
+    path.write_text('{"case_0": "a", "case_1": "a", "case_2": "b"}')
+    with pytest.raises(DatasetError, match="case_3 has no subject; add it"):
+        with_subjects(dataset, path)
+    path.write_text('{"case_0": "a", "case_1": "a", "case_2": "b", "case_3": "b"}')
+    assert [case.subject for case in with_subjects(dataset, path).cases] == ["a", "a", "b", "b"]
+
+
+@pytest.fixture
+def of_pairs(decathlon, tmp_path):
+    """Twenty cases of ten people."""
+    (tmp_path / "subjects.json").write_text(
+        json.dumps({f"case_{i}": f"person_{i // 2}" for i in range(20)})
+    )
+    return with_subjects(read_dataset(decathlon(cases=20)), tmp_path / "subjects.json")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_subsets_of_subjects_are_whole_and_nested(of_pairs, seed):
+    ids = [case.id for case in of_pairs.cases]
+    subsets = [set(few_subjects(of_pairs, ids, n, seed)) for n in range(1, 11)]
+    assert [len(subset) for subset in subsets] == list(range(2, 21, 2))
+    for fewer, more in itertools.pairwise(subsets):
+        assert fewer < more
+
+
+def test_seeds_draw_different_subjects_and_the_order_of_cases_does_not_matter(of_pairs):
+    ids = [case.id for case in of_pairs.cases]
+    drawn = {frozenset(few_subjects(of_pairs, ids, 2, seed)) for seed in range(8)}
+    assert len(drawn) > 4
+    assert few_subjects(of_pairs, ids[::-1], 2, 0) == few_subjects(of_pairs, ids, 2, 0)[::-1]
+
+
+@pytest.mark.parametrize("number", [0, 11])
+def test_more_subjects_than_there_are_is_refused(of_pairs, number):
+    with pytest.raises(ValueError, match="give 1 to 10, or null for all"):
+        few_subjects(of_pairs, [case.id for case in of_pairs.cases], number, 0)

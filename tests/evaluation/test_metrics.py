@@ -133,3 +133,14 @@ def test_masks_of_two_grids_are_refused(score):
     tolerance = (2.0,) if score is surface_dice else ()
     with pytest.raises(ValueError, match="bring both onto one grid"):
         score(EMPTY, EMPTY[1:], (1, 1, 1), *tolerance)
+
+
+def test_a_class_that_was_not_looked_for_is_unknown():
+    label = torch.zeros(4, 4, 4, dtype=torch.int64)
+    label[:2] = 1
+    prediction = label.clone()
+    prediction[3] = 2
+    annotated = torch.tensor([True, True, False])
+    one, other = dice_per_class(prediction, label, 3, annotated)
+    assert one == 1.0
+    assert math.isnan(other)

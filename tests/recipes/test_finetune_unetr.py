@@ -223,14 +223,27 @@ def test_flips_do_happen(small):
     assert 10 < flipped < 30
 
 
-def test_a_case_annotated_in_part_is_refused(small, toy_data, tmp_path):
+def test_a_class_that_was_not_looked_for_gets_no_score(small, toy_data, tmp_path):
     info = json.loads((toy_data / "dataset.json").read_text())
-    info["training"][0]["annotated"] = ["front"]
-    for kind in ("imagesTr", "labelsTr"):
-        (tmp_path / kind).symlink_to(toy_data / kind)
+    for entry in info["training"]:
+        entry["annotated"] = ["front"]
+        entry["image"] = str(toy_data / entry["image"])
+        entry["label"] = str(toy_data / entry["label"])
     (tmp_path / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match=r"case_0.*not background; remove them"):
-        main(Config(**small | {"data": str(tmp_path)}))
+    summary = main(Config(**small | {"data": str(tmp_path)}))
+    assert summary["dice"]["back"] is None
+    assert summary["mean_dice"] == summary["dice"]["front"]
+
+
+def test_few_labels_are_those_of_whole_subjects(small, toy_data, tmp_path, monkeypatch, capsys):
+    subjects = tmp_path / "subjects.json"
+    subjects.write_text(json.dumps({f"case_{i}": f"person_{i // 2}" for i in range(6)}))
+    splits = {"folds": [{"train": [f"case_{i}" for i in range(4)], "val": ["case_4", "case_5"]}]}
+    for part in ("imagesTr", "labelsTr", "dataset.json"):
+        (tmp_path / part).symlink_to(toy_data / part)
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    main(Config(**small | {"data": str(tmp_path), "subjects": str(subjects), "labels": 1}))
+    assert "Toy: 2 cases to train on, 2 to validate on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

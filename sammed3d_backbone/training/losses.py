@@ -1,0 +1,51 @@
+"""The loss of semantic segmentation where a case may be annotated in part.
+
+A class that was not looked for is not background: it may be anywhere that no other class is. So its
+probability is added to the background's, and what is left is an ordinary Dice and cross-entropy
+over the classes that are known.
+
+Source: the marginal loss of Shi et al., Marginal loss and exclusion loss for partially supervised
+multi-organ segmentation, Medical Image Analysis 70:101979, 2021.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor
+
+
+def partial_dice_ce(logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
+    """Dice and cross-entropy over the annotated classes of each case, then the mean over cases.
+
+    Every case counts alike, whatever is annotated in the others of its batch, so the loss does not
+    depend on how cases are spread over batches and processes.
+
+    Shapes:
+        logits: (B, K, X, Y, Z), class 0 is background.
+        label: (B, 1, X, Y, Z) integers.
+        annotated: (B, K) bool; class 0 always is.
+        returns: scalar.
+    """
+    loss_of_case = DiceCELoss(softmax=True, to_onehot_y=True)
+    cases = zip(logits, label, annotated, strict=True)
+    return torch.stack([loss_of_case(*merged(*case)) for case in cases]).mean()
+
+
+def merged(logits: Tensor, label: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:
+    """One case's logits and label over its annotated classes, numbered without gaps.
+
+    The background's logit becomes the log-sum-exp of its own and those of the unknown classes,
+    whose softmax is the sum of their probabilities.
+
+    Shapes:
+        logits: (K, X, Y, Z).
+        label: (1, X, Y, Z).
+        annotated: (K,) bool.
+        returns: (1, A, X, Y, Z) and (1, 1, X, Y, Z), A being the number of annotated classes.
+    """
+    known = annotated.clone()
+    known[0] = False
+    background = logits[~known].logsumexp(0, keepdim=True)
+    number = torch.where(known, known.cumsum(0), 0)  # of each class among the known ones
+    return torch.cat([background, logits[known]])[None], number[label.long()][None]
