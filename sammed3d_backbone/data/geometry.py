@@ -11,11 +11,11 @@ voxels ``n'`` nearest to the wanted one; it is recorded as `spacing_mm` and the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, SupportsInt
 
-import nibabel.orientations as orientations
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -62,16 +62,11 @@ class Geometry:
             min_shape: The box is padded on both sides to at least these voxels.
 
         Raises:
-            ValueError: If the wanted spacing is not positive.
+            ValueError: If the wanted spacing is not positive, or the affine flattens space.
         """
-        to_ras = orientations.io_orientation(affine)  # row i: where input axis i goes, its sign
-        if np.isnan(to_ras).any():
-            raise ValueError("the affine leaves an axis without direction; mend the header")
-        order = np.argsort(to_ras[:, 0])
-        axes = _triple(order)
-        flips = tuple(bool(to_ras[axis, 1] < 0) for axis in axes)
+        axes, flips = _nearest_ras(affine)
         oriented_shape = tuple(shape[axis] for axis in axes)
-        native_mm = np.linalg.norm(affine[:3, :3], axis=0)[order]
+        native_mm = np.linalg.norm(affine[:3, :3], axis=0)[list(axes)]
         wanted_mm = native_mm if spacing_mm is None else np.asarray(spacing_mm, dtype=float)
         if not (np.isfinite(wanted_mm).all() and (wanted_mm > 0).all()):
             raise ValueError(f"spacing_mm={spacing_mm} is no spacing; give three positive numbers")
@@ -87,7 +82,7 @@ class Geometry:
             input_shape=_triple(shape),
             input_affine=np.array(affine, dtype=np.float64),
             axes=axes,
-            flips=flips,  # type: ignore[arg-type]
+            flips=flips,
             resampled_shape=_triple(resampled),
             spacing_mm=effective,  # type: ignore[arg-type]
             box_start=(0, 0, 0),
@@ -212,7 +207,9 @@ class Geometry:
 
     def _orient(self, array: NDArray[Any] | Tensor) -> Tensor:
         """(X, Y, Z) or (C, X, Y, Z) of the file -> (C, X', Y', Z') with axes towards R, A, S."""
-        x = torch.as_tensor(np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array)
+        if isinstance(array, np.ndarray) and min(array.strides) < 0:
+            array = array.copy()  # torch refuses these; `ascontiguousarray` keeps them on thin axes
+        x = torch.as_tensor(array)
         if x.ndim == 3:
             x = x[None]
         if x.ndim != 4 or _triple(x.shape[1:]) != self.input_shape:
@@ -251,6 +248,30 @@ class Geometry:
         inside_box, inside_volume = self._overlap()
         volume[(slice(None), *inside_volume)] = values[(slice(None), *inside_box)]
         return volume
+
+
+def _nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, bool]]:
+    """Which input axis runs towards R, A and S, and which of the three run the other way.
+
+    Of the 48 ways to name the axes, the one from which the smallest turn leads to R, A, S. It
+    depends on the axes' directions only, not on their order in the file, so one volume stored in
+    two orientations becomes the same input. At a tie (axes at 45 degrees) the larger matrix counts,
+    compared to six digits, so that rounding in a header decides nothing.
+    """
+    zooms = np.linalg.norm(affine[:3, :3], axis=0)
+    u, strength, vt = np.linalg.svd(affine[:3, :3] / np.where(zooms == 0, 1, zooms))
+    if strength.min() < 1e-6:
+        raise ValueError("the affine leaves an axis without direction; mend the header")
+    directions = u @ vt  # (3, 3), column i: the unit vector of input axis i without shear
+    named = []
+    for order in itertools.permutations(range(3)):
+        facing = directions[:, order]
+        signs = np.where(np.diagonal(facing) < 0, -1.0, 1.0)
+        facing = np.round(facing * signs, 6)
+        named.append((round(float(np.trace(facing)), 6), facing.ravel().tolist(), order, signs))
+    _, _, order, signs = max(named, key=lambda entry: entry[:2])
+    x, y, z = (bool(sign < 0) for sign in signs)
+    return _triple(order), (x, y, z)
 
 
 def _interpolate(x: Tensor, shape: Triple) -> Tensor:

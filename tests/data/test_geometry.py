@@ -1,11 +1,14 @@
 """The way to the network's grid and back: every orientation, oblique, anisotropic."""
 
 import itertools
+import json
 
+import geometry_check
 import nibabel.orientations as orientations
 import numpy as np
 import pytest
 import torch
+from geometry_check import BOUNDS, Case, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +46,59 @@ def world_ramp(shape, affine):
 
 
 def test_there_are_48_orientations():
-    assert len(set(ORIENTATIONS)) == 48
+    assert len(set(ORIENTATIONS)) == len(set(geometry_check.ORIENTATIONS)) == 48
+
+
+def assert_within_bounds(errors):
+    assert errors.keys() == BOUNDS.keys()
+    assert {kind: e for kind, e in errors.items() if not e <= BOUNDS[kind]} == {}
+
+
+@pytest.mark.parametrize("case", [*draw(48)], ids=lambda case: str(case.orientation))
+def test_every_orientation_comes_back_from_the_network(case):
+    assert_within_bounds(geometry_check.errors(case))
+
+
+TURN = st.one_of(st.sampled_from([0.0, 45.0, -45.0, 90.0]), st.floats(-180, 180))
+SPACING = st.floats(0.3, 6.0)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Case,
+        orientation=st.integers(0, 47),
+        turns_degrees=st.tuples(TURN, TURN, TURN),
+        shear=st.floats(-0.3, 0.3),
+        shape=st.tuples(*[st.integers(1, 11)] * 3),
+        native_mm=st.tuples(SPACING, SPACING, SPACING),
+        wanted_mm=st.tuples(SPACING, SPACING, SPACING),
+        side_vox=st.integers(1, 15),
+        seed=st.integers(0, 999),
+    )
+)
+def test_any_volume_comes_back_from_the_network(case):
+    assert_within_bounds(geometry_check.errors(case))
+
+
+def test_the_committed_check_covers_every_orientation_and_is_within_its_bounds(root):
+    result = json.loads((root / "recipes/results/geometry.json").read_text())
+    assert result["orientations"] == 48
+    assert result["cases"] >= 1000
+    assert result["bounds"] == BOUNDS
+    assert_within_bounds(result["worst"])
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9, -1e-9])
+def test_rounding_in_a_header_decides_nothing_at_45_degrees(noise):
+    straight = Geometry.plan((4, 5, 6), affine_of("RAS", degrees=45.0))
+    noisy = Geometry.plan((4, 5, 6), affine_of("RAS", degrees=45.0 + noise))
+    assert (noisy.axes, noisy.flips) == (straight.axes, straight.flips)
+
+
+def test_a_thin_volume_with_a_flipped_axis_is_taken():
+    flipped = np.flip(np.arange(6.0).reshape(1, 2, 3), (0, 2))
+    assert np.array_equal(Geometry.plan((1, 2, 3), np.eye(4)).apply(flipped)[0].numpy(), flipped)
 
 
 @pytest.mark.parametrize("axes", ORIENTATIONS)
