@@ -1,6 +1,6 @@
 """How exactly volumes come back from the network's grid, in every orientation.
 
-    python recipes/geometry_check.py                # 1,200 volumes, writes recipes/results/geometry.json
+    python recipes/geometry_check.py                # 1,200 volumes -> results/geometry.json
     python recipes/geometry_check.py --cases 48     # one per orientation
 
 A case is a random volume: one of the 48 ways to lay three axes into a file, turned by any angles
