@@ -1,0 +1,261 @@
+"""Where the next click goes: one function per strategy, for training and for evaluation.
+
+Comes in: `Errors`, all that a click is chosen from. Goes out: a `Click` on a voxel that the mask
+has wrong, or None where there is nothing left to correct. The first click corrects an empty mask.
+
+A strategy sees arrays whose axes run towards R, A, S, whatever the storage, so that turning or
+mirroring a file turns its clicks with it and changes none. Random strategies draw from `Draws`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import SupportsInt
+
+import nibabel.orientations as orientations
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Mask = NDArray[np.bool_]  # (X, Y, Z)
+Triple = tuple[int, int, int]
+
+TOUCHING = np.ones((3, 3, 3), dtype=bool)  # 26-connectivity: corners count
+TIE = 1e-6  # depths closer than this share of the greatest count as equal
+
+
+@dataclass(frozen=True)
+class Click:
+    """One point on a volume's own grid."""
+
+    point_vox: Triple  # voxel centres at integer indices
+    positive: bool  # inside the object
+    is_repeat: bool = False  # the best voxel had been clicked before, this is the next best
+
+
+class Draws:
+    """Random numbers that depend on names only: not on order, global state or library version."""
+
+    def __init__(self, *names: str | int) -> None:
+        digest = hashlib.sha256("|".join(map(str, names)).encode()).digest()
+        self._bits = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
+
+    def below(self, n: int) -> int:
+        """A whole number from 0 to n - 1, each as likely."""
+        return int(self._bits.random_raw()) * n >> 64
+
+
+@dataclass(frozen=True, eq=False)
+class Errors:
+    """Where a mask is wrong, and what else may decide the next click.
+
+    Shapes:
+        truth: (X, Y, Z) bool.
+        mask: (X, Y, Z) bool, on the grid of the truth.
+        affine: (4, 4), voxel -> RAS+ mm.
+
+    Raises:
+        ValueError: If truth and mask are not bool, or not on one grid.
+    """
+
+    truth: Mask
+    mask: Mask
+    affine: NDArray[np.float64]
+    draws: Draws
+    clicked: Sequence[Click] = ()
+
+    def __post_init__(self) -> None:
+        if not self.truth.dtype == self.mask.dtype == bool:
+            raise ValueError(
+                f"truth of type {self.truth.dtype} and mask of type {self.mask.dtype} are no "
+                "masks; compare with > 0 or with a class value"
+            )
+        if self.truth.shape != self.mask.shape:
+            raise ValueError(
+                f"truth of {self.truth.shape} and mask of {self.mask.shape} voxels are not on one "
+                "grid; resample the mask to the truth's"
+            )
+
+    @cached_property
+    def missed(self) -> Mask:
+        """Voxels of the truth outside the mask; axes towards R, A, S."""
+        return self._towards_ras(self.truth & ~self.mask)
+
+    @cached_property
+    def extra(self) -> Mask:
+        """Voxels of the mask outside the truth; axes towards R, A, S."""
+        return self._towards_ras(self.mask & ~self.truth)
+
+    @cached_property
+    def spacing_mm(self) -> NDArray[np.float64]:
+        """Along R, A, S, (3,)."""
+        native_mm = np.linalg.norm(self.affine[:3, :3], axis=0)
+        spacing_mm: NDArray[np.float64] = native_mm[np.argsort(self._orientation[:, 0])]
+        return spacing_mm
+
+    def click_at(
+        self, index: Iterable[SupportsInt], positive: bool, *, is_repeat: bool = False
+    ) -> Click:
+        """The click on a voxel of `missed` or `extra`, in voxels of the truth's own grid."""
+        back = orientations.inv_ornt_aff(self._orientation, self.truth.shape)
+        i, j, k = (
+            round(v) for v in (back[:3, :3] @ [int(v) for v in index] + back[:3, 3]).tolist()
+        )
+        return Click((i, j, k), positive, is_repeat)
+
+    def was_clicked(self, click: Click) -> bool:
+        """Whether this voxel has been clicked with the same label."""
+        return any(
+            earlier.point_vox == click.point_vox and earlier.positive == click.positive
+            for earlier in self.clicked
+        )
+
+    @cached_property
+    def _orientation(self) -> NDArray[np.float64]:
+        """Row i: the axis of the oriented arrays that axis i becomes, and its direction."""
+        orientation: NDArray[np.float64] = orientations.io_orientation(self.affine)
+        return orientation
+
+    def _towards_ras(self, array: Mask) -> Mask:
+        oriented: Mask = orientations.apply_orientation(array, self._orientation)
+        return oriented
+
+
+Strategy = Callable[[Errors], Click | None]
+
+
+def largest_centre(errors: Errors) -> Click | None:
+    """The deepest voxel of the largest connected error; on an empty mask, of the largest part.
+
+    Missed and extra voxels are taken apart. Depth is the distance in mm to the nearest voxel that
+    is not of the component, and what lies outside the volume is not. Of equally large components,
+    missed ones come first, then the one that begins first; of equally deep voxels, the first. A
+    voxel that was clicked before with the same label gives way to the next best.
+
+    Source: protocol clickbench/1, see `evaluation.clickbench`.
+    """
+    components = [*_components(errors.missed, True), *_components(errors.extra, False)]
+    components.sort(key=lambda component: -component.voxels)  # stable
+    is_repeat = False
+    for component in components:
+        depth_mm = _depth(component.mask, errors.spacing_mm)
+        while depth_mm.any():
+            deepest = np.argmax(depth_mm >= depth_mm.max() * (1 - TIE))
+            index = np.unravel_index(deepest, depth_mm.shape)
+            place = np.add(index, component.start)
+            click = errors.click_at(place, component.is_missed, is_repeat=is_repeat)
+            if not errors.was_clicked(click):
+                return click
+            is_repeat = True
+            depth_mm[index] = 0
+    return None
+
+
+def uniform(errors: Errors) -> Click | None:
+    """Any wrong voxel, each as likely; on an empty mask, any voxel of the object.
+
+    Source: ``get_next_click3D_torch_2`` and ``random_sample_next_click`` of SAM-Med3D at 84079e6
+    and f3de1fa, with which the released weights were trained.
+    """
+    return _drawn_from(errors.missed | errors.extra, errors)
+
+
+def deep(errors: Errors) -> Click | None:
+    """Any voxel deeper than half the greatest depth, missed or extra, whichever goes deeper.
+
+    Source: ``get_next_click3D_torch_ritm`` of SAM-Med3D at 84079e6, after RITM.
+    """
+    depths_mm = [_depth(part, errors.spacing_mm) for part in (errors.missed, errors.extra)]
+    missed_mm, extra_mm = (float(depth_mm.max()) for depth_mm in depths_mm)
+    chosen = depths_mm[0] if missed_mm > extra_mm else depths_mm[1]
+    return _drawn_from(chosen > max(missed_mm, extra_mm) / 2, errors)
+
+
+def joint_centre(errors: Errors) -> Click | None:
+    """The deepest voxel of the largest error, missed and extra voxels taken together.
+
+    Depth is counted in voxels; ties are broken by a generator that starts anew for every click, so
+    a model that does not answer gets the same click again.
+
+    Source: ``CVPR25_iter_eval.py`` of CVPR-MedSegFMCompetition at 748e862, whose arrays have their
+    axes towards S, A, R. Its halving of errors above 6e7 voxels is left out.
+    """
+    components = list(_components((errors.missed | errors.extra).T, True))  # axes towards S, A, R
+    if not components:
+        return None
+    component = max(components, key=lambda component: component.voxels)  # the first of equals
+    depth_vox = _depth(component.mask, np.ones(3))
+    deepest = np.argwhere(depth_vox == depth_vox.max())
+    published = np.random.RandomState(42)  # the evaluator's own stream
+    index = (deepest[published.choice(len(deepest))] + component.start)[::-1]
+    return errors.click_at(index, bool(errors.missed[tuple(index)]))
+
+
+def _drawn_from(region: Mask, errors: Errors) -> Click | None:
+    """A click on any voxel of a region of the oriented arrays."""
+    voxels = np.flatnonzero(region)
+    if len(voxels) == 0:
+        return None
+    index = np.unravel_index(voxels[errors.draws.below(len(voxels))], region.shape)
+    return errors.click_at(index, bool(errors.missed[index]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Component:
+    """One connected part of the missed or of the extra voxels."""
+
+    labels: NDArray[np.int32]  # numbers of all components
+    number: int
+    box: tuple[slice, ...]  # of this one, in `labels`
+    corner: NDArray[np.int64]  # of `labels`, in the whole array
+    voxels: int
+    is_missed: bool
+
+    @property
+    def mask(self) -> Mask:
+        """The component in its bounding box."""
+        mask: Mask = self.labels[self.box] == self.number
+        return mask
+
+    @property
+    def start(self) -> NDArray[np.int64]:
+        """First voxel of the bounding box in the whole array."""
+        start: NDArray[np.int64] = self.corner + np.array([side.start for side in self.box])
+        return start
+
+
+def _components(region: Mask, is_missed: bool) -> Iterator[_Component]:
+    """The connected parts of a region, in the order of their first voxels."""
+    box = _bounding_box(region)
+    if box is None:
+        return
+    labels, count = ndimage.label(region[box], structure=TOUCHING)
+    corner = np.array([side.start for side in box])
+    boxes = ndimage.find_objects(labels)
+    flat = labels.ravel()
+    voxels = np.bincount(flat)
+    places = np.flatnonzero(flat)[::-1]
+    first = np.zeros(count + 1, dtype=np.int64)
+    first[flat[places]] = places  # the last one written is the first voxel
+    for number in 1 + np.argsort(first[1:]):
+        yield _Component(labels, number, boxes[number - 1], corner, int(voxels[number]), is_missed)
+
+
+def _depth(region: Mask, spacing_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Distance of every voxel of a region to the nearest voxel outside it, 0 outside."""
+    depth = np.zeros(region.shape)
+    box = _bounding_box(region)
+    if box is not None:
+        padded = np.pad(region[box], 1)  # beyond the array is outside
+        inside = (slice(1, -1),) * 3
+        depth[box] = ndimage.distance_transform_edt(padded, sampling=spacing_mm)[inside]
+    return depth
+
+
+def _bounding_box(region: Mask) -> tuple[slice, ...] | None:
+    """The smallest box around the voxels of a region; None if it has none."""
+    found: list[tuple[slice, ...]] = ndimage.find_objects(region.view(np.uint8))
+    return found[0] if found else None
