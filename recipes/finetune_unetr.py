@@ -49,7 +49,6 @@ from sammed3d_backbone.data.datasets import (
 )
 from sammed3d_backbone.data.preparation import (
     PreparedCase,
-    annotated_classes,
     load_image,
     load_label,
     prepare_cases,
@@ -57,7 +56,13 @@ from sammed3d_backbone.data.preparation import (
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, run_figure
 from sammed3d_backbone.evaluation.metrics import dice_per_class
-from sammed3d_backbone.evaluation.report import CaseScores, summarise, write_scores
+from sammed3d_backbone.evaluation.scores import (
+    Score,
+    case_means,
+    score_cases,
+    summarise,
+    write_scores,
+)
 from sammed3d_backbone.export import (
     Card,
     Segmenter,
@@ -210,7 +215,9 @@ def main(cfg: Config) -> dict[str, Any]:
             engine.train(
                 accelerator, step, model, now, optimizer, ema, progress, run, schedule, bar
             )
-            summary = summarise(validate(accelerator, segmenter, val), dataset.classes)
+            summary = summarise(
+                validate(accelerator, segmenter, val, dataset.classes), dataset.classes
+            )
             is_best = (summary["mean_dice"] or 0.0) > progress.best
             progress.best = max(progress.best, summary["mean_dice"] or 0.0)
             if accelerator.is_main_process:
@@ -349,8 +356,11 @@ def augmentation(cfg: Config) -> Compose:
 
 
 def validate(
-    accelerator: Accelerator, segmenter: Segmenter, val: Sequence[PreparedCase]
-) -> list[CaseScores]:
+    accelerator: Accelerator,
+    segmenter: Segmenter,
+    val: Sequence[PreparedCase],
+    classes: Sequence[str],
+) -> list[Score]:
     """Dice on the network's grid, every process taking its share of the cases."""
     mine = []
     for case in val[accelerator.process_index :: accelerator.num_processes]:
@@ -358,7 +368,10 @@ def validate(
             logits = segmenter.logits(case.image.to(accelerator.device))
         labels = logits.argmax(0).cpu()
         dice = dice_per_class(labels, case.label[0], len(logits), case.annotated)
-        mine.append(CaseScores(case.case.id, tuple(dice)))
+        mine += [
+            Score(case.case.id, case.case.subject, name, score)
+            for name, score in zip(classes, dice, strict=True)
+        ]
     return sorted(gather_object(mine), key=lambda score: score.case)
 
 
@@ -375,21 +388,14 @@ def evaluate(
 
     The last weights, not the best: those were picked on these very cases.
     """
-    cases = {case.id: case for case in dataset.cases}
     results = run.folder / "results"
-    mine = []
-    share = ids[accelerator.process_index :: accelerator.num_processes]
-    for name in tqdm(
-        share, desc="evaluating", unit="case", disable=not accelerator.is_main_process
-    ):
-        prediction = segment_volume(segmenter, load_image(cases[name]))
-        prediction.save(results / "predictions" / f"{name}.nii.gz")
-        label = torch.as_tensor(load_label(cases[name]).array)
-        annotated = annotated_classes(cases[name], dataset)
-        dice = dice_per_class(
-            torch.as_tensor(prediction.array), label, len(dataset.labels), annotated
-        )
-        mine.append(CaseScores(name, tuple(dice)))
+    mine = score_cases(
+        lambda case: segment_volume(segmenter, load_image(case)),
+        dataset,
+        ids[accelerator.process_index :: accelerator.num_processes],
+        folder=results / "predictions",
+        progress=accelerator.is_main_process,
+    )
     scores = sorted(gather_object(mine), key=lambda score: score.case)
     summary = summarise(scores, dataset.classes)
     if accelerator.is_main_process:
@@ -415,29 +421,30 @@ def draw(
     cfg: Config,
     run: Run,
     dataset: Dataset,
-    scores: Sequence[CaseScores],
+    scores: Sequence[Score],
     summary: dict[str, Any],
 ) -> None:
     """The figure: best, median and worst case, and the curves."""
     cases = {case.id: case for case in dataset.cases}
-    ranked = sorted(scores, key=lambda score: -score.mean)
-    ranks: dict[CaseScores, str] = {}  # one or two cases fill several of the ranks
+    means = case_means(scores)
+    ranked = list(means)
+    ranks: dict[str, str] = {}  # one or two cases fill several of the ranks
     for rank, place in (("best", 0), ("median", len(ranked) // 2), ("worst", -1)):
-        score = ranked[place]
-        ranks[score] = f"{ranks[score]}, {rank}" if score in ranks else rank
+        case = ranked[place]
+        ranks[case] = f"{ranks[case]}, {rank}" if case in ranks else rank
     shown = [
         Shown(
-            f"{rank}: {score.case}\nDice {score.mean:.3f}",
-            load_image(cases[score.case]),
-            load_label(cases[score.case]),
-            Volume.load(run.folder / "results" / "predictions" / f"{score.case}.nii.gz"),
+            f"{rank}: {case}\nDice {means[case]:.3f}",
+            load_image(cases[case]),
+            load_label(cases[case]),
+            Volume.load(run.folder / "results" / "predictions" / f"{case}.nii.gz"),
         )
-        for score, rank in ranks.items()
+        for case, rank in ranks.items()
     ]
     mean = "undefined" if summary["mean_dice"] is None else f"{summary['mean_dice']:.3f}"
     title = (
         f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}, "
-        f"mean Dice {mean} over {len(scores)} validation case(s)"
+        f"mean Dice {mean} over {len(means)} validation case(s)"
     )
     run_figure(path, shown, dataset.classes, run.records(), title=title, note=dataset.note)
 

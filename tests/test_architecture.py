@@ -31,14 +31,15 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "data": set(),
     "clicks": set(),
+    "files": set(),
     "provenance": set(),
     "adapters": {"models.layers"},
     "pretrained": {"variants"},
     "factory": {"models", "variants", "pretrained", "checkpoint"},
     "predictor": {"models", "data", "factory"},
     "export": {"checkpoint", "factory", "adapters", "data"},
-    "evaluation": {"data", "clicks"},
-    "training": {"clicks", "config", "data", "evaluation"},
+    "evaluation": {"data", "clicks", "files"},
+    "training": {"clicks", "config", "data", "evaluation", "files"},
 }
 MAY_IMPORT["__init__"] = {"factory", "pretrained"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from sammed3d_backbone import config
+from sammed3d_backbone.files import write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -72,7 +73,7 @@ class Run:
     def begin(self, cfg: DataclassInstance) -> None:
         """Makes the folder and writes the configuration into it."""
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "config.yaml", config.dump(cfg))
+        write_text(self.folder / "config.yaml", config.dump(cfg))
 
     def record(self, **values: object) -> None:
         """Appends one line to the log."""
@@ -129,7 +130,7 @@ class Run:
             )
         if accelerator.is_main_process:
             kept = [line for line in self.records() if line["step"] <= progress.step]
-            _write(self.log, "".join(json.dumps(line) + "\n" for line in kept if found))
+            write_text(self.log, "".join(json.dumps(line) + "\n" for line in kept if found))
         accelerator.wait_for_everyone()
         return bool(found)
 
@@ -168,10 +169,3 @@ def open_run(name: str, cfg: DataclassInstance, *, free: Collection[str] = ()) -
                 "remove the folder to start over"
             )
     return Run(folder)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a small file so that it is whole at any moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

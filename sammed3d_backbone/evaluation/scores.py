@@ -1,0 +1,284 @@
+"""Predictions of a data set's cases -> a score per case and class -> a table and a summary.
+
+A table (``scores.csv``) has one row per case and class and is all that the summary
+(``scores.json``), a comparison and a report are made of. Where a prediction comes from does not
+matter here: a network, an atlas, a folder of another tool's files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sammed3d_backbone.data.datasets import Case, Dataset, pair_problems
+from sammed3d_backbone.data.preparation import annotated_classes, load_label
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.metrics import (
+    dice_per_class,
+    hausdorff95_mm,
+    mean_of_known,
+    surface_dice,
+)
+from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
+from sammed3d_backbone.files import write_text
+
+METRICS = ("dice", "nsd", "hd95_mm")
+COLUMNS = ("case", "subject", "class", *METRICS, "annotated", "truncated")
+TOLERANCE_MM = 2.0
+OVERALL = "mean of classes"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class of one case; see `metrics` for what an absent class scores."""
+
+    case: str
+    subject: str  # whose scan it is: scans of one person are not independent
+    name: str  # of the class
+    dice: float
+    nsd: float = math.nan
+    hd95_mm: float = math.nan
+    annotated: bool = True  # False: not looked for in this case, and all scores are NaN
+    truncated: bool = False  # the structure goes on beyond the volume
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """One class over all cases: means with their intervals."""
+
+    name: str
+    cases: int  # that have a score
+    one_sided: int  # where only the prediction or only the reference has it: left out of HD95
+    dice: Interval
+    nsd: Interval
+    hd95_mm: Interval
+
+
+def score_cases(
+    predict: Callable[[Case], Volume],
+    dataset: Dataset,
+    ids: Iterable[str],
+    *,
+    folder: Path | None = None,
+    tolerance_mm: float = TOLERANCE_MM,
+    progress: bool = True,
+) -> list[Score]:
+    """Scores of the named cases, on the grid of their files.
+
+    Args:
+        predict: Labels of a case, on the grid of its reference.
+        dataset: Holds the cases.
+        ids: Cases to score, in this order.
+        folder: Gets every prediction as ``<case>.nii.gz``; None keeps none.
+        tolerance_mm: Of the surface Dice.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If a prediction lies on another grid than its reference.
+    """
+    cases = {case.id: case for case in dataset.cases}
+    scores: list[Score] = []
+    for name in tqdm(list(ids), desc="evaluating", unit="case", disable=not progress):
+        prediction = predict(cases[name])
+        if folder is not None:
+            prediction.save(folder / f"{name}.nii.gz")
+        scores += score_case(prediction, cases[name], dataset, tolerance_mm)
+    return scores
+
+
+def score_case(
+    prediction: Volume, case: Case, dataset: Dataset, tolerance_mm: float = TOLERANCE_MM
+) -> list[Score]:
+    """One case's scores, in the order of the class values.
+
+    Raises:
+        ValueError: If the prediction lies on another grid than the reference.
+    """
+    label = load_label(case)
+    problems = pair_problems(Path(f"prediction of {case.id}"), prediction, label)
+    if problems:
+        raise ValueError(problems[0])
+    known = annotated_classes(case, dataset)
+    both = torch.as_tensor(prediction.array), torch.as_tensor(label.array)
+    dice = dice_per_class(*both, len(dataset.labels), known)
+    scores = []
+    for value, name in enumerate(dataset.classes, start=1):
+        nsd = hd95 = math.nan
+        if known[value]:
+            ours, theirs = prediction.array == value, label.array == value
+            nsd = surface_dice(ours, theirs, label.spacing_mm, tolerance_mm)
+            hd95 = hausdorff95_mm(ours, theirs, label.spacing_mm)
+        scores.append(
+            Score(
+                case=case.id,
+                subject=case.subject,
+                name=name,
+                dice=dice[value - 1],
+                nsd=nsd,
+                hd95_mm=hd95,
+                annotated=bool(known[value]),
+                truncated=name in case.truncated,
+            )
+        )
+    return scores
+
+
+def summarise(scores: Sequence[Score], classes: Sequence[str]) -> dict[str, Any]:
+    """Mean Dice per class over cases, and their mean over classes; NaN becomes None."""
+    per_class = {
+        name: mean_of_known([score.dice for score in scores if score.name == name])
+        for name in classes
+    }
+    return {
+        "mean_dice": _plain(mean_of_known(list(per_class.values()))),
+        "dice": {name: _plain(value) for name, value in per_class.items()},
+        "cases": len({score.case for score in scores}),
+    }
+
+
+def class_table(scores: Sequence[Score], classes: Sequence[str]) -> list[ClassSummary]:
+    """Every metric per class, and the mean of the classes in the last row.
+
+    Intervals hold 95 % and are drawn by subject.
+    """
+    rows = [_summary(name, [s for s in scores if s.name == name]) for name in classes]
+    return [*rows, _summary(OVERALL, [s for s in scores if s.name in classes])]
+
+
+def case_means(scores: Sequence[Score]) -> dict[str, float]:
+    """Mean Dice of every case over the classes that it has; best first, cases without last."""
+    cases = dict.fromkeys(score.case for score in scores)
+    means = {
+        case: mean_of_known([score.dice for score in scores if score.case == case])
+        for case in cases
+    }
+    return dict(sorted(means.items(), key=lambda item: (math.isnan(item[1]), -item[1])))
+
+
+def differences(scores: Sequence[Score], baseline: Sequence[Score]) -> list[Score]:
+    """Case by case and class by class, how far a baseline's scores are exceeded.
+
+    The `class_table` of this is the paired comparison.
+
+    Raises:
+        ValueError: If the two are not about the same cases and classes.
+    """
+    theirs = {(score.case, score.name): score for score in baseline}
+    lost = {(score.case, score.name) for score in scores} ^ theirs.keys()
+    if lost:
+        raise ValueError(
+            f"{len(lost)} scores have no partner, e.g. {' '.join(min(lost))}; compare scores of "
+            "the same cases and classes"
+        )
+    return [
+        replace(
+            score,
+            **{
+                metric: getattr(score, metric) - getattr(theirs[score.case, score.name], metric)
+                for metric in METRICS
+            },
+        )
+        for score in scores
+    ]
+
+
+def write_scores(
+    folder: Path, scores: Sequence[Score], classes: Sequence[str], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes ``scores.csv`` (a row per case and class) and ``scores.json`` (summary and `about`).
+
+    Returns:
+        The content of the JSON file.
+    """
+    whole = [score for score in scores if not score.truncated]
+    summary = {
+        **summarise(scores, classes),
+        "tables": {
+            "all": _as_json(class_table(scores, classes)),
+            "without truncated": _as_json(class_table(whole, classes)),
+        },
+        **about,
+    }
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(COLUMNS)
+    for score in scores:
+        values = (getattr(score, metric) for metric in METRICS)
+        flags = ("yes" if flag else "no" for flag in (score.annotated, score.truncated))
+        shown = ("" if math.isnan(value) else f"{value:.6g}" for value in values)
+        table.writerow([score.case, score.subject, score.name, *shown, *flags])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "scores.csv", text.getvalue())
+    write_text(folder / "scores.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def read_scores(path: Path) -> list[Score]:
+    """The scores of a ``scores.csv``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is another kind of table.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no scores at {path}; score the cases with recipes/evaluate.py")
+    with path.open(newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        if not set(COLUMNS) <= set(table.fieldnames or ()):
+            raise ValueError(
+                f"{path} has no columns {', '.join(COLUMNS)}; score the cases again with "
+                "recipes/evaluate.py"
+            )
+        return [
+            Score(
+                case=row["case"],
+                subject=row["subject"],
+                name=row["class"],
+                **{metric: float(row[metric] or "nan") for metric in METRICS},
+                annotated=row["annotated"] == "yes",
+                truncated=row["truncated"] == "yes",
+            )
+            for row in table
+        ]
+
+
+def _summary(name: str, scores: Sequence[Score]) -> ClassSummary:
+    subjects, classes = ([getattr(s, key) for s in scores] for key in ("subject", "name"))
+
+    def interval(metric: str) -> Interval:
+        values = [getattr(score, metric) for score in scores]
+        return bootstrap_interval(values, subjects, classes=classes)
+
+    return ClassSummary(
+        name,
+        cases=len({score.case for score in scores if not math.isnan(score.dice)}),
+        one_sided=sum(math.isinf(score.hd95_mm) for score in scores),
+        **{metric: interval(metric) for metric in METRICS},
+    )
+
+
+def _as_json(table: Sequence[ClassSummary]) -> list[dict[str, Any]]:
+    """The rows, every interval as mean, low and high."""
+    return [
+        {
+            "class": row.name,
+            "cases": row.cases,
+            "one_sided": row.one_sided,
+            **{metric: [_plain(value) for value in getattr(row, metric)] for metric in METRICS},
+        }
+        for row in table
+    ]
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else round(value, 6)

@@ -1,0 +1,76 @@
+"""How sure a mean is: bootstrap intervals that respect who belongs to whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Interval(NamedTuple):
+    """A mean and the bounds that hold it with some confidence."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    groups: Sequence[str] | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 5000,
+) -> Interval:
+    """Mean of some values and its percentile interval, drawing whole groups with replacement.
+
+    Two scans of one person are not two independent observations; with the person as their group
+    they are drawn together. For a paired comparison pass differences. Values that are no number
+    or infinite are left out. The bounds are NaN where fewer than two groups are left.
+
+    Args:
+        values: One per observation.
+        groups: Whom each value belongs to; None: every value stands for itself.
+        classes: What each value is about; the mean is then that of the classes' means, so that
+            a class with few values counts like the others. None: one class.
+        seed: Of the draws.
+        confidence: Share of the resampled means between the bounds.
+        resamples: Number of draws.
+    """
+    given = np.asarray(values, dtype=float)
+    known = np.isfinite(given)
+    if not known.any():
+        return Interval(math.nan, math.nan, math.nan)
+    group = _numbered(range(len(given)) if groups is None else groups, known)
+    kind = _numbered([""] * len(given) if classes is None else classes, known)
+    sums = np.zeros((group.max() + 1, kind.max() + 1))  # (G, K)
+    counts = np.zeros_like(sums)
+    np.add.at(sums, (group, kind), given[known])
+    np.add.at(counts, (group, kind), 1)
+    members = len(sums)
+
+    def mean(drawn: NDArray[Any]) -> NDArray[np.float64]:
+        """Mean over classes for each row of how often every group was drawn, (R, G) -> (R,)."""
+        with np.errstate(invalid="ignore"):  # a class that no drawn group has is left out
+            means: NDArray[np.float64] = np.nanmean((drawn @ sums) / (drawn @ counts), axis=1)
+            return means
+
+    (centre,) = mean(np.ones((1, members)))
+    if members < 2:
+        return Interval(float(centre), math.nan, math.nan)
+    drawn = np.random.default_rng(seed).multinomial(
+        members, np.full(members, 1 / members), size=resamples
+    )
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(mean(drawn), [tail, 1 - tail])
+    return Interval(float(centre), float(low), float(high))
+
+
+def _numbered(names: Sequence[object], known: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """The kept names as 0, 1, 2, ..."""
+    return np.unique(np.asarray(names)[known], return_inverse=True)[1]
