@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import SupportsInt
 
-import nibabel.orientations as orientations
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from sammed3d_backbone.data.geometry import Triple, nearest_ras
+
 Mask = NDArray[np.bool_]  # (X, Y, Z)
-Triple = tuple[int, int, int]
 
 TOUCHING = np.ones((3, 3, 3), dtype=bool)  # 26-connectivity: corners count
 TIE = 1e-6  # depths closer than this share of the greatest count as equal
@@ -92,18 +92,18 @@ class Errors:
     @cached_property
     def spacing_mm(self) -> NDArray[np.float64]:
         """Along R, A, S, (3,)."""
-        native_mm = np.linalg.norm(self.affine[:3, :3], axis=0)
-        spacing_mm: NDArray[np.float64] = native_mm[np.argsort(self._orientation[:, 0])]
+        axes, _ = self._orientation
+        spacing_mm: NDArray[np.float64] = np.linalg.norm(self.affine[:3, :3], axis=0)[list(axes)]
         return spacing_mm
 
     def click_at(
         self, index: Iterable[SupportsInt], positive: bool, *, is_repeat: bool = False
     ) -> Click:
         """The click on a voxel of `missed` or `extra`, in voxels of the truth's own grid."""
-        back = orientations.inv_ornt_aff(self._orientation, self.truth.shape)
-        i, j, k = (
-            round(v) for v in (back[:3, :3] @ [int(v) for v in index] + back[:3, 3]).tolist()
-        )
+        point_vox = [0, 0, 0]
+        for axis, flip, place in zip(*self._orientation, index, strict=True):
+            point_vox[axis] = self.truth.shape[axis] - 1 - int(place) if flip else int(place)
+        i, j, k = point_vox
         return Click((i, j, k), positive, is_repeat)
 
     def was_clicked(self, click: Click) -> bool:
@@ -114,14 +114,12 @@ class Errors:
         )
 
     @cached_property
-    def _orientation(self) -> NDArray[np.float64]:
-        """Row i: the axis of the oriented arrays that axis i becomes, and its direction."""
-        orientation: NDArray[np.float64] = orientations.io_orientation(self.affine)
-        return orientation
+    def _orientation(self) -> tuple[Triple, tuple[bool, bool, bool]]:
+        return nearest_ras(self.affine)
 
     def _towards_ras(self, array: Mask) -> Mask:
-        oriented: Mask = orientations.apply_orientation(array, self._orientation)
-        return oriented
+        axes, flips = self._orientation
+        return array.transpose(axes)[tuple(slice(None, None, -1 if f else 1) for f in flips)]
 
 
 Strategy = Callable[[Errors], Click | None]

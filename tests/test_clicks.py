@@ -57,9 +57,11 @@ def test_a_perfect_mask_gets_no_click(strategy, rng):
 
 @pytest.mark.parametrize("strategy", [largest_centre, uniform, deep])
 @pytest.mark.parametrize("ornt", ORNTS, ids=lambda ornt: "".join(orientations.ornt2axcodes(ornt)))
-def test_the_storage_of_a_volume_moves_no_click(strategy, ornt, rng):
+@pytest.mark.parametrize("turned", [0, 45], ids=["straight", "at 45 degrees"])
+def test_the_storage_of_a_volume_moves_no_click(strategy, ornt, turned, rng):
     truth, mask = (rng.random((6, 7, 8)) < 0.4 for _ in range(2))
-    affine = np.array([[1.0, 0, 0, 5], [0, 2, 0, -3], [0, 0, 1.5, 2], [0, 0, 0, 1]])
+    c, s = np.cos(np.radians(turned)), np.sin(np.radians(turned))
+    affine = np.array([[c, -2 * s, 0, 5], [s, 2 * c, 0, -3], [0, 0, 1.5, 2], [0, 0, 0, 1]])
     there = orientations.inv_ornt_aff(ornt, truth.shape)  # voxel stored anew -> voxel
     click = strategy(Errors(truth, mask, affine, Draws("x")))
     again = strategy(

@@ -64,7 +64,7 @@ class Geometry:
         Raises:
             ValueError: If the wanted spacing is not positive, or the affine flattens space.
         """
-        axes, flips = _nearest_ras(affine)
+        axes, flips = nearest_ras(affine)
         oriented_shape = tuple(shape[axis] for axis in axes)
         native_mm = np.linalg.norm(affine[:3, :3], axis=0)[list(axes)]
         wanted_mm = native_mm if spacing_mm is None else np.asarray(spacing_mm, dtype=float)
@@ -250,7 +250,7 @@ class Geometry:
         return volume
 
 
-def _nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, bool]]:
+def nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, bool]]:
     """Which input axis runs towards R, A and S, and which of the three run the other way.
 
     Of the 48 ways to name the axes, the one from which the smallest turn leads to R, A, S. It
