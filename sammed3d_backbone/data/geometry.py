@@ -114,6 +114,15 @@ class Geometry:
         affine: NDArray[np.float64] = self.input_affine @ to_input @ to_oriented
         return affine
 
+    def oriented(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A view of the array with axes towards R, A, S; writing to it writes to the array.
+
+        Shapes:
+            array: (X, Y, Z), on the input grid.
+        """
+        turned = array.transpose(self.axes)
+        return turned[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
+
     def resample(self, array: NDArray[Any] | Tensor) -> Tensor:
         """The array oriented and resampled linearly, before the box.
 

@@ -1,0 +1,163 @@
+"""The promptable network, driven as it was trained, with the encoder's work remembered.
+
+Comes in: a window's start, points in its voxels, the logits of an earlier pass; goes out: one logit
+per cell. The encoder never sees the prompts, so one pass per window serves every click and object.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sammed3d_backbone.data.geometry import Triple
+from sammed3d_backbone.predictor.windows import Windows
+
+CELLS_PER_TOKEN = 4  # along each axis; the decoder doubles its grid twice
+
+
+class Promptable(Protocol):
+    """What the predictor asks of a network; `Sam3D` has it.
+
+    Shapes:
+        image_encoder: (B, 1, S, S, S) -> (B, F, g, g, g); its `img_size` is (S, S, S).
+        prompt_encoder: points (P, N, 3) with labels (P, N) and mask logits (P, 1, s, s, s) ->
+            tokens and a map (P, F, g, g, g); s = 4 * g.
+        mask_decoder: these and the image's map -> logits (P, 1, s, s, s) and a quality.
+    """
+
+    image_encoder: Any
+    prompt_encoder: Any
+    mask_decoder: Any
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of every module of torch."""
+
+    def eval(self) -> object:
+        """As of every module of torch."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A click in the voxels of one window."""
+
+    index: Triple
+    positive: bool
+
+
+class Stopwatch:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Counts the time inside the `with` block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    def taken(self) -> dict[str, float]:
+        """What was counted since this was last asked."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class Network:
+    """A promptable network with a memory of encoded windows.
+
+    Args:
+        model: The network; it is set to evaluation.
+        cache_bytes: Of encoded windows kept in memory; the longest unused go first.
+        progress: Show a bar of encoded windows on standard error.
+    """
+
+    def __init__(self, model: Promptable, *, cache_bytes: int, progress: bool = False) -> None:
+        model.eval()
+        self.model = model
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.cache_bytes = cache_bytes
+        self.watch = Stopwatch()
+        self.encoded = 0  # passes of the encoder so far
+        self._cache: OrderedDict[Triple, Tensor] = OrderedDict()
+        self._bar = tqdm(desc="encoding", unit=" window", disable=not progress, leave=False)
+
+    @property
+    def side_vox(self) -> int:
+        """Side S of a window."""
+        return int(self.model.image_encoder.img_size[0])
+
+    def forget(self) -> None:
+        """Drops all encoded windows: their starts belong to one volume."""
+        self._cache.clear()
+
+    def decode(
+        self, windows: Windows, start: Triple, points: Sequence[Point], prior: Tensor | None
+    ) -> Tensor:
+        """One pass of prompt encoder and decoder.
+
+        Args:
+            windows: Of the volume.
+            start: Of the window.
+            points: None at all is a pass by the prior alone.
+            prior: Logits of the earlier pass. None is a map of zeros, with which training began;
+                the network's own token for "no mask" was never trained.
+
+        Shapes:
+            prior: (s, s, s).
+            returns: (s, s, s), on the CPU.
+        """
+        embedding = self.embedding(windows, start)
+        side = CELLS_PER_TOKEN * embedding.shape[-1]
+        if prior is None:
+            prior = torch.zeros(side, side, side)
+        prompts = None
+        if points:
+            index = torch.tensor([[point.index for point in points]], dtype=torch.float32)
+            labels = torch.tensor([[int(point.positive) for point in points]])
+            prompts = (index.to(self.device), labels.to(self.device))
+        with self.watch.of("decode"), torch.inference_mode():
+            sparse, dense = self.model.prompt_encoder(
+                points=prompts, boxes=None, masks=prior[None, None].to(embedding)
+            )
+            logits, _ = self.model.mask_decoder(
+                image_embeddings=embedding,
+                image_pe=self.model.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=False,  # the other masks were never trained
+            )
+            low_resolution: Tensor = logits[0, 0].float().cpu()
+        return low_resolution
+
+    def embedding(self, windows: Windows, start: Triple) -> Tensor:
+        """The encoder's map of a window, (1, F, g, g, g), from memory where possible."""
+        if start not in self._cache:
+            with self.watch.of("image"):
+                image = windows.image(start)
+            self._cache[start] = self._encode(image)
+        self._cache.move_to_end(start)
+        kept = self._cache[start]
+        while len(self._cache) > 1 and self._bytes() > self.cache_bytes:
+            self._cache.popitem(last=False)
+        return kept
+
+    def _encode(self, image: Tensor) -> Tensor:
+        with self.watch.of("encode"), torch.inference_mode():
+            embedding: Tensor = self.model.image_encoder(image.to(self.device))
+        self.encoded += 1
+        self._bar.update()
+        return embedding
+
+    def _bytes(self) -> int:
+        return sum(embedding.nbytes for embedding in self._cache.values())

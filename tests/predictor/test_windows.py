@@ -1,0 +1,86 @@
+"""Where windows lie, what the network sees in them, and where a click is in them."""
+
+import numpy as np
+import pytest
+import torch
+
+from sammed3d_backbone.data.geometry import Geometry
+from sammed3d_backbone.data.intensity import normalise
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.predictor.windows import Windows, linear
+
+AFFINE = np.array([[0, 0, -2.0, 5], [-0.9, 0, 0, 1], [0, 2.4, 0, 2], [0, 0, 0, 1]])
+SPACING_MM = (1.5, 1.5, 1.5)
+
+
+@pytest.fixture
+def volume(rng):
+    """A turned, anisotropic volume, larger than a window of 16 along two axes."""
+    return Volume(rng.normal(100, 20, (60, 9, 30)).astype(np.float32), AFFINE)
+
+
+@pytest.fixture
+def windows(volume):
+    return Windows(volume, SPACING_MM, 16, "zscore_positive")
+
+
+@pytest.mark.parametrize("start", [(0, 0, -1), (7, 11, -1), (24, 20, -1), (3, 2, 1)])
+def test_a_window_shows_what_resampling_the_whole_volume_would(volume, windows, start):
+    geometry = Geometry.plan(volume.shape, volume.affine, SPACING_MM).boxed(start, (16, 16, 16))
+    whole = normalise(geometry.apply(volume.array), "zscore_positive").image
+    assert torch.allclose(windows.image(start)[0], whole, atol=2e-4)
+
+
+def test_nothing_is_resampled_where_the_spacing_is_the_networks(rng):
+    array = rng.integers(1, 200, (20, 20, 20)).astype(np.int16)
+    windows = Windows(Volume(array, np.diag([1.5, 1.5, 1.5, 1])), SPACING_MM, 16, "ct")
+    seen = windows.resampled(array, (1, 2, 3))
+    assert np.array_equal(seen.numpy(), array[1:17, 2:18, 3:19])
+
+
+def test_a_window_of_a_stored_integer_volume_leaves_it_alone(rng):
+    array = rng.integers(0, 200, (20, 20, 20)).astype(">i2")
+    array.setflags(write=False)
+    Windows(Volume(array, np.eye(4)), SPACING_MM, 16, "ct").image((0, 0, 0))
+
+
+def test_places_agree_with_the_affines(volume, windows):
+    to_place = np.linalg.inv(windows.geometry.affine) @ volume.affine
+    for point in [(0, 0, 0), (59, 8, 29), (13, 4, 22)]:
+        assert np.allclose(windows.place(point), (to_place @ [*point, 1])[:3])
+
+
+def test_the_first_window_is_centred_on_the_click_and_stays_in_the_volume(windows):
+    assert windows.geometry.resampled_shape == (40, 36, 14)
+    assert windows.around((20.2, 17.6, 3.0), None) == (12, 10, -1)
+    assert windows.around((1.0, 35.0, 13.0), None) == (0, 20, -1)
+
+
+def test_other_windows_lie_on_the_lattice_of_the_first(windows):
+    anchor = (12, 10, -1)
+    assert windows.around((20.0, 17.0, 3.0), anchor) == anchor
+    assert windows.around((23.0, 17.0, 3.0), anchor) == anchor
+    assert windows.around((24.5, 13.0, 3.0), anchor) == (20, 2, -1)
+    assert windows.around((39.0, 0.0, 3.0), anchor) == (24, 0, -1)
+
+
+def test_neighbours_share_half_a_window_except_at_the_border(windows):
+    anchor = (12, 10, -1)
+    assert windows.beside(anchor, 0, 1, anchor) == (20, 10, -1)
+    assert windows.beside((20, 10, -1), 0, 1, anchor) == (24, 10, -1)
+    assert windows.beside((24, 10, -1), 0, 1, anchor) is None
+    assert windows.beside(anchor, 2, 1, anchor) is None
+
+
+@pytest.mark.parametrize("point", [(0, 0, 0), (59, 8, 29), (13, 4, 22)])
+def test_every_voxel_lies_in_the_window_around_it(windows, point):
+    place = windows.place(point)
+    index = windows.inside(windows.around(place, None), place)
+    assert index is not None
+    assert windows.inside((100, 100, 100), place) is None
+
+
+def test_linear_agrees_with_torch(generator):
+    x = torch.randn(1, 1, 7, generator=generator)
+    expected = torch.nn.functional.interpolate(x, size=12, mode="linear")
+    assert torch.allclose(linear(x, 2, (np.arange(12) + 0.5) * 7 / 12 - 0.5), expected, atol=1e-6)
