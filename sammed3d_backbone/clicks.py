@@ -40,8 +40,13 @@ class Draws:
     """Random numbers that depend on names only: not on order, global state or library version."""
 
     def __init__(self, *names: str | int) -> None:
+        self._names = names
         digest = hashlib.sha256("|".join(map(str, names)).encode()).digest()
         self._bits = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
+
+    def part(self, *names: str | int) -> Draws:
+        """The numbers of a part, whatever has been drawn so far."""
+        return Draws(*self._names, *names)
 
     def below(self, n: int) -> int:
         """A whole number from 0 to n - 1, each as likely."""

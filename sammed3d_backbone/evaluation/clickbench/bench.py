@@ -1,0 +1,118 @@
+"""A whole run: every target of a data set, played, scored and written; and whether it repeats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from sammed3d_backbone.clicks import Click, Draws
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target, targets_of
+from sammed3d_backbone.evaluation.clickbench.journal import Journal, Line, key_of, read_journal
+from sammed3d_backbone.evaluation.clickbench.protocol import Player, Promptable, Rules, Step
+from sammed3d_backbone.evaluation.clickbench.scoring import plain, score
+
+
+def run(
+    model: Promptable,
+    rules: Rules,
+    click_set: ClickSet,
+    journal: Journal,
+    tracks: Iterable[str],
+    *,
+    progress: bool = True,
+) -> None:
+    """Plays every target and track that the journal does not have yet."""
+    player = Player(model)
+    bar = tqdm(click_set.cases, unit="case", disable=not progress)
+    for case in bar:
+        targets = targets_of(case, click_set.name, spacing_is_xyz=rules.spacing_is_xyz)
+        for target in targets:
+            bar.set_postfix_str(f"{target.case} {target.name}")
+            for track in tracks:
+                if not journal.has((target.case, target.name, track)):
+                    journal.write(*played(player, rules, target, track))
+
+
+def played(
+    player: Player, rules: Rules, target: Target, track: str
+) -> tuple[list[Line], list[Line], Volume | None]:
+    """Lines, times and last mask of one target and track."""
+    about = {
+        "case": target.case,
+        "subject": target.subject,
+        "class": target.name,
+        "first": track,
+    }
+    voxels = int(target.truth.sum())
+    if voxels < rules.min_voxels:
+        reason = f"{voxels} voxels, of which {rules.min_voxels} are needed"
+        return [{**about, "dropped": reason}], [], None
+    draws = Draws(target.dataset, target.case, target.name, "first")
+    lines: list[Line] = []
+    times: list[Line] = []
+    before: Step | None = None
+    figures: Line = {}
+    for step in rules.show(player, target, rules.tracks[track], draws, rules.steps):
+        if before is None or step.mask is not before.mask:
+            figures = score(step)
+        before = step
+        number = len(lines) + 1
+        clicks = [_clicked(click, step) for click in step.clicks]
+        lines.append(
+            {**about, "step": number, "clicks": clicks, **figures, "failure": step.failure}
+        )
+        seconds = {part: round(value, 4) for part, value in step.seconds.items()}
+        times.append({**about, "step": number, "seconds": seconds, "peak_rss_mib": _peak_rss_mib()})
+    if before is None:
+        return [{**about, "dropped": "nothing is left of it at the protocol's spacing"}], [], None
+    return lines, times, Volume(before.mask.astype(np.uint8), before.affine)
+
+
+def first_difference(
+    model: Promptable, rules: Rules, click_set: ClickSet, folder: Path, targets: int
+) -> str:
+    """Plays the first targets of a finished run again; "" if every line comes out as it was."""
+    _, lines = read_journal(folder)
+    player = Player(model)
+    for key in list(dict.fromkeys(map(key_of, lines)))[:targets]:
+        case, name, track = key
+        target = next(
+            target
+            for asked in click_set.cases
+            if asked.case.id == case
+            for target in targets_of(asked, click_set.name, spacing_is_xyz=rules.spacing_is_xyz)
+            if target.name == name
+        )
+        again, _, _ = played(player, rules, target, track)
+        for old, new in zip((line for line in lines if key_of(line) == key), again, strict=True):
+            new = json.loads(json.dumps(new))
+            for entry in old:
+                if old[entry] != new[entry]:
+                    place = f"{case}, {name}, {track}, step {old.get('step')}, {entry}"
+                    return f"{place}: {old[entry]} became {new[entry]}"
+    return ""
+
+
+def _clicked(click: Click, step: Step) -> Line:
+    """A click for the file: voxel of the volume that the object was given, and the place in mm."""
+    point_mm = (step.clicked_affine @ [*click.point_vox, 1])[:3]
+    return {
+        "vox": list(click.point_vox),
+        "mm": [plain(float(v)) for v in point_mm],
+        "positive": click.positive,
+        "repeat": click.is_repeat,
+    }
+
+
+def _peak_rss_mib() -> float | None:
+    """Highest resident size of this process so far; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return round(int(line.split()[1]) / 1024, 1)

@@ -1,0 +1,233 @@
+"""Which objects of which volumes are asked for: a data set's folder -> cases -> targets.
+
+Beside what `read_dataset` knows, a folder may hold a ``labels.json`` (a list of single volumes with
+the names of their labels) or the ``.npz`` files of the CVPR 2025 challenge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sammed3d_backbone.clicks import Mask
+from sammed3d_backbone.data.datasets import (
+    Case,
+    DatasetError,
+    find_dataset,
+    label_problems,
+    pair_problems,
+    read_dataset,
+)
+from sammed3d_backbone.data.preparation import load_image
+from sammed3d_backbone.data.volume import Volume
+
+MODALITIES = {"ct": "ct", "mr": "mr", "mri": "mr", "us": "us", "ultrasound": "us"}
+MODEL_MASKS = "The masks are another model's output: scores are agreement with it, not accuracy."
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One object to be clicked.
+
+    Shapes:
+        truth: (X, Y, Z) bool, on the grid of the image.
+    """
+
+    dataset: str
+    case: str
+    subject: str  # whose scan it is: scans of one person are not independent
+    name: str  # of the class
+    image: Volume
+    truth: Mask
+    modality: str | None  # "ct", "mr", "us"; None where nothing tells
+
+
+@dataclass(frozen=True)
+class ClickCase:
+    """One volume with the names of its labels; not opened yet."""
+
+    case: Case
+    labels: Mapping[int, str] | None  # those asked for; None: all, each named by its number
+    modality: str | None = None
+
+
+@dataclass(frozen=True)
+class ClickSet:
+    """The cases of one folder."""
+
+    name: str
+    cases: tuple[ClickCase, ...]
+    note: str = ""  # what a reader of a result must know
+
+    def selected(self, cases: int | None = None, classes: Iterable[str] = ()) -> ClickSet:
+        """The first cases, and of their classes those named.
+
+        Raises:
+            ValueError: If a named class is nowhere in the set.
+        """
+        wanted = set(classes)
+        known = {name for case in self.cases for name in _named(case, wanted).values()}
+        if wanted - known:
+            raise ValueError(
+                f"{sorted(wanted - known)} are no classes of {self.name}; choose among "
+                f"{', '.join(sorted(known)) or 'the numbers of its labels'}"
+            )
+        kept = self.cases[:cases]
+        if wanted:
+            kept = tuple(
+                replace(c, labels={v: n for v, n in _named(c, wanted).items() if n in wanted})
+                for c in kept
+            )
+        return replace(self, cases=kept)
+
+    def content_sha256(self) -> str:
+        """Of the files of all cases: the same files give the same hash, wherever they lie."""
+        digest = hashlib.sha256()
+        for case in self.cases:
+            for path in dict.fromkeys((*case.case.images, case.case.label)):
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{case.case.id} {path.name} {content}\n".encode())
+        return digest.hexdigest()
+
+
+def _named(case: ClickCase, numbers: Iterable[str]) -> Mapping[int, str]:
+    """The labels of a case; where they have no names, those of the given numbers."""
+    if case.labels is not None:
+        return case.labels
+    return {int(number): number for number in numbers if number.isdigit()}
+
+
+def read_click_set(data: str | Path) -> ClickSet:
+    """The cases of a folder: read_dataset's layouts, a labels.json, or the challenge's npz files.
+
+    Raises:
+        FileNotFoundError: If the folder holds none of them.
+        DatasetError: If what describes them is not usable.
+    """
+    folder = Path(data).expanduser()
+    if (folder / "labels.json").is_file():
+        return _singles(folder)
+    archives = sorted(folder.glob("*.npz"))
+    if archives:
+        cases = [ClickCase(Case(path.stem, (path,), path), None) for path in archives]
+        return ClickSet(folder.name, tuple(cases))
+    dataset = read_dataset(find_dataset(str(data)))
+    names = {value: name for value, name in dataset.labels.items() if value}
+    modality = _modality(dataset.channels[0])
+    cases = [ClickCase(case, names, modality) for case in dataset.cases]
+    return ClickSet(dataset.name, tuple(cases), dataset.note)
+
+
+def targets_of(case: ClickCase, dataset: str, *, spacing_is_xyz: bool = False) -> Iterator[Target]:
+    """The objects of a case, in the order of their label values; opens its files.
+
+    Args:
+        case: Of which the targets are.
+        dataset: Its name.
+        spacing_is_xyz: How to read the spacing of an npz file, see `read_npz`.
+
+    Raises:
+        DatasetError: If the files cannot be used; all reasons at once.
+    """
+    files = case.case
+    if files.label.suffix == ".npz":
+        image, labels = read_npz(files.label, spacing_is_xyz=spacing_is_xyz)
+    else:
+        image, labels = _read_pair(case)
+    names = case.labels
+    if names is None:
+        names = {int(value): str(value) for value in np.unique(labels) if value}
+    for value, name in sorted(names.items()):
+        truth = labels == value
+        if truth.any():
+            yield Target(dataset, files.id, files.subject, name, image, truth, case.modality)
+
+
+def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]:
+    """Image and labels of a file of the CVPR 2025 challenge: keys imgs, gts and spacing.
+
+    Arrays lie in the file as (Z, Y, X). Whether ``spacing`` does as well is not written anywhere:
+    the challenge's evaluator reads it so, while public files of the same lab hold x, y, z. The
+    orientation is not in the file either; axes are taken to run towards R, A, S.
+
+    Shapes:
+        returns: a volume (X, Y, Z) and integer labels (X, Y, Z).
+
+    Args:
+        path: Of the file.
+        spacing_is_xyz: False reads the spacing as the evaluator does.
+
+    Raises:
+        DatasetError: If the file is no such archive.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            image, labels = archive["imgs"], archive["gts"]
+            spacing_mm = np.asarray(archive["spacing"], dtype=float)
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise DatasetError(
+            f"{path} cannot be used:", [f"{error}; give imgs, gts and spacing of the challenge"]
+        ) from None
+    if image.shape != labels.shape or image.ndim != 3 or spacing_mm.shape != (3,):
+        raise DatasetError(
+            f"{path} cannot be used:",
+            [f"imgs {image.shape}, gts {labels.shape}, spacing {spacing_mm.shape}; give one grid"],
+        )
+    affine = np.diag([*(spacing_mm if spacing_is_xyz else spacing_mm[::-1]), 1.0])
+    return Volume(image.T.astype(np.float32), affine), labels.T
+
+
+def _read_pair(case: ClickCase) -> tuple[Volume, NDArray[Any]]:
+    """Image and integer labels of NIfTI files that lie on one grid."""
+    files = case.case
+    image, label = load_image(files), Volume.load(files.label)
+    values = dict.fromkeys(np.unique(label.array).astype(int).tolist(), "")
+    problems = label_problems(files.label, label, values)  # any whole number is a label here
+    problems += pair_problems(files.images[0], image, label)
+    if image.channels != 1:
+        problems.append(
+            f"{files.images[0]}: {image.channels} channels, and a click model takes one; make a "
+            "data set of the channel to be segmented"
+        )
+    if problems:
+        raise DatasetError(f"{files.id} cannot be used:", problems)
+    return image, np.round(label.array).astype(np.int32)
+
+
+def _singles(folder: Path) -> ClickSet:
+    """The volumes of a labels.json: entries of image, label, labels, modality and mask."""
+    path = folder / "labels.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        cases = [
+            ClickCase(
+                Case(
+                    id=Path(entry["label"]).name.split(".")[0],
+                    images=(folder / entry["image"],),
+                    label=folder / entry["label"],
+                ),
+                {int(value): str(name) for value, name in entry["labels"].items()},
+                _modality(str(entry.get("modality", ""))),
+            )
+            for entry in entries
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(
+            f"{path} cannot be used:",
+            [f'{error!r}; give a list of {{"image":, "label":, "labels": {{"1": name}}}}'],
+        ) from None
+    is_model = any("model" in str(entry.get("mask")) for entry in entries)
+    return ClickSet(folder.name, tuple(cases), MODEL_MASKS if is_model else "")
+
+
+def _modality(name: str) -> str | None:
+    """The word for a model, such as mr for "MR T2w"."""
+    return MODALITIES.get(name.split(" ")[0].lower())

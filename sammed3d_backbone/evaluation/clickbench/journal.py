@@ -1,0 +1,120 @@
+"""The result folder of a benchmark: written line by line, and gone on with.
+
+    OUT/clicks.jsonl    a header, then one line per target, track and step; two runs are identical
+        times.jsonl     seconds and peak memory of the same steps; these differ
+        masks/          the last mask of every target and track
+
+A line holds everything that the next reader needs: its clicks can be given to another object, its
+figures are those of `scoring`. A run that was cut off goes on after its last complete target.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import write_text
+
+FORMAT = 1  # of the lines; a file of another one is refused
+Line = dict[str, Any]
+Key = tuple[str, str, str]  # case, class, track
+
+
+class Journal:
+    """The result folder of one run, new or gone on with.
+
+    Args:
+        folder: Of the files.
+        header: What the lines depend on; the first line.
+        steps: Lines of a target and track.
+
+    Raises:
+        ValueError: If the folder holds results of another header; names what differs.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any], steps: int) -> None:
+        self.folder = folder
+        self._lines, self._times = folder / "clicks.jsonl", folder / "times.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        header = json.loads(json.dumps({"format": FORMAT, **header}))
+        kept: list[Line] = []
+        if self._lines.is_file():
+            earlier, kept = _whole_targets(self._lines, steps)
+            changed = sorted(k for k in {*earlier, *header} if earlier.get(k) != header.get(k))
+            if earlier and changed:
+                told = ", ".join(f"{k} ({earlier.get(k)!r} -> {header.get(k)!r})" for k in changed)
+                raise ValueError(f"{folder} holds results of another run: {told}; choose another")
+        self._done = {key_of(line) for line in kept}
+        times = [line for line in _read(self._times) if key_of(line) in self._done]
+        write_text(self._lines, "".join(map(_dumped, [header, *kept])))
+        write_text(self._times, "".join(map(_dumped, times)))
+
+    def has(self, key: Key) -> bool:
+        """Whether a target and track is done."""
+        return key in self._done
+
+    def write(self, lines: Sequence[Line], times: Sequence[Line], mask: Volume | None) -> None:
+        """All steps of one target and track."""
+        if mask is not None:
+            mask.save(mask_path(self.folder, lines[-1]))
+        for path, new in ((self._times, times), (self._lines, lines)):
+            with path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write("".join(map(_dumped, new)))
+        self._done.add(key_of(lines[-1]))
+
+
+def read_journal(folder: Path) -> tuple[Line, list[Line]]:
+    """Header and lines of a result folder or of its clicks.jsonl.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is none of ours.
+    """
+    path = folder / "clicks.jsonl" if folder.is_dir() else folder
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; name a folder that sammed3d clicks --out has written")
+    header, *lines = _read(path) or [{}]
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} has no header of format {FORMAT}; run the benchmark again")
+    return header, lines
+
+
+def read_times(folder: Path) -> list[Line]:
+    """The lines of times.jsonl; none where only clicks.jsonl was kept."""
+    return _read(folder / "times.jsonl")
+
+
+def mask_path(folder: Path, line: Line) -> Path:
+    """Where the last mask of a line's target and track lies."""
+    case, name, track = (re.sub(r"[^\w.-]", "_", part) for part in key_of(line))
+    return folder / "masks" / case / f"{name}.{track}.nii.gz"
+
+
+def _whole_targets(path: Path, steps: int) -> tuple[Line, list[Line]]:
+    """The header of an earlier run, and the lines of all targets that it completed."""
+    header, *lines = _read(path) or [{}]
+    counts: dict[Key, int] = {}
+    for line in lines:
+        counts[key_of(line)] = counts.get(key_of(line), 0) + (steps if "dropped" in line else 1)
+    return header, [line for line in lines if counts[key_of(line)] == steps]
+
+
+def _read(path: Path) -> list[Line]:
+    """The lines of a file; one cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _dumped(line: Mapping[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
+def key_of(line: Mapping[str, Any]) -> Key:
+    """What a line is about, apart from its step."""
+    return line["case"], line["class"], line["first"]

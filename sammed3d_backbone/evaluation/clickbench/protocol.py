@@ -1,0 +1,205 @@
+"""Click, look, click again: any promptable object, played by the rules of a protocol.
+
+Comes in: an object with ``set_volume``, ``click``, ``predict`` and ``reset``, and a target. Goes
+out: a `Step` per click, its mask on the grid that is scored. What an object raises is a failed
+answer, an empty mask, and is counted. Nothing here knows a network.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sammed3d_backbone.clicks import Click, Draws, Errors, Mask, Strategy
+from sammed3d_backbone.data.geometry import Triple, TripleMm
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.clickbench.cases import Target
+
+log = logging.getLogger(__name__)
+
+FAILED = "the object failed, which counts as an empty mask"
+
+
+class Prediction(Protocol):
+    """What an object answers.
+
+    It may also have ``seconds``, a mapping such as ``{"encode": 1.2, "decode": 0.03}``, which is
+    recorded as it is.
+    """
+
+    @property
+    def mask(self) -> NDArray[Any]:
+        """(X, Y, Z) of the volume that was set, bool or 0 and 1."""
+
+
+class Promptable(Protocol):
+    """All that the benchmark asks of an object."""
+
+    def set_volume(self, volume: Volume, modality: str | None = None) -> object:
+        """Takes a volume; the modality is "ct", "mr", "us" or unknown."""
+
+    def click(self, point_vox: Triple, positive: bool = True) -> object:
+        """Takes one more click, in voxels of the volume."""
+
+    def predict(self) -> Prediction:
+        """The mask after all clicks since the last reset."""
+
+    def reset(self) -> object:
+        """Forgets the clicks, keeps the volume."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One answer of an object, with the clicks that led to it.
+
+    Shapes:
+        mask: (X, Y, Z) bool, on the grid that is scored.
+        truth: (X, Y, Z) bool, on the same grid.
+        affine: (4, 4), of that grid.
+        clicked_affine: (4, 4), of the grid that the clicks are counted on.
+    """
+
+    mask: Mask
+    truth: Mask
+    affine: NDArray[np.float64]
+    clicks: tuple[Click, ...]  # new in this step; empty where nothing was left to correct
+    clicked_affine: NDArray[np.float64]
+    honoured: tuple[bool, ...]  # for each of `clicks`, whether the mask agrees with it
+    kept: tuple[bool, ...]  # the same for all clicks so far
+    failure: str = ""  # the type of what the object raised
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def spacing_mm(self) -> TripleMm:
+        """Of the grid that is scored."""
+        x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+
+Show = Callable[["Player", Target, Sequence[Strategy], Draws, int], Iterator[Step]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A protocol: where clicks go, how many, what the object is shown and what is scored."""
+
+    name: str
+    steps: int
+    tracks: Mapping[str, tuple[Strategy, ...]]  # name -> strategy of step 1, 2, ...; the last stays
+    show: Show
+    source: str  # where the protocol is published
+    oracle: str = ""  # what it takes from the truth beyond the clicks; "" for nothing
+    min_voxels: int = 1  # smaller targets are dropped, and listed
+    published: str = ""  # name of the figures that are published with it, see `summary`
+    differs: str = ""  # from what was published
+    spacing_is_xyz: bool = False  # how spacings of npz files are read
+
+
+class Player:
+    """An object under test, the volume it was given last, and how long its answers take."""
+
+    def __init__(self, model: Promptable) -> None:
+        self.model = model
+        self._shown: Volume | None = None  # what it has; None after a failure
+        self._refused = ""  # what it raised when it was given the volume
+        self._seconds: dict[str, float] = {}  # spent before the next answer
+
+    def show(self, volume: Volume, modality: str | None) -> None:
+        """Gives the object a volume, unless it has it already, and forgets all clicks."""
+        self._refused, self._seconds = "", {}
+        try:
+            if volume is not self._shown:
+                start = time.perf_counter()
+                self.model.set_volume(volume, modality)
+                self._seconds["set_volume"] = time.perf_counter() - start
+            self.model.reset()
+        except Exception as error:
+            log.exception(FAILED)
+            self._shown, self._refused = None, type(error).__name__
+        else:
+            self._shown = volume
+
+    def answer(self, click: Click, shape: Triple) -> tuple[Mask, str, dict[str, float]]:
+        """The mask after one more click, the type of what was raised, and seconds by part.
+
+        Raises:
+            ValueError: If the mask is not of the volume's shape.
+        """
+        seconds, self._seconds = self._seconds, {}
+        nothing = np.zeros(shape, dtype=bool)
+        if self._refused:
+            return nothing, self._refused, seconds
+        start = time.perf_counter()
+        try:
+            self.model.click(click.point_vox, click.positive)
+            prediction = self.model.predict()
+        except Exception as error:
+            log.exception(FAILED)
+            self._shown = None  # set anew before the next target
+            return nothing, type(error).__name__, seconds
+        seconds["click"] = time.perf_counter() - start
+        seconds.update(getattr(prediction, "seconds", {}))
+        mask = np.asarray(prediction.mask)
+        if mask.shape != shape:
+            raise ValueError(
+                f"the object answered {mask.shape} voxels to a volume of {shape}; its mask has to "
+                "be on the grid of the volume"
+            )
+        return mask > 0, "", seconds
+
+
+def interact(
+    player: Player,
+    volume: Volume,
+    truth: Mask,
+    modality: str | None,
+    strategies: Sequence[Strategy],
+    draws: Draws,
+    steps: int,
+) -> Iterator[Step]:
+    """One click per step where the strategies want it, scored on the volume's own grid.
+
+    Where no click is left to be made, the last answer is carried forward.
+
+    Args:
+        player: Of the object.
+        volume: Given to the object.
+        truth: On the volume's grid; not given to the object.
+        modality: Of the volume.
+        strategies: Of step 1, 2, ...; the last one goes on.
+        draws: For those that draw.
+        steps: How many.
+    """
+    player.show(volume, modality)
+    clicked: list[Click] = []
+    mask = np.zeros(volume.shape, dtype=bool)
+    step: Step | None = None
+    for number in range(steps):
+        strategy = strategies[min(number, len(strategies) - 1)]
+        click = strategy(Errors(truth, mask, volume.affine, draws, clicked))
+        if click is None:
+            if step is not None:
+                carried = replace(step, clicks=(), honoured=(), seconds={})
+                yield from [carried] * (steps - number)
+            return
+        clicked.append(click)
+        mask, failure, seconds = player.answer(click, volume.shape)
+        kept = tuple(bool(mask[c.point_vox]) == c.positive for c in clicked)
+        step = Step(
+            mask=mask,
+            truth=truth,
+            affine=volume.affine,
+            clicks=(click,),
+            clicked_affine=volume.affine,
+            honoured=kept[-1:],
+            kept=kept,
+            failure=failure,
+            seconds=seconds,
+        )
+        yield step

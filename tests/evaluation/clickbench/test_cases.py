@@ -1,0 +1,130 @@
+"""Targets come from every layout, with what a reader has to know about them."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from sammed3d_backbone.data.datasets import DatasetError
+from sammed3d_backbone.evaluation.clickbench.cases import (
+    MODEL_MASKS,
+    ClickCase,
+    read_click_set,
+    targets_of,
+)
+
+
+def targets(click_set, **given):
+    return [t for case in click_set.cases for t in targets_of(case, click_set.name, **given)]
+
+
+def test_a_labels_json_gives_named_targets(data):
+    found = targets(read_click_set(data))
+    assert [(t.case, t.name, int(t.truth.sum())) for t in found] == [
+        ("v1_seg", "block", 6 * 6 * 6),
+        ("v1_seg", "dot", 1),
+        ("v2_seg", "block", 7 * 6 * 6),
+        ("v2_seg", "dot", 1),
+    ]
+    assert {t.modality for t in found} == {"ct"}
+    assert found[0].image is found[1].image  # so that the volume is set once
+
+
+def test_masks_that_a_model_made_are_said_to_be(data):
+    assert read_click_set(data).note == MODEL_MASKS
+
+
+@pytest.mark.parametrize("name", ["hippocampus", "headneck_ct"])
+def test_a_data_set_of_any_known_layout_gives_targets(shared_data, name):
+    click_set = read_click_set(shared_data / name).selected(cases=1)
+    found = targets(click_set)
+    assert len(found) >= 2
+    assert found[0].modality == {"hippocampus": "mr", "headneck_ct": "ct"}[name]
+
+
+def test_every_single_volume_gives_targets(shared_data):
+    for folder in sorted((shared_data / "singles").iterdir()):
+        assert read_click_set(folder).cases
+
+
+def npz(path, spacing=(5.0, 1.0, 2.0), **arrays):
+    labels = np.zeros((3, 4, 5), np.uint8)
+    labels[1, 2, 3] = 6
+    arrays = {"imgs": labels * 20, "gts": labels, "spacing": np.array(spacing), **arrays}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+@pytest.mark.parametrize(
+    ("spacing_is_xyz", "expected_mm"), [(False, (2.0, 1.0, 5.0)), (True, (5.0, 1.0, 2.0))]
+)
+def test_an_archive_of_the_challenge_is_read_either_way(tmp_path, spacing_is_xyz, expected_mm):
+    # imgs[z, y, x]; the evaluator takes spacing as z, y, x.
+    npz(tmp_path / "CT_1.npz")
+    (target,) = targets(read_click_set(tmp_path), spacing_is_xyz=spacing_is_xyz)
+    assert target.image.spacing_mm == expected_mm
+    assert target.name == "6"
+    assert np.argwhere(target.truth).tolist() == [[3, 2, 1]]
+    assert target.image.array[3, 2, 1] == 120
+
+
+@pytest.mark.parametrize("change", [{"gts": None}, {"gts": np.zeros((3, 4, 6), int)}])
+def test_another_archive_is_refused(tmp_path, change):
+    npz(tmp_path / "a.npz", **change)
+    with pytest.raises(DatasetError, match=r"give (imgs, gts and spacing|one grid)"):
+        targets(read_click_set(tmp_path))
+
+
+def test_classes_and_cases_can_be_chosen(data):
+    chosen = read_click_set(data).selected(cases=1, classes=["dot"])
+    assert [(t.case, t.name) for t in targets(chosen)] == [("v1_seg", "dot")]
+
+
+def test_classes_of_an_archive_are_chosen_by_number(tmp_path):
+    npz(tmp_path / "a.npz")
+    assert [t.name for t in targets(read_click_set(tmp_path).selected(classes=["6"]))] == ["6"]
+    assert not targets(read_click_set(tmp_path).selected(classes=["5"]))
+
+
+def test_an_unknown_class_is_refused_with_those_there_are(data):
+    with pytest.raises(ValueError, match="choose among block, dot"):
+        read_click_set(data).selected(classes=["liver"])
+
+
+def test_the_hash_is_that_of_the_files_wherever_they_lie(data, tmp_path):
+    before = read_click_set(data).content_sha256()
+    moved = tmp_path / "elsewhere" / "made"
+    shutil.copytree(data, moved)
+    assert read_click_set(moved).content_sha256() == before
+    assert read_click_set(moved).selected(cases=1).content_sha256() != before
+
+
+def test_a_label_on_another_grid_is_refused(data):
+    nib.save(nib.Nifti1Image(np.ones((16, 14, 11), np.uint8), np.eye(4)), data / "v1_seg.nii.gz")
+    with pytest.raises(DatasetError, match="resample one"):
+        targets(read_click_set(data))
+
+
+def test_several_channels_are_refused(data):
+    nib.save(
+        nib.Nifti1Image(np.ones((16, 14, 12, 2)), np.diag([-1.0, 1, 2, 1])), data / "v1.nii.gz"
+    )
+    with pytest.raises(DatasetError, match="of the channel to be segmented"):
+        targets(read_click_set(data))
+
+
+def test_a_labels_json_of_another_kind_is_refused(data):
+    (data / "labels.json").write_text('[{"image": "v1.nii.gz"}]')
+    with pytest.raises(DatasetError, match="give a list of"):
+        read_click_set(data)
+
+
+def test_a_folder_without_any_layout_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pass data=FOLDER"):
+        read_click_set(tmp_path)
+
+
+def test_labels_that_a_case_lacks_are_no_targets(data):
+    (case, _) = read_click_set(data).cases
+    asked = ClickCase(case.case, {7: "block", 8: "absent"})
+    assert [t.name for t in targets_of(asked, "made")] == ["block"]

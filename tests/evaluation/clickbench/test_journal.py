@@ -1,0 +1,68 @@
+"""A run that was cut off ends like one that was not; results read back."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from standins import Sphere, played_into
+
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.clickbench.journal import mask_path, read_journal, read_times
+
+
+def text(folder):
+    return (folder / "clicks.jsonl").read_text()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 0.5, 0.99])
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(finished, tmp_path, cut):
+    data, whole = finished
+    shutil.copytree(whole, tmp_path / "cut")
+    size = cut if isinstance(cut, int) else int(cut * len(text(whole)))
+    (tmp_path / "cut" / "clicks.jsonl").write_text(text(whole)[:size])
+    again = played_into(tmp_path / "cut", Sphere(4.0), data)
+    assert text(again) == text(whole)
+    assert len(read_times(again)) == len(read_times(whole))
+
+
+def test_a_complete_run_asks_nothing_more(finished):
+    data, out = finished
+    model = Sphere(4.0)
+    played_into(out, model, data)
+    assert model.volumes == 0
+
+
+def test_a_folder_of_another_run_is_refused(finished):
+    data, out = finished
+    with pytest.raises(ValueError, match=r"weights \(None -> 'b'\); choose another"):
+        played_into(out, Sphere(4.0), data, weights="b")
+
+
+def test_results_are_read_from_the_folder_or_the_file(finished):
+    _, out = finished
+    assert read_journal(out) == read_journal(out / "clicks.jsonl")
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="sammed3d clicks --out"):
+        read_journal(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"format": 99}\n'])
+def test_a_file_without_our_header_is_refused(tmp_path, content):
+    (tmp_path / "clicks.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="run the benchmark again"):
+        read_journal(tmp_path)
+
+
+def test_lines_are_json_without_nan(finished):
+    for line in text(finished[1]).splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_names_with_odd_letters_make_a_file(tmp_path):
+    line = {"case": "a/b", "class": "left kidney (cyst)", "first": "centre"}
+    path = mask_path(tmp_path, line)
+    Volume(np.zeros((2, 2, 2), np.uint8), np.eye(4)).save(path)
+    assert path == tmp_path / "masks" / "a_b" / "left_kidney__cyst_.centre.nii.gz"
