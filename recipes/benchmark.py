@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.provenance import provenance
+from sammed3d_backbone.provenance import provenance, resident_bytes
 from sammed3d_backbone.variants import VARIANTS
 
 HERE = Path(__file__).parent
@@ -211,19 +211,9 @@ def measure_peak(name: str) -> int:
     """In this process: highest resident size in a training step minus that after building."""
     network, x = NETWORKS[name](), volume()
     gc.collect()
-    built = _resident_bytes("VmRSS")
+    built = resident_bytes("VmRSS")
     train_step(network, x)
-    return _resident_bytes("VmHWM") - built
-
-
-def _resident_bytes(entry: str) -> int:
-    """Resident size of this process, now (VmRSS) or at its highest (VmHWM); Linux only.
-
-    `resource.getrusage` would not do: its peak is inherited from the process that started this one.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{entry}:"))
-    return int(line.split()[1]) * 1024
+    return resident_bytes("VmHWM") - built
 
 
 def measure(runs: int) -> dict[str, object]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import (
     Dataset,
+    Fold,
     few_subjects,
     find_dataset,
     read_dataset,
@@ -50,18 +52,14 @@ from sammed3d_backbone.data.datasets import (
 from sammed3d_backbone.data.preparation import (
     PreparedCase,
     load_image,
-    load_label,
     prepare_cases,
 )
-from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.figures import Shown, run_figure
 from sammed3d_backbone.evaluation.metrics import dice_per_class
+from sammed3d_backbone.evaluation.report import About, write_results
 from sammed3d_backbone.evaluation.scores import (
     Score,
-    case_means,
     score_cases,
     summarise,
-    write_scores,
 )
 from sammed3d_backbone.export import (
     Card,
@@ -72,7 +70,7 @@ from sammed3d_backbone.export import (
     segment_volume,
 )
 from sammed3d_backbone.pretrained import seen_in_pretraining
-from sammed3d_backbone.provenance import provenance
+from sammed3d_backbone.provenance import provenance, resident_bytes
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.losses import partial_dice_ce
 from sammed3d_backbone.training.runs import Progress, Run, open_run
@@ -159,7 +157,8 @@ def main(cfg: Config) -> dict[str, Any]:
     )
 
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg, card, dataset.name, say)
+    model, start = make_model(cfg, card, dataset.name, say)
+    card = replace(card, training={**card.training, "start": start})
     lr, layer_decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
     optimizer = optim.layer_decayed(
         model, lr, layer_decay=layer_decay, weight_decay=cfg.weight_decay
@@ -229,7 +228,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
     if accelerator.is_main_process and cfg.control == "none":
         save_model(run.folder / "last.safetensors", segmenter)
-    return evaluate(accelerator, cfg, run, segmenter, dataset, fold.val, progress)
+    return evaluate(accelerator, cfg, run, segmenter, dataset, fold, progress)
 
 
 def make_card(cfg: Config, dataset: Dataset) -> Card:
@@ -307,13 +306,18 @@ class ZeroedEncoder(nn.Module):
         return {}
 
 
-def make_model(cfg: Config, card: Card, dataset_name: str, say: Callable[..., None]) -> nn.Module:
-    """The network to train, and what is to be said about its weights."""
+def make_model(
+    cfg: Config, card: Card, dataset_name: str, say: Callable[..., None]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network to train, and what is to be said about its start, here and in the report."""
+    start: dict[str, Any] = {}
     if cfg.model == "unetr":
         weights = "none" if cfg.scratch else cfg.weights
         backbone = encoder(weights=weights, drop_path=cfg.drop_path, **card.encoder)
-        say(backbone.load_report or f"{cfg.variant}: random weights, as asked")
-        say(seen_in_pretraining(backbone.pretrained_cfg, dataset_name))
+        record = backbone.pretrained_cfg
+        start["weights"] = str(backbone.load_report or f"{cfg.variant}: random weights, as asked")
+        start["contamination"] = str(seen_in_pretraining(record, dataset_name))
+        start["citations"] = [record.citation] if record and record.citation else []
         if cfg.control == "zero_encoder":
             backbone = ZeroedEncoder(backbone)
         model: nn.Module = unetr(backbone, len(card.labels), **card.adapter)
@@ -322,9 +326,10 @@ def make_model(cfg: Config, card: Card, dataset_name: str, say: Callable[..., No
     parts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
-    in_encoder = parts.get("encoder", 0)
-    say(f"{cfg.model}: {sum(parts.values()):,} parameters, {in_encoder:,} of them in the encoder")
-    return model
+    start["parameters"] = {"all": sum(parts.values()), "encoder": parts.get("encoder", 0)}
+    for key, value in start.items():
+        say(f"{key}: {value}")
+    return model, start
 
 
 def augmentation(cfg: Config) -> Compose:
@@ -381,10 +386,10 @@ def evaluate(
     run: Run,
     segmenter: Segmenter,
     dataset: Dataset,
-    ids: Sequence[str],
+    fold: Fold,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Scores and figure of the last averaged weights, on the grid of the files.
+    """Scores, figures and report of the last averaged weights, on the grid of the files.
 
     The last weights, not the best: those were picked on these very cases.
     """
@@ -392,61 +397,39 @@ def evaluate(
     mine = score_cases(
         lambda case: segment_volume(segmenter, load_image(case)),
         dataset,
-        ids[accelerator.process_index :: accelerator.num_processes],
+        fold.val[accelerator.process_index :: accelerator.num_processes],
         folder=results / "predictions",
         progress=accelerator.is_main_process,
     )
     scores = sorted(gather_object(mine), key=lambda score: score.case)
-    summary = summarise(scores, dataset.classes)
-    if accelerator.is_main_process:
-        about = {
-            "weights": "EMA of the last step",
-            "steps": progress.step,
-            "seconds": round(progress.seconds, 1),
-            "cpu_seconds": round(progress.cpu_seconds, 1),
-            "config": dataclasses.asdict(cfg),
-            "provenance": provenance(Path(__file__).parent),
-        }
-        write_scores(results, scores, dataset.classes, about)
-        draw(results / "figure.png", cfg, run, dataset, scores, summary)
-        for key, value in summary["dice"].items():
-            accelerator.print(f"Dice {key}: {value}")
-        accelerator.print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
-        accelerator.print(f"training took {progress.seconds:.0f} s; see {results / 'figure.png'}")
-    return summary
-
-
-def draw(
-    path: Path,
-    cfg: Config,
-    run: Run,
-    dataset: Dataset,
-    scores: Sequence[Score],
-    summary: dict[str, Any],
-) -> None:
-    """The figure: best, median and worst case, and the curves."""
-    cases = {case.id: case for case in dataset.cases}
-    means = case_means(scores)
-    ranked = list(means)
-    ranks: dict[str, str] = {}  # one or two cases fill several of the ranks
-    for rank, place in (("best", 0), ("median", len(ranked) // 2), ("worst", -1)):
-        case = ranked[place]
-        ranks[case] = f"{ranks[case]}, {rank}" if case in ranks else rank
-    shown = [
-        Shown(
-            f"{rank}: {case}\nDice {means[case]:.3f}",
-            load_image(cases[case]),
-            load_label(cases[case]),
-            Volume.load(run.folder / "results" / "predictions" / f"{case}.nii.gz"),
-        )
-        for case, rank in ranks.items()
+    if not accelerator.is_main_process:
+        return summarise(scores, dataset.classes)
+    launch = f"accelerate launch --num_processes {accelerator.num_processes}"
+    command = [
+        "python" if accelerator.num_processes == 1 else launch,
+        "recipes/" + Path(sys.argv[0]).name,
+        shlex.join(sys.argv[1:]),
     ]
-    mean = "undefined" if summary["mean_dice"] is None else f"{summary['mean_dice']:.3f}"
-    title = (
-        f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}, "
-        f"mean Dice {mean} over {len(means)} validation case(s)"
+    about = About(
+        title=f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}",
+        command=" ".join(command),
+        model="averaged weights of the last step",
+        **segmenter.card.training["start"],
+        steps=progress.step,
+        seconds=round(progress.seconds, 1),
+        cpu_seconds=round(progress.cpu_seconds, 1),
+        peak_memory_mb=round(resident_bytes("VmHWM") / 1e6),
+        dataset=segmenter.card.training["dataset"],
+        split=f"fold {cfg.fold} of {fold.rule}; {len(fold.train)} cases trained on",
+        config=dataclasses.asdict(cfg),
+        provenance=provenance(Path(__file__).parent),
     )
-    run_figure(path, shown, dataset.classes, run.records(), title=title, note=dataset.note)
+    summary = write_results(results, scores, dataset, about, run.records())
+    for key, value in summary["dice"].items():
+        accelerator.print(f"Dice {key}: {value}")
+    accelerator.print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
+    accelerator.print(f"training took {progress.seconds:.0f} s; see {results / 'report.html'}")
+    return summary
 
 
 def _cores() -> int:

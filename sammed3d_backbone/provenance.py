@@ -33,6 +33,17 @@ def provenance(repository: Path) -> dict[str, object]:
     }
 
 
+def resident_bytes(entry: str) -> int:
+    """Resident size of this process, now (VmRSS) or at its highest (VmHWM); 0 but on Linux.
+
+    `resource.getrusage` would not do: its peak is inherited from the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")]
+    return found[0] if found else 0
+
+
 def _commit(repository: Path) -> str:
     """The commit, marked where the work tree differs from it."""
     command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12"]

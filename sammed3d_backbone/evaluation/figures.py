@@ -1,16 +1,19 @@
-"""One picture of a run: contours on three planes of some cases, and the curves of training."""
+"""Pictures of a run: contours on three planes of some cases, and the curves of training."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
@@ -56,6 +59,61 @@ def run_figure(
     FigureCanvasAgg(figure)
     figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=11, wrap=True)
     grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 1, 1.25])
+    _draw_cases(figure, grid, shown)
+    curves = grid[:, 3].subgridspec(3, 1, height_ratios=[1, 1, 0.5])
+    _draw_curve(figure.add_subplot(curves[0]), records, "loss", "training loss")
+    _draw_curve(figure.add_subplot(curves[1]), records, "mean_dice", "validation Dice (EMA)")
+    legend = figure.add_subplot(curves[2])
+    legend.set_axis_off()
+    handles = _legend(classes)
+    legend.legend(handles=handles, loc="center", fontsize=8, ncols=2, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def cases_figure(path: Path, shown: Sequence[Shown], classes: Sequence[str]) -> None:
+    """Writes a PNG: one row of three planes per case, the classes' colours below.
+
+    Args:
+        path: Of the PNG.
+        shown: Cases, drawn from top to bottom.
+        classes: Names of the classes 1, 2, ...
+    """
+    figure = Figure(figsize=(9, 0.8 + 3.0 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    _draw_cases(figure, figure.add_gridspec(len(shown), 3), shown)
+    figure.legend(
+        handles=_legend(classes), loc="outside lower center", fontsize=9, ncols=5, frameon=False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def curves_svg(records: Sequence[Mapping[str, Any]]) -> str:
+    """Loss, Dice of every class and learning rate over the steps, as an SVG element.
+
+    Args:
+        records: Lines of the run's log, with ``step`` and ``loss`` and ``lr``, or ``dice``.
+    """
+    figure = Figure(figsize=(9, 2.5), layout="constrained")
+    loss, dice, lr = figure.subplots(1, 3)
+    _draw_curve(loss, records, "loss", "training loss")
+    per_class = [{"step": r["step"], **r["dice"]} for r in records if "dice" in r]
+    for number, name in enumerate(per_class[0] if per_class else ()):
+        if name != "step":
+            _draw_curve(dice, per_class, name, "", colour=_colour(number), width=0.8)
+    _draw_curve(dice, records, "mean_dice", "validation Dice: mean, classes", colour="black")
+    _draw_curve(lr, records, "lr", "learning rate")
+    file = io.StringIO()
+    # Text stays text, and the same numbers give the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]  # without the head of a file of its own
+
+
+def _draw_cases(figure: Figure, grid: GridSpec, shown: Sequence[Shown]) -> None:
+    """One row of three planes per case, in the first three columns of a grid."""
     for row, case in enumerate(shown):
         image, label, prediction = (
             _towards_ras(volume) for volume in (case.image, case.label, case.prediction)
@@ -63,66 +121,73 @@ def run_figure(
         spacing_mm = Geometry.plan(case.image.shape, case.image.affine).spacing_mm
         centre = _fullest_slices(label)
         view = _view(label, prediction, spacing_mm)
+        window = np.percentile(image, [1, 99])
         for plane in range(3):
             axes = figure.add_subplot(grid[row, plane])
-            _draw_plane(axes, image, label, prediction, plane, centre[plane], spacing_mm, view)
+            across, up = (axis for axis in range(3) if axis != plane)
+            background, *outlined = (
+                volume.take(centre[plane], axis=plane).T for volume in (image, label, prediction)
+            )
+            axes.imshow(
+                background,
+                cmap="gray",
+                vmin=window[0],
+                vmax=window[1],
+                origin="lower",
+                aspect=spacing_mm[up] / spacing_mm[across],
+            )
+            for labels, style in zip(outlined, ("-", ":"), strict=True):
+                _outline(axes, labels, style)
+            axes.set_xlim(view[across][0] - 0.5, view[across][1] - 0.5)
+            axes.set_ylim(view[up][0] - 0.5, view[up][1] - 0.5)
+            axes.set_xticks([])
+            axes.set_yticks([])
             if row == 0:
                 axes.set_title(PLANES[plane], fontsize=10)
             if plane == 0:
                 axes.set_ylabel(case.title, fontsize=9)
-    curves = grid[:, 3].subgridspec(3, 1, height_ratios=[1, 1, 0.5])
-    _draw_curve(figure.add_subplot(curves[0]), records, "loss", "training loss")
-    _draw_curve(figure.add_subplot(curves[1]), records, "mean_dice", "validation Dice (EMA)")
-    legend = figure.add_subplot(curves[2])
-    legend.set_axis_off()
-    handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], label=name)
-        for i, name in enumerate(classes)
+
+
+def _outline(axes: Axes, labels: np.ndarray[Any, Any], style: str) -> None:
+    """The outline of every class in one slice, (Y, X)."""
+    for value in np.unique(labels[labels > 0]):
+        axes.contour(
+            labels == value,
+            levels=[0.5],
+            colors=[_colour(int(value))],
+            linestyles=style,
+            linewidths=1.3,
+        )
+
+
+def _legend(classes: Sequence[str]) -> list[Line2D]:
+    """What the colours and lines of the outlines mean."""
+    named = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(classes, 1)]
+    return [
+        *named,
+        Line2D([], [], color="grey", linestyle="-", label="reference"),
+        Line2D([], [], color="grey", linestyle=":", label="prediction"),
     ]
-    handles.append(Line2D([], [], color="grey", linestyle="-", label="reference"))
-    handles.append(Line2D([], [], color="grey", linestyle=":", label="prediction"))
-    legend.legend(handles=handles, loc="center", fontsize=8, ncols=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
-def _draw_plane(
+def _colour(value: int) -> str:
+    """Of a class value, counted from 1."""
+    return COLOURS[(value - 1) % len(COLOURS)]
+
+
+def _draw_curve(
     axes: Axes,
-    image: np.ndarray[Any, Any],
-    label: np.ndarray[Any, Any],
-    prediction: np.ndarray[Any, Any],
-    plane: int,
-    index: int,
-    spacing_mm: TripleMm,
-    view: list[tuple[int, int]],
+    records: Sequence[Mapping[str, Any]],
+    key: str,
+    title: str,
+    *,
+    colour: str = "#0072B2",
+    width: float = 1.2,
 ) -> None:
-    """One slice with the outlines of label (solid) and prediction (dotted)."""
-    across, up = (axis for axis in range(3) if axis != plane)
-    background = image.take(index, axis=plane).T
-    low, high = np.percentile(image, [1, 99])
-    aspect = spacing_mm[up] / spacing_mm[across]
-    axes.imshow(background, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
-    for volume, style in ((label, "-"), (prediction, ":")):
-        plane_labels = volume.take(index, axis=plane).T
-        for value in np.unique(plane_labels[plane_labels > 0]):
-            axes.contour(
-                plane_labels == value,
-                levels=[0.5],
-                colors=[COLOURS[(int(value) - 1) % len(COLOURS)]],
-                linestyles=style,
-                linewidths=1.3,
-            )
-    axes.set_xlim(view[across][0] - 0.5, view[across][1] - 0.5)
-    axes.set_ylim(view[up][0] - 0.5, view[up][1] - 0.5)
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
-def _draw_curve(axes: Axes, records: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     if points:
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color="#0072B2", linewidth=1.2)
+        axes.plot(steps, values, color=colour, linewidth=width)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)

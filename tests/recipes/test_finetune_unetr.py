@@ -62,6 +62,16 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
         (case, name) for case in cases for name in ("front", "back")
     ]
     assert (run / "results/figure.png").read_bytes().startswith(b"\x89PNG")
+    report = (run / "results/report.html").read_text()
+    for part in (
+        "random weights, as asked",
+        "no dataset was seen",
+        "training loss",
+        "made of boxes",
+    ):
+        assert part in report
+    start = load_model(run / "last.safetensors").card.training["start"]
+    assert start["parameters"]["all"] > start["parameters"]["encoder"] > 0
     for case in cases:
         image = Volume.load(toy_data / f"imagesTr/{case}.nii.gz")
         predicted = Volume.load(run / f"results/predictions/{case}.nii.gz")
@@ -171,11 +181,11 @@ def test_weights_bring_layer_decay_and_scratch_its_own_rate(small, tiny_weights,
 def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, tiny_weights):
     said = []
     cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
-    model = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
+    model, _ = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
     stored = load_file(tiny_weights)
     name = "blocks.3.attn.qkv.weight"
     assert torch.equal(model.encoder.state_dict()[name], stored[name])
-    said = "\n".join(map(str, said))
+    said = "\n".join(said)
     assert "matched: " in said
     assert tiny_weights in said
 
@@ -183,15 +193,15 @@ def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, 
 def test_scratch_ignores_the_weights(small, toy_data, tiny_weights):
     cfg = Config(**small | {"weights": tiny_weights})
     said = []
-    model = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
+    model, _ = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
     stored = load_file(tiny_weights)["blocks.3.attn.qkv.weight"]
     assert not torch.equal(model.encoder.blocks[3].attn.qkv.weight, stored)
-    assert "random weights" in str(said[0])
+    assert "random weights" in said[0]
 
 
 def test_the_zeroed_encoder_has_no_parameters_and_says_nothing(small, toy_data):
     cfg = Config(**small | {"control": "zero_encoder"})
-    model = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", lambda _: None)
+    model, _ = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", lambda _: None)
     assert list(model.encoder.parameters()) == []
     final, maps = model.encoder.forward_intermediates(torch.ones(2, 1, 16, 16, 16), [0, 3])
     assert [tuple(m.shape) for m in (final, *maps)] == [(2, 64, 2, 2, 2)] + 2 * [(2, 192, 2, 2, 2)]
