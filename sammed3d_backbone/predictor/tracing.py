@@ -221,19 +221,19 @@ class Tracer:
         """The answer in a neighbouring window; None if it contradicts what is known there."""
         total, weights = self._sampled(start, answers)
         inside = (total > 0).numpy()
-        has_click = any(point.positive for point in self._points(start, clicks))
-        if earlier is not None and self._holds(start, earlier, inside):
+        known = (weights > 0).numpy()
+        if earlier is not None and self._holds(start, earlier, inside | ~known):
             return earlier
         seed = None
-        if not has_click and prior is None:
+        if prior is None:
             if not inside.any():
                 return None
             seed = self._deepest(start, inside)
         answer = self._open(start, clicks, prior, seed)
-        here = (answer.logits > 0).numpy() & (weights > 0).numpy()
+        here = (answer.logits > 0).numpy() & known
         both = int((here & inside).sum())
         agrees = 2 * both >= LEAST_AGREEMENT * int(here.sum() + inside.sum())
-        return answer if agrees or has_click else None
+        return answer if agrees else None
 
     def _sampled(self, start: Triple, answers: Mapping[Triple, Answer]) -> tuple[Tensor, Tensor]:
         """What is known of the object at the cells of a window; twice (s, s, s)."""
@@ -244,13 +244,13 @@ class Tracer:
             [s + offsets for s in start]
         )
 
-    def _holds(self, start: Triple, earlier: Answer, inside: NDArray[np.bool_]) -> bool:
-        """Whether the click that opened a window still lies on what is known of the object."""
-        if earlier.seed is None:  # the user opened it
+    def _holds(self, start: Triple, earlier: Answer, possible: NDArray[np.bool_]) -> bool:
+        """Whether the click that opened a window still lies where the object may be."""
+        if earlier.seed is None:  # a user's click or mask opened it
             return True
-        cell = self.windows.side_vox / inside.shape[0]
+        cell = self.windows.side_vox / possible.shape[0]
         index = [int((p - s + 0.5) / cell) for p, s in zip(earlier.seed, start, strict=True)]
-        return bool(inside[tuple(index)])
+        return bool(possible[tuple(index)])
 
     def _deepest(self, start: Triple, inside: NDArray[np.bool_]) -> Place:
         """The place deepest inside a mask of a window's cells, the window's border counting."""
