@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,14 @@ from sammed3d_backbone.data.datasets import (
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 
-MODALITIES = {"ct": "ct", "mr": "mr", "mri": "mr", "us": "us", "ultrasound": "us"}
+Modality = Literal["ct", "mr", "us"]
+MODALITIES: dict[str, Modality] = {
+    "ct": "ct",
+    "mr": "mr",
+    "mri": "mr",
+    "us": "us",
+    "ultrasound": "us",
+}
 MODEL_MASKS = "The masks are another model's output: scores are agreement with it, not accuracy."
 
 
@@ -47,7 +54,7 @@ class Target:
     name: str  # of the class
     image: Volume
     truth: Mask
-    modality: str | None  # "ct", "mr", "us"; None where nothing tells
+    modality: Modality | None  # None where nothing tells
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class ClickCase:
 
     case: Case
     labels: Mapping[int, str] | None  # those asked for; None: all, each named by its number
-    modality: str | None = None
+    modality: Modality | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,6 @@ def _singles(folder: Path) -> ClickSet:
     return ClickSet(folder.name, tuple(cases), MODEL_MASKS if is_model else "")
 
 
-def _modality(name: str) -> str | None:
+def _modality(name: str) -> Modality | None:
     """The word for a model, such as mr for "MR T2w"."""
     return MODALITIES.get(name.split(" ")[0].lower())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sammed3d_backbone.clicks import Click, Draws, Errors, Mask, Strategy
 from sammed3d_backbone.data.geometry import Triple, TripleMm
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import Target
+from sammed3d_backbone.evaluation.clickbench.cases import Modality, Target
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Prediction(Protocol):
 class Promptable(Protocol):
     """All that the benchmark asks of an object."""
 
-    def set_volume(self, volume: Volume, modality: str | None = None) -> object:
+    def set_volume(self, volume: Volume, *, modality: Modality | None = None) -> object:
         """Takes a volume; the modality is "ct", "mr", "us" or unknown."""
 
     def click(self, point_vox: Triple, positive: bool = True) -> object:
@@ -110,13 +110,13 @@ class Player:
         self._refused = ""  # what it raised when it was given the volume
         self._seconds: dict[str, float] = {}  # spent before the next answer
 
-    def show(self, volume: Volume, modality: str | None) -> None:
+    def show(self, volume: Volume, modality: Modality | None) -> None:
         """Gives the object a volume, unless it has it already, and forgets all clicks."""
         self._refused, self._seconds = "", {}
         try:
             if volume is not self._shown:
                 start = time.perf_counter()
-                self.model.set_volume(volume, modality)
+                self.model.set_volume(volume, modality=modality)
                 self._seconds["set_volume"] = time.perf_counter() - start
             self.model.reset()
         except Exception as error:
@@ -158,7 +158,7 @@ def interact(
     player: Player,
     volume: Volume,
     truth: Mask,
-    modality: str | None,
+    modality: Modality | None,
     strategies: Sequence[Strategy],
     draws: Draws,
     steps: int,

@@ -28,7 +28,7 @@ class Standin:
     def __init__(self):
         self.volumes = 0
 
-    def set_volume(self, volume, modality=None):
+    def set_volume(self, volume, *, modality=None):
         self.volume, self.modality = volume, modality
         self.volumes += 1
 

@@ -88,7 +88,7 @@ def test_the_volume_is_set_anew_after_a_failure(cube, caplog):
 
 def test_an_object_that_refuses_the_volume_fails_at_every_step(cube, caplog):
     class Refusing(Sphere):
-        def set_volume(self, volume, modality=None):
+        def set_volume(self, volume, *, modality=None):
             raise MemoryError
 
     steps = play(Refusing(), cube(), 3)
