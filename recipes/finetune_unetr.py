@@ -158,7 +158,7 @@ def main(cfg: Config) -> dict[str, Any]:
 
     torch.manual_seed(cfg.seed)
     model, start = make_model(cfg, card, dataset.name, say)
-    card = replace(card, training={**card.training, "start": start})
+    card = replace(card, training={**card.training, "start": start, "cases": fold.train})
     lr, layer_decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
     optimizer = optim.layer_decayed(
         model, lr, layer_decay=layer_decay, weight_decay=cfg.weight_decay

@@ -22,6 +22,7 @@ from sammed3d_backbone.checkpoint import part_of, read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
+from sammed3d_backbone.pretrained import locate
 
 FORMAT = 1
 
@@ -206,11 +207,17 @@ def save_model(path: Path, segmenter: Segmenter) -> None:
 def load_model(path: str | Path) -> Segmenter:
     """The network of a file that `save_model` wrote, ready for `segment_volume`.
 
+    Args:
+        path: A file, or `repo_id:file` or `repo_id@revision:file` on the Hub.
+
     Raises:
         FileNotFoundError: If there is no such file.
+        PermissionError: If the Hub wants a token, or acceptance of its terms.
+        ConnectionError: If a download broke.
         ValueError: If the file is no such model, or its tensors do not fit its card.
     """
-    tensors, metadata = read(path)
+    _, file = locate(path)
+    tensors, metadata = read(file)
     if CARD_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors without a card, so what they segment is unknown; pass a model "

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "pretrained": {"variants"},
     "factory": {"models", "variants", "pretrained", "checkpoint"},
     "predictor": {"models", "data", "factory"},
-    "export": {"checkpoint", "factory", "adapters", "data"},
+    "export": {"checkpoint", "factory", "pretrained", "adapters", "data"},
     "evaluation": {"data", "clicks", "files"},
     "training": {"clicks", "config", "data", "evaluation", "files"},
 }

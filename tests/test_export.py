@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import hub_server
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,8 @@ from sammed3d_backbone.export import (
     segment_volume,
 )
 from sammed3d_backbone.factory import encoder
+
+loopback_hub = hub_server.loopback_hub  # a fixture
 
 
 def card(**changes):
@@ -216,3 +219,10 @@ def test_a_damaged_file_is_refused(tmp_path, segmenter):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         load_model(path)
+
+
+def test_a_model_on_the_hub_is_loaded_by_its_address(tmp_path, segmenter, loopback_hub):
+    save_model(tmp_path / "model.safetensors", segmenter)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    loopback_hub.publish("me/hippo", "last.safetensors", content)
+    assert load_model("me/hippo:last.safetensors").card == segmenter.card

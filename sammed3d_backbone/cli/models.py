@@ -15,7 +15,9 @@ def add_predict(commands: "Commands") -> None:
         help="segment a NIfTI volume with a fine-tuned model",
         description="The labels lie on the volume's own grid, with its affine.",
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="last.safetensors of a run")
+    parser.add_argument(
+        "model", metavar="MODEL", help="last.safetensors of a run, or repo_id:file on the Hub"
+    )
     parser.add_argument("source", metavar="IN.nii.gz", type=Path, help="channels as 4th axis")
     parser.add_argument("target", metavar="OUT.nii.gz", type=Path)
     parser.add_argument("--nearest", action="store_true", help="resample labels, not probabilities")

@@ -1,0 +1,192 @@
+"""Score a fine-tuned model, or predictions of any tool, and write one page about it.
+
+    python recipes/evaluate.py RUN/last.safetensors hippocampus --fold 0   # a model
+    python recipes/evaluate.py PREDICTIONS hippocampus --fold 0            # files CASE.nii.gz
+    python recipes/evaluate.py RUN                                         # the page again
+
+Dice, surface Dice and HD95 per class and case, on the grid of the files, into scores.csv,
+scores.json and report.html. Without --fold, all cases of the data set are scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sammed3d_backbone.data.datasets import (
+    Case,
+    Dataset,
+    find_dataset,
+    read_dataset,
+    read_fold,
+    with_subjects,
+)
+from sammed3d_backbone.data.preparation import load_image
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.report import About, write_report, write_results
+from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
+from sammed3d_backbone.export import Card, load_model, segment_volume
+from sammed3d_backbone.pretrained import (
+    DEFAULT_WEIGHTS,
+    WEIGHTS,
+    Weights,
+    seen_in_pretraining,
+)
+from sammed3d_backbone.provenance import provenance
+from sammed3d_backbone.training.runs import Run
+
+HERE = Path(__file__).parent
+
+Predict = Callable[[Case], Volume]
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source",
+        help="a model (file, or repo_id:file on the Hub), a folder of predictions, or a run",
+    )
+    parser.add_argument(
+        "data", nargs="?", help="folder with dataset.json, or its name below SAMMED3D_DATA"
+    )
+    parser.add_argument("--fold", type=int, help="score its validation cases; all cases without")
+    parser.add_argument("--folds", type=int, default=5, help="to deal where splits.json is missing")
+    parser.add_argument("--subjects", type=Path, help="JSON file, case -> subject")
+    parser.add_argument("--tolerance-mm", type=float, default=TOLERANCE_MM, help="of surface Dice")
+    parser.add_argument(
+        "--baseline", type=Path, help="scores.csv of the same cases to compare with"
+    )
+    parser.add_argument("--out", type=Path, help="default: evaluation/ beside the source")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        print(remake(Path(args.source), args.baseline) if args.data is None else evaluate(args))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def remake(run: Path, baseline: Path | None) -> Path:
+    """The page of a run or result again, from the files that it left."""
+    results = run / "results" if (run / "results").is_dir() else run
+    return write_report(results, Run(results.parent).records(), baseline=baseline)
+
+
+def evaluate(args: argparse.Namespace) -> Path:
+    """Scores the cases and returns the page."""
+    dataset = read_dataset(find_dataset(args.data))
+    if args.subjects is not None:
+        dataset = with_subjects(dataset, args.subjects)
+    ids, split = [case.id for case in dataset.cases], "all cases"
+    if args.fold is not None:
+        fold = read_fold(dataset, args.fold, folds=args.folds)
+        ids, split = list(fold.val), f"fold {args.fold} of {fold.rule}"
+    source = Path(args.source)
+    if source.is_dir():
+        predict, origin = from_folder(source, ids)
+        default = source.parent / f"{source.name}_evaluation"
+    else:
+        predict, origin = from_model(args.source, args.device, dataset, ids)
+        default = source.parent / "evaluation" if source.is_file() else Path("evaluation")
+    out = args.out or default
+    scores = score_cases(
+        predict,
+        dataset,
+        ids,
+        folder=out / "predictions",
+        tolerance_mm=args.tolerance_mm,
+    )
+    about = About(
+        title=f"{source.name} on {dataset.name}, {split.partition(' of ')[0]}",
+        command="python recipes/evaluate.py " + shlex.join(sys.argv[1:]),
+        dataset={"name": dataset.name, "note": dataset.note, **dataset.about},
+        split=split,
+        tolerance_mm=args.tolerance_mm,
+        provenance=provenance(HERE),
+        **origin,
+    )
+    summary = write_results(out, scores, dataset, about)
+    for name, dice in summary["dice"].items():
+        print(f"Dice {name}: {dice}")
+    print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
+    return write_report(out, baseline=args.baseline) if args.baseline else out / "report.html"
+
+
+def from_folder(folder: Path, ids: list[str]) -> tuple[Predict, dict[str, Any]]:
+    """Predictions that lie in a folder, and what can be said about them.
+
+    Raises:
+        FileNotFoundError: If cases have none; names them.
+    """
+    paths = {name: folder / f"{name}.nii.gz" for name in ids}
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {missing[0]}.nii.gz, and {len(missing)} of {len(ids)} cases are "
+            "missing; predict them, or pass --fold to score its cases only"
+        )
+
+    def predict(case: Case) -> Volume:
+        volume = Volume.load(paths[case.id])
+        return replace(volume, array=np.round(volume.array).astype(np.int16))
+
+    return predict, {"model": f"predictions in {folder}"}
+
+
+def from_model(
+    source: str, device: str, dataset: Dataset, ids: list[str]
+) -> tuple[Predict, dict[str, Any]]:
+    """Predictions of a fine-tuned model, and what its card says.
+
+    Raises:
+        ValueError: If its classes are not those of the data set, in the same order.
+    """
+    segmenter = load_model(source)
+    card = segmenter.card
+    if dict(card.labels) != dict(dataset.labels):
+        raise ValueError(
+            f"the model knows {card.labels}, {dataset.name} has {dict(dataset.labels)}; give data "
+            "with the same classes"
+        )
+    segmenter.model.to(device)
+    start = card.training.get("start", {})
+    own = {*card.training.get("cases", ())} & {*ids}
+    is_same = card.training.get("dataset", {}).get("name") == dataset.name
+    contamination = pretraining_statement(card, dataset.name)
+    if own and is_same:
+        contamination = (
+            f"{len(own)} of these {len(ids)} cases are from the model's own training set: their "
+            f"scores say nothing about unseen data. {contamination}"
+        )
+    origin = {
+        "model": f"{card.network} of {source}",
+        "weights": start.get("weights", ""),
+        "contamination": contamination,
+        "parameters": start.get("parameters", {}),
+        "citations": start.get("citations", ()),
+        "config": card.training.get("config", {}),
+    }
+    return lambda case: segment_volume(segmenter, load_image(case)), origin
+
+
+def pretraining_statement(card: Card, dataset_name: str) -> str:
+    """Whether the weights that a model was fine-tuned from saw a data set."""
+    config = card.training.get("config", {})
+    name = config.get("weights") or DEFAULT_WEIGHTS.get(card.encoder.get("variant", ""))
+    record = WEIGHTS.get(name) or Weights(name=name or "the first weights")
+    is_random = not card.encoder or config.get("scratch")
+    return str(seen_in_pretraining(None if is_random else record, dataset_name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Scoring again what a run left, by three ways that must agree."""
+
+import json
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from finetune_unetr import Config
+from finetune_unetr import main as finetune
+
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.export import Card, Segmenter, build_network, save_model
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the script; gives back what it printed, or the error."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A fine-tuned network, so to speak."""
+    torch.manual_seed(0)
+    card = Card(
+        network="unetr",
+        encoder={"variant": "tiny", "in_chans": 1, "img_size": 16},
+        adapter={"feature_size": 4},
+        labels={0: "background", 1: "front", 2: "back"},
+        channels=("MRI",),
+        spacing_mm=(1.0, 1.0, 1.0),
+        intensity="zscore_positive",
+        crop_vox=16,
+        training={"config": {"scratch": True}},
+    )
+    save_model(tmp_path / "model.safetensors", Segmenter(build_network(card), card))
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.integration
+def test_model_predictions_and_run_give_the_same_scores(small, runs, toy_data, tmp_path, command):
+    finetune(Config(**small))
+    run = runs / "toy"
+    expected = (run / "results/scores.csv").read_text()
+    fold = ("--fold", 0, "--folds", 3, "--device", "cpu")
+    said = command(run / "last.safetensors", toy_data, *fold)
+    assert (run / "evaluation/scores.csv").read_text() == expected
+    assert "mean Dice" in said
+    command(run / "results/predictions", toy_data, *fold, "--out", tmp_path / "again")
+    assert (tmp_path / "again/scores.csv").read_text() == expected
+    (run / "results/report.html").unlink()
+    assert str(run / "results/report.html") in command(
+        run, "--baseline", tmp_path / "again/scores.csv"
+    )
+    page = (run / "results/report.html").read_text()
+    assert "Against the baseline" in page
+    assert "training loss" in page
+    command(run / "last.safetensors", toy_data, "--out", tmp_path / "all", "--device", "cpu")
+    about = json.loads((tmp_path / "all/scores.json").read_text())
+    assert about["contamination"].startswith("4 of these 6 cases are from the model's own training")
+    assert "random start" in about["contamination"]
+    assert about["cases"] == 6
+
+
+def test_predictions_of_another_tool_are_scored_as_they_are(toy_data, tmp_path, command):
+    for number in range(6):
+        label = Volume.load(toy_data / f"labelsTr/case_{number}.nii.gz")
+        label.save(tmp_path / f"made/case_{number}.nii.gz")  # float32, as some tools write
+    command(tmp_path / "made", toy_data, "--tolerance-mm", 1)
+    summary = json.loads((tmp_path / "made_evaluation/scores.json").read_text())
+    assert (summary["mean_dice"], summary["cases"], summary["tolerance_mm"]) == (1, 6, 1)
+    assert "evaluate.py" in summary["command"]
+
+
+def test_the_weights_a_model_began_with_are_named(model):
+    card = evaluate.load_model(model).card
+    assert "random start" in evaluate.pretraining_statement(card, "AMOS22")
+    card.training["config"].update(scratch=False, weights="turbo")
+    assert "AMOS22 was in the pretraining" in evaluate.pretraining_statement(card, "AMOS22")
+    card.training["config"].update(weights="/home/me/own.pth")
+    assert "not known" in evaluate.pretraining_statement(card, "AMOS22")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["{tmp}", "{data}"], "6 of 6 cases are missing; predict them"),
+        (["{model}", "{other}"], "give data with the same classes"),
+        (["{model}", "/nowhere"], "pass data=FOLDER"),
+        (["{tmp}/none.safetensors", "{data}"], "give an existing"),
+        (["{tmp}"], r"score the cases with recipes/evaluate.py"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(command, model, toy_data, tmp_path, arguments, remedy):
+    other = tmp_path / "other"
+    for kind in ("imagesTr", "labelsTr"):
+        (other / kind).mkdir(parents=True)
+        Volume(np.ones((4, 4, 4), np.float32), np.eye(4)).save(other / kind / "a.nii.gz")
+    case = {"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}
+    labels = {"0": "background", "1": "toe"}
+    (other / "dataset.json").write_text(json.dumps({"labels": labels, "training": [case]}))
+    places = {"tmp": tmp_path, "data": toy_data, "model": model, "other": other}
+    with pytest.raises(SystemExit) as stopped:
+        command(*(argument.format(**places) for argument in arguments))
+    assert str(stopped.value).startswith("error: ")
+    assert remedy in str(stopped.value)
