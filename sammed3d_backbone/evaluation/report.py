@@ -7,16 +7,13 @@ and ``report.html``, which holds pictures and style itself and asks no network f
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import importlib.resources
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from sammed3d_backbone.data.datasets import Dataset
@@ -24,6 +21,16 @@ from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure, curves_svg, run_figure
 from sammed3d_backbone.evaluation.metrics import mean_of_known
+from sammed3d_backbone.evaluation.page import (
+    bounds,
+    facts,
+    heading,
+    number,
+    page,
+    picture,
+    table,
+    tiles,
+)
 from sammed3d_backbone.evaluation.scores import (
     ClassSummary,
     Score,
@@ -33,7 +40,6 @@ from sammed3d_backbone.evaluation.scores import (
     read_scores,
     write_scores,
 )
-from sammed3d_backbone.evaluation.statistics import Interval
 from sammed3d_backbone.files import write_text
 
 METRIC_NOTES = (
@@ -151,10 +157,7 @@ def write_report(
         _cases(scores),
         _origin(about, records),
     )
-    template = importlib.resources.files(__package__) / "report.html"
-    page = Template(template.read_text(encoding="utf-8"))
-    text = page.substitute(title=escape(about.title), body="\n".join(filter(None, sections)))
-    write_text(folder / "report.html", text)
+    write_text(folder / "report.html", page(about.title, sections))
     return folder / "report.html"
 
 
@@ -182,25 +185,14 @@ def _head(scores: Sequence[Score], about: About) -> str:
     """What it is, what has to be known before believing it, and the three means."""
     cases, subjects = ({getattr(s, key) for s in scores} for key in ("case", "subject"))
     overall = class_table(scores, _class_names(scores))[-1]
-    tiles = [
-        ("mean Dice", _number(overall.dice.mean), _bounds(overall.dice)),
-        (f"mean NSD at {about.tolerance_mm:g} mm", _number(overall.nsd.mean), _bounds(overall.nsd)),
-        ("mean HD95, mm", _number(overall.hd95_mm.mean, ".2f"), _bounds(overall.hd95_mm, ".2f")),
+    means = [
+        ("mean Dice", number(overall.dice.mean), bounds(overall.dice)),
+        (f"mean NSD at {about.tolerance_mm:g} mm", number(overall.nsd.mean), bounds(overall.nsd)),
+        ("mean HD95, mm", number(overall.hd95_mm.mean, ".2f"), bounds(overall.hd95_mm, ".2f")),
         ("cases", str(len(cases)), f"of {len(subjects)} subjects"),
     ]
-    shown = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{value}</b><span>{below}</span></div>'
-        for name, value, below in tiles
-    )
     notes = [about.dataset.get("note", ""), about.contamination]
-    return "\n".join(
-        [
-            f"<h1>{escape(about.title)}</h1>",
-            f'<p class="soft">{escape(about.split)}</p>',
-            *(f'<p class="note">{escape(note)}</p>' for note in notes if note),
-            f'<div class="tiles">{shown}</div>',
-        ]
-    )
+    return heading(about.title, about.split, notes) + tiles(means)
 
 
 def _classes(scores: Sequence[Score], about: About) -> str:
@@ -227,7 +219,7 @@ def _class_table(rows: Iterable[ClassSummary], caption: str, *, sign: str = "") 
             escape(row.name),
             str(row.cases),
             *(
-                f"{_number(value.mean, form)} <small>{_bounds(value, form)}</small>"
+                f"{number(value.mean, form)} <small>{bounds(value, form)}</small>"
                 for value, form in (
                     (row.dice, f"{sign}.3f"),
                     (row.nsd, f"{sign}.3f"),
@@ -238,7 +230,7 @@ def _class_table(rows: Iterable[ClassSummary], caption: str, *, sign: str = "") 
         ]
         for row in rows
     ]
-    return _table(head, body, caption=caption, emphasise_last=True)
+    return table(head, body, caption=caption, emphasise_last=True)
 
 
 def _comparison(scores: Sequence[Score], baseline: Path | None) -> str:
@@ -257,14 +249,12 @@ def _pictures(path: Path) -> str:
     """The contours, inside the page."""
     if not path.is_file():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<h2>Best, median and worst case</h2><figure><img src="data:image/png;base64,{data}" '
-        'alt="outlines of reference and prediction on three planes"><figcaption>Planes through '
-        "the slices with most labelled voxels; the patient's right is on the right. Solid: "
-        "reference, dotted: prediction."
-        "</figcaption></figure>"
+    caption = (
+        "Planes through the slices with most labelled voxels; the patient's right is on the right. "
+        "Solid: reference, dotted: prediction."
     )
+    alt = "outlines of reference and prediction on three planes"
+    return "<h2>Best, median and worst case</h2>" + picture(path.read_bytes(), alt, caption)
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:
@@ -279,15 +269,15 @@ def _cases(scores: Sequence[Score]) -> str:
         own = {score.name: score for score in scores if score.case == case}
         distances = [s.hd95_mm for s in own.values() if math.isfinite(s.hd95_mm)]
         cells = [
-            f"{_number(own[name].dice)}{'†' if own[name].truncated else ''}" for name in classes
+            f"{number(own[name].dice)}{'†' if own[name].truncated else ''}" for name in classes
         ]
         nsd = mean_of_known([score.nsd for score in own.values()])
         rows.append(
             [
                 escape(case),
-                _number(mean),
-                _number(nsd),
-                _number(mean_of_known(distances), ".2f"),
+                number(mean),
+                number(nsd),
+                number(mean_of_known(distances), ".2f"),
                 *cells,
             ]
         )
@@ -296,7 +286,7 @@ def _cases(scores: Sequence[Score]) -> str:
         "annotated, or in neither. A click on a column's head sorts. Every number is in scores.csv."
     )
     head = ["case", "Dice", "NSD", "HD95, mm", *map(escape, classes)]
-    return "<h2>Per case</h2>" + _table(head, rows, caption=caption, kind="sortable")
+    return "<h2>Per case</h2>" + table(head, rows, caption=caption, kind="sortable")
 
 
 def _origin(about: About, records: Sequence[Mapping[str, Any]]) -> str:
@@ -315,65 +305,24 @@ def _origin(about: About, records: Sequence[Mapping[str, Any]]) -> str:
     config = "\n".join(f"{key}: {value}" for key, value in about.config.items())
     cited = [*filter(None, [about.dataset.get("reference")]), *about.citations, *CITATIONS]
     parts = {
-        "Cost": _facts(cost),
+        "Cost": facts(cost),
         "Weights": f"<pre>{escape(about.weights)}</pre>" if about.weights else "",
-        "Data": _facts(dataset),
+        "Data": facts(dataset),
         "Do it again": (f"<pre>{escape(about.command)}</pre>" if about.command else "")
         + (
             f"<details><summary>configuration</summary><pre>{escape(config)}</pre></details>"
             if config
             else ""
         ),
-        "Machine and versions": _facts(about.provenance),
+        "Machine and versions": facts(about.provenance),
         "Please cite": "".join(f"<p>{escape(entry)}</p>" for entry in cited),
     }
     return "".join(f"<h2>{title}</h2>{text}" for title, text in parts.items() if text)
 
 
-def _facts(facts: Mapping[str, object]) -> str:
-    """Two columns: what, and its value."""
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>"
-        for key, value in facts.items()
-        if value not in ("", None)
-    )
-    return f'<table class="facts"><tbody>{rows}</tbody></table>' if rows else ""
-
-
-def _table(
-    head: Iterable[str],
-    rows: Iterable[Iterable[str]],
-    *,
-    caption: str,
-    kind: str = "",
-    emphasise_last: bool = False,
-) -> str:
-    """A table of cells that are HTML already."""
-    body = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    kinds = ["overall" if emphasise_last and i == len(body) - 1 else "" for i in range(len(body))]
-    lines = "".join(f'<tr class="{k}">{row}</tr>' for k, row in zip(kinds, body, strict=True))
-    columns = "".join(f"<th>{cell}</th>" for cell in head)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{columns}</tr></thead>'
-        f'<tbody>{lines}</tbody></table></div><p class="soft">{escape(caption)}</p>'
-    )
-
-
 def _class_names(scores: Iterable[Score]) -> list[str]:
     """In the order of their values."""
     return list(dict.fromkeys(score.name for score in scores))
-
-
-def _number(value: float, form: str = ".3f") -> str:
-    if math.isnan(value):
-        return "-"
-    return "∞" if math.isinf(value) else format(value, form)
-
-
-def _bounds(interval: Interval, form: str = ".3f") -> str:
-    if math.isnan(interval.low):
-        return ""
-    return f"{_number(interval.low, form)} to {_number(interval.high, form)}"
 
 
 def _duration(seconds: float | None) -> str:
