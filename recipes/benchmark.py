@@ -14,7 +14,6 @@ process, over the time of the whole pass.
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import statistics
@@ -45,7 +44,7 @@ CLASSES = 14
 
 def ours() -> nn.Module:
     """This package's encoder."""
-    return ImageEncoder3D(**dataclasses.asdict(SIZES))
+    return ImageEncoder3D(**SIZES.encoder_sizes())
 
 
 def reference() -> nn.Module:

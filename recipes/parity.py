@@ -1,13 +1,17 @@
-"""How far the encoder is from the reference: forward, every block, every gradient.
+"""How far encoder, prompts and mask decoder are from the reference: values and every gradient.
 
-    python recipes/parity.py           # measures, writes recipes/results/parity.json
-    python recipes/parity.py --table   # prints the README's table from that file
+    python recipes/parity.py                  # measures, writes recipes/results/parity.json
+    python recipes/parity.py --only prompts   # one part anew, the other stays as it is there
+    python recipes/parity.py --table          # prints the README's tables from that file
 
 Both networks get the same random weights (tables, biases and the position table too: they start
 at zero, where half of what is compared would vanish) and the same random volumes. The reference
 is the PyPI package `medim`. A figure is the relative L2 error of a tensor; a row shows the worst
-tensor of its kind. The parts of `qkv.bias` are compared as one tensor, because the gradient of
-the key part is zero in theory.
+tensor of its kind. Biases of query, key and value are compared as one tensor, because the gradient
+of the key's is zero in theory.
+
+Prompts are drawn anew for every set: 1 to 3 of them on one image or on one each, 0 to 20 points of
+either label or none, with a mask of zeros, of logits, or none.
 """
 
 import argparse
@@ -17,9 +21,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from medim.models.sam_med3d import ImageEncoderViT3D
+from medim.models.sam_med3d import (
+    ImageEncoderViT3D,
+    MaskDecoder3D,
+    PromptEncoder3D,
+    TwoWayTransformer3D,
+)
 from torch import Tensor, nn
 
+from sammed3d_backbone.models import mask_decoder, prompt_encoder
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D, resample_pos_embed
 from sammed3d_backbone.provenance import provenance
 
@@ -57,6 +67,24 @@ CASES = (
     Case(128, torch.float32, **VIT_B),
     Case(160, torch.float32, **VIT_B),
 )
+
+
+@dataclass(frozen=True)
+class PromptCase:
+    """A prompt encoder and mask decoder, and how many sets of prompts they get."""
+
+    dtype: torch.dtype
+    sets: int
+    embed_dim: int = 384
+    side: int = 128  # voxels of the input cube
+    grid: int = 8
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    iou_head_hidden_dim: int = 256
+    mask_in_chans: int = 16
+
+
+PROMPT_CASES = (PromptCase(torch.float32, sets=200), PromptCase(torch.float64, sets=20))
 
 
 def pair(case: Case, seed: int) -> tuple[nn.Module, ImageEncoder3D]:
@@ -111,7 +139,8 @@ def compare(case: Case, seed: int = 0) -> dict[str, float]:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """L2 norm of the difference over that of the wanted tensor, computed in float64."""
     want = want.double()
-    return ((got.double() - want).norm() / want.norm()).item()
+    error = (got.double() - want).norm()
+    return (error / want.norm()).item() if error else 0.0  # where both are zero or empty, too
 
 
 def _run(network: nn.Module, volume: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -138,8 +167,153 @@ def _run(network: nn.Module, volume: Tensor, generator: torch.Generator) -> dict
     return found
 
 
+def prompt_pair(case: PromptCase, seed: int) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Prompt encoder and mask decoder of the reference and ours, with the same random weights."""
+    torch.manual_seed(seed)
+    width = case.embed_dim
+    reference = nn.ModuleDict(
+        {
+            "prompt_encoder": PromptEncoder3D(
+                embed_dim=width,
+                image_embedding_size=(case.grid,) * 3,
+                input_image_size=(case.side,) * 3,
+                mask_in_chans=case.mask_in_chans,
+            ),
+            "mask_decoder": MaskDecoder3D(
+                transformer_dim=width, iou_head_hidden_dim=case.iou_head_hidden_dim
+            ),
+        }
+    )
+    reference["mask_decoder"].transformer = TwoWayTransformer3D(
+        depth=2, embedding_dim=width, num_heads=case.num_heads, mlp_dim=case.mlp_dim
+    )
+    for name, parameter in reference.named_parameters():
+        if name.endswith("bias") or parameter.ndim == 1:  # norms' gains too
+            with torch.no_grad():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    ours = nn.ModuleDict(
+        {
+            "prompt_encoder": prompt_encoder.PromptEncoder3D(
+                embed_dim=width,
+                img_size=(case.side,) * 3,
+                grid=(case.grid,) * 3,
+                mask_in_chans=case.mask_in_chans,
+            ),
+            "mask_decoder": mask_decoder.MaskDecoder3D(
+                embed_dim=width,
+                num_heads=case.num_heads,
+                mlp_dim=case.mlp_dim,
+                iou_head_hidden_dim=case.iou_head_hidden_dim,
+            ),
+        }
+    )
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    # The reference makes float32 places, whatever its weights; these are exact in float32.
+    code = reference["prompt_encoder"].pe_layer
+    encode = code._pe_encoding
+    code._pe_encoding = lambda places: encode(places.to(case.dtype))
+    return reference.to(case.dtype), ours.to(case.dtype)
+
+
+def compare_prompts(case: PromptCase, seed: int = 0) -> dict[str, float]:
+    """Worst relative L2 error of each kind of tensor over all sets of prompts."""
+    reference, ours = prompt_pair(case, seed)
+    worst: dict[str, float] = {}
+    for index in range(case.sets):
+        prompts = _drawn(case, torch.Generator().manual_seed(seed + 1 + index))
+        want, got = (_run_prompts(network, prompts) for network in (reference, ours))
+        if want.keys() != got.keys():
+            raise ValueError(f"tensors differ: {sorted(want.keys() ^ got.keys())}")
+        for name, value in want.items():
+            kind = name.partition(":")[0]
+            worst[kind] = max(worst.get(kind, 0.0), relative_error(got[name], value))
+    return worst
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """One image or several, and what is asked about them."""
+
+    embedding: Tensor
+    points: tuple[Tensor, Tensor] | None
+    masks: Tensor | None
+    projections: tuple[Tensor, ...]  # of masks, quality, alternatives and theirs, onto one number
+
+
+def _drawn(case: PromptCase, generator: torch.Generator) -> Prompts:
+    """A random set of prompts on random image embeddings."""
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (), generator=generator))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=case.dtype)
+
+    prompts, count, side = 1 + below(3), below(21), 4 * case.grid
+    images = prompts if below(2) else 1
+    points = None
+    if below(10):
+        coords = torch.randint(case.side, (prompts, count, 3), generator=generator)
+        labels = torch.randint(2, (prompts, count), generator=generator)
+        points = coords.to(case.dtype), labels
+    masks = [None, torch.zeros(prompts, 1, side, side, side, dtype=case.dtype)][min(below(3), 1)]
+    if masks is not None and below(2):
+        masks = 4 * normal(*masks.shape)
+    if points is None and masks is None:
+        prompts = 1  # what the reference answers to no prompt at all
+        images = 1
+    shapes = [(prompts, n, *size) for n in (1, 3) for size in ((side,) * 3, ())]
+    return Prompts(
+        embedding=normal(images, case.embed_dim, *(case.grid,) * 3),
+        points=points,
+        masks=masks,
+        projections=tuple(normal(*shape) for shape in shapes),
+    )
+
+
+def _run_prompts(network: nn.ModuleDict, prompts: Prompts) -> dict[str, Tensor]:
+    """Embeddings, masks and qualities, and the gradients of a random projection of all of them."""
+    network.zero_grad()
+    encoder, decoder = network["prompt_encoder"], network["mask_decoder"]
+    embedding = prompts.embedding.clone().requires_grad_()
+    masks = None if prompts.masks is None else prompts.masks.clone().requires_grad_()
+    code = encoder.get_dense_pe()
+    sparse, dense = encoder(points=prompts.points, boxes=None, masks=masks)
+    outputs = [
+        output
+        for several in (False, True)
+        for output in decoder(embedding, code, sparse, dense, multimask_output=several)
+    ]
+    torch.stack(
+        [(o * p).sum() for o, p in zip(outputs, prompts.projections, strict=True)]
+    ).sum().backward()
+    kinds = ("mask 0", "quality:0", "masks 1-3", "quality:1-3")
+    found = {
+        "position code": code.detach(),
+        "sparse": sparse.detach(),
+        "dense": dense.detach(),
+        **{kind: output.detach() for kind, output in zip(kinds, outputs, strict=True)},
+        "input gradient:embedding": embedding.grad,
+    }
+    if masks is not None:
+        found["input gradient:masks"] = masks.grad
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in network.named_parameters()
+    }
+    for name, gradient in gradients.items():
+        if name.endswith("k_proj.bias"):
+            stem = name.removesuffix("k_proj.bias")
+            parts = (gradients[f"{stem}{part}_proj.bias"] for part in "qv")
+            gradient = torch.cat([gradient, *parts])
+        elif name.endswith(("q_proj.bias", "v_proj.bias")):
+            continue
+        found[f"parameter gradient:{name}"] = gradient
+    return found
+
+
 def table(result: dict) -> str:
-    """The README's table as Markdown."""
+    """The README's table of the encoder as Markdown."""
     lines = [
         "| input | tokens | width | blocks | precision | blocks' outputs | neck | input gradient | "
         "parameter gradients |",
@@ -156,31 +330,79 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Prints one row per case and writes all of them with their provenance."""
-    parser = argparse.ArgumentParser(description="Compare the encoder with the reference.")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "parity.json")
-    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.out.read_text())))
-        return
-    rows = []
-    for case in CASES:
-        errors = compare(case)
-        row = {
+PROMPT_KINDS = (
+    "position code",
+    "sparse",
+    "dense",
+    "mask 0",
+    "masks 1-3",
+    "quality",
+    "input gradient",
+    "parameter gradient",
+)
+
+
+def prompt_table(result: dict) -> str:
+    """The README's table of prompts and masks as Markdown."""
+    kinds = " | ".join(f"{kind}s" if "gradient" in kind else kind for kind in PROMPT_KINDS)
+    lines = [f"| prompt sets | precision | {kinds} |", "|---" * (2 + len(PROMPT_KINDS)) + "|"]
+    for row in result["prompts"]["rows"]:
+        errors = " | ".join(f"{row[kind]:.1e}" for kind in PROMPT_KINDS)
+        lines.append(f"| {row['sets']} | {row['dtype']} | {errors} |")
+    return "\n".join(lines)
+
+
+def encoder_rows() -> list[dict]:
+    """One row per case of the encoder."""
+    return [
+        {
             "side_vox": case.side,
             "grid": case.side // 16,
             "embed_dim": case.embed_dim,
             "depth": case.depth,
             "batch": case.batch,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            **errors,
+            "dtype": _name_of(case.dtype),
+            **compare(case),
         }
-        rows.append(row)
-        print(json.dumps(row))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"rows": rows, **provenance(HERE)}, indent=1) + "\n")
+        for case in CASES
+    ]
+
+
+def prompt_rows() -> list[dict]:
+    """One row per case of the prompts."""
+    return [
+        {
+            "sets": case.sets,
+            "embed_dim": case.embed_dim,
+            "dtype": _name_of(case.dtype),
+            **compare_prompts(case),
+        }
+        for case in PROMPT_CASES
+    ]
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    """Measures the asked parts, writes them with their provenance and prints the tables."""
+    parser = argparse.ArgumentParser(description="Compare the network with the reference.")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "parity.json")
+    parser.add_argument("--only", choices=("encoder", "prompts"), help="measure one part anew")
+    parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if not arguments.table:
+        if arguments.only != "prompts":
+            result = {**result, "rows": encoder_rows(), **provenance(HERE)}
+        if arguments.only != "encoder":
+            result["prompts"] = {"rows": prompt_rows(), **provenance(HERE)}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for part, as_table in (("rows", table), ("prompts", prompt_table)):
+        if part in result:
+            print(as_table(result), end="\n\n")
 
 
 if __name__ == "__main__":

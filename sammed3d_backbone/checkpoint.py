@@ -17,6 +17,7 @@ import threading
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ Shape = tuple[int, ...]
 ENCODER = "image_encoder."
 # Parts of the promptable network that an encoder does not use.
 OTHER_PARTS = ("prompt_encoder.", "mask_decoder.")
+# Box corners of the challenge's files: stored, but their training gave no boxes.
+CORNERS = tuple(f"prompt_encoder.point_embeddings.{i}.weight" for i in (2, 3))
 # The convolution that sees the input channels, on axis 1 of its kernel.
 STEM = "patch_embed.proj.weight"
 # Prefixes that wrappers of torch put before every name.
@@ -88,14 +91,16 @@ class LoadReport:
 
     def __str__(self) -> str:
         """The report as a few lines, long lists shortened."""
-        parts = sorted({name.split(".")[0] for name in self.unused})
-        counts = (f"{part} {sum(n.startswith(f'{part}.') for n in self.unused)}" for part in parts)
+        parts = Counter(name.split(".")[0] for name in self.unused)
+        unused = ", ".join(f"{part} {count}" for part, count in sorted(parts.items()))
+        if self.unused and set(self.unused) <= set(CORNERS):
+            unused = ", ".join(self.unused)
         rows = [
             f"weights from {self.source or 'memory'} ({self.layout or 'tensors'})",
             f"matched: {len(self.matched)} tensors",
             f"missing: {_some(self.missing)}",
             f"unexpected: {_some(self.unexpected)}",
-            f"not used by this network: {', '.join(counts) or 'none'}",
+            f"not used by this network: {unused or 'none'}",
         ]
         rows += [f"reshaped: {change}" for change in self.reshaped] or ["reshaped: none"]
         rows += [f"adapted: {change}" for change in self.adapted] or ["adapted: none"]
@@ -340,8 +345,7 @@ def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 def _extent(tensors: Mapping[str, Tensor]) -> str:
     """How much of the promptable network is there."""
     if any(name.startswith(OTHER_PARTS) for name in tensors):
-        corners = "prompt_encoder.point_embeddings.2.weight" in tensors
-        extent = "full model of the challenge" if corners else "full model"
+        extent = "full model of the challenge" if CORNERS[0] in tensors else "full model"
     elif any(name.startswith(ENCODER) for name in tensors):
         extent = f"encoder only, under {ENCODER!r}"
     else:
@@ -433,7 +437,11 @@ def _taken(
     if part and any(name.startswith(part) for name in tensors):
         return part_of(tensors, part), [name for name in tensors if not name.startswith(part)]
     roots = {name.split(".")[0] for name in shapes}
-    mine = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] in roots}
+    mine = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.split(".")[0] in roots and (name in shapes or name not in CORNERS)
+    }
     return mine, [name for name in tensors if name not in mine]
 
 

@@ -10,21 +10,28 @@ import logging
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from sammed3d_backbone.checkpoint import (
     ENCODER,
+    OTHER_PARTS,
     STEM,
     Change,
     CheckpointError,
     LoadReport,
+    Shape,
     fit,
     part_of,
     read,
 )
 from sammed3d_backbone.models.attention import RelPos
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
+from sammed3d_backbone.models.prompt_encoder import Positions, PromptEncoder3D
+from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretrained import (
     WEIGHTS,
     Weights,
@@ -33,15 +40,19 @@ from sammed3d_backbone.pretrained import (
     list_weights,
     locate,
 )
-from sammed3d_backbone.variants import VARIANTS, Variant
+from sammed3d_backbone.variants import VARIANTS, DecoderSizes, Variant
 from sammed3d_backbone.variants import variant as variant_sizes
 
-__all__ = ["encoder", "encoder_like", "list_weights", "variant_of"]
+__all__ = ["encoder", "encoder_like", "list_weights", "sam", "sam_like", "variant_of"]
 
 logger = logging.getLogger(__name__)
 
 CARD_KEY = "sammed3d_backbone"  # of the metadata of a fine-tuned network, see export.py
 MODEL_ENCODER = "encoder."  # prefix of the encoder's tensors in it
+# Its shape tells in which form of positions a decoder was trained.
+FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+
+Network = TypeVar("Network", ImageEncoder3D, Sam3D)
 
 
 def encoder(
@@ -100,25 +111,11 @@ def encoder(
         size = sizes.img_size if img_size is None else img_size
         network = _network(sizes, size, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path)
         return _with_provenance(network, None, None)
-    if isinstance(weights, str) and weights in WEIGHTS:
-        _require_variant(WEIGHTS[weights], variant)  # before its download
-    record, path = locate(weights)
-    tensors, metadata = read(path)
-    record = from_metadata(record, metadata)
+    record, path, tensors, metadata = _opened(weights, variant, "encoder")
     is_model = CARD_KEY in metadata
     if is_model:
         record, tensors = _encoder_of_model(record, tensors, metadata[CARD_KEY])
-    _require_variant(record, variant)
-    if record.rel_pos == "axial" and rel_pos == "released":
-        raise ValueError(
-            f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
-        )
-    found = variant_of(tensors)
-    if found not in (None, variant):
-        raise CheckpointError(
-            f"{path} has the sizes of variant {found!r}, not of {variant!r}; "
-            f"call encoder({found!r}, weights=...)"
-        )
+    _require_fit(record, path, tensors, variant, rel_pos, "encoder")
     network = encoder_like(
         tensors, variant, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path
     )
@@ -136,6 +133,83 @@ def encoder(
     if img_size is not None:
         report = _resized(report, network, img_size)
     return _with_provenance(network, dataclasses.replace(record, variant=variant), report)
+
+
+def sam(
+    variant: str = "vit_b",
+    weights: str | os.PathLike[str] | None = None,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    rel_pos: RelPos = "released",
+    positions: Positions | None = None,
+) -> Sam3D:
+    """The whole promptable network of a variant with trained values.
+
+    It carries `pretrained_cfg` and `load_report` as an encoder does. `encoder(...)` loads its part
+    from the same files.
+
+    Args:
+        variant: A name in `variants.VARIANTS`.
+        weights: As of `encoder`, but with all three parts inside.
+        img_size: Input side in voxels, or three of them if both forms of position allow it; None
+            for the size that the weights were stored with. The position table is resampled.
+        rel_pos: Form of the encoder's relative positions, as of `encoder`.
+        positions: Form of the decoder's position code: "released", or "consistent" for training
+            from scratch; None for that of the weights, and the variant's own at a random start.
+
+    Raises:
+        ValueError: If a name is unknown, or what was asked contradicts itself or the weights.
+        CheckpointError: If the file does not hold the whole network of this variant.
+        FileNotFoundError: If the weights are nowhere to be found.
+        PermissionError: If the Hub refuses access.
+        ConnectionError: If a download broke.
+
+    Example:
+        >>> network = sam("tiny", weights="none")
+        >>> network.prompt_encoder.mask_size
+        (32, 32, 32)
+    """
+    decoder = variant_sizes(variant).decoder
+    _, img_size = _checked_numbers(1, img_size, 0.0)
+    if weights is None:
+        weights = default_weights(variant)
+    if weights == "none":
+        image_encoder = encoder(variant, "none", img_size=img_size, rel_pos=rel_pos)
+        network = _promptable(image_encoder, decoder, positions or decoder.positions)
+        return _with_provenance(network, None, None)
+    record, path, tensors, metadata = _opened(weights, variant, "sam")
+    _require_all_parts(path, tensors, metadata)
+    _require_fit(record, path, tensors, variant, rel_pos, "sam")
+    network = sam_like(tensors, variant, rel_pos=rel_pos)
+    stored = network.prompt_encoder.positions
+    if positions not in (None, stored):
+        raise ValueError(
+            f"{record.name} was trained with positions={stored!r}, not {positions!r}; leave "
+            "positions out, or start at random with weights='none'"
+        )
+    state, report = fit(
+        tensors,
+        {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()},
+        source=str(path),
+        layout=metadata["layout"],
+    )
+    network.load_state_dict(state)
+    report = _with_positions(report, record, rel_pos)
+    if img_size is not None:
+        report = _resized(report, network, img_size)
+    record = dataclasses.replace(record, variant=variant, positions=stored)
+    return _with_provenance(network, record, report)
+
+
+def sam_like(tensors: Mapping[str, Tensor], variant: str, *, rel_pos: RelPos = "released") -> Sam3D:
+    """A random promptable network of a variant with the sizes and positions of stored tensors."""
+    decoder = variant_sizes(variant).decoder
+    image_encoder = encoder_like(tensors, variant, rel_pos=rel_pos)
+    code = tensors.get(FREQUENCIES)
+    positions = decoder.positions
+    if code is not None and code.ndim == 2:
+        positions = "consistent" if 2 * code.shape[1] == image_encoder.out_chans else "released"
+    return _promptable(image_encoder, decoder, positions)
 
 
 def encoder_like(
@@ -210,10 +284,32 @@ def _network(
     drop_path: float,
 ) -> ImageEncoder3D:
     return ImageEncoder3D(
-        **{**dataclasses.asdict(sizes), "img_size": img_size},
+        **{**sizes.encoder_sizes(), "img_size": img_size},
         in_chans=in_chans,
         rel_pos=rel_pos,
         drop_path=drop_path,
+    )
+
+
+def _promptable(
+    image_encoder: ImageEncoder3D, decoder: DecoderSizes, positions: Positions
+) -> Sam3D:
+    """A promptable network around an encoder."""
+    return Sam3D(
+        image_encoder,
+        PromptEncoder3D(
+            embed_dim=image_encoder.out_chans,
+            img_size=image_encoder.img_size,
+            grid=image_encoder.grid,
+            mask_in_chans=decoder.mask_in_chans,
+            positions=positions,
+        ),
+        MaskDecoder3D(
+            embed_dim=image_encoder.out_chans,
+            num_heads=decoder.num_heads,
+            mlp_dim=decoder.mlp_dim,
+            iou_head_hidden_dim=decoder.iou_head_hidden_dim,
+        ),
     )
 
 
@@ -242,6 +338,34 @@ def _checked_numbers(
         raise ValueError(
             f"img_size={img_size!r} is no number of voxels; give one whole number, or three"
         ) from None
+
+
+def _opened(
+    weights: str | os.PathLike[str], variant: str, call: str
+) -> tuple[Weights, Path, dict[str, Tensor], dict[str, str]]:
+    """The record, place, tensors and metadata of weights, for the function named `call`."""
+    if isinstance(weights, str) and weights in WEIGHTS:
+        _require_variant(WEIGHTS[weights], variant, call)  # before its download
+    record, path = locate(weights)
+    tensors, metadata = read(path)
+    return from_metadata(record, metadata), path, tensors, metadata
+
+
+def _require_all_parts(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Refuses files that hold no promptable network, saying what they are for."""
+    if CARD_KEY in metadata:
+        network = json.loads(metadata[CARD_KEY]).get("network")
+        raise CheckpointError(
+            f"{path} is a fine-tuned {network}, which takes no prompts; segment with it through "
+            "`sammed3d predict`, and for prompts pass weights of the whole network"
+        )
+    if not all(any(name.startswith(part) for name in tensors) for part in OTHER_PARTS):
+        raise CheckpointError(
+            f"{path} holds {metadata['layout']}, without the prompt encoder and mask decoder that "
+            "prompts need; load its encoder with encoder(...), or pass weights of the whole network"
+        )
 
 
 def _encoder_of_model(
@@ -287,11 +411,33 @@ def _without(report: LoadReport, dropped: tuple[str, ...]) -> LoadReport:
     return dataclasses.replace(report, missing=(*report.missing, *dropped))
 
 
-def _require_variant(record: Weights, variant: str) -> None:
+def _require_variant(record: Weights, variant: str, call: str) -> None:
     if record.variant not in (None, variant):
         raise ValueError(
             f"weights {record.name!r} belong to variant {record.variant!r}, not to {variant!r}; "
-            f"call encoder({record.variant!r}, weights={record.name!r})"
+            f"call {call}({record.variant!r}, weights={record.name!r})"
+        )
+
+
+def _require_fit(
+    record: Weights,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    variant: str,
+    rel_pos: RelPos,
+    call: str,
+) -> None:
+    """Refuses weights of another variant, or trained with positions that were not asked for."""
+    _require_variant(record, variant, call)
+    if record.rel_pos == "axial" and rel_pos == "released":
+        raise ValueError(
+            f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
+        )
+    found = variant_of(tensors)
+    if found not in (None, variant):
+        raise CheckpointError(
+            f"{path} has the sizes of variant {found!r}, not of {variant!r}; "
+            f"call {call}({found!r}, weights=...)"
         )
 
 
@@ -310,21 +456,27 @@ def _with_positions(report: LoadReport, record: Weights, rel_pos: RelPos) -> Loa
 
 
 def _resized(
-    report: LoadReport, network: ImageEncoder3D, img_size: int | Sequence[int]
+    report: LoadReport, network: ImageEncoder3D | Sam3D, img_size: int | Sequence[int]
 ) -> LoadReport:
     """Sets the input size, and the report with the position table if that changed it."""
-    before = tuple(network.pos_embed.shape)
+    before = _position_tables(network)
     network.set_input_size(img_size)
-    after = tuple(network.pos_embed.shape)
-    if before == after:
-        return report
-    change = Change("pos_embed", str(before), str(after), "resampled trilinearly")
-    return dataclasses.replace(report, reshaped=(*report.reshaped, change))
+    changes = [
+        Change(name, str(before[name]), str(after), "resampled trilinearly")
+        for name, after in _position_tables(network).items()
+        if after != before[name]
+    ]
+    return dataclasses.replace(report, reshaped=(*report.reshaped, *changes))
+
+
+def _position_tables(network: ImageEncoder3D | Sam3D) -> dict[str, Shape]:
+    """Shape of the absolute position table by its name in the network."""
+    return {n: tuple(p.shape) for n, p in network.named_parameters() if n.endswith("pos_embed")}
 
 
 def _with_provenance(
-    network: ImageEncoder3D, record: Weights | None, report: LoadReport | None
-) -> ImageEncoder3D:
+    network: Network, record: Weights | None, report: LoadReport | None
+) -> Network:
     # Straight into the namespace: torch's stubs allow only tensors and modules as attributes.
     vars(network).update(pretrained_cfg=record, load_report=report)
     return network

@@ -6,6 +6,26 @@ spacing and with which normalisation, is a matter of the weights: `pretrained.py
 
 import difflib
 from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """Sizes of the prompt encoder and mask decoder; their width is the neck's.
+
+    Args:
+        mask_in_chans: Width of the convolutions that read a mask prompt.
+        num_heads: Attention heads; half the neck's width is a multiple of it.
+        mlp_dim: Hidden width of the MLPs.
+        iou_head_hidden_dim: Hidden width of the quality head.
+        positions: Form of the position code that a random start gets.
+    """
+
+    mask_in_chans: int = 16
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    iou_head_hidden_dim: int = 256
+    positions: Literal["released", "consistent"] = "released"
 
 
 @dataclass(frozen=True)
@@ -22,6 +42,7 @@ class Variant:
         window_size: Side of an attention window, in tokens.
         out_chans: Width of the neck's map, which is what the mask decoder reads.
         mlp_ratio: Hidden width of a block's MLP over `embed_dim`.
+        decoder: Sizes of the parts that only the promptable network has.
     """
 
     img_size: int
@@ -33,12 +54,18 @@ class Variant:
     window_size: int = 14
     out_chans: int = 384
     mlp_ratio: float = 4.0
+    decoder: DecoderSizes = DecoderSizes()
+
+    def encoder_sizes(self) -> dict[str, Any]:
+        """The arguments of the image encoder."""
+        return {name: value for name, value in vars(self).items() if name != "decoder"}
 
 
 # `vit_b` is the reference's `vit_b_ori`, the only size with public weights; the reference's own
 # `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
 # `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
-# with all blocks global, since 512 tokens need no windows.
+# with all blocks global, since 512 tokens need no windows. Nothing was trained in its size before,
+# so its decoder begins with the consistent form of positions.
 VARIANTS: dict[str, Variant] = {
     "tiny": Variant(
         img_size=64,
@@ -48,6 +75,9 @@ VARIANTS: dict[str, Variant] = {
         num_heads=3,
         global_attn_blocks=tuple(range(12)),
         out_chans=64,
+        decoder=DecoderSizes(
+            num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, positions="consistent"
+        ),
     ),
     "vit_b": Variant(
         img_size=128,

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import sammed3d_backbone
-from sammed3d_backbone import encoder, factory, list_weights
+from sammed3d_backbone import encoder, factory, list_weights, sam
 from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, write
-from sammed3d_backbone.factory import encoder_like, variant_of
+from sammed3d_backbone.factory import CARD_KEY, encoder_like, sam_like, variant_of
 from sammed3d_backbone.pretrained import DEFAULT_WEIGHTS, WEIGHTS, Weights, to_metadata
-from sammed3d_backbone.variants import VARIANTS, Variant
+from sammed3d_backbone.variants import VARIANTS, DecoderSizes, Variant
 
 _spec = importlib.util.spec_from_file_location(
     "hub_server", Path(__file__).with_name("hub_server.py")
@@ -36,7 +36,8 @@ TOY = Variant(
     num_heads=2,
     global_attn_blocks=(1,),
     window_size=3,
-    out_chans=6,
+    out_chans=8,
+    decoder=DecoderSizes(mask_in_chans=4, num_heads=2, mlp_dim=8, iou_head_hidden_dim=8),
 )
 
 
@@ -79,7 +80,7 @@ def same(left, right):
 
 
 def test_the_public_names_are_functions_and_a_version():
-    assert sammed3d_backbone.__all__ == ["__version__", "encoder", "list_weights"]
+    assert sammed3d_backbone.__all__ == ["__version__", "encoder", "list_weights", "sam"]
     assert "turbo" in list_weights()
 
 
@@ -105,7 +106,7 @@ def test_a_random_start_has_the_variants_sizes(name):
 
 def test_a_random_start_may_have_any_size_and_axial_positions():
     network = encoder("toy", weights="none", img_size=(16, 24, 32), rel_pos="axial")
-    assert network(torch.zeros(1, 1, 16, 24, 32)).shape == (1, 6, 2, 3, 4)
+    assert network(torch.zeros(1, 1, 16, 24, 32)).shape == (1, 8, 2, 3, 4)
 
 
 def test_sizes_may_be_integers_of_numpy():
@@ -144,7 +145,7 @@ def test_weights_of_another_variant_are_refused_before_any_download():
 
 def test_the_example_in_the_docstring_runs():
     done = doctest.testmod(factory)
-    assert (done.failed, done.attempted) == (0, 2)
+    assert (done.failed, done.attempted) == (0, 4)
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -156,8 +157,8 @@ LAYOUTS = {
     "module. prefix": lambda t: {f"module.{ENCODER}{n}": v for n, v in t.items()},
     "full model": lambda t: {
         **{f"{ENCODER}{n}": v for n, v in t.items()},
-        "prompt_encoder.no_mask_embed.weight": torch.zeros(1, 6),
-        "mask_decoder.iou_token.weight": torch.zeros(1, 6),
+        "prompt_encoder.no_mask_embed.weight": torch.zeros(1, 8),
+        "mask_decoder.iou_token.weight": torch.zeros(1, 8),
     },
     "training run": lambda t: {
         "model_state_dict": {f"{ENCODER}{n}": v for n, v in t.items()},
@@ -364,3 +365,126 @@ def test_the_default_encoder_at_full_size_through_the_hub(
     local = encoder("vit_b", weights=path)
     assert same(local, network)
     assert local.pretrained_cfg.status == "local file"
+    del local
+
+    whole = sam()
+    assert whole.pretrained_cfg == listed
+    assert (len(whole.load_report.matched), whole.load_report.unused) == (324, ())
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.state_dict().items())
+
+
+# --- the promptable network ------------------------------------------------------------------
+
+
+@pytest.fixture
+def promptable(generator):
+    """A toy promptable network of which no value is zero."""
+    network = sam("toy", weights="none", positions="consistent")
+    return filled(network, generator)
+
+
+def challenge(state):
+    """A state dict with the box corners of the challenge's files."""
+    corners = {f"prompt_encoder.point_embeddings.{i}.weight": torch.ones(1, 8) for i in (2, 3)}
+    return {**state, **corners}
+
+
+def test_a_promptable_file_and_its_safetensors_twin_give_the_network(tmp_path, promptable):
+    old = save(promptable, tmp_path / "a.pth", args=argparse.Namespace(lr=1.0))
+    twin = tmp_path / "a.safetensors"
+    write(twin, promptable.state_dict(), {})
+    clicks = torch.tensor([[[3, 4, 5]]]), torch.ones(1, 1)
+    for path in (old, twin):
+        network = sam("toy", weights=path).eval()
+        assert same(network, promptable)
+        assert torch.equal(network(volume(), *clicks), promptable(volume(), *clicks))
+        report = network.load_report
+        assert set(report.matched) == set(promptable.state_dict())
+        assert (report.missing, report.unexpected, report.unused) == ((), (), ())
+        assert network.pretrained_cfg.positions == "consistent"
+        assert same(encoder("toy", weights=path), promptable.image_encoder)
+
+
+def test_a_file_of_the_challenge_loads_and_says_that_its_corners_are_not_used(tmp_path, promptable):
+    path = tmp_path / "a.pth"
+    torch.save({"model_state_dict": challenge(promptable.state_dict())}, path)
+    network = sam("toy", weights=path)
+    assert same(network, promptable)
+    report = str(network.load_report)
+    assert "full model of the challenge" in report
+    assert (
+        "not used by this network: prompt_encoder.point_embeddings.2.weight, "
+        "prompt_encoder.point_embeddings.3.weight" in report
+    )
+    assert network.load_report.unexpected == ()
+
+
+def test_a_promptable_network_may_have_another_size(tmp_path, promptable):
+    path = save(promptable, tmp_path / "a.pth")
+    network = sam("toy", weights=path, img_size=48)
+    (change,) = network.load_report.reshaped
+    assert str(change).startswith("image_encoder.pos_embed: (1, 4, 4, 4, 24) -> (1, 6, 6, 6, 24)")
+    assert network.prompt_encoder.mask_size == (24, 24, 24)
+    assert sam("toy", weights="none", positions="consistent", img_size=48).img_size == (48, 48, 48)
+
+
+def test_positions_are_those_of_the_weights(tmp_path, promptable):
+    path = save(promptable, tmp_path / "a.pth")
+    assert sam("toy", weights=path, positions="consistent").prompt_encoder.positions == "consistent"
+    with pytest.raises(ValueError, match="trained with positions='consistent', not 'released'"):
+        sam("toy", weights=path, positions="released")
+
+
+def test_axial_promptable_weights_ask_for_axial_positions(tmp_path, generator):
+    axial = sam("toy", weights="none", rel_pos="axial", positions="consistent")
+    path = tmp_path / "a.safetensors"
+    write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
+    assert same(sam("toy", weights=path, rel_pos="axial"), axial)
+    with pytest.raises(ValueError, match="pass rel_pos='axial'"):
+        sam("toy", weights=path)
+
+
+def test_an_encoder_alone_is_no_promptable_network(tmp_path, source):
+    path = save(source, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"load its encoder with encoder\(\.\.\.\), or pass"):
+        sam("toy", weights=path)
+
+
+def test_a_fine_tuned_network_takes_no_prompts(tmp_path, source):
+    path = tmp_path / "a.safetensors"
+    card = {CARD_KEY: json.dumps({"network": "unetr", "encoder": {"variant": "toy"}})}
+    write(path, {f"encoder.{n}": t for n, t in source.state_dict().items()}, card)
+    with pytest.raises(CheckpointError, match="a fine-tuned unetr, which takes no prompts"):
+        sam("toy", weights=path)
+
+
+def test_a_promptable_file_that_lacks_tensors_raises(tmp_path, promptable):
+    state = promptable.state_dict()
+    del state["mask_decoder.iou_token.weight"]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"missing \(mask_decoder\.iou_token\.weight\)"):
+        sam("toy", weights=tmp_path / "a.pth")
+
+
+def test_promptable_weights_of_another_variant_name_the_call(tmp_path, promptable):
+    with pytest.raises(ValueError, match=r"call sam\('vit_b', weights='turbo'\)"):
+        sam("toy", weights="turbo")
+    with pytest.raises(CheckpointError, match=r"call sam\('toy', weights=\.\.\.\)"):
+        sam("tiny", weights=save(promptable, tmp_path / "a.pth"))
+
+
+def test_a_promptable_network_never_starts_at_random_by_itself():
+    with pytest.raises(ValueError, match="pass weights='none' for a random start"):
+        sam("toy")
+    network = sam("toy", weights="none", positions="consistent")
+    assert (network.pretrained_cfg, network.load_report) == (None, None)
+
+
+def test_the_released_files_tensors_are_those_of_the_promptable_vit_b():
+    shapes = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    released = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    for stored in (released, challenge(released)):
+        with torch.device("meta"):
+            network = sam_like(stored, "vit_b")
+        assert {n: list(t.shape) for n, t in network.state_dict().items()} == shapes
+        assert network.prompt_encoder.positions == "released"

@@ -29,18 +29,44 @@ class LayerNorm3d(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """Two linear layers with an exact GELU between them.
+    """Two linear layers with an activation between them, an exact GELU unless told otherwise.
 
     Shapes:
         x: (..., E).
         returns: the same.
     """
 
-    def __init__(self, embed_dim: int, mlp_dim: int) -> None:
+    def __init__(self, embed_dim: int, mlp_dim: int, activation: type[nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.lin1 = nn.Linear(embed_dim, mlp_dim)
         self.lin2 = nn.Linear(mlp_dim, embed_dim)
+        self.act = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.lin2(F.gelu(self.lin1(x)))
+        out: Tensor = self.lin2(self.act(self.lin1(x)))
+        return out
+
+
+class MLP(nn.Module):
+    """Three linear layers with ReLU between them, which turn a token into another kind of vector.
+
+    Shapes:
+        x: (..., in_dim).
+        returns: (..., out_dim).
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.Linear(in_dim, hidden_dim),
+                nn.Linear(hidden_dim, hidden_dim),
+                nn.Linear(hidden_dim, out_dim),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        out: Tensor = self.layers[-1](x)
         return out

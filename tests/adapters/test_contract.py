@@ -12,7 +12,7 @@ from sammed3d_backbone.variants import VARIANTS
 
 def reduced(name, rel_pos="released"):
     """A variant with its wiring and its number of blocks, at a fraction of its width and input."""
-    sizes = vars(VARIANTS[name])
+    sizes = VARIANTS[name].encoder_sizes()
     heads = 2
     return ImageEncoder3D(
         **{

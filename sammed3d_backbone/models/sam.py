@@ -1,0 +1,94 @@
+"""The promptable network: image encoder, prompt encoder and mask decoder wired together.
+
+Comes in: a normalised cube and clicks in its voxels; goes out: mask logits on the same cube. The
+encoder never sees the prompts, so one embedding serves every click and every object. Volumes,
+spacing and windows are the predictor's. Letters: P prompts, N points, F width of the embedding,
+(X, Y, Z) input voxels, (x, y, z) tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sammed3d_backbone.models.attention import Grid
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
+from sammed3d_backbone.models.prompt_encoder import PromptEncoder3D
+
+
+class Sam3D(nn.Module):
+    """SAM-Med3D with the released network's parameter names.
+
+    Shapes:
+        x: (B, 1, X, Y, Z), the three sides equal to `img_size`.
+        coords_vox: (P, N, 3), voxel indices of x. labels: (P, N), 1 inside and 0 outside.
+        mask_logits: (P, 1, 4 x, 4 y, 4 z), as `decode` returned them.
+        returns: mask logits (P, 1, X, Y, Z). P is B, or any number on one volume.
+    """
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder3D,
+        prompt_encoder: PromptEncoder3D,
+        mask_decoder: MaskDecoder3D,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+
+    @property
+    def img_size(self) -> Grid:
+        """Input sides in voxels."""
+        return self.image_encoder.img_size
+
+    def forward(
+        self, x: Tensor, coords_vox: Tensor, labels: Tensor, mask_logits: Tensor | None = None
+    ) -> Tensor:
+        return self.upsample(self.decode(self.image_encoder(x), coords_vox, labels, mask_logits))
+
+    def decode(
+        self,
+        embedding: Tensor,
+        coords_vox: Tensor,
+        labels: Tensor,
+        mask_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Mask logits of prompts on an embedding that is there already.
+
+        Without `mask_logits` the network reads a mask of zeros, as in its training; the embedding
+        that means "no mask" got no gradient there.
+
+        Shapes:
+            embedding: (1 or P, F, x, y, z), the image encoder's output.
+            returns: (P, 1, 4 x, 4 y, 4 z), to be fed back with the next click.
+        """
+        if mask_logits is None:
+            mask_logits = embedding.new_zeros(1, 1, *self.prompt_encoder.mask_size)
+        sparse, dense = self.prompt_encoder(points=(coords_vox, labels), masks=mask_logits)
+        logits: Tensor = self.mask_decoder(
+            embedding, self.prompt_encoder.get_dense_pe(), sparse, dense
+        )[0]
+        return logits
+
+    def upsample(self, low_res: Tensor) -> Tensor:
+        """The decoder's logits on the input's voxels, trilinear between voxel centres.
+
+        Shapes:
+            low_res: (P, K, 4 x, 4 y, 4 z).
+            returns: (P, K, X, Y, Z).
+        """
+        return F.interpolate(low_res, size=self.img_size, mode="trilinear", align_corners=False)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Makes the network take volumes of another size; its position table is resampled.
+
+        Args:
+            img_size: Side in voxels, or three of them where both forms of position allow it.
+
+        Raises:
+            ValueError: If the size is no whole number of patches, or no cube in released form.
+        """
+        self.image_encoder.set_input_size(img_size)
+        self.prompt_encoder.set_input_size(self.img_size, self.image_encoder.grid)
