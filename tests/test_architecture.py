@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "adapters": {"models.layers"},
     "pretrained": {"variants"},
     "factory": {"models", "variants", "pretrained", "checkpoint"},
-    "predictor": {"models", "data", "factory"},
+    "predictor": {"models", "data", "factory", "checkpoint", "files"},
     "export": {"checkpoint", "factory", "pretrained", "adapters", "data"},
     "evaluation": {"data", "clicks", "files"},
     "training": {"clicks", "config", "data", "evaluation", "files"},

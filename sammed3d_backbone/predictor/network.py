@@ -11,13 +11,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sammed3d_backbone.checkpoint import content_sha256
 from sammed3d_backbone.data.geometry import Triple
+from sammed3d_backbone.predictor.store import Store
 from sammed3d_backbone.predictor.windows import Windows
 
 CELLS_PER_TOKEN = 4  # along each axis; the decoder doubles its grid twice
@@ -38,6 +42,9 @@ class Promptable(Protocol):
     mask_decoder: Any
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """As of every module of torch."""
+
+    def state_dict(self) -> dict[str, Tensor]:
         """As of every module of torch."""
 
     def eval(self) -> object:
@@ -79,16 +86,24 @@ class Network:
     Args:
         model: The network; it is set to evaluation.
         cache_bytes: Of encoded windows kept in memory; the longest unused go first.
+        cache_folder: Where encoded windows are kept for other sessions; None for nowhere.
         progress: Show a bar of encoded windows on standard error.
     """
 
-    def __init__(self, model: Promptable, *, cache_bytes: int, progress: bool = False) -> None:
+    def __init__(
+        self,
+        model: Promptable,
+        *,
+        cache_bytes: int,
+        cache_folder: str | Path | None = None,
+        progress: bool = False,
+    ) -> None:
         model.eval()
         self.model = model
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.cache_bytes = cache_bytes
         self.watch = Stopwatch()
-        self.encoded = 0  # passes of the encoder so far
+        self._store = None if cache_folder is None else Store(cache_folder, self.weights_sha256)
         self._cache: OrderedDict[Triple, Tensor] = OrderedDict()
         self._bar = tqdm(desc="encoding", unit=" window", disable=not progress, leave=False)
 
@@ -96,6 +111,11 @@ class Network:
     def side_vox(self) -> int:
         """Side S of a window."""
         return int(self.model.image_encoder.img_size[0])
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """A hash of all values of the network."""
+        return content_sha256(self.model.state_dict())
 
     def forget(self) -> None:
         """Drops all encoded windows: their starts belong to one volume."""
@@ -153,10 +173,15 @@ class Network:
         return kept
 
     def _encode(self, image: Tensor) -> Tensor:
+        if self._store is not None:
+            stored = self._store.load(image)
+            if stored is not None:
+                return stored.to(self.device)
         with self.watch.of("encode"), torch.inference_mode():
             embedding: Tensor = self.model.image_encoder(image.to(self.device))
-        self.encoded += 1
         self._bar.update()
+        if self._store is not None:
+            self._store.save(image, embedding)
         return embedding
 
     def _bytes(self) -> int:

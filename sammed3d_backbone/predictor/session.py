@@ -8,8 +8,9 @@ doing again, or a cache change nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 from sammed3d_backbone.data.geometry import Triple, TripleMm
 from sammed3d_backbone.data.intensity import CT_WINDOW_HU
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import write_text
+from sammed3d_backbone.predictor import clicklist
+from sammed3d_backbone.predictor.admission import (
+    Modality,
+    checked_mask,
+    checked_range,
+    opened_volume,
+    volume_notes,
+)
+from sammed3d_backbone.predictor.clicklist import to_json, volume_sha256
 from sammed3d_backbone.predictor.field import Field
 from sammed3d_backbone.predictor.network import Network, Promptable
 from sammed3d_backbone.predictor.prediction import Prediction, agreeing, honour
@@ -27,10 +38,10 @@ from sammed3d_backbone.predictor.prompts import (
     require_consistent,
     voxel_of,
 )
+from sammed3d_backbone.predictor.quality import Quality, compare, voxel_near
 from sammed3d_backbone.predictor.tracing import ClickMode, State, Tracer
 from sammed3d_backbone.predictor.windows import Windows
 
-Modality = Literal["ct", "mr", "us"]
 Points = Sequence[Sequence[float]]
 
 SPACING_MM = (1.5, 1.5, 1.5)  # of all published weights
@@ -56,6 +67,7 @@ class Predictor:
         honour_clicks: Whether positive clicks always end inside the mask and negative ones outside.
         spacing_mm: Along R, A, S, instead of that of the weights.
         cache_bytes: Of encoded windows that are kept in memory.
+        cache_folder: Where encoded windows are also kept for later sessions; None for nowhere.
         progress: Show a bar of encoded windows on standard error.
 
     Example:
@@ -75,6 +87,7 @@ class Predictor:
         honour_clicks: bool = False,
         spacing_mm: TripleMm | None = None,
         cache_bytes: int = 2**28,
+        cache_folder: str | Path | None = None,
         progress: bool = False,
     ) -> None:
         if clicks not in ("newest", "all"):
@@ -93,7 +106,9 @@ class Predictor:
         self.follow = follow
         self.max_windows = max_windows
         self.honour_clicks = honour_clicks
-        self._network = Network(model, cache_bytes=cache_bytes, progress=progress)
+        self._network = Network(
+            model, cache_bytes=cache_bytes, cache_folder=cache_folder, progress=progress
+        )
         self._volume: Volume | None = None
 
     # --- the volume ----------------------------------------------------------------------------
@@ -121,13 +136,14 @@ class Predictor:
         """
         if modality not in INTENSITY:
             raise ValueError(f"modality={modality!r}; give 'ct', 'mr', 'us' or None")
-        opened = _opened(volume, affine)
-        low, high = _checked_range(opened)
+        opened = opened_volume(volume, affine)
+        low, high = checked_range(opened)
         windows = Windows(opened, self.spacing_mm, self._network.side_vox, INTENSITY[modality])
         self._volume = opened
         self._tracer = Tracer(windows, self._network, self.clicks, self.follow, self.max_windows)
+        self._modality = modality
         self._lowest = max(low, CT_WINDOW_HU[0]) if modality == "ct" else low
-        self._volume_notes = _volume_notes(windows, low, high, modality)
+        self._notes = volume_notes(windows, low, high, modality)
         self._network.forget()
         self.reset()
 
@@ -188,7 +204,7 @@ class Predictor:
         volume = self._required_volume()
         if (logits is None) == (mask is None):
             raise ValueError("a mask prompt is logits= or mask=; give one of them")
-        values = _checked_mask(volume, logits, mask)
+        values = checked_mask(volume, logits, mask)
         inside = values > 0
         if not inside.any():
             raise ValueError("the mask prompt shows no voxel of the object; click on it instead")
@@ -236,7 +252,7 @@ class Predictor:
         state = self._state(name)
         clicks = [prompt for prompt in self._of(name) if isinstance(prompt, Click)]
         with self._network.watch.of("mask"):
-            field = Field(self._tracer.windows, {s: a.logits for s, a in state.answers.items()})
+            field = self._field(state)
             mask = field.mask()
             agreed = agreeing(mask, clicks)
             if self.honour_clicks:
@@ -249,7 +265,7 @@ class Predictor:
             windows=len(state.answers),
             notes=(
                 *self._setup_notes,
-                *self._volume_notes,
+                *self._notes,
                 *self._click_notes(clicks, mask),
                 *state.notes,
             ),
@@ -292,12 +308,119 @@ class Predictor:
             raise ValueError("no points were given; give at least one positive point")
         return {name: self.predict(name) for name in self.objects}
 
+    def quality(
+        self, object: str | None = None, *, answers: int = 8, radius_mm: float = 3.0, seed: int = 0
+    ) -> Quality:
+        """Whether an object's mask stands when its clicks fall a little elsewhere.
+
+        Args:
+            object: Its name; None where there is only one.
+            answers: To moved clicks; each costs the decoder's passes of all clicks again.
+            radius_mm: How far a click moves at most.
+            seed: Of the random moves.
+
+        Raises:
+            ValueError: As for `predict`, or if there are no answers to compare with.
+        """
+        self._required_volume()
+        name = self._only_object() if object is None else object
+        if not 1 <= answers < 255:
+            raise ValueError(f"answers={answers}; give a number of answers from 1 to 254")
+        mask = self._field(self._state(name)).mask()
+        others = []
+        for number in range(answers):
+            rng = np.random.default_rng((seed, number))
+            prompts = [self._moved(prompt, radius_mm, rng) for prompt in self._of(name)]
+            state = State()
+            for count in range(len(prompts)):
+                state = self._tracer.advance(state, prompts[: count + 1])
+            others.append(self._field(state).mask())
+        return compare(mask, others)
+
+    # --- click lists ---------------------------------------------------------------------------
+
+    def save_clicks(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes all clicks as JSON, with hashes of the volume and the weights.
+
+        Raises:
+            FileExistsError: If the file exists and is not to be replaced.
+            ValueError: If there is no volume, or a mask prompt, which such a list cannot hold.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another name, or pass overwrite=True")
+        volume = self._required_volume()
+        clicks = [prompt for prompt in self._prompts if isinstance(prompt, Click)]
+        if len(clicks) < len(self._prompts):
+            raise ValueError(
+                "a click list cannot hold mask prompts; save the mask as NIfTI beside it and give "
+                "both again"
+            )
+        text = to_json(clicks, volume_sha256(volume), self._network.weights_sha256, self._settings)
+        write_text(path, text)
+
+    def load_clicks(self, path: str | Path) -> None:
+        """Replaces all prompts by the clicks of a file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no click list, or was made with another volume, other weights or
+                other settings; the prompts then stay as they are.
+        """
+        volume = self._required_volume()
+        listed = clicklist.read(path)
+        if listed.volume_sha256 not in (None, volume_sha256(volume)):
+            raise ValueError(f"{path} was made on another volume; open that one")
+        if listed.weights_sha256 not in (None, self._network.weights_sha256):
+            raise ValueError(f"{path} was made with other weights; load those")
+        mine = self._settings
+        for key, value in listed.settings.items():
+            if mine.get(key) != value:
+                raise ValueError(
+                    f"{path} was made with {key}={value!r}, here it is {mine.get(key)!r}; "
+                    "use the same"
+                )
+        before = self._prompts, self._states
+        self.reset()
+        try:
+            for entry in listed.clicks:
+                self.click(**entry)
+        except (TypeError, ValueError) as error:
+            self._prompts, self._states = before
+            raise ValueError(f"{path}: {error}") from None
+
     # --- inside --------------------------------------------------------------------------------
+
+    def _moved(self, prompt: Prompt, radius_mm: float, rng: np.random.Generator) -> Prompt:
+        """The prompt; if it is a click, at a random voxel near it."""
+        if not isinstance(prompt, Click):
+            return prompt
+        voxel = voxel_near(prompt.point_vox, self._required_volume(), radius_mm, rng)
+        windows = self._tracer.windows
+        window, place = prompt.window, windows.place(voxel)
+        if window is not None and windows.inside(window, place) is None:
+            window = windows.around(place, self._anchor)
+        return replace(prompt, point_vox=voxel, window=window)
 
     @property
     def _anchor(self) -> Triple | None:
         """Start of the first window that a prompt asked for, which places all others."""
         return next((p.window for p in self._prompts if p.window is not None), None)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What an answer depends on beside volume, weights and clicks."""
+        return {
+            "clicks": self.clicks,
+            "follow": self.follow,
+            "max_windows": self.max_windows,
+            "honour_clicks": self.honour_clicks,
+            "spacing_mm": list(self.spacing_mm),
+            "modality": self._modality,
+        }
+
+    def _field(self, state: State) -> Field:
+        return Field(self._tracer.windows, {s: a.logits for s, a in state.answers.items()})
 
     def _of(self, name: str) -> list[Prompt]:
         return [prompt for prompt in self._prompts if prompt.object == name]
@@ -318,8 +441,7 @@ class Predictor:
     def _state(self, name: str) -> State:
         """The answers to all prompts of an object, of which those known are not asked again."""
         prompts = self._of(name)
-        anchor = self._anchor
-        if not any(prompt.window is not None for prompt in prompts) or anchor is None:
+        if all(prompt.window is None for prompt in prompts):
             raise ValueError(
                 f"{name!r} has no positive click"
                 f"{' but negative ones' if prompts else ''}; click inside it first"
@@ -327,7 +449,7 @@ class Predictor:
         states = self._states.setdefault(name, [])
         for count in range(len(states), len(prompts)):
             before = states[-1] if states else State()
-            states.append(self._tracer.advance(before, prompts[: count + 1], anchor))
+            states.append(self._tracer.advance(before, prompts[: count + 1]))
         return states[-1]
 
     def _click_notes(self, clicks: Sequence[Click], mask: NDArray[np.bool_]) -> list[str]:
@@ -341,88 +463,3 @@ class Predictor:
         if not mask.any():
             notes.append("the network finds nothing at these clicks")
         return notes
-
-
-def _opened(volume: str | Path | Volume | NDArray[Any], affine: ArrayLike | None) -> Volume:
-    """The volume with one channel of real numbers and a usable spacing."""
-    if isinstance(volume, str | Path):
-        volume = Volume.load(volume)
-    elif not isinstance(volume, Volume):
-        if affine is None:
-            raise TypeError("an array has no place in the body; give its affine, voxel -> RAS+ mm")
-        volume = Volume(np.asarray(volume), np.array(affine, dtype=np.float64))
-    if volume.channels > 1:
-        raise ValueError(
-            f"the volume has {volume.channels} channels, the network takes one; "
-            "give Volume(volume.array[n], volume.affine, volume.header)"
-        )
-    if volume.array.ndim == 4:
-        volume = Volume(volume.array[0], volume.affine, volume.header)
-    if volume.array.dtype.kind not in "iuf":
-        raise TypeError(
-            f"voxels of type {volume.array.dtype} are no intensities; give real numbers"
-        )
-    spacing = volume.spacing_mm
-    if min(spacing) < 0.01 or max(spacing) > 100:
-        raise ValueError(
-            f"a spacing of {tuple(round(s, 6) for s in spacing)} mm is no scan's; the header may "
-            "count in metres or micrometres: mend its affine"
-        )
-    return volume
-
-
-def _checked_range(volume: Volume) -> tuple[float, float]:
-    """The lowest and highest value; refuses what has none or no contrast."""
-    low, high = float(volume.array.min()), float(volume.array.max())
-    if not np.isfinite([low, high]).all():
-        endless = volume.array.size - int(np.isfinite(volume.array).sum())
-        raise ValueError(
-            f"the volume holds NaN or infinity in {endless} voxels; replace those voxels"
-        )
-    if low == high:
-        raise ValueError(f"all voxels are {low:g}: there is nothing to segment; check the file")
-    return low, high
-
-
-def _volume_notes(
-    windows: Windows, low: float, high: float, modality: Modality | None
-) -> tuple[str, ...]:
-    """What is odd about a volume, without being wrong."""
-    notes = []
-    if modality is None and low <= -500 and high >= 500:
-        notes.append("the values look like CT in HU; pass modality='ct' to clamp them as trained")
-    if modality == "ct" and low >= 0:
-        notes.append("no value is below 0, so these are hardly HU; check the intercept or modality")
-    if high <= 0:
-        notes.append("no value is above 0, so the network sees an empty image; shift the values")
-    thin = min(windows.geometry.resampled_shape)
-    if thin < windows.side_vox / 8:
-        notes.append(
-            f"the volume is only {thin} voxels thin at the network's spacing, so it sees mostly "
-            "padding; expect less"
-        )
-    return tuple(notes)
-
-
-def _checked_mask(
-    volume: Volume, logits: NDArray[Any] | None, mask: NDArray[Any] | Volume | None
-) -> NDArray[Any]:
-    """A mask prompt as float logits or as bool, on the volume's grid."""
-    if isinstance(mask, Volume):
-        if not np.allclose(mask.affine, volume.affine, atol=1e-3):
-            raise ValueError("the mask's affine is not the volume's; resample it to the volume")
-        mask = mask.array
-    values = np.asarray(mask if logits is None else logits)
-    if values.shape != volume.shape:
-        raise ValueError(
-            f"a mask prompt of {values.shape} voxels is not on the volume's grid {volume.shape}; "
-            "resample it"
-        )
-    if logits is None:
-        inside: NDArray[np.bool_] = values != 0
-        return inside
-    if values.dtype.kind != "f":
-        raise TypeError(f"logits of type {values.dtype}; give floating logits, or pass it as mask=")
-    if not np.isfinite(values).all():
-        raise ValueError("the logits hold NaN or infinity; replace those voxels")
-    return values

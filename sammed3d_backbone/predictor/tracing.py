@@ -70,13 +70,12 @@ class Tracer:
     follow: bool
     max_windows: int
 
-    def advance(self, state: State, prompts: Sequence[Prompt], anchor: Triple) -> State:
+    def advance(self, state: State, prompts: Sequence[Prompt]) -> State:
         """The state after the last of an object's prompts, from the state before it.
 
         Args:
             state: After all prompts but the last.
             prompts: Of this object, in order.
-            anchor: Start of the session's first window, which places the lattice.
         """
         new = prompts[-1]
         # A mask prompt stands for everything that was said before it.
@@ -92,7 +91,7 @@ class Tracer:
         roots = {start: answers[start] for start in asked if start in answers}
         if not self.follow:
             return State(roots)
-        return self._followed(roots, answers, clicks, prior, anchor)
+        return self._followed(roots, answers, clicks, prior)
 
     def _clicked(
         self, before: Mapping[Triple, Answer], clicks: Sequence[Click], prior: MaskPrompt | None
@@ -166,7 +165,6 @@ class Tracer:
         known: Mapping[Triple, Answer],
         clicks: Sequence[Click],
         prior: MaskPrompt | None,
-        anchor: Triple,
     ) -> State:
         """The answers in the windows that were asked for and in all that the object runs into.
 
@@ -177,7 +175,7 @@ class Tracer:
         queue, refused = deque(roots), set()
         while queue:
             start = queue.popleft()
-            for neighbour in self._run_into(start, answers[start].logits, anchor):
+            for neighbour in self._run_into(start, answers[start].logits):
                 if neighbour in answers or neighbour in refused:
                     continue
                 if len(answers) >= self.max_windows:
@@ -199,13 +197,13 @@ class Tracer:
             )
         return State(answers, tuple(notes))
 
-    def _run_into(self, start: Triple, logits: Tensor, anchor: Triple) -> list[Triple]:
+    def _run_into(self, start: Triple, logits: Tensor) -> list[Triple]:
         """The neighbours across those faces of a window that the object touches."""
         found = []
         for axis in range(3):
             for step in (-1, 1):
                 face = logits.select(axis, 0 if step < 0 else -1)
-                neighbour = self.windows.beside(start, axis, step, anchor)
+                neighbour = self.windows.beside(start, axis, step)
                 if neighbour is not None and bool((face > 0).any()):
                     found.append(neighbour)
         return found

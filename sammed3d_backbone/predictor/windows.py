@@ -2,8 +2,8 @@
 
 A *place* is a position in the volume's resampled grid: axes towards R, A, S, the network's
 spacing, voxel centres at whole numbers. A window is a cube of that grid and is named by its first
-voxel, its *start*. All windows of a volume lie on one lattice with half a window between
-neighbours, moved inwards at the volume's border, so clicks of many objects meet in the same few.
+voxel, its *start*. All windows of a session lie on one lattice with half a window between
+neighbours, so clicks of many objects meet in the same few.
 
 The volume stays as it is: only what lies in a window is ever resampled.
 """
@@ -36,8 +36,8 @@ class Windows:
         intensity: A mode of `data.intensity.normalise`.
 
     Shapes:
-        start: first voxel of a window in the resampled grid, negative where the volume is smaller
-            than a window and is padded on both sides.
+        start: first voxel of a window in the resampled grid; negative where the window begins
+            outside the volume, in padding.
     """
 
     def __init__(self, volume: Volume, spacing_mm: TripleMm, side_vox: int, intensity: str) -> None:
@@ -65,32 +65,33 @@ class Windows:
         return places
 
     def around(self, place: Place, anchor: Triple | None) -> Triple:
-        """Start of the window in whose middle a place lies.
+        """Start of the window in whose middle half a place lies.
 
         Args:
             place: Inside the volume.
-            anchor: Start of any window of the lattice; None begins a lattice centred on the place.
+            anchor: Start of any window of the lattice; None begins a lattice with a window that is
+                centred on the place, as training's were on their objects.
         """
-        if anchor is None:
-            half = self.side_vox // 2
-            centred = [int(np.floor(p + 0.5)) - half for p in place]
-            start = [self._inwards(axis, s) for axis, s in enumerate(centred)]
-        else:
-            middle = (self.side_vox - 1) / 2
-            start = [
-                min(self._starts(axis, anchor), key=lambda s, p=p: abs(s + middle - p))  # type: ignore[misc]
-                for axis, p in enumerate(place)
-            ]
+        half = self.side_vox // 2
+        start = []
+        for axis, p in enumerate(place):
+            room = self.geometry.resampled_shape[axis] - self.side_vox
+            if room <= 0:  # one window holds it all, with the volume in its middle
+                start.append(-(-room // 2))
+            elif anchor is None:
+                start.append(int(np.floor(p + 0.5)) - half)
+            else:
+                middle = anchor[axis] + (self.side_vox - 1) / 2
+                start.append(anchor[axis] + half * int(np.floor((p - middle) / half + 0.5)))
         return start[0], start[1], start[2]
 
-    def beside(self, start: Triple, axis: int, step: int, anchor: Triple) -> Triple | None:
-        """Start of the next window along an axis, +1 or -1; None at the volume's border."""
-        starts = self._starts(axis, anchor)
-        index = starts.index(start[axis]) + step
-        if not 0 <= index < len(starts):
+    def beside(self, start: Triple, axis: int, step: int) -> Triple | None:
+        """Start of the next window along an axis, +1 or -1; None if the volume ends before."""
+        border = start[axis] if step < 0 else start[axis] + self.side_vox
+        if not 0 < border < self.geometry.resampled_shape[axis]:
             return None
         moved = list(start)
-        moved[axis] = starts[index]
+        moved[axis] += step * (self.side_vox // 2)
         return moved[0], moved[1], moved[2]
 
     def inside(self, start: Triple, place: Place) -> Triple | None:
@@ -132,17 +133,6 @@ class Windows:
         for axis in sorted(range(3), key=lambda a: len(positions[a]) / x.shape[a]):
             x = linear(x, axis, positions[axis])
         return F.pad(x, [p for pair in reversed(padding) for p in pair])
-
-    def _starts(self, axis: int, anchor: Triple) -> list[int]:
-        """Starts along an axis of the lattice that holds the anchor, from low to high."""
-        half = self.side_vox // 2
-        steps = range(-(anchor[axis] // half) - 1, self.geometry.resampled_shape[axis] // half + 2)
-        return sorted({self._inwards(axis, anchor[axis] + k * half) for k in steps})
-
-    def _inwards(self, axis: int, start: int) -> int:
-        """The start moved so that the window lies in the volume, or the volume in its middle."""
-        room = self.geometry.resampled_shape[axis] - self.side_vox
-        return min(max(start, 0), room) if room >= 0 else -(-room // 2)
 
 
 def linear(x: Tensor, axis: int, positions: NDArray[np.float64] | Sequence[float]) -> Tensor:

@@ -90,7 +90,7 @@ def test_a_click_that_cannot_be_meant_is_refused_and_the_others_stay(predictor, 
 def test_a_click_may_contradict_another_objects(predictor, balls):
     predictor.set_volume(balls[0])
     predictor.click((22, 40, 36), object="left")
-    predictor.click((44, 40, 36), object="right")
+    predictor.click((36, 54, 36), object="right")
     predictor.click((22, 40, 36), positive=False, object="right")
     assert predictor.predict("right").mask.any()
 

@@ -46,9 +46,9 @@ def test_a_second_click_costs_no_encoding_and_goes_on_from_the_first(predictor, 
     predictor.set_volume(volume)
     predictor.click((22, 40, 36), True)
     predictor.predict()
-    predictor.click((44, 40, 36), True)
+    predictor.click((36, 54, 36), True)
     assert dice(predictor.predict().mask, first | second) > 0.9
-    predictor.click((44, 40, 36), positive=True)
+    predictor.click((36, 54, 36), positive=True)
     predictor.click((22, 41, 36), False)
     assert dice(predictor.predict().mask, second) > 0.9
     assert model.image_encoder.passes == 1
@@ -56,7 +56,7 @@ def test_a_second_click_costs_no_encoding_and_goes_on_from_the_first(predictor, 
 
 def test_the_first_pass_gets_a_zero_mask_and_later_ones_the_logits(predictor, model, balls):
     predictor.set_volume(balls[0])
-    for point in [(22, 40, 36), (44, 40, 36)]:
+    for point in [(22, 40, 36), (36, 54, 36)]:
         predictor.click(point)
     predictor.predict()
     (first, zeros), (second, logits) = model.prompt_encoder.told
@@ -69,7 +69,7 @@ def test_the_first_pass_gets_a_zero_mask_and_later_ones_the_logits(predictor, mo
 def test_all_clicks_are_told_on_request(model, balls):
     predictor = Predictor(model, clicks="all")
     predictor.set_volume(balls[0])
-    for point in [(22, 40, 36), (44, 40, 36)]:
+    for point in [(22, 40, 36), (36, 54, 36)]:
         predictor.click(point)
     predictor.click((33, 40, 36), False)
     predictor.predict()
@@ -79,7 +79,7 @@ def test_all_clicks_are_told_on_request(model, balls):
 
 
 def test_asking_in_between_changes_nothing(model, balls):
-    clicks = [((22, 40, 36), True), ((44, 40, 36), True), ((44, 42, 36), False)]
+    clicks = [((22, 40, 36), True), ((36, 54, 36), True), ((36, 56, 36), False)]
     often, once = Predictor(model), Predictor(model)
     for predictor in (often, once):
         predictor.set_volume(balls[0])
@@ -93,7 +93,7 @@ def test_asking_in_between_changes_nothing(model, balls):
 def test_undo_goes_back_to_the_beginning(predictor, model, balls):
     predictor.set_volume(balls[0])
     masks = []
-    for point, positive in [((22, 40, 36), True), ((44, 40, 36), True), ((22, 41, 36), False)]:
+    for point, positive in [((22, 40, 36), True), ((36, 54, 36), True), ((22, 41, 36), False)]:
         predictor.click(point, positive)
         masks.append(predictor.predict().mask)
     passes = model.mask_decoder.passes
@@ -128,7 +128,7 @@ def test_another_volume_forgets_clicks_and_windows(predictor, model, balls):
 
 def test_many_objects_share_the_encoder_pass(predictor, model, balls):
     volume, first, second = balls
-    found = predictor.segment(volume, {"left": [(22, 40, 36)], "right": [(44, 40, 36)]})
+    found = predictor.segment(volume, {"left": [(22, 40, 36)], "right": [(36, 54, 36)]})
     assert dice(found["left"].mask, first) > 0.9
     assert dice(found["right"].mask, second) > 0.9
     assert model.image_encoder.passes == 1
@@ -138,8 +138,8 @@ def test_many_objects_share_the_encoder_pass(predictor, model, balls):
 
 def test_negative_points_of_one_shot_come_last(predictor, balls):
     volume, first, _ = balls
-    points = [(22, 40, 36), (44, 40, 36)]
-    found = predictor.segment(volume, points, negative=[(44, 41, 36)])
+    points = [(22, 40, 36), (36, 54, 36)]
+    found = predictor.segment(volume, points, negative=[(36, 55, 36)])
     assert dice(found["object"].mask, first) > 0.9
 
 
@@ -155,11 +155,11 @@ def test_the_memory_of_windows_has_a_bound(model, balls):
 def test_the_spacing_is_that_of_the_weights(model, balls):
     model.pretrained_cfg = Weights(name="ours", spacing_mm=(3.0, 3.0, 3.0))
     predictor = Predictor(model)
-    predictor.set_volume(balls[0])
+    predictor.set_volume(np.where(balls[1], 200, 50), balls[0].affine)
     predictor.click((22, 40, 36))
     found = predictor.predict()
     assert predictor.spacing_mm == (3.0, 3.0, 3.0)
-    assert dice(found.mask, balls[1]) > 0.9
+    assert dice(found.mask, balls[1]) > 0.85
     assert not found.notes
 
 
