@@ -397,7 +397,7 @@ def test_a_promptable_file_and_its_safetensors_twin_give_the_network(tmp_path, p
     for path in (old, twin):
         network = sam("toy", weights=path).eval()
         assert same(network, promptable)
-        assert torch.equal(network(volume(), *clicks), promptable(volume(), *clicks))
+        assert torch.equal(network(volume(), clicks), promptable(volume(), clicks))
         report = network.load_report
         assert set(report.matched) == set(promptable.state_dict())
         assert (report.missing, report.unexpected, report.unused) == ((), (), ())

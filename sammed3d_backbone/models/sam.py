@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sammed3d_backbone.models.attention import Grid
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
-from sammed3d_backbone.models.prompt_encoder import PromptEncoder3D
+from sammed3d_backbone.models.prompt_encoder import Points, PromptEncoder3D
 
 
 class Sam3D(nn.Module):
@@ -22,8 +22,8 @@ class Sam3D(nn.Module):
 
     Shapes:
         x: (B, 1, X, Y, Z), the three sides equal to `img_size`.
-        coords_vox: (P, N, 3), voxel indices of x. labels: (P, N), 1 inside and 0 outside.
-        mask_logits: (P, 1, 4 x, 4 y, 4 z), as `decode` returned them.
+        points: voxel indices of x (P, N, 3) and labels (P, N), 1 inside and 0 outside; or None.
+        mask_logits: (P, 1, 4 x, 4 y, 4 z), as `decode` returned them; or None.
         returns: mask logits (P, 1, X, Y, Z). P is B, or any number on one volume.
     """
 
@@ -44,21 +44,18 @@ class Sam3D(nn.Module):
         return self.image_encoder.img_size
 
     def forward(
-        self, x: Tensor, coords_vox: Tensor, labels: Tensor, mask_logits: Tensor | None = None
+        self, x: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
     ) -> Tensor:
-        return self.upsample(self.decode(self.image_encoder(x), coords_vox, labels, mask_logits))
+        return self.upsample(self.decode(self.image_encoder(x), points, mask_logits))
 
     def decode(
-        self,
-        embedding: Tensor,
-        coords_vox: Tensor,
-        labels: Tensor,
-        mask_logits: Tensor | None = None,
+        self, embedding: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
     ) -> Tensor:
         """Mask logits of prompts on an embedding that is there already.
 
         Without `mask_logits` the network reads a mask of zeros, as in its training; the embedding
-        that means "no mask" got no gradient there.
+        that means "no mask" got no gradient there. Without points it goes by the mask alone, as
+        some passes of its training did.
 
         Shapes:
             embedding: (1 or P, F, x, y, z), the image encoder's output.
@@ -66,7 +63,7 @@ class Sam3D(nn.Module):
         """
         if mask_logits is None:
             mask_logits = embedding.new_zeros(1, 1, *self.prompt_encoder.mask_size)
-        sparse, dense = self.prompt_encoder(points=(coords_vox, labels), masks=mask_logits)
+        sparse, dense = self.prompt_encoder(points=points, masks=mask_logits)
         logits: Tensor = self.mask_decoder(
             embedding, self.prompt_encoder.get_dense_pe(), sparse, dense
         )[0]

@@ -179,9 +179,9 @@ def test_prompts_that_make_no_sense_are_refused(prompts, given, remedy):
 def test_prompts_that_fit_no_image_are_refused(tiny, embedding):
     points = torch.zeros(3, 1, 3), torch.ones(3, 1)
     with pytest.raises(ValueError, match="2 images embeddings for 3 sets of points; give one for"):
-        tiny.decode(embedding.expand(2, -1, -1, -1, -1), *points)
+        tiny.decode(embedding.expand(2, -1, -1, -1, -1), points)
     with pytest.raises(ValueError, match="2 dense embeddings for 3 sets of points"):
-        tiny.decode(embedding, *points, torch.zeros(2, 1, 32, 32, 32))
+        tiny.decode(embedding, points, torch.zeros(2, 1, 32, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -199,21 +199,28 @@ def test_many_prompts_on_one_image_are_what_each_gives_alone(tiny, embedding, ge
     labels = torch.randint(2, (5, 2), generator=generator)
     masks = torch.randn(5, 1, 32, 32, 32, generator=generator)
     for given in (masks, None):
-        together = tiny.decode(embedding, coords, labels, given)
+        together = tiny.decode(embedding, (coords, labels), given)
         for i in range(5):
             mask = None if given is None else given[i : i + 1]
-            alone = tiny.decode(embedding, coords[i : i + 1], labels[i : i + 1], mask)
+            alone = tiny.decode(embedding, (coords[i : i + 1], labels[i : i + 1]), mask)
             assert relative_error(together[i : i + 1], alone) < 1e-6
 
 
 def test_without_a_mask_the_network_reads_zeros_as_in_its_training(tiny, embedding):
     points = torch.tensor([[[20, 30, 40]]]), torch.tensor([[1]])
-    first = tiny.decode(embedding, *points)
-    assert torch.equal(first, tiny.decode(embedding, *points, torch.zeros(1, 1, 32, 32, 32)))
+    first = tiny.decode(embedding, points)
+    assert torch.equal(first, tiny.decode(embedding, points, torch.zeros(1, 1, 32, 32, 32)))
     sparse, untrained = tiny.prompt_encoder(points=points)
     code = tiny.prompt_encoder.get_dense_pe()
     assert not torch.allclose(first, tiny.mask_decoder(embedding, code, sparse, untrained)[0])
-    assert not torch.allclose(first, tiny.decode(embedding, *points, first))
+    assert not torch.allclose(first, tiny.decode(embedding, points, first))
+
+
+def test_a_mask_alone_is_a_prompt(tiny, embedding, generator):
+    masks = torch.randn(2, 1, 32, 32, 32, generator=generator)
+    logits = tiny.decode(embedding, mask_logits=masks)
+    assert logits.shape == masks.shape
+    assert not torch.allclose(logits[0], logits[1])
 
 
 def test_logits_are_upsampled_linearly_between_voxel_centres(tiny):
@@ -226,10 +233,10 @@ def test_logits_are_upsampled_linearly_between_voxel_centres(tiny):
 
 def test_the_network_goes_from_volumes_and_clicks_to_masks_of_the_same_size(tiny, generator):
     volumes = torch.randn(2, 1, 64, 64, 64, generator=generator)
-    coords, labels = torch.tensor([[[1, 2, 3]], [[60, 50, 40]]]), torch.ones(2, 1)
+    points = torch.tensor([[[1, 2, 3]], [[60, 50, 40]]]), torch.ones(2, 1)
     with torch.no_grad():
-        logits = tiny(volumes, coords, labels)
-        steps = tiny.upsample(tiny.decode(tiny.image_encoder(volumes), coords, labels))
+        logits = tiny(volumes, points)
+        steps = tiny.upsample(tiny.decode(tiny.image_encoder(volumes), points))
     assert logits.shape == volumes.shape
     assert torch.equal(logits, steps)
 
@@ -270,8 +277,7 @@ def test_another_input_size_moves_points_and_tokens_together(tiny, generator):
     with torch.no_grad():
         logits = tiny(
             torch.randn(1, 1, 96, 96, 96, generator=generator),
-            torch.tensor([[[90, 80, 70]]]),
-            torch.ones(1, 1),
+            (torch.tensor([[[90, 80, 70]]]), torch.ones(1, 1)),
         )
     assert logits.shape == (1, 1, 96, 96, 96)
     code = tiny.prompt_encoder.get_dense_pe()
