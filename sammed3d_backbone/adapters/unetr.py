@@ -9,9 +9,11 @@ Source: Hatamizadeh et al., UNETR: Transformers for 3D Medical Image Segmentatio
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.models.layers import LayerNorm3d
@@ -47,6 +49,7 @@ class UNETR(nn.Module):
         self.encoder = encoder
         self.taps = tuple(taps)
         self.deepest = deepest
+        self.grad_checkpointing = False
         hidden_size = encoder.embed_dim
         stages = len(taps)
         widths = [feature_size * 2**stage for stage in range(stages)]
@@ -85,18 +88,27 @@ class UNETR(nn.Module):
         maps = [norm(tap) for norm, tap in zip(self.tap_norms, maps, strict=True)]
         if self.deepest == "neck":
             maps.append(final)
-        levels = [self.stem(x)] + [
-            skip(tap) for skip, tap in zip(self.skips, maps[:-1], strict=True)
+        levels = [self._run(self.stem, x)] + [
+            self._run(skip, tap) for skip, tap in zip(self.skips, maps[:-1], strict=True)
         ]
         y = maps[-1]
         for up, level in zip(reversed(self.ups), reversed(levels), strict=True):
-            y = up(y, level)
+            y = self._run(up, y, level)
         logits: Tensor = self.out(y)
         return logits
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes the encoder's blocks in the backward pass."""
+        """Trades time for memory: blocks of both parts are recomputed in the backward pass."""
         self.encoder.set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """A block of the decoder, whose inner values are not kept if they are to be recomputed."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            out = block(*inputs)
+        return out
 
     def no_weight_decay(self) -> set[str]:
         """Parameter names without weight decay."""

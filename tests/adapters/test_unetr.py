@@ -161,10 +161,30 @@ def test_depth_groups_and_weight_decay_see_the_encoder_under_its_new_name():
     assert "encoder.pos_embed" in network.no_weight_decay()
 
 
-def test_recomputing_blocks_reaches_the_encoder():
-    network = unetr(make_encoder(), 2)
+def test_recomputing_blocks_keeps_less_and_gives_the_same_gradients(generator):
+    network = unetr(make_encoder(img_size=16, patch_size=8), 2, feature_size=4)
+    volume = torch.randn(1, 1, *network.encoder.img_size, generator=generator)
+
+    def step():
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = network(volume).square().mean()
+        network.zero_grad()
+        loss.backward()
+        return sum(kept.values()), [p.grad.clone() for p in network.parameters()]
+
+    whole, gradients = step()
     network.set_grad_checkpointing()
     assert network.encoder.grad_checkpointing
+    less, recomputed = step()
+    assert less < whole / 2
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
 
 
 @pytest.mark.parametrize(
