@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config, encoder
-from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.adapters.controls import ZeroedEncoder
 from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import (
@@ -72,6 +72,7 @@ from sammed3d_backbone.export import (
 from sammed3d_backbone.pretrained import seen_in_pretraining
 from sammed3d_backbone.provenance import provenance, resident_bytes
 from sammed3d_backbone.training import engine, optim
+from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.losses import partial_dice_ce
 from sammed3d_backbone.training.runs import Progress, Run, open_run
 
@@ -100,8 +101,12 @@ class Config:
     flip_axes: tuple[int, ...] = ()  # 0 left-right, 1 back-front, 2 feet-head
     rotate_degrees: float = 15.0
     zoom: float = 0.15  # largest relative change of size
+    freeze: Literal["none", "encoder", "decoder_first"] = "none"  # see training/freezing.py
+    freeze_steps: int = 0  # decoder_first: steps before the encoder learns too
     steps: int = 1000  # of the optimiser
-    batch: int = 2  # crops per process and step
+    batch: int = 2  # crops per process and pass
+    accumulate: int = 1  # passes per step, whose gradients are averaged
+    checkpointing: bool = False  # keep less for the backward pass and compute it again
     lr: float = 3e-4  # of the decoder, with pretrained weights
     scratch_lr: float = 1e-3  # of everything, with scratch=true
     layer_decay: float = 0.75  # factor on lr per encoder block, from the last one down
@@ -121,33 +126,45 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("folds", "steps", "batch", "validate_every", "log_every", "img_size")
-        if low := [key for key in counts if getattr(self, key) < 1]:
+        counts = ("folds", "img_size", "steps", "batch", "accumulate", "validate_every")
+        if low := [key for key in (*counts, "log_every") if getattr(self, key) < 1]:
             raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap={self.overlap}; give 0 or more, and less than 1")
         if not {*self.flip_axes} <= {0, 1, 2}:
             raise ValueError(f"flip_axes={self.flip_axes}; give axes among [0, 1, 2]")
+        if (self.freeze == "decoder_first") != (0 < self.freeze_steps < self.steps):
+            raise ValueError(
+                f"freeze={self.freeze}, freeze_steps={self.freeze_steps}, steps={self.steps}; "
+                "give decoder_first 1 or more freeze_steps, but fewer than steps, and others none"
+            )
+        if self.model != "unetr" and (self.checkpointing or self.freeze != "none"):
+            raise ValueError(
+                f"model={self.model} has no encoder to freeze or to recompute; "
+                "leave out freeze= and checkpointing=, or take model=unetr"
+            )
 
 
 # Keys that may change when a run goes on: they say where and how fast, not what.
-FREE = ("threads", "workers", "cpu", "save_every_s")
+FREE = ("threads", "workers", "cpu", "checkpointing", "save_every_s")
 
 
 def main(cfg: Config) -> dict[str, Any]:
     """Trains or goes on, evaluates, draws; returns the scores."""
-    accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=cfg.cpu)
+    # What is frozen for a while gets no gradient meanwhile, for which DDP has to be prepared.
+    waits = DistributedDataParallelKwargs(find_unused_parameters=cfg.freeze == "decoder_first")
+    accelerator = Accelerator(
+        mixed_precision=cfg.mixed_precision,
+        cpu=cfg.cpu,
+        gradient_accumulation_steps=cfg.accumulate,
+        kwargs_handlers=[waits],
+    )
     torch.set_num_threads(cfg.threads or max(1, _cores() // accelerator.num_processes))
     say = accelerator.print
     run = open_run(cfg.name, cfg, free=FREE)  # before minutes of reading
     say(config.dump(cfg))
 
-    dataset = read_dataset(find_dataset(cfg.data))
-    if cfg.subjects is not None:
-        dataset = with_subjects(dataset, Path(__file__).parent / cfg.subjects)
-    fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
-    if cfg.labels is not None:
-        fold = replace(fold, train=few_subjects(dataset, fold.train, cfg.labels, cfg.seed))
+    dataset, fold = choose_cases(cfg)
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
     say(f"fold {cfg.fold} of {fold.rule}")
     card = make_card(cfg, dataset)
@@ -157,15 +174,15 @@ def main(cfg: Config) -> dict[str, Any]:
     )
 
     torch.manual_seed(cfg.seed)
-    model, start = make_model(cfg, card, dataset.name, say)
+    network, start = make_model(cfg, card, dataset.name, say)
     card = replace(card, training={**card.training, "start": start, "cases": fold.train})
     lr, layer_decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
     optimizer = optim.layer_decayed(
-        model, lr, layer_decay=layer_decay, weight_decay=cfg.weight_decay
+        network, lr, layer_decay=layer_decay, weight_decay=cfg.weight_decay
     )
-    ema = ModelEmaV3(model, decay=cfg.ema_decay, use_warmup=True)
+    ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
     segmenter = Segmenter(ema.module, card)  # always the averaged weights
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(network, optimizer)
     ema.to(accelerator.device)
     progress = Progress(accelerator.num_processes)
     accelerator.register_for_checkpointing(ema, progress)
@@ -180,6 +197,7 @@ def main(cfg: Config) -> dict[str, Any]:
         validate_every=cfg.validate_every,
         lr=lr,
         warmup_steps=cfg.warmup_steps,
+        freeze_steps=cfg.freeze_steps,
         clip=cfg.clip,
         log_every=cfg.log_every,
         save_every_s=cfg.save_every_s,
@@ -187,10 +205,12 @@ def main(cfg: Config) -> dict[str, Any]:
     )
 
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
+        if cfg.freeze == "decoder_first":
+            set_frozen(network.encoder, progress.step < cfg.freeze_steps)
         logits = model(batch["image"])  # (B, K, X, Y, Z)
         return partial_dice_ce(logits, batch["label"], batch["annotated"])
 
-    per_step = cfg.batch * accelerator.num_processes
+    per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
     stream = CropStream(
         train,
         cfg.img_size,
@@ -210,7 +230,8 @@ def main(cfg: Config) -> dict[str, Any]:
         disable=not accelerator.is_main_process,
     ) as bar:
         while progress.step < cfg.steps:
-            now = islice(batches, schedule.next_stop(progress.step) - progress.step)
+            steps = schedule.next_stop(progress.step) - progress.step
+            now = islice(batches, steps * cfg.accumulate)
             engine.train(
                 accelerator, step, model, now, optimizer, ema, progress, run, schedule, bar
             )
@@ -229,6 +250,17 @@ def main(cfg: Config) -> dict[str, Any]:
     if accelerator.is_main_process and cfg.control == "none":
         save_model(run.folder / "last.safetensors", segmenter)
     return evaluate(accelerator, cfg, run, segmenter, dataset, fold, progress)
+
+
+def choose_cases(cfg: Config) -> tuple[Dataset, Fold]:
+    """The data set and which of its cases train and validate; no image is read yet."""
+    dataset = read_dataset(find_dataset(cfg.data))
+    if cfg.subjects is not None:
+        dataset = with_subjects(dataset, Path(__file__).parent / cfg.subjects)
+    fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
+    if cfg.labels is not None:
+        fold = replace(fold, train=few_subjects(dataset, fold.train, cfg.labels, cfg.seed))
+    return dataset, fold
 
 
 def make_card(cfg: Config, dataset: Dataset) -> Card:
@@ -259,53 +291,6 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
     )
 
 
-class ZeroedEncoder(nn.Module):
-    """The control: maps of zeros in place of an encoder's, so the decoder is on its own.
-
-    It has no parameters; shapes and everything else an adapter asks for are the encoder's.
-    """
-
-    def __init__(self, replaced: Encoder) -> None:
-        super().__init__()
-        self.in_chans = replaced.in_chans
-        self.img_size = replaced.img_size
-        self.patch_size = replaced.patch_size
-        self.embed_dim = replaced.embed_dim
-        self.out_chans = replaced.out_chans
-        self.depth = replaced.depth
-
-    def forward_intermediates(
-        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Zeros (B, E, x, y, z), one map per index; first (B, F, x, y, z) unless told not."""
-        grid = [n // self.patch_size for n in x.shape[2:]]
-        chosen = range(self.depth) if indices is None else indices
-        maps = [x.new_zeros(len(x), self.embed_dim, *grid) for _ in chosen]
-        if intermediates_only:
-            return maps
-        return x.new_zeros(len(x), self.out_chans, *grid), maps
-
-    def prune_intermediate_layers(
-        self,
-        indices: Sequence[int] | None = None,
-        *,
-        prune_norm: bool = False,  # noqa: ARG002 (the contract's)
-    ) -> list[int]:
-        """There is nothing to drop."""
-        return list(indices or ())
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """There is nothing to recompute."""
-
-    def no_weight_decay(self) -> set[str]:
-        """There are no parameters."""
-        return set()
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        """There are no parameters."""
-        return {}
-
-
 def make_model(
     cfg: Config, card: Card, dataset_name: str, say: Callable[..., None]
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -321,6 +306,8 @@ def make_model(
         if cfg.control == "zero_encoder":
             backbone = ZeroedEncoder(backbone)
         model: nn.Module = unetr(backbone, len(card.labels), **card.adapter)
+        model.set_grad_checkpointing(cfg.checkpointing)
+        set_frozen(model.encoder, cfg.freeze == "encoder")
     else:
         model = build_network(card)
     parts = {

@@ -38,10 +38,26 @@ class Schedule:
     log_every: int
     save_every_s: float
     seed: int
+    freeze_steps: int = 0  # at the start, in which a part of the network waits
 
     def next_stop(self, step: int) -> int:
         """The step after which training pauses for validation, seen from a finished step."""
         return min(self.steps, (step // self.validate_every + 1) * self.validate_every)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the last layers in step number `step`, counted from 0.
+
+        Up in a line, then down along a cosine. If a part waits, the rest goes up and stays there,
+        and when all learn, everything starts from low again: a part that begins to learn at the
+        full rate would lose what it knows.
+
+        Source: the sawtooth schedule of Wald et al., An OpenMind for 3D medical vision
+        self-supervised learning, 2025.
+        """
+        if step < self.freeze_steps:
+            return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        waited = self.freeze_steps
+        return self.lr * optim.warmup_cosine(step - waited, self.steps - waited, self.warmup_steps)
 
 
 def train(
@@ -56,7 +72,10 @@ def train(
     schedule: Schedule,
     bar: tqdm[None],
 ) -> None:
-    """Trains on the given batches, one optimiser step each, and logs and saves on the way.
+    """Trains on the given batches, and logs and saves on the way.
+
+    As many batches as the accelerator accumulates make one optimiser step, on the mean of their
+    gradients. It is that of one large batch if the loss is a mean over cases.
 
     Args:
         accelerator: Has prepared model, batches and optimiser, and knows `ema` and `progress`.
@@ -77,17 +96,22 @@ def train(
     saved = clock = time.monotonic()
     cpu_clock = time.process_time()
     for batch in batches:
-        lr = schedule.lr * optim.warmup_cosine(progress.step, schedule.steps, schedule.warmup_steps)
+        lr = schedule.lr_at(progress.step)
         optim.set_lr(optimizer, lr)
-        torch.manual_seed(_seed(schedule.seed, progress.step, accelerator.process_index))
-        loss = step(model, batch)
-        accelerator.backward(loss)
-        norms.append(accelerator.clip_grad_norm_(model.parameters(), schedule.clip))
-        optimizer.step()
-        optimizer.zero_grad()
+        share = len(losses) % accelerator.gradient_accumulation_steps
+        torch.manual_seed(_seed(schedule.seed, progress.step, share, accelerator.process_index))
+        with accelerator.accumulate(model):
+            loss = step(model, batch)
+            losses.append(loss.detach())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norms.append(accelerator.clip_grad_norm_(model.parameters(), schedule.clip))
+            optimizer.step()  # this and the next do nothing before the last share
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
         progress.step += 1
         ema.update(accelerator.unwrap_model(model), step=progress.step)
-        losses.append(loss.detach())
         bar.update()
         if progress.step % schedule.log_every == 0 or progress.step == schedule.steps:
             now = time.monotonic()

@@ -199,18 +199,6 @@ def test_scratch_ignores_the_weights(small, toy_data, tiny_weights):
     assert "random weights" in said[0]
 
 
-def test_the_zeroed_encoder_has_no_parameters_and_says_nothing(small, toy_data):
-    cfg = Config(**small | {"control": "zero_encoder"})
-    model, _ = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", lambda _: None)
-    assert list(model.encoder.parameters()) == []
-    final, maps = model.encoder.forward_intermediates(torch.ones(2, 1, 16, 16, 16), [0, 3])
-    assert [tuple(m.shape) for m in (final, *maps)] == [(2, 64, 2, 2, 2)] + 2 * [(2, 192, 2, 2, 2)]
-    assert not any(m.any() for m in (final, *maps))
-    loss = model(torch.randn(2, 1, 16, 16, 16)).square().mean()
-    loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
 def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
     """The front stays in front: a flip along Y would turn one class into the other."""
     cfg = Config(**small | {"flip_axes": (0, 2)})
@@ -276,6 +264,12 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         ({"batch": 0}, "batch=0; give 1 or more"),
         ({"validate_every": 0}, "validate_every=0; give 1 or more"),
         ({"overlap": 1.0}, "give 0 or more, and less than 1"),
+        ({"accumulate": 0}, "accumulate=0; give 1 or more"),
+        ({"freeze": "decoder_first"}, "give decoder_first 1 or more freeze_steps"),
+        ({"freeze": "decoder_first", "freeze_steps": 9, "steps": 9}, "fewer than steps"),
+        ({"freeze_steps": 9}, "and others none"),
+        ({"model": "basicunet", "freeze": "encoder"}, "take model=unetr"),
+        ({"model": "basicunet", "checkpointing": True}, "take model=unetr"),
         ({"flip_axes": (3,)}, r"give axes among \[0, 1, 2\]"),
     ],
     ids=str,

@@ -27,10 +27,19 @@ class Toy:
     """One process's view of a run: everything a recipe sets up, and its loop."""
 
     def __init__(
-        self, folder, *, steps=8, validate_every=4, log_every=2, save_every_s=0.0, bad=None
+        self,
+        folder,
+        *,
+        steps=8,
+        validate_every=4,
+        log_every=2,
+        save_every_s=0.0,
+        accumulate=1,
+        bad=None,
     ):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(cpu=True)
+        self.accumulate = accumulate
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
         torch.manual_seed(0)
         model = Noisy()
         self.ema = ModelEmaV3(model, decay=0.9, use_warmup=True)
@@ -54,7 +63,14 @@ class Toy:
 
     def batch(self, number):
         generator = torch.Generator().manual_seed(number)
-        return {"image": torch.randn(3, 4, generator=generator), "number": torch.tensor(number)}
+        return {"image": torch.randn(6, 4, generator=generator), "number": torch.tensor(number)}
+
+    def batches(self, first, stop):
+        """Those of some steps, each in as many shares as are accumulated."""
+        for number in range(first, stop):
+            batch = self.batch(number)
+            for share in batch["image"].chunk(self.accumulate):
+                yield batch | {"image": share}
 
     def step(self, model, batch):
         loss = model(batch["image"]).square().mean()
@@ -68,7 +84,7 @@ class Toy:
                 self.accelerator,
                 self.step,
                 self.model,
-                map(self.batch, range(first, self.schedule.next_stop(first))),
+                self.batches(first, self.schedule.next_stop(first)),
                 self.optimizer,
                 self.ema,
                 self.progress,

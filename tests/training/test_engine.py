@@ -1,9 +1,11 @@
 """The body of the loop: what a step does, and that a killed run loses nothing."""
 
+import numpy as np
 import pytest
 import torch
 
 from sammed3d_backbone.training import optim
+from sammed3d_backbone.training.engine import Schedule
 
 
 class Killed(Exception):
@@ -129,3 +131,54 @@ def test_another_number_of_processes_is_refused_with_the_launch_that_fits(toy):
     killed_after(of_two, 5)
     with pytest.raises(ValueError, match="accelerate launch --num_processes 2"):
         toy()
+
+
+def test_accumulated_shares_are_one_big_batch(toy):
+    runs = {}
+    for accumulate in (1, 3):
+        runs[accumulate] = toy(f"in_{accumulate}", accumulate=accumulate)
+        runs[accumulate].model.drop.p = 0.0  # its draws depend on the shape of a batch
+        runs[accumulate].go()
+    whole, shares = (
+        [(r["loss"], r["grad_norm"], r["lr"]) for r in runs[n].run.records() if "loss" in r]
+        for n in (1, 3)
+    )
+    assert np.allclose(whole, shares, rtol=1e-5)
+    for a, b in zip(runs[1].state(), runs[3].state(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_accumulation_killed_between_two_steps_ends_with_the_same_bits(toy, step):
+    whole = toy("whole", accumulate=2)
+    whole.go()
+    killed_after(toy("killed", accumulate=2), step)
+    rest = toy("killed", accumulate=2)
+    rest.go()
+    assert equal(rest, whole)
+
+
+def test_every_share_of_a_step_draws_its_own_random_numbers(toy):
+    seen = []
+    run = toy(accumulate=2, steps=2)
+    step = run.step
+    run.step = lambda model, batch: (seen.append(torch.initial_seed()), step(model, batch))[1]
+    run.go()
+    assert len(set(seen)) == len(seen) == 4
+
+
+def schedule(**changes):
+    numbers = {"steps": 100, "validate_every": 10, "lr": 2.0, "warmup_steps": 4, "clip": 1.0}
+    return Schedule(**numbers | {"log_every": 1, "save_every_s": 1.0, "seed": 0} | changes)
+
+
+def test_the_rate_rises_and_falls():
+    rates = [schedule().lr_at(step) for step in range(100)]
+    assert rates == [2.0 * optim.warmup_cosine(step, 100, 4) for step in range(100)]
+
+
+def test_after_a_part_has_waited_all_start_from_low_again():
+    rates = [schedule(freeze_steps=20).lr_at(step) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert set(rates[4:20]) == {2.0}
+    assert rates[20:] == [2.0 * optim.warmup_cosine(step, 80, 4) for step in range(80)]
