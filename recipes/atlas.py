@@ -29,7 +29,8 @@ from scipy import fft, ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from sammed3d_backbone.data.datasets import Case, Dataset, find_dataset, read_dataset, read_fold
+from sammed3d_backbone.data.datasets import Case, Dataset, read_fold
+from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.geometry import Geometry
 from sammed3d_backbone.data.preparation import annotated_classes, load_image, load_label
 from sammed3d_backbone.data.volume import Volume

@@ -15,7 +15,7 @@ from prepare_demo_data import write_demo_data
 
 from sammed3d_backbone import config
 from sammed3d_backbone.checkpoint import read
-from sammed3d_backbone.data.datasets import find_dataset, read_dataset
+from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.factory import variant_of
 from sammed3d_backbone.pretrained import WEIGHTS
 from sammed3d_backbone.training.runs import runs_folder

@@ -24,11 +24,11 @@ import torch
 from sammed3d_backbone.data.datasets import (
     Case,
     Dataset,
-    find_dataset,
-    read_dataset,
     read_fold,
     with_subjects,
 )
+from sammed3d_backbone.data.folders import find_dataset, read_dataset
+from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.report import About, write_report, write_results
@@ -58,10 +58,11 @@ def main() -> None:
         help="a model (file, or repo_id:file on the Hub), a folder of predictions, or a run",
     )
     parser.add_argument(
-        "data", nargs="?", help="folder with dataset.json, or its name below SAMMED3D_DATA"
+        "data", nargs="?", help="folder of the data set, or its name below SAMMED3D_DATA"
     )
     parser.add_argument("--fold", type=int, help="score its validation cases; all cases without")
     parser.add_argument("--folds", type=int, default=5, help="to deal where splits.json is missing")
+    parser.add_argument("--layout", type=Path, help="YAML file that describes the folder")
     parser.add_argument("--subjects", type=Path, help="JSON file, case -> subject")
     parser.add_argument("--tolerance-mm", type=float, default=TOLERANCE_MM, help="of surface Dice")
     parser.add_argument(
@@ -84,7 +85,8 @@ def remake(run: Path, baseline: Path | None) -> Path:
 
 def evaluate(args: argparse.Namespace) -> Path:
     """Scores the cases and returns the page."""
-    dataset = read_dataset(find_dataset(args.data))
+    layout = read_layout(args.layout) if args.layout is not None else None
+    dataset = read_dataset(find_dataset(args.data, layout), layout)
     if args.subjects is not None:
         dataset = with_subjects(dataset, args.subjects)
     ids, split = [case.id for case in dataset.cases], "all cases"

@@ -44,11 +44,11 @@ from sammed3d_backbone.data.datasets import (
     Dataset,
     Fold,
     few_subjects,
-    find_dataset,
-    read_dataset,
     read_fold,
     with_subjects,
 )
+from sammed3d_backbone.data.folders import find_dataset, read_dataset
+from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import (
     PreparedCase,
     load_image,
@@ -82,8 +82,9 @@ class Config:
     """The knobs."""
 
     name: str  # of the run's folder below SAMMED3D_RUNS
-    data: str  # folder with dataset.json, or its name below SAMMED3D_DATA
-    fold: int = 0  # of splits.json; without one, of `folds` dealt by case
+    data: str  # folder of the data set, or its name below SAMMED3D_DATA
+    layout: str | None = None  # YAML file that describes the folder, seen from recipes/
+    fold: int = 0  # of splits.json or the published split; without, of `folds` dealt by subject
     folds: int = 5
     subjects: str | None = None  # JSON file, case -> subject, seen from recipes/
     labels: int | None = None  # train on this many subjects, drawn by the seed; None: all
@@ -254,9 +255,11 @@ def main(cfg: Config) -> dict[str, Any]:
 
 def choose_cases(cfg: Config) -> tuple[Dataset, Fold]:
     """The data set and which of its cases train and validate; no image is read yet."""
-    dataset = read_dataset(find_dataset(cfg.data))
+    here = Path(__file__).parent
+    layout = None if cfg.layout is None else read_layout(here / cfg.layout)
+    dataset = read_dataset(find_dataset(cfg.data, layout), layout)
     if cfg.subjects is not None:
-        dataset = with_subjects(dataset, Path(__file__).parent / cfg.subjects)
+        dataset = with_subjects(dataset, here / cfg.subjects)
     fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
     if cfg.labels is not None:
         fold = replace(fold, train=few_subjects(dataset, fold.train, cfg.labels, cfg.seed))

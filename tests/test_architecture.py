@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "variants": set(),
     "config": set(),
     "checkpoint": set(),
-    "data": set(),
+    "data": {"config"},
     "files": set(),
     "provenance": set(),
     "clicks": {"data.geometry"},

@@ -15,13 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sammed3d_backbone.data.datasets import (
-    Case,
-    Dataset,
-    DatasetError,
-    label_problems,
-    pair_problems,
-)
+from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, values_of
+from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.intensity import MODES, normalise
 from sammed3d_backbone.data.volume import Volume
@@ -87,20 +82,29 @@ def load_image(case: Case) -> Volume:
     if len(volumes) == 1:
         return first
     for path, volume in zip(case.images[1:], volumes[1:], strict=True):
-        problems = pair_problems(path, volume, first)
-        if problems:
-            raise ValueError(problems[0].replace("its label", f"channel {case.images[0].name}"))
+        if problems := pair_problems(path, volume, case.images[0], first):
+            raise ValueError(problems[0])
     return replace(first, array=np.stack([volume.array for volume in volumes]))
 
 
 def load_label(case: Case) -> Volume:
-    """The label volume of a case, as integers.
+    """The label volume of a case: class numbers, whatever its files hold for them.
 
     Raises:
-        ValueError: If the file is unreadable.
+        ValueError: If a file is unreadable.
     """
-    label = Volume.load(case.label)
-    return replace(label, array=np.round(label.array).astype(np.int16))
+    stored = Volume.load(case.label_files[0])
+    values = np.round(stored.array).astype(np.int32)
+    if not case.masks and not case.values:
+        return replace(stored, array=values)
+    numbers = np.zeros(stored.shape, np.int32)
+    if case.masks:
+        for number, path in enumerate(case.masks, start=1):
+            numbers[Volume.load(path).array > 0] = number
+    else:
+        for number, value in enumerate(case.values, start=1):
+            numbers[values == value] = number
+    return replace(stored, array=numbers)
 
 
 def annotated_classes(case: Case, dataset: Dataset) -> Tensor:
@@ -138,17 +142,25 @@ def prepare_cases(
 
 def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume] | None]:
     """What is wrong with a case, or its image and label."""
+    problems: list[str] = []
+    known = (0, 1) if case.masks else (0, *(case.values or range(1, len(dataset.labels))))
     try:
-        image, raw = load_image(case), Volume.load(case.label)
+        image = load_image(case)
+        for path in case.label_files:  # one in memory at a time: there may be a hundred
+            stored = Volume.load(path)
+            problems += label_problems(path, stored, known)
+            problems += pair_problems(path, stored, case.images[0], image)
     except (ValueError, FileNotFoundError) as error:
-        return [str(error)], None
-    problems = label_problems(case.label, raw, dataset.labels)
-    problems += pair_problems(case.images[0], image, raw)
+        return [*problems, str(error)], None
+    if not np.isfinite(image.array).all():
+        problems.append(f"{case.images[0]}: holds NaN or infinity; replace those voxels")
     if image.channels != len(dataset.channels):
         problems.append(
-            f"{case.images[0]}: {image.channels} channels, but dataset.json names "
-            f"{len(dataset.channels)}; mend one"
+            f"{case.images[0]}: {image.channels} channels, but {len(dataset.channels)} are named "
+            f"({', '.join(dataset.channels)}); mend one"
         )
     if problems:
         return problems, None
-    return [], (image, replace(raw, array=raw.array.astype(np.int16)))
+    label = load_label(case)
+    found = [dataset.labels[int(value)] for value in values_of(label.array) if value]
+    return class_problems(case, found), (image, label)

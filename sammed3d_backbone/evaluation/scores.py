@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sammed3d_backbone.data.datasets import Case, Dataset, pair_problems
+from sammed3d_backbone.data.checks import pair_problems
+from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.data.preparation import annotated_classes, load_label
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.metrics import (
@@ -104,7 +105,7 @@ def score_case(
         ValueError: If the prediction lies on another grid than the reference.
     """
     label = load_label(case)
-    problems = pair_problems(Path(f"prediction of {case.id}"), prediction, label)
+    problems = pair_problems(Path(f"prediction of {case.id}"), prediction, case.label, label)
     if problems:
         raise ValueError(problems[0])
     known = annotated_classes(case, dataset)

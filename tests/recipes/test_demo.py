@@ -9,7 +9,8 @@ from prepare_demo_data import GAP_MM, NOTE, write_demo_data
 
 from sammed3d_backbone import encoder
 from sammed3d_backbone.checkpoint import write
-from sammed3d_backbone.data.datasets import read_dataset, read_fold
+from sammed3d_backbone.data.datasets import read_fold
+from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import Preparation, load_image, prepare_cases
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.data.crops import CropStream
-from sammed3d_backbone.data.datasets import read_dataset
+from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.export import load_model, segment_volume

@@ -18,15 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.clicks import Mask
-from sammed3d_backbone.data.datasets import (
-    Case,
-    DatasetError,
-    find_dataset,
-    label_problems,
-    pair_problems,
-    read_dataset,
-)
-from sammed3d_backbone.data.preparation import load_image
+from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
+from sammed3d_backbone.data.datasets import Case, DatasetError
+from sammed3d_backbone.data.folders import find_dataset, read_dataset
+from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import Volume
 
 Modality = Literal["ct", "mr", "us"]
@@ -99,7 +94,7 @@ class ClickSet:
         """Of the files of all cases: the same files give the same hash, wherever they lie."""
         digest = hashlib.sha256()
         for case in self.cases:
-            for path in dict.fromkeys((*case.case.images, case.case.label)):
+            for path in dict.fromkeys((*case.case.images, *case.case.label_files)):
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
                 digest.update(f"{case.case.id} {path.name} {content}\n".encode())
         return digest.hexdigest()
@@ -195,10 +190,12 @@ def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]
 def _read_pair(case: ClickCase) -> tuple[Volume, NDArray[Any]]:
     """Image and integer labels of NIfTI files that lie on one grid."""
     files = case.case
-    image, label = load_image(files), Volume.load(files.label)
-    values = dict.fromkeys(np.unique(label.array).astype(int).tolist(), "")
-    problems = label_problems(files.label, label, values)  # any whole number is a label here
-    problems += pair_problems(files.images[0], image, label)
+    image = load_image(files)
+    problems: list[str] = []
+    for path in files.label_files:
+        label = Volume.load(path)
+        problems += label_problems(path, label, values_of(label.array))  # any number is a label
+        problems += pair_problems(path, label, files.images[0], image)
     if image.channels != 1:
         problems.append(
             f"{files.images[0]}: {image.channels} channels, and a click model takes one; make a "
@@ -206,7 +203,7 @@ def _read_pair(case: ClickCase) -> tuple[Volume, NDArray[Any]]:
         )
     if problems:
         raise DatasetError(f"{files.id} cannot be used:", problems)
-    return image, np.round(label.array).astype(np.int32)
+    return image, load_label(files).array
 
 
 def _singles(folder: Path) -> ClickSet:

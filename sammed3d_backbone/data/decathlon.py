@@ -1,0 +1,157 @@
+"""``dataset.json``: the Medical Segmentation Decathlon and nnU-Net's raw folders, both versions.
+
+The three differ in who lists the cases (the file, the folder), in the form of "labels", and in
+whether channels share a file. They are told apart by what is there, not by a version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json
+from sammed3d_backbone.data.volume import SUFFIXES
+
+DESCRIPTION = "dataset.json"
+
+
+def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
+    """The data set of a folder with a dataset.json.
+
+    Args:
+        folder: That holds it.
+        problems: What is wrong is added here.
+
+    Raises:
+        DatasetError: If dataset.json is no JSON object.
+    """
+    description = folder / DESCRIPTION
+    info = read_json(description)
+    if not isinstance(info, dict):
+        raise DatasetError(f"{description} cannot be used:", ["it is no JSON object; mend it"])
+    labels = _labels(info, problems)
+    channels = _channels(info, problems)
+    if isinstance(info.get("dataset"), dict):
+        cases = _mapped_cases(folder, info["dataset"], problems)
+    elif "training" in info:
+        cases = _listed_cases(folder, info, channels, problems)
+    else:
+        cases = _found_cases(folder, info.get("file_ending", ".nii.gz"), channels, problems)
+    return Dataset(
+        name=str(info.get("name", folder.name)),
+        folder=folder,
+        labels=labels,
+        channels=channels,
+        cases=tuple(cases),
+        note=str(info.get("note", "")),
+        about={key: str(info[key]) for key in ("reference", "licence") if key in info},
+    )
+
+
+def _labels(info: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
+    """Value -> name, from ``{"0": "background"}`` or nnU-Net 2's ``{"background": 0}``."""
+    given = info.get("labels")
+    if not isinstance(given, dict) or not given:
+        problems.append('"labels" is missing; name the values, as {"0": "background", "1": ...}')
+        return {0: "background"}
+    labels: dict[int, str] = {}
+    for key, value in given.items():
+        if isinstance(value, int):
+            labels[value] = str(key)
+        elif isinstance(value, str) and str(key).isdigit():
+            labels[int(key)] = value
+        else:
+            problems.append(
+                f"label {key!r}: {value!r} is a region or no number; give one value per class"
+            )
+    if "ignore" in labels.values():
+        problems.append('the label "ignore" is not supported; give those cases as "annotated"')
+    if not problems and sorted(labels) != list(range(len(labels))):
+        problems.append(f"label values {sorted(labels)} have gaps; number them 0, 1, 2, ...")
+    return dict(sorted(labels.items()))
+
+
+def _channels(info: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+    """Names in order, from ``{"0": "CT"}`` under "modality" or nnU-Net 2's "channel_names"."""
+    named = info.get("channel_names") or info.get("modality") or {"0": "image"}
+    if not isinstance(named, dict) or sorted(named) != [str(i) for i in range(len(named))]:
+        problems.append('the channels are not numbered; give them as {"0": "T1", "1": "T2"}')
+        return ("image",)
+    return tuple(str(named[str(i)]) for i in range(len(named)))
+
+
+def _listed_cases(
+    folder: Path, info: Mapping[str, Any], channels: tuple[str, ...], problems: list[str]
+) -> list[Case]:
+    """The cases of the lists: the Decathlon's, or nnU-Net 1's with files per channel.
+
+    Where "validation" lists labels too, as in AMOS, the two lists are the published split.
+    """
+    validation = [e for e in info.get("validation") or () if isinstance(e, dict) and "label" in e]
+    cases = []
+    for split, listed in (("train", info["training"]), ("val", validation)):
+        for entry in listed:
+            if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
+                problems.append(f'{entry!r} in "training" lacks "image" or "label"; add both paths')
+                continue
+            image = folder / entry["image"]
+            stem, ending = _split_name(image.name)
+            per_channel = _channel_files(image.parent, stem, ending, len(channels))
+            has_several = not image.is_file() and any(path.is_file() for path in per_channel)
+            annotated = entry.get("annotated")
+            cases.append(
+                Case(
+                    id=stem,
+                    images=per_channel if has_several else (image,),
+                    label=folder / entry["label"],
+                    annotated=None if annotated is None else tuple(annotated),
+                    truncated=tuple(entry.get("truncated", ())),
+                    subject=str(entry.get("subject", "")),
+                    split=split if validation else "",
+                )
+            )
+    return cases
+
+
+def _mapped_cases(folder: Path, mapped: Mapping[str, Any], problems: list[str]) -> list[Case]:
+    """The cases of nnU-Net 2's "dataset": case -> its images and label, wherever they lie."""
+    cases = []
+    for name, entry in mapped.items():
+        if not isinstance(entry, dict) or not {"images", "label"} <= set(entry):
+            problems.append(f'{name} in "dataset" lacks "images" or "label"; add the paths')
+            continue
+        images = tuple(folder / path for path in entry["images"])
+        cases.append(Case(name, images, folder / entry["label"]))
+    return cases
+
+
+def _found_cases(
+    folder: Path, ending: str, channels: tuple[str, ...], problems: list[str]
+) -> list[Case]:
+    """The cases of nnU-Net 2's folders: imagesTr/CASE_0000.nii.gz, ..., labelsTr/CASE.nii.gz."""
+    if ending not in SUFFIXES:
+        problems.append(f"files end in {ending}; convert them to .nii.gz")
+        return []
+    images, labels = folder / "imagesTr", folder / "labelsTr"
+    first = f"_0000{ending}"
+    stems = {path.name.removesuffix(first) for path in images.glob(f"[!.]*{first}")}
+    stems |= {path.name.removesuffix(ending) for path in labels.glob(f"[!.]*{ending}")}
+    return [
+        Case(
+            id=stem,
+            images=_channel_files(images, stem, ending, len(channels)),
+            label=labels / f"{stem}{ending}",
+        )
+        for stem in sorted(stems)
+    ]
+
+
+def _channel_files(folder: Path, stem: str, ending: str, channels: int) -> tuple[Path, ...]:
+    return tuple(folder / f"{stem}_{channel:04d}{ending}" for channel in range(channels))
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """``case.nii.gz`` -> ``case``, ``.nii.gz``."""
+    ending = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    return name.removesuffix(ending), ending

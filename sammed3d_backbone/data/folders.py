@@ -1,0 +1,89 @@
+"""A folder on disk -> the data set in it; no volume is opened.
+
+What the folder holds decides: ``dataset.json`` (Decathlon, nnU-Net), ``dataset_description.json``
+(BIDS), or neither, and then a `Layout` says where the files lie.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from sammed3d_backbone.data import bids, decathlon
+from sammed3d_backbone.data.datasets import Dataset, DatasetError
+from sammed3d_backbone.data.layouts import Layout, read_described
+
+DATA_VARIABLE = "SAMMED3D_DATA"
+DEFAULT_DATA = "../shared/data"
+DESCRIPTIONS = {
+    decathlon.DESCRIPTION: decathlon.read_decathlon,
+    bids.DESCRIPTION: bids.read_bids,
+}
+
+
+def find_dataset(data: str, layout: Layout | None = None) -> Path:
+    """The folder of a data set: as given, or of that name below SAMMED3D_DATA.
+
+    Args:
+        data: Path or name.
+        layout: Of a folder that does not describe itself.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or it lacks a description.
+    """
+    places = [Path(data).expanduser()]
+    if not places[0].is_absolute():
+        places.append(Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / data)
+    for place in places:
+        if layout is not None and place.is_dir():
+            return place
+        if any((place / name).is_file() for name in DESCRIPTIONS):
+            return place
+    sought = "folder" if layout is not None else "dataset.json"
+    raise FileNotFoundError(
+        f"no {sought} in {' or '.join(map(str, places))}; pass data=FOLDER (Decathlon, nnU-Net raw "
+        f"or BIDS; layout=FILE for another), or set {DATA_VARIABLE} to the folder that holds {data}"
+    )
+
+
+def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
+    """The data set in a folder.
+
+    Args:
+        folder: That describes itself, unless a layout does.
+        layout: Where its files lie; wins over what the folder says.
+
+    Raises:
+        FileNotFoundError: If the folder holds no description and no layout is given.
+        DatasetError: If the description or the files it names are not usable; all reasons at once.
+    """
+    folder = Path(folder)
+    problems: list[str] = []
+    if layout is not None:
+        dataset = read_described(folder, layout, problems)
+    else:
+        found = next((name for name in DESCRIPTIONS if (folder / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"no {' or '.join(DESCRIPTIONS)} in {folder}; pass the folder that holds it, or "
+                "layout=FILE"
+            )
+        dataset = DESCRIPTIONS[found](folder, problems)
+    if not dataset.cases and not problems:
+        problems.append("no labelled cases; put them into imagesTr and labelsTr")
+    for case in dataset.cases:
+        problems += [
+            f"{path} is missing; copy it or remove {case.id}"
+            for path in (*case.images, *case.label_files)
+            if not path.is_file()
+        ]
+        named = (*(case.annotated or ()), *case.truncated)
+        if unknown := [name for name in named if name not in dataset.classes]:
+            problems.append(f"{case.id}: {unknown} are no classes of this set; mend dataset.json")
+    times = Counter(case.id for case in dataset.cases)
+    problems += [f"{name} is listed {n} times; keep one" for name, n in times.items() if n > 1]
+    if problems:
+        raise DatasetError(f"{folder} cannot be used:", problems)
+    return replace(dataset, cases=tuple(sorted(dataset.cases, key=lambda case: case.id)))

@@ -1,0 +1,90 @@
+"""What is wrong with opened volumes, in sentences with the path and the remedy."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, values_of
+from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.volume import Volume
+
+LABEL = Path("somewhere/label.nii.gz")
+
+
+def labels_with(value):
+    array = np.zeros((4, 4, 4))
+    array[0, 0, 0] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("array", "remedy"),
+    [
+        (labels_with(1), None),
+        (labels_with(9), r"values \[9\] are not declared \(\[0, 1\]\); add or mend"),
+        (labels_with(-1), r"values \[-1\]"),
+        (labels_with(0.5), "save them as integers"),
+        (labels_with(np.nan), "save them as integers"),
+        (np.ones((2, 4, 4, 4)), "save one integer volume"),
+    ],
+)
+def test_a_label_volume_is_checked(array, remedy):
+    problems = label_problems(LABEL, Volume(array, np.eye(4)), (0, 1))
+    if remedy is None:
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert problem.startswith(str(LABEL))
+        assert re.search(remedy, problem)
+
+
+def problems_of_pair(volume):
+    return pair_problems(
+        LABEL, volume, Path("image.nii.gz"), Volume(np.zeros((4, 4, 4)), np.eye(4))
+    )
+
+
+def test_a_grid_that_differs_in_the_fourth_decimal_is_the_same_grid():
+    moved = np.eye(4)
+    moved[0, 3] += 4e-4
+    assert problems_of_pair(Volume(np.zeros((4, 4, 4)), moved)) == []
+
+
+@pytest.mark.parametrize(
+    ("volume", "remedy"),
+    [
+        (Volume(np.zeros((4, 4, 5)), np.eye(4)), r"image\.nii\.gz has \(4, 4, 4\); resample one"),
+        (Volume(np.zeros((4, 4, 4)), np.diag([1.1, 1, 1, 1])), r"up to 0\.3 mm.*mend one affine"),
+    ],
+)
+def test_volumes_on_two_grids_are_reported(volume, remedy):
+    (problem,) = problems_of_pair(volume)
+    assert re.search(remedy, problem)
+
+
+@pytest.mark.parametrize(
+    ("annotated", "found", "remedy"),
+    [
+        (None, ["head"], None),
+        (("head",), ["head", "tail"], None),
+        (None, [], r"background only; remove the case or label it"),
+        (("head", "tail"), ["head"], r"\['tail'\] are annotated.*take them out there"),
+    ],
+)
+def test_what_is_said_to_be_drawn_has_to_be_there(annotated, found, remedy):
+    problems = class_problems(Case("one", (), LABEL, annotated=annotated), found)
+    if remedy is None:
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert problem.startswith(str(LABEL))
+        assert re.search(remedy, problem)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint8])
+def test_the_values_of_a_volume_are_found(dtype, rng):
+    array = rng.integers(0, 7, (5, 6, 7)).astype(dtype)
+    array[0, 0, 0] = 255
+    assert np.array_equal(values_of(array), np.unique(array))

@@ -1,0 +1,120 @@
+"""dataset.json in the forms of the Decathlon and of nnU-Net."""
+
+import json
+
+import pytest
+
+from sammed3d_backbone.data.datasets import DatasetError
+from sammed3d_backbone.data.folders import read_dataset
+
+
+def test_a_decathlon_folder_is_read(decathlon):
+    dataset = read_dataset(decathlon(note="a toy", reference="nobody"))
+    assert [case.id for case in dataset.cases] == ["case_0", "case_1", "case_2", "case_3"]
+    assert dataset.labels == {0: "background", 1: "head", 2: "tail"}
+    assert dataset.classes == ("head", "tail")
+    assert dataset.channels == ("MRI",)
+    assert (dataset.note, dataset.about) == ("a toy", {"reference": "nobody"})
+
+
+def test_an_nnunet_2_folder_is_read(nnunet):
+    dataset = read_dataset(nnunet())
+    assert dataset.channels == ("T1", "FLAIR")
+    assert dataset.labels == {0: "background", 1: "head", 2: "tail"}
+    assert [path.name for path in dataset.cases[1].images] == [
+        "case_1_0000.nii.gz",
+        "case_1_0001.nii.gz",
+    ]
+
+
+def test_files_that_a_mac_leaves_behind_are_no_cases(nnunet):
+    folder = nnunet()
+    (folder / "labelsTr" / "._case_0.nii.gz").write_bytes(b"")
+    assert len(read_dataset(folder).cases) == 3
+
+
+def test_an_nnunet_1_folder_lists_cases_and_has_a_file_per_channel(nnunet):
+    training = [
+        {"image": f"./imagesTr/case_{i}.nii.gz", "label": f"./labelsTr/case_{i}.nii.gz"}
+        for i in range(3)
+    ]
+    dataset = read_dataset(nnunet(training=training))
+    assert [path.name for path in dataset.cases[0].images] == [
+        "case_0_0000.nii.gz",
+        "case_0_0001.nii.gz",
+    ]
+
+
+def test_what_was_annotated_and_what_is_cut_off_is_kept(decathlon):
+    folder = decathlon(cases=1)
+    info = json.loads((folder / "dataset.json").read_text())
+    info["training"][0] |= {"annotated": ["head"], "truncated": ["head"]}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    (case,) = read_dataset(folder).cases
+    assert (case.annotated, case.truncated) == (("head",), ("head",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"labels": None}, "name the values, as"),
+        ({"labels": {"background": 0, "both": [1, 2]}}, "give one value per class"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, 'give those cases as "annotated"'),
+        ({"labels": {"0": "background", "2": "b"}}, "number them 0, 1, 2"),
+        ({"training": [{"image": "x.nii.gz"}]}, "add both paths"),
+        ({"training": []}, "put them into imagesTr and labelsTr"),
+        ({"modality": ["MRI"]}, "the channels are not numbered; give them as"),
+        ({"modality": {"1": "MRI"}}, "the channels are not numbered"),
+    ],
+)
+def test_a_description_that_does_not_do_is_refused(decathlon, changes, remedy):
+    with pytest.raises(DatasetError, match=remedy):
+        read_dataset(decathlon(**changes))
+
+
+def test_files_in_another_format_are_to_be_converted(nnunet):
+    with pytest.raises(DatasetError, match=r"convert them to \.nii\.gz"):
+        read_dataset(nnunet(file_ending=".nrrd"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_description_that_is_no_json_object_is_refused(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DatasetError, match="mend it"):
+        read_dataset(tmp_path)
+
+
+def test_nnunets_map_of_cases_may_point_anywhere(nnunet):
+    folder = nnunet()
+    (folder / "elsewhere").mkdir()
+    (folder / "labelsTr/case_1.nii.gz").rename(folder / "elsewhere/mask.nii.gz")
+    channels = [f"imagesTr/case_1_{channel:04d}.nii.gz" for channel in range(2)]
+    mapped = {"one": {"images": channels, "label": "elsewhere/mask.nii.gz"}}
+    (case,) = read_dataset(nnunet(dataset=mapped)).cases
+    assert (case.id, case.label) == ("one", folder / "elsewhere/mask.nii.gz")
+    assert [path.name for path in case.images] == ["case_1_0000.nii.gz", "case_1_0001.nii.gz"]
+
+
+def test_an_entry_of_nnunets_map_without_paths_is_refused(nnunet):
+    with pytest.raises(DatasetError, match='one in "dataset" lacks "images" or "label"'):
+        read_dataset(nnunet(dataset={"one": {"images": []}}))
+
+
+def test_a_labelled_validation_list_is_the_published_split(decathlon):
+    folder = decathlon()
+    info = json.loads((folder / "dataset.json").read_text())
+    info["validation"] = [info["training"].pop()]
+    (folder / "dataset.json").write_text(json.dumps(info))
+    assert [case.split for case in read_dataset(folder).cases] == ["train"] * 3 + ["val"]
+
+
+def test_a_validation_list_without_labels_is_passed_over(decathlon):
+    folder = decathlon(validation=["./imagesTs/case_9.nii.gz", {"image": "x.nii.gz"}])
+    assert {case.split for case in read_dataset(folder).cases} == {""}
+
+
+def test_an_image_that_nobody_labelled_is_missed(nnunet):
+    folder = nnunet()
+    (folder / "labelsTr/case_2.nii.gz").unlink()
+    with pytest.raises(DatasetError, match=r"labelsTr/case_2\.nii\.gz is missing; copy it"):
+        read_dataset(folder)
