@@ -1,11 +1,14 @@
 """A small Hub on loopback: resolve, redirect to a second server, ranges, errors, broken transfers.
 
-It speaks as much of the Hub's protocol as `huggingface_hub` uses to download a file: the Hub
-answers /org/name/resolve/revision/file with the commit, the ETag and a redirect; the store behind
-it, another origin as in reality, holds the bytes.
+It speaks as much of the Hub's protocol as `huggingface_hub` uses to download and upload a file: the
+Hub answers /org/name/resolve/revision/file with the commit, the ETag and a redirect; the store
+behind it, another origin as in reality, holds the bytes. An upload makes the repository, asks which
+files are large, puts those into the store, and commits all of them at once.
 """
 
+import base64
 import hashlib
+import json
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,6 +36,7 @@ def loopback_hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files go by LFS
         huggingface_hub.close_session()
         yield hub
         huggingface_hub.close_session()
@@ -47,6 +51,9 @@ class HubServer:
     def __init__(self):
         self.commits = {}  # repository -> {commit: {file: content}}, the last is main
         self.tokens = {}  # repository -> the token that it wants
+        self.owners = {}  # token that may write -> whose it is
+        self.private = set()  # repositories that were made private
+        self.uploaded = {}  # hash -> content in the store that no commit names yet
         self.moved = {}  # old name -> new name
         self.cuts = []  # numbers of bytes after which the next transfers break off
         self.requests = []  # (server, method, path, headers)
@@ -75,12 +82,19 @@ class HubServer:
 
     def publish(self, repo_id, filename, content):
         """Add or replace a file; returns the new commit."""
+        return self.commit(repo_id, {filename: content})
+
+    def commit(self, repo_id, changed):
+        """Add or replace files, name -> content; returns the new commit."""
         history = self.commits.setdefault(repo_id, {})
-        files = dict(history[list(history)[-1]]) if history else {}
-        files[filename] = content
-        commit = hashlib.sha1(f"{repo_id}{len(history)}{filename}".encode()).hexdigest()
-        history[commit] = files
+        commit = hashlib.sha1(f"{repo_id}{len(history)}{sorted(changed)}".encode()).hexdigest()
+        history[commit] = self.files(repo_id) | changed
         return commit
+
+    def files(self, repo_id):
+        """Of the newest commit, name -> content."""
+        history = self.commits[repo_id]
+        return dict(history[list(history)[-1]]) if history else {}
 
     def asked(self, server, method):
         """Headers of the requests of one method that one of the two servers got."""
@@ -134,6 +148,68 @@ class _HubHandler(_Handler):
 
     do_GET = do_HEAD
 
+    def do_POST(self):
+        self.note()
+        hub, path = self.server.hub, self.path.partition("?")[0]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if path == "/api/validate-yaml":
+            is_page = json.loads(body)["content"].startswith("---\n")
+            return self.reply(200 if is_page else 400, {"errors": [{"message": "no metadata"}]})
+        owner = hub.owners.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if owner is None:
+            return self.reply(401, {"error": "Invalid username or password."})
+        if path == "/api/repos/create":
+            return self.create(owner, json.loads(body))
+        if path.endswith("/info/lfs/objects/batch"):
+            return self.offer_store(json.loads(body)["objects"])
+        repo_id, what = path.removeprefix("/api/models/").removesuffix("/main").rsplit("/", 1)
+        if what == "preupload":
+            return self.sort_by_size(json.loads(body)["files"])
+        return self.commit(repo_id, [json.loads(line) for line in body.splitlines()])
+
+    def create(self, owner, asked):
+        hub = self.server.hub
+        repo_id = f"{asked.get('organization') or owner}/{asked['name']}"
+        if not repo_id.startswith(f"{owner}/"):
+            return self.reply(403, {"error": "You don't have the rights"})
+        is_new = repo_id not in hub.commits
+        if is_new:
+            hub.commits[repo_id] = {}
+            is_hidden = asked.get("private") or asked.get("visibility") == "private"
+            hub.private |= {repo_id} if is_hidden else set()
+        return self.reply(200 if is_new else 409, {"url": f"{hub.endpoint}/{repo_id}"})
+
+    def offer_store(self, objects):
+        store = self.server.hub.store
+        for entry in objects:
+            entry["actions"] = {"upload": {"href": f"{store}/{entry['oid']}"}}
+        return self.reply(200, {"objects": objects, "transfer": "basic"})
+
+    def sort_by_size(self, files):
+        is_large = {file["path"]: file["path"].endswith(".safetensors") for file in files}
+        modes = [
+            {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            for path, large in is_large.items()
+        ]
+        return self.reply(200, {"files": modes})
+
+    def commit(self, repo_id, lines):
+        hub, changed = self.server.hub, {}
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                changed[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                changed[value["path"]] = hub.uploaded[value["oid"]]
+        commit = hub.commit(repo_id, changed)
+        url = f"{hub.endpoint}/{repo_id}/commit/{commit}"
+        return self.reply(200, {"commitUrl": url, "commitOid": commit})
+
+    def reply(self, status, content):
+        """An answer in JSON."""
+        body = json.dumps(content).encode()
+        self.answer(status, {"Content-Type": "application/json", "Content-Length": len(body)}, body)
+
     def resolve(self, repo_id, revision, filename):
         hub = self.server.hub
         if repo_id in hub.moved:
@@ -170,6 +246,17 @@ class _HubHandler(_Handler):
 
 class _StoreHandler(_Handler):
     name = "store"
+
+    def do_PUT(self):
+        self.note()
+        if self.server.hub.cuts:
+            self.server.hub.cuts.pop(0)
+            self.close_connection = True
+            return None
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(content).hexdigest() == self.path.strip("/")
+        self.server.hub.uploaded[self.path.strip("/")] = content
+        return self.answer(200)
 
     def do_GET(self):
         self.note()

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "factory": {"models", "variants", "pretrained", "checkpoint"},
     "predictor": {"models", "data", "factory", "checkpoint", "files"},
     "export": {"checkpoint", "factory", "pretrained", "adapters", "data"},
+    "publish": {"export", "pretrained"},
     "evaluation": {"data", "clicks", "files"},
     "training": {"clicks", "config", "data", "evaluation", "files"},
 }

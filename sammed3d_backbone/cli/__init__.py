@@ -21,6 +21,7 @@ COMMANDS = (
     weights.add_convert,
     weights.add_verify,
     models.add_predict,
+    models.add_push,
 )
 
 

@@ -1,4 +1,4 @@
-"""Commands on fine-tuned networks: `sammed3d predict`."""
+"""Commands on fine-tuned networks: `sammed3d predict` and `push`."""
 
 import argparse
 from pathlib import Path
@@ -52,4 +52,51 @@ def _run_predict(args: argparse.Namespace) -> int:
             voxels = int((labels.array == value).sum())
             print(f"{value} {name}: {voxels} voxels, {voxels * voxel_ml:.2f} ml")
     print(args.target)
+    return 0
+
+
+def add_push(commands: "Commands") -> None:
+    """Declares `sammed3d push`."""
+    parser = commands.add_parser(
+        "push",
+        help="upload a fine-tuned model with a page about it to the Hub",
+        description="Sends the model and a README.md made from its card, in one commit.",
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="last.safetensors of a run")
+    parser.add_argument("repo_id", metavar="REPO", help="OWNER/NAME; made if there is none")
+    parser.add_argument("--private", action="store_true", help="hide a new repository")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--licence", help="of the model, by the Hub's name: cc-by-sa-4.0, ...")
+    parser.add_argument(
+        "--scores", type=Path, help="scores.json; of last.safetensors it is the run's own"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the page and send nothing")
+    parser.set_defaults(run=_run_push)
+
+
+def _run_push(args: argparse.Namespace) -> int:
+    import json
+
+    from sammed3d_backbone.export import load_model
+    from sammed3d_backbone.publish import model_page, push_model, require_repo_id
+
+    require_repo_id(args.repo_id)
+    if not args.model.is_file():
+        raise FileNotFoundError(f"no file at {args.model}; give last.safetensors of a run")
+    card = load_model(args.model).card  # also proves that others will be able to load it
+    path, scores = args.scores, None
+    if path is None and args.model.name == "last.safetensors":
+        own = args.model.parent / "results" / "scores.json"
+        path = own if own.is_file() else None
+    if path is not None:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    address = f"{args.repo_id}:{args.model.name}"
+    page = model_page(card, address, scores=scores, licence=args.licence)
+    if args.dry_run:
+        print(page)
+        size_mb = args.model.stat().st_size / 1e6
+        print(f"not sent: {args.model.name} ({size_mb:.1f} MB) and README.md, to {args.repo_id}")
+        return 0
+    print(push_model(args.model, args.repo_id, page, private=args.private, message=args.message))
+    print(f"sammed3d predict {address} IN.nii.gz OUT.nii.gz")
     return 0

@@ -21,6 +21,7 @@ from sammed3d_backbone.data.volume import Volume
 
 PLANES = ("sagittal", "coronal", "axial")
 MARGIN_MM = 8.0  # around what is drawn
+FEW = 20  # points of a curve that are marked
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
@@ -187,7 +188,8 @@ def _draw_curve(
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     if points:
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color=colour, linewidth=width)
+        marker = "." if len(points) < FEW else None
+        axes.plot(steps, values, color=colour, linewidth=width, marker=marker)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=8)
