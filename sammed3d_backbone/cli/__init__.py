@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli import models, weights
+from sammed3d_backbone.cli import clicks, models, weights
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -22,6 +22,7 @@ COMMANDS = (
     weights.add_verify,
     models.add_predict,
     models.add_push,
+    clicks.add_clicks,
 )
 
 

@@ -105,6 +105,11 @@ def curves_svg(records: Sequence[Mapping[str, Any]]) -> str:
             _draw_curve(dice, per_class, name, "", colour=_colour(number), width=0.8)
     _draw_curve(dice, records, "mean_dice", "validation Dice: mean, classes", colour="black")
     _draw_curve(lr, records, "lr", "learning rate")
+    return as_svg(figure)
+
+
+def as_svg(figure: Figure) -> str:
+    """A figure as an SVG element, to stand inside a page."""
     file = io.StringIO()
     # Text stays text, and the same numbers give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):

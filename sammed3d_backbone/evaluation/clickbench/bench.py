@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sammed3d_backbone.clicks import Click, Draws
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target, targets_of
+from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target, target_of, targets_of
 from sammed3d_backbone.evaluation.clickbench.journal import Journal, Line, key_of, read_journal
 from sammed3d_backbone.evaluation.clickbench.protocol import Player, Promptable, Rules, Step
 from sammed3d_backbone.evaluation.clickbench.scoring import plain, score
@@ -80,20 +80,13 @@ def first_difference(
     _, lines = read_journal(folder)
     player = Player(model)
     for key in list(dict.fromkeys(map(key_of, lines)))[:targets]:
-        case, name, track = key
-        target = next(
-            target
-            for asked in click_set.cases
-            if asked.case.id == case
-            for target in targets_of(asked, click_set.name, spacing_is_xyz=rules.spacing_is_xyz)
-            if target.name == name
-        )
-        again, _, _ = played(player, rules, target, track)
+        target = target_of(click_set, key, rules.spacing_is_xyz)
+        again, _, _ = played(player, rules, target, key[2])
         for old, new in zip((line for line in lines if key_of(line) == key), again, strict=True):
             new = json.loads(json.dumps(new))
             for entry in old:
                 if old[entry] != new[entry]:
-                    place = f"{case}, {name}, {track}, step {old.get('step')}, {entry}"
+                    place = f"{', '.join(key)}, step {old.get('step')}, {entry}"
                     return f"{place}: {old[entry]} became {new[entry]}"
     return ""
 

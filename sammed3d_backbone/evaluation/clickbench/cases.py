@@ -153,6 +153,25 @@ def targets_of(case: ClickCase, dataset: str, *, spacing_is_xyz: bool = False) -
             yield Target(dataset, files.id, files.subject, name, image, truth, case.modality)
 
 
+def target_of(
+    click_set: ClickSet, named: tuple[str, str, str], spacing_is_xyz: bool = False
+) -> Target:
+    """The target of a line, by its case and class; opens the files of the case.
+
+    Args:
+        click_set: That the target is of.
+        named: Case, class and track.
+        spacing_is_xyz: How to read the spacing of an npz file, see `read_npz`.
+    """
+    return next(
+        target
+        for case in click_set.cases
+        if case.case.id == named[0]
+        for target in targets_of(case, click_set.name, spacing_is_xyz=spacing_is_xyz)
+        if target.name == named[1]
+    )
+
+
 def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]:
     """Image and labels of a file of the CVPR 2025 challenge: keys imgs, gts and spacing.
 
@@ -211,18 +230,17 @@ def _singles(folder: Path) -> ClickSet:
     path = folder / "labels.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        cases = [
-            ClickCase(
-                Case(
-                    id=Path(entry["label"]).name.split(".")[0],
-                    images=(folder / entry["image"],),
-                    label=folder / entry["label"],
-                ),
-                {int(value): str(name) for value, name in entry["labels"].items()},
-                _modality(str(entry.get("modality", ""))),
+        images = [entry["image"] for entry in entries]
+        cases = []
+        for entry in entries:
+            is_only = images.count(entry["image"]) == 1  # labelled only once
+            files = Case(
+                id=Path(entry["image" if is_only else "label"]).name.split(".")[0],
+                images=(folder / entry["image"],),
+                label=folder / entry["label"],
             )
-            for entry in entries
-        ]
+            names = {int(value): str(name) for value, name in entry["labels"].items()}
+            cases.append(ClickCase(files, names, _modality(str(entry.get("modality", "")))))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"{path} cannot be used:",

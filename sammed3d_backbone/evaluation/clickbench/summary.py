@@ -136,7 +136,7 @@ def compare(one: Sequence[Line], other: Sequence[Line]) -> dict[str, dict[str, A
         steps = min(len(target.dice) for pair in pairs for target in pair)
         measured: dict[str, Callable[[Played], float]] = {
             **{f"dice, click {n}": _at("dice", n) for n in reported_steps(steps)},
-            "nauc": lambda target: target.nauc,
+            **({"nauc": lambda target: target.nauc} if steps > 1 else {}),
             f"nsd_2mm, click {steps}": _at("nsd_2mm", steps),
             f"hd95_mm, click {steps}": _at("hd95_mm", steps),
             "regret": lambda target: target.regret,
@@ -152,6 +152,32 @@ def compare(one: Sequence[Line], other: Sequence[Line]) -> dict[str, dict[str, A
             },
         }
     return found
+
+
+def times_by_part(times: Iterable[Line]) -> dict[str, Any]:
+    """Median and 95th percentile of every part, apart for a volume's first answer and later ones.
+
+    The first answer after a volume was set contains what the object does once per volume.
+    """
+    spent: dict[str, dict[str, list[float]]] = {}
+    peak = 0.0
+    for line in times:
+        kind = "first answer on a volume" if "set_volume" in line["seconds"] else "later clicks"
+        for part, value in line["seconds"].items():
+            spent.setdefault(kind, {}).setdefault(part, []).append(value)
+        peak = max(peak, line["peak_rss_mib"] or 0.0)
+    parts = {
+        kind: {
+            part: {
+                "answers": len(values),
+                "median": round(float(np.median(values)), 4),
+                "p95": round(float(np.percentile(values, 95)), 4),
+            }
+            for part, values in found.items()
+        }
+        for kind, found in spent.items()
+    }
+    return {"parts": parts, "peak_rss_mib": peak or None}
 
 
 def reported_steps(steps: int) -> list[int]:

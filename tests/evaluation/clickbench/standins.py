@@ -117,7 +117,7 @@ def made_set(folder):
     return folder
 
 
-def played_into(out, model, data, rules=SHORT, **header):
+def played_into(out, model, data, rules=SHORT, /, **header):
     """Plays a folder of volumes by some rules; goes on where `out` has results already."""
     journal = Journal(out, {"protocol": rules.name, **header}, rules.steps)
     run(model, rules, read_click_set(data), journal, rules.tracks, progress=False)

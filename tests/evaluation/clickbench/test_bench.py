@@ -26,7 +26,7 @@ def test_there_is_a_line_per_target_track_and_step_after_the_header(finished, li
     asked = [(line["case"], line["first"], line["step"]) for line in lines if "step" in line]
     assert asked == [
         (case, first, step)
-        for case in ("v1_seg", "v2_seg")
+        for case in ("v1", "v2")
         for first in ("centre", "random")
         for step in (1, 2, 3)
     ]
@@ -71,7 +71,7 @@ def test_a_run_repeats_itself(finished):
 def test_what_does_not_repeat_is_named(finished):
     data, out = finished
     found = first_difference(Sphere(3.5), SHORT, read_click_set(data), out, targets=1)
-    assert found.startswith("v1_seg, block, centre, step 1, dice: 0.")
+    assert found.startswith("v1, block, centre, step 1, dice: 0.")
 
 
 def test_failures_are_written(finished, tmp_path, caplog):

@@ -22,10 +22,10 @@ def targets(click_set, **given):
 def test_a_labels_json_gives_named_targets(data):
     found = targets(read_click_set(data))
     assert [(t.case, t.name, int(t.truth.sum())) for t in found] == [
-        ("v1_seg", "block", 6 * 6 * 6),
-        ("v1_seg", "dot", 1),
-        ("v2_seg", "block", 7 * 6 * 6),
-        ("v2_seg", "dot", 1),
+        ("v1", "block", 6 * 6 * 6),
+        ("v1", "dot", 1),
+        ("v2", "block", 7 * 6 * 6),
+        ("v2", "dot", 1),
     ]
     assert {t.modality for t in found} == {"ct"}
     assert found[0].image is found[1].image  # so that the volume is set once
@@ -77,7 +77,7 @@ def test_another_archive_is_refused(tmp_path, change):
 
 def test_classes_and_cases_can_be_chosen(data):
     chosen = read_click_set(data).selected(cases=1, classes=["dot"])
-    assert [(t.case, t.name) for t in targets(chosen)] == [("v1_seg", "dot")]
+    assert [(t.case, t.name) for t in targets(chosen)] == [("v1", "dot")]
 
 
 def test_classes_of_an_archive_are_chosen_by_number(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from sammed3d_backbone.evaluation.clickbench.journal import read_journal
+from sammed3d_backbone.evaluation.clickbench.presets import RULES, rules_of
 from sammed3d_backbone.evaluation.clickbench.summary import (
     compare,
     played_targets,
@@ -128,6 +129,13 @@ def test_dropped_targets_are_listed_and_not_counted():
 
 
 # --- published figures -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*RULES, "slicewise-2"])
+def test_every_protocol_has_its_published_figures(name):
+    rules = rules_of(name)
+    track = one(lines_of([0.5] * rules.steps), rules.published)
+    assert ("published" in track) == (name != "clickbench/1")
 
 
 def test_2023_publishes_the_best_of_all_clicks():

@@ -1,0 +1,167 @@
+"""The click benchmark: `sammed3d clicks`."""
+
+import argparse
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sammed3d_backbone.cli import Commands
+    from sammed3d_backbone.evaluation.clickbench.cases import ClickSet
+    from sammed3d_backbone.evaluation.clickbench.protocol import Promptable, Rules
+
+CHECKED_TARGETS = 3  # that are played again by --check-determinism
+
+
+def add_clicks(commands: "Commands") -> None:
+    """Declares `sammed3d clicks`."""
+    parser = commands.add_parser(
+        "clicks",
+        help="benchmark a promptable model, click by click",
+        description="Plays a protocol on a data set and writes clicks.jsonl, times.jsonl, masks, "
+        "summary.json and report.html. A run that was cut off goes on. With --compare: the "
+        "difference of two runs on the same targets, with paired intervals.",
+    )
+    parser.add_argument(
+        "data", nargs="?", metavar="DATASET", help="folder or name: Decathlon, nnU-Net, labels.json"
+    )
+    parser.add_argument("--protocol", default="clickbench/1", help="or a published one")
+    parser.add_argument(
+        "--model", metavar="MODULE:NAME", required=False, help="makes the object to be tested"
+    )
+    parser.add_argument("--cases", type=int, metavar="N", help="the first N cases only")
+    parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these only")
+    parser.add_argument("--first", choices=["centre", "random"], help="this start only")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
+    parser.add_argument(
+        "--check-determinism", action="store_true", help="play the first targets a second time"
+    )
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="B minus A")
+    parser.set_defaults(run=_run_clicks)
+
+
+def _run_clicks(args: argparse.Namespace) -> int:
+    if args.compare:
+        return _compare(*args.compare)
+    if args.data is None:
+        raise ValueError("no data set; name a folder, or two results with --compare")
+    from sammed3d_backbone.evaluation.clickbench.bench import first_difference, run
+    from sammed3d_backbone.evaluation.clickbench.cases import read_click_set
+    from sammed3d_backbone.evaluation.clickbench.journal import Journal, read_journal
+    from sammed3d_backbone.evaluation.clickbench.presets import rules_of
+    from sammed3d_backbone.evaluation.clickbench.report import write_report
+    from sammed3d_backbone.evaluation.clickbench.summary import summarise
+    from sammed3d_backbone.provenance import provenance
+
+    rules = rules_of(args.protocol)
+    tracks = [track for track in rules.tracks if args.first in (None, track)]
+    if not tracks:
+        raise ValueError(
+            f"{rules.name} has no start {args.first!r}; it has {', '.join(rules.tracks)}"
+        )
+    click_set = read_click_set(args.data).selected(args.cases, args.classes)
+    machine = provenance(Path(__file__).parent)
+    model, about = _model(args)
+    header = {
+        **_header(rules, click_set, args.classes, tracks),
+        **about,
+        **{name: machine.pop(name) for name in ("commit", "python", "torch", "monai", "numpy")},
+    }
+    folder = args.out or Path(f"clicks-{click_set.name}-{rules.name.replace('/', '-')}")
+    run(model, rules, click_set, Journal(folder, header, rules.steps), tracks)
+    report = write_report(folder, click_set, machine)
+    for line in _main_figures(summarise(read_journal(folder)[1], rules.published)):
+        print(line)
+    print(report)
+    if args.check_determinism:
+        found = first_difference(model, rules, click_set, folder, CHECKED_TARGETS)
+        print(f"played twice: {found or 'no difference'}")
+        return int(bool(found))
+    return 0
+
+
+def _model(args: argparse.Namespace) -> "tuple[Promptable, dict[str, str]]":
+    """The object to be tested, and what the header says of it."""
+    if args.model is None:
+        raise ValueError("no model; pass --model MODULE:NAME")
+    module, _, name = args.model.partition(":")
+    try:
+        model: Promptable = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--model {args.model} cannot be made ({error}); give MODULE:NAME of a class or "
+            "function that Python can import and that needs no arguments"
+        ) from None
+    return model, {"model": args.model}
+
+
+def _header(
+    rules: "Rules", click_set: "ClickSet", classes: list[str], tracks: list[str]
+) -> dict[str, Any]:
+    """What the lines of a result depend on, apart from model and versions."""
+    return {
+        "protocol": rules.name,
+        "source": rules.source,
+        "oracle": rules.oracle,
+        "differs": rules.differs,
+        "steps": rules.steps,
+        "starts": tracks,
+        "dataset": click_set.name,
+        "dataset_sha256": click_set.content_sha256(),
+        "note": click_set.note,
+        "cases": len(click_set.cases),
+        "classes": classes or "all",
+    }
+
+
+def _compare(one: Path, other: Path) -> int:
+    """Prints the paired differences of two results."""
+    from sammed3d_backbone.evaluation.clickbench.journal import read_journal
+    from sammed3d_backbone.evaluation.clickbench.summary import compare
+
+    (header, lines), (other_header, other_lines) = read_journal(one), read_journal(other)
+    if header["protocol"] != other_header["protocol"]:
+        raise ValueError(
+            f"{one} was played by {header['protocol']}, {other} by {other_header['protocol']}; "
+            "compare runs of one protocol"
+        )
+    print(f"{other} minus {one}, {header['protocol']}")
+    for track, found in compare(lines, other_lines).items():
+        print(f"{track}: {found['targets']} common targets of {found['subjects']} subjects")
+        for name, (mean, low, high) in found["difference"].items():
+            interval = "no interval" if low is None else f"{low:+.4f} to {high:+.4f}"
+            print(f"  {name:<20} {mean:+.4f} ({interval})")
+    return 0
+
+
+def _main_figures(summary: Mapping[str, Any]) -> list[str]:
+    """The main figures of every track."""
+    printed = []
+    for track, found in summary["tracks"].items():
+        printed.append(f"{track}: {found['targets']} targets of {found['cases']} cases")
+        for step in sorted({1, found["steps"]}):
+            dice, nsd, hd95 = (
+                found["curve"][name][step - 1] for name in ("dice", "nsd_2mm", "hd95_mm")
+            )
+            printed.append(
+                f"  clicks {step}: Dice {_shown(dice)}, NSD {_shown(nsd)}, "
+                f"HD95 {_shown(hd95, '.1f')} mm"
+            )
+        printed += [
+            f"  nAUC {_shown(found['nauc'])}",
+            f"  clicks to Dice 0.9 {_shown(found['noc90']['clicks'], '.1f')}, "
+            f"{found['noc90']['failed']:.0%} never",
+            f"  regret {_shown(found['regret'])}, honoured {found['honoured']:.1%}, "
+            f"failures {found['failures']}",
+            *(f"  {name}: {value:.4f}" for name, value in found.get("published", {}).items()),
+        ]
+    return printed
+
+
+def _shown(interval: list[float | None], form: str = ".3f") -> str:
+    """A mean and its bounds."""
+    mean, low, high = interval
+    if mean is None:
+        return "-"
+    return format(mean, form) + (f" ({low:{form}} to {high:{form}})" if low is not None else "")
