@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli import clicks, models, weights
+from sammed3d_backbone.cli import clicks, models, prompts, weights
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -23,6 +23,8 @@ COMMANDS = (
     models.add_predict,
     models.add_push,
     clicks.add_clicks,
+    prompts.add_segment,
+    prompts.add_features,
 )
 
 

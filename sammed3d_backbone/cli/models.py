@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sammed3d_backbone.cli.checks import on_device, require_free
+
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
 
@@ -33,16 +35,9 @@ def _run_predict(args: argparse.Namespace) -> int:
     from sammed3d_backbone.export import load_model, segment_volume
 
     require_nifti_name(args.target)  # before minutes of work
-    if args.target.exists() and (not args.force or args.target.samefile(args.source)):
-        raise FileExistsError(
-            f"{args.target} exists; choose another name, or pass --force if it is not IN itself"
-        )
+    require_free((args.target,), args.source, force=args.force)
     segmenter = load_model(args.model)
-    try:
-        segmenter.model.to(args.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used ({reason}); try cpu") from None
+    on_device(segmenter.model, args.device)
     volume = Volume.load(args.source)
     labels = segment_volume(segmenter, volume, nearest=args.nearest)
     labels.save(args.target)

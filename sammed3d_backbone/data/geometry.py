@@ -123,6 +123,14 @@ class Geometry:
         turned = array.transpose(self.axes)
         return turned[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
 
+    def oriented_voxel(self, voxel: Triple) -> Triple:
+        """Where a voxel of the input lies in what `oriented` gives."""
+        x, y, z = (
+            self.input_shape[axis] - 1 - voxel[axis] if flip else voxel[axis]
+            for axis, flip in zip(self.axes, self.flips, strict=True)
+        )
+        return x, y, z
+
     def resample(self, array: NDArray[Any] | Tensor) -> Tensor:
         """The array oriented and resampled linearly, before the box.
 

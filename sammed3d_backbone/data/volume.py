@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import math
 import tempfile
 import zlib
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ class Volume:
             kind = nib.Nifti2Image if content[4:7] == b"n+2" else nib.Nifti1Image
             image = kind.from_bytes(content)
             _require_one_number_per_voxel(path, image.get_data_dtype())
+            _require_room(path, image, len(content))
             array = np.asarray(image.dataobj, dtype=np.float32)
         except (
             WrapStructError,
@@ -157,6 +159,16 @@ def _require_one_number_per_voxel(path: Path, dtype: np.dtype[Any]) -> None:
         raise ValueError(
             f"{path} holds complex numbers of type {dtype}; save their magnitude, or real and "
             "imaginary part along a fourth axis"
+        )
+
+
+def _require_room(path: Path, image: nib.Nifti1Image, n_bytes: int) -> None:
+    """Refuses a header whose voxels the file cannot hold, before memory is asked for."""
+    needed = math.prod(image.shape) * image.get_data_dtype().itemsize
+    if min(image.shape) < 1 or needed > n_bytes:
+        raise ValueError(
+            f"{path} cannot hold in {n_bytes} bytes the {image.shape} voxels that its header "
+            "claims; copy or convert it again"
         )
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 
-from sammed3d_backbone.data.geometry import Geometry, TripleMm
+from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
 from sammed3d_backbone.data.volume import Volume
 
 PLANES = ("sagittal", "coronal", "axial")
@@ -90,6 +90,64 @@ def cases_figure(path: Path, shown: Sequence[Shown], classes: Sequence[str]) -> 
     figure.savefig(path, dpi=110)
 
 
+@dataclass(frozen=True, eq=False)
+class Clicked:
+    """An object to draw with its clicks.
+
+    Shapes:
+        mask: (X, Y, Z) bool, on the grid of the image.
+    """
+
+    name: str
+    mask: np.ndarray[Any, Any]
+    clicks: Sequence[tuple[Triple, bool]]  # voxel of the image's grid, whether inside
+
+
+def clicks_figure(path: Path, image: Volume, shown: Sequence[Clicked]) -> None:
+    """Writes a PNG: one row per object, three planes through its first click.
+
+    Clicks that lie in a plane are full marks, the others faint ones: + inside, x outside.
+
+    Args:
+        path: Of the PNG.
+        image: One channel.
+        shown: Objects, drawn from top to bottom.
+    """
+    figure = Figure(figsize=(9, 0.8 + 3.0 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    geometry = Geometry.plan(image.shape, image.affine)
+    oriented = geometry.oriented(image.array)
+    for row, clicked in enumerate(shown):
+        mask = geometry.oriented(clicked.mask)
+        clicks = [(geometry.oriented_voxel(voxel), inside) for voxel, inside in clicked.clicks]
+        centre = clicks[0][0] if clicks else _fullest_slices(mask)
+        view = _view(mask, mask, geometry.spacing_mm)
+        for voxel, _ in clicks:
+            view = [(min(a, n), max(b, n + 1)) for (a, b), n in zip(view, voxel, strict=True)]
+        for plane in range(3):
+            axes = figure.add_subplot(len(shown), 3, 3 * row + plane + 1)
+            background = oriented.take(centre[plane], axis=plane).T
+            window = np.percentile(background, [1, 99])
+            _show_slice(axes, background, window, plane, geometry.spacing_mm, view)
+            _outline(axes, mask.take(centre[plane], axis=plane).T * (row + 1), "-")
+            across, up = (axis for axis in range(3) if axis != plane)
+            for voxel, inside in clicks:
+                axes.plot(
+                    voxel[across],
+                    voxel[up],
+                    "+" if inside else "x",
+                    color="#009E73" if inside else "#D55E00",
+                    markersize=9,
+                    alpha=1.0 if voxel[plane] == centre[plane] else 0.35,
+                )
+            if row == 0:
+                axes.set_title(PLANES[plane], fontsize=10)
+            if plane == 0:
+                axes.set_ylabel(clicked.name, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def curves_svg(records: Sequence[Mapping[str, Any]]) -> str:
     """Loss, Dice of every class and learning rate over the steps, as an SVG element.
 
@@ -130,28 +188,40 @@ def _draw_cases(figure: Figure, grid: GridSpec, shown: Sequence[Shown]) -> None:
         window = np.percentile(image, [1, 99])
         for plane in range(3):
             axes = figure.add_subplot(grid[row, plane])
-            across, up = (axis for axis in range(3) if axis != plane)
             background, *outlined = (
                 volume.take(centre[plane], axis=plane).T for volume in (image, label, prediction)
             )
-            axes.imshow(
-                background,
-                cmap="gray",
-                vmin=window[0],
-                vmax=window[1],
-                origin="lower",
-                aspect=spacing_mm[up] / spacing_mm[across],
-            )
+            _show_slice(axes, background, window, plane, spacing_mm, view)
             for labels, style in zip(outlined, ("-", ":"), strict=True):
                 _outline(axes, labels, style)
-            axes.set_xlim(view[across][0] - 0.5, view[across][1] - 0.5)
-            axes.set_ylim(view[up][0] - 0.5, view[up][1] - 0.5)
-            axes.set_xticks([])
-            axes.set_yticks([])
             if row == 0:
                 axes.set_title(PLANES[plane], fontsize=10)
             if plane == 0:
                 axes.set_ylabel(case.title, fontsize=9)
+
+
+def _show_slice(
+    axes: Axes,
+    background: np.ndarray[Any, Any],
+    window: np.ndarray[Any, Any],
+    plane: int,
+    spacing_mm: TripleMm,
+    view: Sequence[tuple[int, int]],
+) -> None:
+    """One slice, (Y, X), in its true proportions, without ticks."""
+    across, up = (axis for axis in range(3) if axis != plane)
+    axes.imshow(
+        background,
+        cmap="gray",
+        vmin=window[0],
+        vmax=window[1],
+        origin="lower",
+        aspect=spacing_mm[up] / spacing_mm[across],
+    )
+    axes.set_xlim(view[across][0] - 0.5, view[across][1] - 0.5)
+    axes.set_ylim(view[up][0] - 0.5, view[up][1] - 0.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def _outline(axes: Axes, labels: np.ndarray[Any, Any], style: str) -> None:

@@ -5,16 +5,43 @@ Refusals say what was given and what to do. What is odd without being wrong beco
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sammed3d_backbone.data.geometry import TripleMm
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.predictor.windows import Windows
 
 Modality = Literal["ct", "mr", "us"]
+
+SPACING_MM = (1.5, 1.5, 1.5)  # of all published weights
+# Training clamped CT and nothing else; statistics are those of a crop's voxels above 0.
+INTENSITY: dict[str | None, str] = {
+    "ct": "ct",
+    "mr": "zscore_positive",
+    "us": "zscore_positive",
+    None: "zscore_positive",
+}
+
+
+def intensity_of(modality: Modality | None) -> str:
+    """The mode of `data.intensity.normalise` that the weights were trained with."""
+    if modality not in INTENSITY:
+        raise ValueError(f"modality={modality!r}; give 'ct', 'mr', 'us' or None")
+    return INTENSITY[modality]
+
+
+def spacing_of(network: object) -> tuple[TripleMm, tuple[str, ...]]:
+    """The spacing along R, A, S that a network was trained with; a note if it is not known."""
+    record = getattr(network, "pretrained_cfg", None)
+    known: TripleMm | None = getattr(record, "spacing_mm", None)
+    if known is not None:
+        return known, ()
+    return SPACING_MM, (f"the weights do not say their spacing; {SPACING_MM[0]} mm is assumed",)
 
 
 def opened_volume(volume: str | Path | Volume | NDArray[Any], affine: ArrayLike | None) -> Volume:
@@ -59,7 +86,7 @@ def checked_range(volume: Volume) -> tuple[float, float]:
 
 
 def volume_notes(
-    windows: Windows, low: float, high: float, modality: Modality | None
+    volume: Volume, windows: Windows, low: float, high: float, modality: Modality | None
 ) -> tuple[str, ...]:
     """What is odd about a volume, without being wrong."""
     notes = []
@@ -69,13 +96,31 @@ def volume_notes(
         notes.append("no value is below 0, so these are hardly HU; check the intercept or modality")
     if high <= 0:
         notes.append("no value is above 0, so the network sees an empty image; shift the values")
+    notes += _header_notes(volume)
     thin = min(windows.geometry.resampled_shape)
     if thin < windows.side_vox / 8:
         notes.append(
-            f"the volume is only {thin} voxels thin at the network's spacing, so it sees mostly "
+            f"the volume is only {thin} voxels thick at the network's spacing, so it sees mostly "
             "padding; expect less"
         )
     return tuple(notes)
+
+
+def _header_notes(volume: Volume) -> list[str]:
+    """What a file's header leaves open about the place of its voxels."""
+    if volume.header is None:
+        return []
+    qform = volume.header.get_qform(coded=True)[0]
+    sform = volume.header.get_sform(coded=True)[0]
+    if qform is None and sform is None:
+        return ["the file does not say how it lies in the body; left may be right"]
+    if qform is None or sform is None:
+        return []
+    corners = np.array([[*c, 1] for c in itertools.product(*((0, n - 1) for n in volume.shape))])
+    apart_mm = float(np.linalg.norm(corners @ (qform - sform).T, axis=1).max())
+    if apart_mm > min(volume.spacing_mm) / 2:
+        return [f"the file's qform and sform lie {apart_mm:.1f} mm apart; the sform is taken"]
+    return []
 
 
 def checked_mask(

@@ -105,7 +105,10 @@ class Network:
         self.watch = Stopwatch()
         self._store = None if cache_folder is None else Store(cache_folder, self.weights_sha256)
         self._cache: OrderedDict[Triple, Tensor] = OrderedDict()
-        self._bar = tqdm(desc="encoding", unit=" window", disable=not progress, leave=False)
+        # Shown with the first window, and on a terminal only.
+        self._bar = tqdm(
+            desc="encoding", unit=" window", disable=None if progress else True, delay=1e-9
+        )
 
     @property
     def side_vox(self) -> int:

@@ -24,7 +24,9 @@ from sammed3d_backbone.predictor.admission import (
     Modality,
     checked_mask,
     checked_range,
+    intensity_of,
     opened_volume,
+    spacing_of,
     volume_notes,
 )
 from sammed3d_backbone.predictor.clicklist import to_json, volume_sha256
@@ -44,15 +46,7 @@ from sammed3d_backbone.predictor.windows import Windows
 
 Points = Sequence[Sequence[float]]
 
-SPACING_MM = (1.5, 1.5, 1.5)  # of all published weights
 OBJECT = "object"  # the name of what is clicked where nobody named it
-# Training clamped CT and nothing else; statistics are those of a crop's voxels above 0.
-INTENSITY: dict[str | None, str] = {
-    "ct": "ct",
-    "mr": "zscore_positive",
-    "us": "zscore_positive",
-    None: "zscore_positive",
-}
 
 
 class Predictor:
@@ -94,14 +88,10 @@ class Predictor:
             raise ValueError(f"clicks={clicks!r}; give 'newest', as in training, or 'all'")
         if max_windows < 1:
             raise ValueError(f"max_windows={max_windows}; give the number of windows, 1 or more")
-        record = getattr(model, "pretrained_cfg", None)
-        known_mm = getattr(record, "spacing_mm", None)
-        self._setup_notes: tuple[str, ...] = ()
-        if spacing_mm is None and known_mm is None:
-            self._setup_notes = (
-                f"the weights do not say their spacing; {SPACING_MM[0]} mm is assumed",
-            )
-        self.spacing_mm = spacing_mm or known_mm or SPACING_MM
+        known_mm, self._setup_notes = spacing_of(model)
+        if spacing_mm is not None:
+            self._setup_notes = ()
+        self.spacing_mm = spacing_mm or known_mm
         self.clicks = clicks
         self.follow = follow
         self.max_windows = max_windows
@@ -134,16 +124,15 @@ class Predictor:
             TypeError: If an array comes without its affine, or holds no real numbers.
             ValueError: If the volume cannot be used; the message says what to do.
         """
-        if modality not in INTENSITY:
-            raise ValueError(f"modality={modality!r}; give 'ct', 'mr', 'us' or None")
+        intensity = intensity_of(modality)
         opened = opened_volume(volume, affine)
         low, high = checked_range(opened)
-        windows = Windows(opened, self.spacing_mm, self._network.side_vox, INTENSITY[modality])
+        windows = Windows(opened, self.spacing_mm, self._network.side_vox, intensity)
         self._volume = opened
         self._tracer = Tracer(windows, self._network, self.clicks, self.follow, self.max_windows)
         self._modality = modality
         self._lowest = max(low, CT_WINDOW_HU[0]) if modality == "ct" else low
-        self._notes = volume_notes(windows, low, high, modality)
+        self._notes = volume_notes(opened, windows, low, high, modality)
         self._network.forget()
         self.reset()
 
@@ -236,6 +225,10 @@ class Predictor:
         """Names of the objects that were prompted, in order."""
         return list(dict.fromkeys(prompt.object for prompt in self._prompts))
 
+    def clicks_on(self, object: str) -> list[Click]:
+        """The clicks on an object, in order."""
+        return [prompt for prompt in self._of(object) if isinstance(prompt, Click)]
+
     # --- answers -------------------------------------------------------------------------------
 
     def predict(self, object: str | None = None) -> Prediction:
@@ -250,7 +243,7 @@ class Predictor:
         volume = self._required_volume()
         name = self._only_object() if object is None else object
         state = self._state(name)
-        clicks = [prompt for prompt in self._of(name) if isinstance(prompt, Click)]
+        clicks = self.clicks_on(name)
         with self._network.watch.of("mask"):
             field = self._field(state)
             mask = field.mask()

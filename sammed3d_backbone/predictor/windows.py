@@ -48,15 +48,14 @@ class Windows:
 
     def place(self, point_vox: Triple) -> Place:
         """The place of a voxel of the volume's own grid."""
-        geometry = self.geometry
-        place = []
-        for axis, flip, m in zip(
-            geometry.axes, geometry.flips, geometry.resampled_shape, strict=True
-        ):
-            n = geometry.input_shape[axis]
-            index = n - 1 - point_vox[axis] if flip else point_vox[axis]
-            place.append((index + 0.5) * m / n - 0.5)
-        return place[0], place[1], place[2]
+        shape, resampled = self._array.shape, self.geometry.resampled_shape
+        x, y, z = (
+            (index + 0.5) * m / n - 0.5
+            for index, n, m in zip(
+                self.geometry.oriented_voxel(point_vox), shape, resampled, strict=True
+            )
+        )
+        return x, y, z
 
     def own_places(self, axis: int) -> NDArray[np.float64]:
         """Places of the volume's own voxels along an oriented axis."""

@@ -1,0 +1,360 @@
+"""Every bad input and the answer to it: the one table that tests run and people read.
+
+    python tests/predictor/bad_inputs.py     # prints it as Markdown, each message as it is now
+
+A refused input raises in Python; `sammed3d segment` prints the message, writes nothing and ends
+with exit code 2. An input that is odd without being wrong is segmented with a note.
+"""
+
+import contextlib
+import gzip
+import io
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nibabel as nib
+import numpy as np
+from standin import StandIn
+
+from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.predictor import Predictor
+
+AFFINE = np.diag([1.5, 1.5, 1.5, 1.0])
+GRID = np.arange(5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7)
+
+
+def balls():
+    """A volume with two bright balls, around (22, 40, 36) and (36, 54, 36)."""
+    i, j, k = np.ogrid[:90, :80, :70]
+    first = (i - 22) ** 2 + (j - 40) ** 2 + (k - 36) ** 2 < 9**2
+    second = (i - 36) ** 2 + (j - 54) ** 2 + (k - 36) ** 2 < 7**2
+    return np.where(first | second, 200, 50).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An input, and what is said about it.
+
+    Args:
+        what: The input in words.
+        given: How to make it; its type depends on the table.
+        said: A part of the message that says what to do.
+        kind: Of the exception in Python; for files and commands it is what the command reports.
+    """
+
+    what: str
+    given: Any
+    said: str
+    kind: type[Exception] = ValueError
+
+
+def with_one(value):
+    array = GRID.copy()
+    array[1, 2, 3] = value
+    return array
+
+
+# Arguments of `set_volume`.
+VOLUMES = [
+    Row("array without affine", (GRID,), "give its affine", TypeError),
+    Row("several channels", (np.stack([GRID, GRID]), AFFINE), "give Volume(volume.array[n]"),
+    Row("two dimensions", (GRID[0], AFFINE), "give (X, Y, Z)"),
+    Row("no voxels", (GRID[:0], AFFINE), "give at least one"),
+    Row("complex numbers", (GRID.astype(complex), AFFINE), "give real numbers", TypeError),
+    Row("yes and no", (GRID > 3, AFFINE), "give real numbers", TypeError),
+    Row("text", (GRID.astype(str), AFFINE), "give real numbers", TypeError),
+    Row("one NaN", (with_one(np.nan), AFFINE), "in 1 voxels; replace those voxels"),
+    Row("one infinity", (with_one(-np.inf), AFFINE), "in 1 voxels; replace those voxels"),
+    Row("constant", (np.full_like(GRID, 7), AFFINE), "all voxels are 7"),
+    Row("all zero", (np.zeros_like(GRID), AFFINE), "all voxels are 0"),
+    Row("singular affine", (GRID, np.diag([1, 1, 0, 1.0])), "mend the header"),
+    Row("NaN in the affine", (GRID, np.diag([1, 1, np.nan, 1])), "mend the header"),
+    Row("affine of 3 x 3", (GRID, np.eye(3)), "mend the header"),
+    Row("spacing in metres", (GRID, np.diag([0.0015, 0.0015, 0.0015, 1])), "mend its affine"),
+    Row("spacing in micrometres", (GRID, np.diag([1500, 1500, 1500, 1])), "mend its affine"),
+    Row("no such file", ("no/such.nii.gz",), "check the path", FileNotFoundError),
+]
+
+# Arguments of `click` on the balls, after a positive click on (22, 40, 36).
+CLICKS = [
+    Row("no point", {}, "give point_vox=(i, j, k) or point_mm"),
+    Row("a point in both units", {"point_vox": (1, 2, 3), "point_mm": (1, 2, 3)}, "give point_vox"),
+    Row("two numbers", {"point_vox": (1, 2)}, "give three finite numbers"),
+    Row("NaN", {"point_vox": (1, 2, np.nan)}, "give three finite numbers"),
+    Row("infinity", {"point_mm": (1, np.inf, 0)}, "give three finite numbers"),
+    Row("text", {"point_vox": "1,2"}, "give three numbers", TypeError),
+    Row("words", {"point_vox": ("a", "b", "c")}, "give three numbers", TypeError),
+    Row("before the first voxel", {"point_vox": (-1, 2, 3)}, "from (0, 0, 0) to (89, 79, 69)"),
+    Row("behind the last voxel", {"point_vox": (90, 2, 3)}, "from (0, 0, 0) to (89, 79, 69)"),
+    Row("a huge number", {"point_vox": (1e300, 2, 3)}, "from (0, 0, 0) to (89, 79, 69)"),
+    Row("outside in mm", {"point_mm": (-1, 0, 0)}, "(-0.8, -0.8, -0.8) to (134.2, 119.2, 104.2)"),
+    Row(
+        "the same voxel inside and outside",
+        {"point_vox": (22, 40, 36), "positive": False},
+        "is negative for 'object', click 1 that it is positive; undo one of them",
+    ),
+]
+
+# Arguments of `mask_prompt` on GRID.
+MASKS = [
+    Row("neither mask nor logits", {}, "give one of them"),
+    Row("mask and logits", {"mask": GRID > 0, "logits": GRID}, "give one of them"),
+    Row("mask of another shape", {"mask": np.ones((4, 6, 7))}, "resample it"),
+    Row("mask in another place", {"mask": Volume(GRID, 2 * AFFINE)}, "resample it to the volume"),
+    Row("empty mask", {"mask": np.zeros((5, 6, 7))}, "click on it instead"),
+    Row("integers as logits", {"logits": np.ones((5, 6, 7), int)}, "pass it as mask=", TypeError),
+    Row("NaN in logits", {"logits": with_one(np.nan)}, "replace those voxels"),
+]
+
+
+def nifti(change: Callable[[bytearray], bytes], name: str = "in.nii") -> Callable[[Path], Path]:
+    """A file that was changed after it was written well."""
+
+    def make(folder: Path) -> Path:
+        nib.save(nib.Nifti1Image(balls(), AFFINE), folder / "good.nii")
+        (folder / name).write_bytes(change(bytearray((folder / "good.nii").read_bytes())))
+        (folder / "good.nii").unlink()
+        return folder / name
+
+    return make
+
+
+def patched(offset: int, values: list[float], kind: str) -> Callable[[bytearray], bytes]:
+    """Overwrites numbers of the header."""
+
+    def change(content: bytearray) -> bytes:
+        data = np.array(values, dtype=kind).tobytes()
+        content[offset : offset + len(data)] = data
+        return bytes(content)
+
+    return change
+
+
+def array_file(array: np.ndarray, affine: np.ndarray = AFFINE) -> Callable[[Path], Path]:
+    """A file of an array, as it is."""
+
+    def make(folder: Path) -> Path:
+        nib.save(nib.Nifti1Image(array, affine), folder / "in.nii.gz")
+        return folder / "in.nii.gz"
+
+    return make
+
+
+DIM, PIXDIM, VOX_OFFSET, QFORM_CODE, SFORM = 42, 80, 108, 252, 280  # bytes into a NIfTI header
+COLOURS = np.zeros((5, 6, 7), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+FLAT = np.diag([1.5, 1.5, 0.0, 1.0]).astype("<f4").ravel()[:12].tolist()
+METRES = np.diag([0.0015, 0.0015, 0.0015, 1.0]).astype("<f4").ravel()[:12].tolist()
+
+# Files, given to `sammed3d segment` with a click on voxel (1, 2, 3).
+FILES = [
+    Row("four dimensions, two of them", array_file(np.stack([GRID, GRID], -1)), "with --channel N"),
+    Row("a picture of two dimensions", array_file(GRID[0]), "give (X, Y, Z)"),
+    Row("colours", array_file(COLOURS), "convert it to one number per voxel"),
+    Row("complex numbers", array_file(GRID.astype(np.complex64)), "save their magnitude"),
+    Row("NaN", array_file(with_one(np.nan)), "replace those voxels"),
+    Row("constant", array_file(np.ones_like(GRID)), "check the file"),
+    Row("an sform that flattens space", nifti(patched(SFORM, FLAT, "<f4")), "mend the header"),
+    Row("an sform in metres", nifti(patched(SFORM, METRES, "<f4")), "mend its affine"),
+    Row(
+        "a header of 30000 x 30000 x 30000 voxels",
+        nifti(patched(DIM, [30000] * 3, "<i2")),
+        "copy or convert it again",
+    ),
+    Row("a header of -5 voxels", nifti(patched(DIM, [-5], "<i2")), "copy or convert it again"),
+    Row("data beyond the end", nifti(patched(VOX_OFFSET, [1e9], "<f4")), "convert it again"),
+    Row(
+        "a gzip file that was cut",
+        nifti(lambda c: gzip.compress(bytes(c))[:-99], "in.nii.gz"),
+        "copy or convert it again",
+    ),
+    Row("a .nii.gz that is no gzip", nifti(bytes, "in.nii.gz"), "copy or convert it again"),
+    Row("a .nii that is gzip", nifti(gzip.compress), "copy or convert it again"),
+    Row(
+        "a Git LFS pointer",
+        nifti(lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "copy or convert it again",
+    ),
+    Row("a web page", nifti(lambda _: b"<!doctype html>" + b" " * 400), "copy or convert it again"),
+    Row("an empty file", nifti(lambda _: b""), "copy or convert it again"),
+    Row("another format", nifti(bytes, "in.nrrd"), "convert it to NIfTI"),
+    Row("no file", lambda folder: folder / "in.nii.gz", "check the path"),
+]
+
+
+def existing(folder: Path) -> None:
+    (folder / "out.nii.gz").write_text("precious")
+
+
+def linked(folder: Path) -> None:
+    (folder / "out.nii.gz").symlink_to(folder / "in.nii.gz")
+
+
+def unrelated(folder: Path) -> None:
+    (folder / "fig.png").write_text("precious")
+    (folder / "web.pth").write_text("<html>")
+    (folder / "list.json").write_text('{"clicks": [{"point_vox": [1, 2, 300]}]}')
+    (folder / "folder.nii.gz").mkdir()
+
+
+TINY = " --variant tiny --weights none"
+POINT = "in.nii.gz out.nii.gz --point 22,40,36"
+# Words after `sammed3d segment`, run where in.nii.gz holds the balls, beside files of `unrelated`.
+COMMANDS = [
+    Row("nothing clicked", "in.nii.gz out.nii.gz", "give --point I,J,K"),
+    Row("a negative point only", "in.nii.gz out.nii.gz --negative 1,2,3", "click inside it first"),
+    Row("a point outside", "in.nii.gz out.nii.gz --point 90,2,3", "to (89, 79, 69)"),
+    Row("a point outside in mm", "in.nii.gz out.nii.gz --mm --point=-9,0,0", "to (134.2, 119.2,"),
+    Row("two numbers", "in.nii.gz out.nii.gz --point 1,2", "write three numbers"),
+    Row("text for a number", "in.nii.gz out.nii.gz --point a,b,c", "write three numbers"),
+    Row("NaN for a number", "in.nii.gz out.nii.gz --point 1,2,nan", "give three finite numbers"),
+    Row("a contradiction", POINT + " --negative 22,40,36", "undo one of them"),
+    Row("a click list that is not there", POINT + " --points no.json", "check the path"),
+    Row("a click list of no such kind", POINT + " --points fig.png", "a file of `save_clicks`"),
+    Row("a click list outside", POINT + " --points list.json", "to (89, 79, 69)"),
+    Row("a channel that is not there", POINT + " --channel 1", "has 1, counted from 0"),
+    Row("no NIfTI name for the output", "in.nii.gz out.mha --point 22,40,36", "choose such a name"),
+    Row("a folder for the output", "in.nii.gz folder.nii.gz --point 22,40,36", "give a file name"),
+    Row("the input for the output", "in.nii.gz in.nii.gz --force --point 22,40,36", "another name"),
+    Row("a figure that exists", POINT + " --png fig.png", "pass --force"),
+    Row("no .png name for the figure", POINT + " --png fig.jpg", "choose such a name"),
+    Row("one name for two outputs", POINT + " --save-clicks out.nii.gz", "each its own name"),
+    Row("a cache that is a file", POINT + " --cache fig.png", "give a folder"),
+    Row("a modality of no such kind", POINT + " --modality pet", "choose from"),
+    Row("weights that are not there", POINT + " --weights no.pth", "no weights file 'no.pth'"),
+    Row("weights that are a web page", POINT + " --weights web.pth", "download the file itself"),
+    Row("a variant of no such name", POINT + " --variant huge", "unknown variant 'huge'"),
+    Row("a device that is not there", POINT + TINY + " --device cuda:99", "try cpu"),
+]
+# Files that are in the way, and how.
+IN_THE_WAY = [
+    Row("an output that exists", (existing, POINT), "pass --force"),
+    Row("an output that is a link to the input", (linked, POINT + " --force"), "another name"),
+]
+
+
+def placed(qform: np.ndarray | None, sform: np.ndarray | None) -> Volume:
+    """The balls with these two affines in their header."""
+    image = nib.Nifti1Image(balls(), AFFINE)
+    image.set_qform(qform, code=int(qform is not None))
+    image.set_sform(sform, code=int(sform is not None))
+    return Volume(balls(), AFFINE, image.header)
+
+
+# Volumes and a click: segmented, with a note.
+NOTES = [
+    Row("no place in the header", (placed(None, None), {}), "left may be right"),
+    Row("qform against sform", (placed(AFFINE, 2 * AFFINE), {}), "mm apart; the sform is taken"),
+    Row("HU without modality", (np.where(balls() > 50, 800, -900), {}), "pass modality='ct'"),
+    Row("no value below 0 in CT", (balls(), {"modality": "ct"}), "hardly HU; check the intercept"),
+    Row("no value above 0", (balls() - 500.0, {}), "sees an empty image; shift the values"),
+    Row("three slices", (balls()[:, :, 34:37], {}), "only 3 voxels thick"),
+    Row("one slice", (balls()[:, :, 36:37], {}), "only 1 voxels thick"),
+    Row(
+        "a click into padding", (balls(), {"point": (5, 5, 5)}), "lowest value, as padding and air"
+    ),
+    Row("a click on nothing", (balls(), {"point": (5, 5, 5)}), "the network finds nothing"),
+]
+
+
+def noted(given: tuple[np.ndarray | Volume, dict[str, Any]]) -> str:
+    """The notes on a volume of `NOTES`."""
+    volume, how = given
+    point = how.get("point", (22, 40, volume.shape[2] // 2))
+    predictor = Predictor(StandIn(), spacing_mm=(1.5, 1.5, 1.5), follow=False)
+    found = predictor.segment(volume, [point], affine=AFFINE, modality=how.get("modality"))
+    return " / ".join(found["object"].notes)
+
+
+def segment(folder: Path, words: str, *, known: bool = True) -> tuple[int, str]:
+    """Exit code and last message of `sammed3d segment`, run in a folder."""
+    errors = io.StringIO()
+    stand_in = mock.patch("sammed3d_backbone.sam", return_value=StandIn())
+    before = Path.cwd()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.chdir, before)
+        os.chdir(folder)
+        stack.enter_context(contextlib.redirect_stderr(errors))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if known:
+            stack.enter_context(stand_in)
+        try:
+            code = main(["segment", *words.split()])
+        except SystemExit as error:  # argparse
+            code = int(error.code or 0)
+    return code, (errors.getvalue().strip().splitlines() or [""])[-1]
+
+
+def run_file(row: Row, folder: Path) -> tuple[int, str]:
+    """The command on a bad file."""
+    name = row.given(folder).name
+    return segment(folder, f"{name} out.nii.gz --point 1,2,3")
+
+
+def run_command(row: Row, folder: Path) -> tuple[int, str]:
+    """A bad command on a good file."""
+    nib.save(nib.Nifti1Image(balls(), AFFINE), folder / "in.nii.gz")
+    if isinstance(row.given, str):
+        unrelated(folder)
+        words = row.given
+    else:
+        prepare, words = row.given
+        prepare(folder)
+    known = "--weights" not in words and "--variant" not in words
+    return segment(folder, words, known=known)
+
+
+def message(action: Callable[[], object]) -> str:
+    """What an action that is refused says."""
+    try:
+        action()
+    except (ValueError, TypeError, OSError) as error:
+        return f"`{type(error).__name__}`: {error}"
+    raise AssertionError("this was not refused")
+
+
+def _click(given: dict[str, Any]) -> None:
+    predictor = Predictor(StandIn())
+    predictor.set_volume(balls(), AFFINE)
+    predictor.click((22, 40, 36))
+    predictor.click(**given)
+
+
+def _mask(given: dict[str, Any]) -> None:
+    predictor = Predictor(StandIn())
+    predictor.set_volume(GRID, AFFINE)
+    predictor.mask_prompt(**given)
+
+
+def table() -> str:
+    """All rows as Markdown, with the messages of this moment."""
+    lines = ["| input | answer |", "|---|---|"]
+
+    def add(title: str, rows: list[Row], answer: Callable[[Row], str]) -> None:
+        lines.append(f"| **{title}** | |")
+        lines.extend(f"| {row.what} | {answer(row).replace('|', '/')} |" for row in rows)
+
+    def in_folder(run: Callable[[Row, Path], tuple[int, str]]) -> Callable[[Row], str]:
+        def answer(row: Row) -> str:
+            with tempfile.TemporaryDirectory() as name:
+                code, said = run(row, Path(name))
+                return f"exit code {code}: {said.replace(name + '/', '')}"
+
+        return answer
+
+    add("set_volume", VOLUMES, lambda r: message(lambda: Predictor(StandIn()).set_volume(*r.given)))
+    add("click", CLICKS, lambda row: message(lambda: _click(row.given)))
+    add("mask_prompt", MASKS, lambda row: message(lambda: _mask(row.given)))
+    add("sammed3d segment, the file", FILES, in_folder(run_file))
+    add("sammed3d segment, the command", [*COMMANDS, *IN_THE_WAY], in_folder(run_command))
+    add("segmented with a note", NOTES, lambda row: noted(row.given))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,138 @@
+"""Bad input: what is said, and that nothing is lost or written. The rows are in bad_inputs.py."""
+
+import re
+
+import bad_inputs
+import numpy as np
+import pytest
+from bad_inputs import AFFINE, GRID
+
+from sammed3d_backbone.predictor import Predictor
+
+
+def by_what(row):
+    return row.what
+
+
+@pytest.mark.parametrize("row", bad_inputs.VOLUMES, ids=by_what)
+def test_a_volume_that_cannot_be_used_is_refused_and_the_last_one_stays(predictor, balls, row):
+    predictor.set_volume(balls[0])
+    predictor.click((22, 40, 36))
+    with pytest.raises(row.kind, match=re.escape(row.said)):
+        predictor.set_volume(*row.given)
+    assert predictor.predict().mask.shape == balls[0].shape
+
+
+@pytest.mark.parametrize("row", bad_inputs.CLICKS, ids=by_what)
+def test_a_click_that_cannot_be_meant_is_refused_and_the_others_stay(predictor, balls, row):
+    predictor.set_volume(balls[0])
+    predictor.click((22, 40, 36))
+    before = predictor.predict().mask
+    with pytest.raises(row.kind, match=re.escape(row.said)):
+        predictor.click(**row.given)
+    assert np.array_equal(predictor.predict().mask, before)
+
+
+@pytest.mark.parametrize("row", bad_inputs.MASKS, ids=by_what)
+def test_a_mask_prompt_that_cannot_be_used_is_refused(predictor, row):
+    predictor.set_volume(GRID, AFFINE)
+    with pytest.raises(row.kind, match=re.escape(row.said)):
+        predictor.mask_prompt(**row.given)
+    assert predictor.objects == []
+
+
+@pytest.mark.parametrize("row", bad_inputs.FILES, ids=by_what)
+def test_the_command_refuses_a_bad_file_and_writes_nothing(tmp_path, row):
+    code, said = bad_inputs.run_file(row, tmp_path)
+    assert code == 2
+    assert row.said in said
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+@pytest.mark.parametrize("row", bad_inputs.COMMANDS, ids=by_what)
+def test_the_command_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, row):
+    code, said = bad_inputs.run_command(row, tmp_path)
+    assert code == 2
+    assert row.said in said
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"in.nii.gz", "fig.png", "web.pth", "list.json", "folder.nii.gz"}
+    assert (tmp_path / "fig.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("row", bad_inputs.IN_THE_WAY, ids=by_what)
+def test_the_command_overwrites_nothing_unasked(tmp_path, row):
+    code, said = bad_inputs.run_command(row, tmp_path)
+    assert code == 2
+    assert row.said in said
+    out, source = tmp_path / "out.nii.gz", tmp_path / "in.nii.gz"
+    assert out.read_bytes() in (b"precious", source.read_bytes())
+
+
+@pytest.mark.parametrize("row", bad_inputs.NOTES, ids=by_what)
+def test_what_is_odd_without_being_wrong_is_segmented_with_a_note(row):
+    assert row.said in bad_inputs.noted(row.given)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float16, ">i2", ">f4"])
+def test_every_type_of_number_is_taken(dtype):
+    assert bad_inputs.noted((bad_inputs.balls().astype(dtype), {})) == ""
+
+
+def test_paths_may_hold_any_letters(tmp_path):
+    folder = tmp_path / "mäßig groß 体积"
+    folder.mkdir()
+    row = bad_inputs.Row("", "in.nii.gz über.nii.gz --point 22,40,36", "")
+    assert bad_inputs.run_command(row, folder)[0] == 0
+    assert (folder / "über.nii.gz").is_file()
+
+
+def test_an_unknown_modality_is_refused(predictor):
+    with pytest.raises(ValueError, match="give 'ct', 'mr', 'us' or None"):
+        predictor.set_volume(GRID, AFFINE, modality="pet")
+
+
+def test_a_click_may_contradict_another_objects(predictor, balls):
+    predictor.set_volume(balls[0])
+    predictor.click((22, 40, 36), object="left")
+    predictor.click((36, 54, 36), object="right")
+    predictor.click((22, 40, 36), positive=False, object="right")
+    assert predictor.predict("right").mask.any()
+
+
+def test_a_click_is_the_voxel_that_it_lies_in(predictor, balls):
+    predictor.set_volume(balls[0])
+    predictor.click((22.4, 39.6, 36.0))
+    with pytest.raises(ValueError, match=r"voxel \(22, 40, 36\) is negative"):
+        predictor.click((22, 40, 36), False)
+
+
+@pytest.mark.parametrize("call", ["click", "mask_prompt", "predict"])
+def test_without_a_volume_there_is_nothing_to_do(predictor, call):
+    with pytest.raises(ValueError, match="call set_volume first"):
+        getattr(predictor, call)()
+
+
+def test_without_a_positive_click_there_is_no_answer(predictor, balls):
+    predictor.set_volume(balls[0])
+    with pytest.raises(ValueError, match="call click first"):
+        predictor.predict()
+    predictor.click((22, 40, 36), False)
+    with pytest.raises(ValueError, match="no positive click but negative ones; click inside it"):
+        predictor.predict()
+    with pytest.raises(ValueError, match="'liver' has no positive click; click inside it first"):
+        predictor.predict("liver")
+    with pytest.raises(ValueError, match="give at least one positive point"):
+        predictor.segment(balls[0], [])
+
+
+@pytest.mark.parametrize(
+    ("knob", "said"),
+    [
+        ({"clicks": "last"}, "give 'newest', as in training, or 'all'"),
+        ({"max_windows": 0}, "give the number of windows"),
+        ({"spacing_mm": (1.5, 0, 1.5)}, "give three positive numbers"),
+    ],
+)
+def test_knobs_have_ranges(model, balls, knob, said):
+    with pytest.raises(ValueError, match=said):
+        Predictor(model, **knob).set_volume(balls[0])

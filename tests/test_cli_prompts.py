@@ -1,0 +1,150 @@
+"""sammed3d segment and features: a NIfTI and clicks in, labels or token maps out."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from standin import StandIn
+
+from sammed3d_backbone import encoder
+from sammed3d_backbone.checkpoint import read
+from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.predictor.features import token_maps
+
+AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.5, 0, 31], [0, 0, 1.5, -7], [0, 0, 0, 1]])
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The network whose answer is known, in place of a trained one."""
+    monkeypatch.setattr("sammed3d_backbone.sam", lambda variant, weights: StandIn())
+
+
+@pytest.fixture
+def scan(tmp_path):
+    """Two bright balls, around (22, 40, 36) and (36, 54, 36), axes towards L, P, S."""
+    i, j, k = np.ogrid[:90, :80, :70]
+    first = (i - 22) ** 2 + (j - 40) ** 2 + (k - 36) ** 2 < 9**2
+    second = (i - 36) ** 2 + (j - 54) ** 2 + (k - 36) ** 2 < 7**2
+    Volume(np.where(first | second, 200, 50).astype(np.int16), AFFINE).save(tmp_path / "in.nii.gz")
+    return str(tmp_path / "in.nii.gz")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "new" / "out.nii.gz"
+
+
+# --- segment -----------------------------------------------------------------------------------
+
+
+def test_a_click_becomes_a_mask_with_the_inputs_affine(known, scan, out, capsys):
+    assert main(["segment", scan, str(out), "--point", "22,40,36"]) == 0
+    mask, source = Volume.load(out), Volume.load(scan)
+    assert mask.affine.tobytes() == source.affine.tobytes()
+    assert set(np.unique(mask.array)) == {0, 1}
+    printed = capsys.readouterr().out
+    voxels = int(mask.array.sum())
+    assert f"1 object: {voxels} voxels, {voxels * 1.5**3 / 1000:.2f} ml, 1 windows" in printed
+    assert "1 of 1 clicks agreed" in printed
+    assert "note: the weights do not say their spacing" in printed
+    assert printed.splitlines()[-1] == str(out)
+
+
+def test_points_in_mm_are_the_same_points(known, scan, out, tmp_path):
+    x, y, z = (AFFINE @ [22, 40, 36, 1])[:3]
+    assert main(["segment", scan, str(out), "--mm", f"--point={x},{y},{z}"]) == 0
+    assert main(["segment", scan, str(tmp_path / "vox.nii"), "--point", "22,40,36"]) == 0
+    assert np.array_equal(Volume.load(out).array, Volume.load(tmp_path / "vox.nii").array)
+
+
+def test_points_belong_to_the_object_named_before_them(known, scan, out, capsys):
+    command = ["segment", scan, str(out), "--object", "left", "--point", "22,40,36"]
+    command += ["--object", "both", "--point", "22,40,36", "--point", "36,54,36"]
+    command += ["--object", "right", "--point", "22,40,36", "--point", "36,54,36"]
+    command += ["--negative", "22,40,37", "--json", "--merge", "first", "--quality"]
+    assert main(command) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [(row["value"], row["object"]) for row in result["objects"]] == [
+        (1, "left"),
+        (2, "both"),
+        (3, "right"),
+    ]
+    assert result["objects"][2]["voxels"] == 0  # "both" was first
+    assert result["objects"][0]["agreement"] == 1
+    assert result["out"] == str(out)
+    assert any("overlapped" in note and note.endswith("first") for note in result["notes"])
+    labels = Volume.load(out).array
+    assert (labels[22, 40, 36], labels[36, 54, 36]) == (1, 2)
+
+
+def test_a_saved_click_list_gives_the_same_file(known, scan, out, tmp_path):
+    clicks = str(tmp_path / "clicks.json")
+    command = ["segment", scan, str(out), "--save-clicks", clicks, "--point"]
+    assert main([*command, "22,40,36", "--negative", "36,54,36"]) == 0
+    assert main(["segment", scan, str(tmp_path / "b.nii.gz"), "--points", clicks]) == 0
+    contents = [gzip.decompress(p.read_bytes()) for p in (out, tmp_path / "b.nii.gz")]
+    assert contents[0] == contents[1]
+
+
+def test_a_figure_shows_every_object(known, scan, out, tmp_path):
+    figure = tmp_path / "fig.png"
+    command = ["segment", scan, str(out), "--png", str(figure), "--object", "left", "--point"]
+    assert main([*command, "22,40,36", "--object", "right", "--point", "36,54,36"]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_encoded_windows_are_kept_on_request(known, scan, out, tmp_path):
+    cache = tmp_path / "cache"
+    assert main(["segment", scan, str(out), "--point", "22,40,36", "--cache", str(cache)]) == 0
+    assert len(list(cache.glob("*.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("switch", ["--all-clicks", "--no-follow", "--honour-clicks"])
+def test_every_switch_is_taken(known, scan, out, switch):
+    assert main(["segment", scan, str(out), "--point", "22,40,36", switch]) == 0
+
+
+def test_the_whole_command_runs_with_a_real_network(scan, out, capsys):
+    command = ["segment", scan, str(out), "--point", "22,40,36", "--variant", "tiny", "--no-follow"]
+    assert main([*command, "--weights", "none", "--modality", "mr"]) == 0
+    assert Volume.load(out).shape == (90, 80, 70)
+    assert "the weights are random" in capsys.readouterr().out
+
+
+# --- features ----------------------------------------------------------------------------------
+
+
+def test_features_are_token_maps_with_their_affine(scan, tmp_path, capsys):
+    out = tmp_path / "new" / "maps.safetensors"
+    command = ["features", scan, str(out), "--variant", "tiny", "--weights", "none"]
+    assert main([*command, "--blocks", "11,2"]) == 0
+    tensors, metadata = read(out)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        "neck": (64, 16, 16, 16),
+        "block_2": (192, 16, 16, 16),
+        "block_11": (192, 16, 16, 16),
+        "affine": (4, 4),
+    }
+    assert metadata["volume"] == "in.nii.gz"
+    assert "neck: 64 x 16 x 16 x 16" in capsys.readouterr().out
+
+
+def test_a_token_lies_where_its_affine_says(scan):
+    torch.manual_seed(0)
+    array = Volume.load(scan).array[:, :50, :50]
+    bright = np.zeros_like(array)
+    bright[50, 20, 41] = 1e6
+    network = encoder("tiny", weights="none")
+    found, plain = (
+        token_maps(network, Volume(a, AFFINE), spacing_mm=(1.5, 1.5, 1.5), blocks=[0])
+        for a in (array + bright, array)
+    )
+    change = (found.maps["block_0"] - plain.maps["block_0"]).norm(dim=0)
+    token = np.unravel_index(int(change.argmax()), change.shape)
+    place_mm = found.affine @ [*token, 1]
+    away_mm = np.abs((place_mm - AFFINE @ [50, 20, 41, 1])[:3])
+    assert (away_mm <= 8 * 1.5 / 2).all()
