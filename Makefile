@@ -32,3 +32,7 @@ check: $(INSTALLED)  ## lint, format, types, repeats, import directions, unused 
 .PHONY: bench
 bench: $(INSTALLED)  ## time and memory of the encoder and UNETR against the reference
 	$(BIN)/python recipes/benchmark.py
+
+.PHONY: golden
+golden: $(INSTALLED)  ## the reference's outputs for `sammed3d selftest` anew, and how they differ
+	$(BIN)/python recipes/golden.py

@@ -16,6 +16,7 @@ either label or none, with a mask of zeros, of logits, or none.
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,8 @@ from medim.models.sam_med3d import (
 )
 from torch import Tensor, nn
 
-from sammed3d_backbone.models import mask_decoder, prompt_encoder
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D, resample_pos_embed
+from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.provenance import provenance
 
 HERE = Path(__file__).parent
@@ -87,6 +88,46 @@ class PromptCase:
 PROMPT_CASES = (PromptCase(torch.float32, sets=200), PromptCase(torch.float64, sets=20))
 
 
+def reference_encoder(*, global_attn_blocks: Sequence[int], **sizes: float) -> nn.Module:
+    """The reference's image encoder of our sizes."""
+    return ImageEncoderViT3D(
+        **sizes,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        qkv_bias=True,
+        use_rel_pos=True,
+        global_attn_indexes=global_attn_blocks,
+    )
+
+
+def reference_decoder(
+    *,
+    embed_dim: int,
+    side: int,
+    grid: int,
+    mask_in_chans: int,
+    num_heads: int,
+    mlp_dim: int,
+    iou_head_hidden_dim: int,
+) -> dict[str, nn.Module]:
+    """The reference's prompt encoder and mask decoder of our sizes, by the names of their parts."""
+    prompts = PromptEncoder3D(
+        embed_dim=embed_dim,
+        image_embedding_size=(grid,) * 3,
+        input_image_size=(side,) * 3,
+        mask_in_chans=mask_in_chans,
+    )
+    # The reference makes float32 places, whatever its weights; these are exact in float32.
+    code, encode = prompts.pe_layer, prompts.pe_layer._pe_encoding
+    code._pe_encoding = lambda places: encode(
+        places.to(code.positional_encoding_gaussian_matrix.dtype)
+    )
+    decoder = MaskDecoder3D(transformer_dim=embed_dim, iou_head_hidden_dim=iou_head_hidden_dim)
+    decoder.transformer = TwoWayTransformer3D(
+        depth=2, embedding_dim=embed_dim, num_heads=num_heads, mlp_dim=mlp_dim
+    )
+    return {"prompt_encoder": prompts, "mask_decoder": decoder}
+
+
 def pair(case: Case, seed: int) -> tuple[nn.Module, ImageEncoder3D]:
     """The reference and ours with the same random weights, set to the case's input size."""
     torch.manual_seed(seed)
@@ -100,13 +141,8 @@ def pair(case: Case, seed: int) -> tuple[nn.Module, ImageEncoder3D]:
         "window_size": 14,
         "mlp_ratio": 4.0,
     }
-    reference = ImageEncoderViT3D(
-        **sizes,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        qkv_bias=True,
-        use_rel_pos=True,
-        global_attn_indexes=case.global_attn_blocks,
-    ).to(case.dtype)
+    reference = reference_encoder(**sizes, global_attn_blocks=case.global_attn_blocks)
+    reference = reference.to(case.dtype)
     for name, parameter in reference.named_parameters():
         if "pos" in name or name.endswith("bias"):
             nn.init.normal_(parameter, std=0.2)
@@ -170,48 +206,32 @@ def _run(network: nn.Module, volume: Tensor, generator: torch.Generator) -> dict
 def prompt_pair(case: PromptCase, seed: int) -> tuple[nn.ModuleDict, nn.ModuleDict]:
     """Prompt encoder and mask decoder of the reference and ours, with the same random weights."""
     torch.manual_seed(seed)
-    width = case.embed_dim
+    decoder = {
+        "mask_in_chans": case.mask_in_chans,
+        "num_heads": case.num_heads,
+        "mlp_dim": case.mlp_dim,
+        "iou_head_hidden_dim": case.iou_head_hidden_dim,
+    }
     reference = nn.ModuleDict(
-        {
-            "prompt_encoder": PromptEncoder3D(
-                embed_dim=width,
-                image_embedding_size=(case.grid,) * 3,
-                input_image_size=(case.side,) * 3,
-                mask_in_chans=case.mask_in_chans,
-            ),
-            "mask_decoder": MaskDecoder3D(
-                transformer_dim=width, iou_head_hidden_dim=case.iou_head_hidden_dim
-            ),
-        }
-    )
-    reference["mask_decoder"].transformer = TwoWayTransformer3D(
-        depth=2, embedding_dim=width, num_heads=case.num_heads, mlp_dim=case.mlp_dim
+        reference_decoder(embed_dim=case.embed_dim, side=case.side, grid=case.grid, **decoder)
     )
     for name, parameter in reference.named_parameters():
         if name.endswith("bias") or parameter.ndim == 1:  # norms' gains too
             with torch.no_grad():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    ours = nn.ModuleDict(
-        {
-            "prompt_encoder": prompt_encoder.PromptEncoder3D(
-                embed_dim=width,
-                img_size=(case.side,) * 3,
-                grid=(case.grid,) * 3,
-                mask_in_chans=case.mask_in_chans,
-            ),
-            "mask_decoder": mask_decoder.MaskDecoder3D(
-                embed_dim=width,
-                num_heads=case.num_heads,
-                mlp_dim=case.mlp_dim,
-                iou_head_hidden_dim=case.iou_head_hidden_dim,
-            ),
-        }
+    # Of our encoder only its sizes are asked here.
+    part = ImageEncoder3D(
+        img_size=case.side,
+        patch_size=case.side // case.grid,
+        embed_dim=1,
+        depth=0,
+        num_heads=1,
+        global_attn_blocks=(),
+        out_chans=case.embed_dim,
     )
+    network = Sam3D.around(part, **decoder, positions="released")
+    ours = nn.ModuleDict({name: network.get_submodule(name) for name in reference})
     ours.load_state_dict(reference.state_dict(), strict=True)
-    # The reference makes float32 places, whatever its weights; these are exact in float32.
-    code = reference["prompt_encoder"].pe_layer
-    encode = code._pe_encoding
-    code._pe_encoding = lambda places: encode(places.to(case.dtype))
     return reference.to(case.dtype), ours.to(case.dtype)
 
 

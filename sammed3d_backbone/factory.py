@@ -29,8 +29,7 @@ from sammed3d_backbone.checkpoint import (
 )
 from sammed3d_backbone.models.attention import RelPos
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
-from sammed3d_backbone.models.prompt_encoder import Positions, PromptEncoder3D
+from sammed3d_backbone.models.prompt_encoder import Positions
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretrained import (
     WEIGHTS,
@@ -40,7 +39,7 @@ from sammed3d_backbone.pretrained import (
     list_weights,
     locate,
 )
-from sammed3d_backbone.variants import VARIANTS, DecoderSizes, Variant
+from sammed3d_backbone.variants import VARIANTS, Variant
 from sammed3d_backbone.variants import variant as variant_sizes
 
 __all__ = ["encoder", "encoder_like", "list_weights", "sam", "sam_like", "variant_of"]
@@ -175,7 +174,8 @@ def sam(
         weights = default_weights(variant)
     if weights == "none":
         image_encoder = encoder(variant, "none", img_size=img_size, rel_pos=rel_pos)
-        network = _promptable(image_encoder, decoder, positions or decoder.positions)
+        sizes = {**vars(decoder), "positions": positions or decoder.positions}
+        network = Sam3D.around(image_encoder, **sizes)
         return _with_provenance(network, None, None)
     record, path, tensors, metadata = _opened(weights, variant, "sam")
     _require_all_parts(path, tensors, metadata)
@@ -203,13 +203,13 @@ def sam(
 
 def sam_like(tensors: Mapping[str, Tensor], variant: str, *, rel_pos: RelPos = "released") -> Sam3D:
     """A random promptable network of a variant with the sizes and positions of stored tensors."""
-    decoder = variant_sizes(variant).decoder
+    sizes = vars(variant_sizes(variant).decoder)
     image_encoder = encoder_like(tensors, variant, rel_pos=rel_pos)
     code = tensors.get(FREQUENCIES)
-    positions = decoder.positions
     if code is not None and code.ndim == 2:
-        positions = "consistent" if 2 * code.shape[1] == image_encoder.out_chans else "released"
-    return _promptable(image_encoder, decoder, positions)
+        forms = {3 * code.shape[1]: "released", 2 * code.shape[1]: "consistent"}
+        sizes = {**sizes, "positions": forms.get(image_encoder.out_chans, sizes["positions"])}
+    return Sam3D.around(image_encoder, **sizes)
 
 
 def encoder_like(
@@ -288,28 +288,6 @@ def _network(
         in_chans=in_chans,
         rel_pos=rel_pos,
         drop_path=drop_path,
-    )
-
-
-def _promptable(
-    image_encoder: ImageEncoder3D, decoder: DecoderSizes, positions: Positions
-) -> Sam3D:
-    """A promptable network around an encoder."""
-    return Sam3D(
-        image_encoder,
-        PromptEncoder3D(
-            embed_dim=image_encoder.out_chans,
-            img_size=image_encoder.img_size,
-            grid=image_encoder.grid,
-            mask_in_chans=decoder.mask_in_chans,
-            positions=positions,
-        ),
-        MaskDecoder3D(
-            embed_dim=image_encoder.out_chans,
-            num_heads=decoder.num_heads,
-            mlp_dim=decoder.mlp_dim,
-            iou_head_hidden_dim=decoder.iou_head_hidden_dim,
-        ),
     )
 
 

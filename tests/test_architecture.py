@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "adapters": {"models.layers"},
     "pretrained": {"variants"},
     "factory": {"models", "variants", "pretrained", "checkpoint"},
+    "selftest": {"models", "variants"},
     "predictor": {"models", "data", "factory", "checkpoint", "files"},
     "export": {"checkpoint", "factory", "pretrained", "adapters", "data"},
     "publish": {"export", "pretrained"},

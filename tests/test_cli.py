@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from sammed3d_backbone import encoder
+from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.checkpoint import ENCODER, read
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.pretrained import WEIGHTS, Weights
-from sammed3d_backbone.variants import VARIANTS, Variant
+from sammed3d_backbone.variants import VARIANTS, DecoderSizes, Variant
 
 
 @pytest.fixture(autouse=True)
@@ -25,20 +25,18 @@ def toy(monkeypatch):
         num_heads=2,
         global_attn_blocks=(1,),
         window_size=3,
-        out_chans=6,
+        out_chans=8,
+        decoder=DecoderSizes(mask_in_chans=4, num_heads=2, mlp_dim=8, iou_head_hidden_dim=8),
     )
     monkeypatch.setitem(VARIANTS, "toy", sizes)
 
 
 @pytest.fixture
 def tensors():
-    """A full model around a toy encoder."""
-    state = encoder("toy", weights="none").state_dict()
-    return {
-        **{f"{ENCODER}{name}": tensor for name, tensor in state.items()},
-        "prompt_encoder.no_mask_embed.weight": torch.ones(1, 6),
-        "mask_decoder.iou_token.weight": torch.ones(1, 6).half(),
-    }
+    """A whole toy network, one tensor of it in another number format."""
+    state = sam("toy", weights="none", positions="consistent").state_dict()
+    token = "mask_decoder.iou_token.weight"
+    return {**state, token: state[token].half()}
 
 
 @pytest.fixture
@@ -75,14 +73,15 @@ def test_info_of_a_name_prints_its_record_without_a_download(capsys):
     assert WEIGHTS["turbo"].sha256 in printed
 
 
-def test_info_of_a_file_prints_what_is_in_it(checkpoint, capsys):
+def test_info_of_a_file_prints_what_is_in_it(checkpoint, tensors, capsys):
+    values = sum(t.numel() for name, t in tensors.items() if name.startswith("mask_decoder."))
     assert main(["info", str(checkpoint)]) == 0
     printed = capsys.readouterr().out
     assert f"sha256: {sha256(checkpoint)}" in printed
     assert "variant: toy" in printed
-    assert "layout: model_state_dict, full model, 56 tensors" in printed
+    assert "layout: model_state_dict, full model, 189 tensors" in printed
     assert "image_encoder: 54 tensors" in printed
-    assert "mask_decoder: 1 tensors, 6 values, float16" in printed
+    assert f"mask_decoder: 120 tensors, {values:,} values, float16, float32" in printed
     assert "metadata epoch: 9" in printed
     assert 'metadata args: {"lr": 1.0}' in printed
 
@@ -156,8 +155,8 @@ def test_a_good_file_verifies(checkpoint, capsys):
     assert main(["verify", str(checkpoint)]) == 0
     assert verdicts(capsys) == [
         ["-", f"sha256 {sha256(checkpoint)}: no such file in the table"],
-        ["ok", "all values of 56 tensors are finite"],
-        ["ok", "the 54 tensors of the toy encoder are there"],
+        ["ok", "all values of 189 tensors are finite"],
+        ["ok", "the 189 tensors of the toy promptable network are there"],
     ]
 
 
@@ -193,7 +192,7 @@ def test_one_altered_value_in_a_converted_file_fails(tmp_path, checkpoint, capsy
     [
         (lambda t: t.pop(f"{ENCODER}neck.0.weight"), "the sizes of no known variant"),
         (lambda t: t.pop(f"{ENCODER}neck.1.bias"), "neck.1.bias"),
-        (lambda t: t.update({f"{ENCODER}neck.1.bias": torch.zeros(7)}), "(7,) instead of (6,)"),
+        (lambda t: t.update({f"{ENCODER}neck.1.bias": torch.zeros(7)}), "(7,) instead of (8,)"),
         (lambda t: t.update({f"{ENCODER}new.bias": torch.zeros(7)}), "new.bias"),
         (
             lambda t: t.update({"mask_decoder.x": torch.tensor([float("nan")])}),
@@ -212,7 +211,28 @@ def test_a_bad_file_fails_and_says_where(tmp_path, tensors, damage, said, capsys
 def test_a_tensor_of_no_known_part_is_mentioned(tmp_path, tensors, capsys):
     torch.save({**tensors, "head.bias": torch.zeros(1)}, tmp_path / "a.pth")
     assert main(["verify", str(tmp_path / "a.pth")]) == 0
-    assert verdicts(capsys)[-1][1].endswith("encoder are there, 1 unexpected")
+    assert verdicts(capsys)[-1][1].endswith("network are there, 1 unexpected")
+
+
+def test_an_encoder_alone_verifies_as_what_it_is(tmp_path, tensors, capsys):
+    mine = {name: tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
+    torch.save(mine, tmp_path / "a.pth")
+    assert main(["verify", str(tmp_path / "a.pth")]) == 0
+    assert verdicts(capsys)[-1] == ["ok", "the 54 tensors of the toy encoder are there"]
+
+
+def test_a_file_of_the_challenge_verifies_and_its_corners_are_mentioned(tmp_path, tensors, capsys):
+    corners = {f"prompt_encoder.point_embeddings.{i}.weight": torch.ones(1, 8) for i in (2, 3)}
+    torch.save({**tensors, **corners}, tmp_path / "a.pth")
+    assert main(["verify", str(tmp_path / "a.pth")]) == 0
+    assert verdicts(capsys)[-1][1].endswith("network are there, 2 box corners not used")
+
+
+def test_a_decoder_with_a_hole_fails_where_its_encoder_is_whole(tmp_path, tensors, capsys):
+    del tensors["mask_decoder.mask_tokens.weight"]
+    torch.save(tensors, tmp_path / "a.pth")
+    assert main(["verify", str(tmp_path / "a.pth")]) == 1
+    assert "missing (mask_decoder.mask_tokens.weight)" in verdicts(capsys)[-1][1]
 
 
 def test_a_named_variant_is_what_the_file_is_held_against(checkpoint, capsys):

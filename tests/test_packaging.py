@@ -21,7 +21,7 @@ FIRST_EXAMPLE = README.split("```python\n")[1].split("```")[0]
 SHIPPED = {
     f"sammed3d_backbone/{path.relative_to(ROOT / 'sammed3d_backbone').as_posix()}"
     for path in (ROOT / "sammed3d_backbone").rglob("*")
-    if path.suffix in (".py", ".html") or path.name == "py.typed"
+    if path.suffix in (".py", ".html", ".json") or path.name == "py.typed"
 } | {
     f"sammed3d_backbone/weights/{path.name}"
     for path in (ROOT / "weights").iterdir()

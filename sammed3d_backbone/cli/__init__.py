@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli import clicks, models, prompts, weights
+from sammed3d_backbone.cli import clicks, models, prompts, selftest, weights
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -25,6 +25,7 @@ COMMANDS = (
     clicks.add_clicks,
     prompts.add_segment,
     prompts.add_features,
+    selftest.add_selftest,
 )
 
 

@@ -38,7 +38,7 @@ def _run_info(args: argparse.Namespace) -> int:
     if args.weights in WEIGHTS:
         print(WEIGHTS[args.weights])
         return 0
-    record, tensors, metadata = _opened(args.weights)
+    record, tensors, metadata = opened(args.weights)
     if CARD_KEY in metadata:
         from sammed3d_backbone.export import Card  # imports nibabel
 
@@ -59,7 +59,7 @@ def _run_info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _opened(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
+def opened(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
     """The record, tensors and metadata of a file, the record as complete as the file makes it."""
     from sammed3d_backbone.checkpoint import read
     from sammed3d_backbone.factory import variant_of
@@ -111,7 +111,7 @@ def _run_convert(args: argparse.Namespace) -> int:
 
     if args.target.exists() and not args.force:  # before reading hundreds of megabytes
         raise FileExistsError(f"{args.target} exists; choose another name, or pass --force")
-    record, tensors, metadata = _opened(args.source)
+    record, tensors, metadata = opened(args.source)
     facts = {key: value for key, value in metadata.items() if key != "content_sha256"}
     entries = {
         **facts,
@@ -144,8 +144,8 @@ def _run_verify(args: argparse.Namespace) -> int:
     from sammed3d_backbone.checkpoint import content_sha256
     from sammed3d_backbone.factory import CARD_KEY
 
-    record, tensors, metadata = _opened(args.file)
-    findings = [_hash_finding(record)]
+    record, tensors, metadata = opened(args.file)
+    findings = [hash_finding(record)]
     if "content_sha256" in metadata:
         intact = content_sha256(tensors) == metadata["content_sha256"]
         findings.append((intact, f"content {'as written' if intact else 'altered since written'}"))
@@ -153,18 +153,18 @@ def _run_verify(args: argparse.Namespace) -> int:
     if CARD_KEY in metadata:
         findings.append(_model_finding(args.file))
     else:
-        findings.append(_encoder_finding(tensors, args.variant or record.variant))
+        findings.append(_network_finding(tensors, args.variant or record.variant))
     for right, sentence in findings:
-        print(f"{_MARKS[right]}  {sentence}")
+        print(f"{MARKS[right]}  {sentence}")
     return int(any(right is False for right, _ in findings))
 
 
 # What a check says: right, wrong, or cannot be told.
-_MARKS = {True: "ok   ", False: "WRONG", None: "-    "}
+MARKS = {True: "ok   ", False: "WRONG", None: "-    "}
 Finding = tuple[bool | None, str]
 
 
-def _hash_finding(record: "Weights") -> Finding:
+def hash_finding(record: "Weights") -> Finding:
     """Whether the file is the one of the table that it seems to be."""
     from sammed3d_backbone.pretrained import WEIGHTS
 
@@ -188,24 +188,27 @@ def _finite_finding(tensors: "Mapping[str, Tensor]") -> Finding:
     return True, f"all values of {len(tensors)} tensors are finite"
 
 
-def _encoder_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Finding:
-    """Whether the file holds a whole encoder, by names and shapes."""
+def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Finding:
+    """Whether the file holds a whole encoder or promptable network, by names and shapes."""
     import torch
 
-    from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, fit
-    from sammed3d_backbone.factory import encoder_like
+    from sammed3d_backbone.checkpoint import ENCODER, OTHER_PARTS, CheckpointError, fit
+    from sammed3d_backbone.factory import encoder_like, sam_like
 
     if variant is None:
         return False, "the sizes of no known variant; name one with --variant to see what differs"
+    is_promptable = any(name.startswith(OTHER_PARTS) for name in tensors)
     with torch.device("meta"):
-        network = encoder_like(tensors, variant)
+        network = (sam_like if is_promptable else encoder_like)(tensors, variant)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     try:
-        _, report = fit(tensors, shapes, part=ENCODER, source="the file")
+        _, report = fit(tensors, shapes, part="" if is_promptable else ENCODER, source="the file")
     except CheckpointError as error:
         return False, str(error)
-    rest = f", {len(report.unexpected)} unexpected" if report.unexpected else ""
-    return True, f"the {len(report.matched)} tensors of the {variant} encoder are there{rest}"
+    rest = f", {len(report.unused)} box corners not used" if report.unused else ""
+    rest += f", {len(report.unexpected)} unexpected" if report.unexpected else ""
+    what = "promptable network" if is_promptable else "encoder"
+    return True, f"the {len(report.matched)} tensors of the {variant} {what} are there{rest}"
 
 
 def _model_finding(file: str) -> Finding:

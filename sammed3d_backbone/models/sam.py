@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sammed3d_backbone.models.attention import Grid
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
-from sammed3d_backbone.models.prompt_encoder import Points, PromptEncoder3D
+from sammed3d_backbone.models.prompt_encoder import Points, Positions, PromptEncoder3D
 
 
 class Sam3D(nn.Module):
@@ -37,6 +37,39 @@ class Sam3D(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
+
+    @classmethod
+    def around(
+        cls,
+        image_encoder: ImageEncoder3D,
+        *,
+        mask_in_chans: int,
+        num_heads: int,
+        mlp_dim: int,
+        iou_head_hidden_dim: int,
+        positions: Positions,
+    ) -> "Sam3D":
+        """An encoder with a random prompt encoder and mask decoder of its sizes.
+
+        The other arguments are those of `PromptEncoder3D` and `MaskDecoder3D`.
+        """
+        embed_dim = image_encoder.out_chans
+        return cls(
+            image_encoder,
+            PromptEncoder3D(
+                embed_dim=embed_dim,
+                img_size=image_encoder.img_size,
+                grid=image_encoder.grid,
+                mask_in_chans=mask_in_chans,
+                positions=positions,
+            ),
+            MaskDecoder3D(
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                mlp_dim=mlp_dim,
+                iou_head_hidden_dim=iou_head_hidden_dim,
+            ),
+        )
 
     @property
     def img_size(self) -> Grid:

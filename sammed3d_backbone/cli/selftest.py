@@ -1,0 +1,76 @@
+"""The command `sammed3d selftest`: does this machine compute what the reference computes."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from sammed3d_backbone.cli.weights import MARKS, Finding, hash_finding, opened
+
+if TYPE_CHECKING:
+    from sammed3d_backbone.cli import Commands
+
+
+def add_selftest(commands: "Commands") -> None:
+    """Declares `sammed3d selftest`."""
+    parser = commands.add_parser(
+        "selftest",
+        help="compare this machine with committed outputs of the reference",
+        description="Needs no weights and no network. Exit code 1: something is wrong.",
+    )
+    parser.add_argument("--weights", metavar="NAME|FILE", help="check these, too")
+    parser.set_defaults(run=_run_selftest)
+
+
+def _run_selftest(args: argparse.Namespace) -> int:
+    import torch
+
+    from sammed3d_backbone import selftest
+
+    verdicts: list[bool | None] = []
+    worst = 0.0
+    for check in selftest.run():
+        print(f"{MARKS[check.is_right]}  {check.case}: {check.tensor}, error {check.error:.1e}")
+        verdicts.append(check.is_right)
+        worst = max(worst, check.error)
+    for is_right, sentence in _weights_findings(args.weights) if args.weights else ():
+        print(f"{MARKS[is_right]}  {sentence}")
+        verdicts.append(is_right)
+    failed = sum(verdict is False for verdict in verdicts)
+    says = f"{failed} checks failed" if failed else "this machine computes what the reference does"
+    print(
+        f"{says}: worst relative error {worst:.1e}, allowed {selftest.TOLERANCE:.0e}, "
+        f"torch {torch.__version__}"
+    )
+    return int(failed > 0)
+
+
+def _weights_findings(weights: str) -> list[Finding]:
+    """Whether weights are the listed ones, load strictly, and give finite numbers."""
+    import torch
+
+    from sammed3d_backbone import encoder, sam
+    from sammed3d_backbone.checkpoint import OTHER_PARTS, CheckpointError
+    from sammed3d_backbone.factory import CARD_KEY
+    from sammed3d_backbone.models.attention import RelPos
+    from sammed3d_backbone.models.sam import Sam3D
+    from sammed3d_backbone.selftest import phantom
+
+    record, tensors, metadata = opened(weights)
+    if CARD_KEY in metadata:
+        raise ValueError(f"{weights} is a fine-tuned model; check it with `sammed3d verify`")
+    if record.variant is None:
+        raise ValueError(f"{weights} has the sizes of no known variant; see `sammed3d verify`")
+    findings = [hash_finding(record)]
+    build = sam if any(name.startswith(OTHER_PARTS) for name in tensors) else encoder
+    rel_pos: RelPos = "axial" if record.rel_pos == "axial" else "released"
+    try:
+        network = build(record.variant, weights, rel_pos=rel_pos).eval()
+    except CheckpointError as error:
+        return [*findings, (False, str(error))]
+    findings.append((True, f"all {len(network.state_dict())} tensors of the weights load strictly"))
+    volume = phantom(network.img_size)
+    click = torch.tensor([[[n // 2 for n in network.img_size]]]), torch.ones(1, 1)
+    with torch.inference_mode():
+        answer = network(volume, click) if isinstance(network, Sam3D) else network(volume)
+    what = "mask logits of a click" if build is sam else "image embedding"
+    is_finite = bool(torch.isfinite(answer).all())
+    return [*findings, (is_finite, f"{what} on a phantom: {'' if is_finite else 'not '}finite")]
