@@ -36,33 +36,33 @@ class Field:
         self.logits = logits
 
     def at(self, places: Axes) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the windows' logits on a grid of places, and the sum of the weights.
+        """The logits on a grid of places, and where they are known.
 
         Shapes:
             places: three ascending arrays of X, Y, Z places.
-            returns: twice (X, Y, Z); both 0 where there is no window.
+            returns: (X, Y, Z) float32 and bool; logits are 0 where there is no window.
         """
+        weights = torch.zeros([len(axis) for axis in places])
+        for start in self.logits:
+            rows, (x, y, z) = self._weights(start, places)
+            weights[rows] += x[:, None, None] * y[:, None] * z
+        known = weights > 0
+        return torch.where(known, self._weighted(places) / weights, 0), known
+
+    def _weighted(self, places: Axes) -> Tensor:
+        """The logits on a grid of places, times a positive number that varies: for their sign."""
         total = torch.zeros([len(axis) for axis in places])
-        weights = torch.zeros_like(total)
         for start, logits in self.logits.items():
-            rows, pulls = [], []
-            for axis, along in enumerate(places):
-                row, pull = self._along(start[axis], along)
-                rows.append(row)
-                pulls.append(pull)
-            if any(row.start == row.stop for row in rows):
-                continue
+            rows, weights = self._weights(start, places)
             values = logits.float().cpu()
-            for axis, (row, pull) in enumerate(zip(rows, pulls, strict=True)):
+            for axis, (row, weight) in enumerate(zip(rows, weights, strict=True)):
                 cell = self.windows.side_vox / logits.shape[axis]
                 cells = (places[axis][row] - start[axis] + 0.5) / cell - 0.5
                 # One matrix per axis and window: interpolation times weight.
-                matrix = linear(torch.eye(logits.shape[axis]), 0, cells) * pull[:, None]
+                matrix = linear(torch.eye(logits.shape[axis]), 0, cells) * weight[:, None]
                 values = torch.tensordot(values, matrix, dims=([0], [1]))  # the axis goes last
-            part = (rows[0], rows[1], rows[2])
-            total[part] += values
-            weights[part] += pulls[0][:, None, None] * pulls[1][:, None] * pulls[2]
-        return total, weights
+            total[rows] += values
+        return total
 
     def mask(self) -> NDArray[np.bool_]:
         """Where the logit exceeds 0, on the volume's own grid, (X, Y, Z)."""
@@ -70,7 +70,7 @@ class Field:
         mask = np.zeros(self.windows.geometry.input_shape, dtype=np.bool_)
         oriented = self.windows.geometry.oriented(mask)
         for slab, places in self._slabs(self._positive()):
-            oriented[slab] = (self.at(places)[0] > 0).numpy()
+            oriented[slab] = (self._weighted(places) > 0).numpy()
         return mask
 
     def probs(self) -> NDArray[np.float32]:
@@ -78,17 +78,23 @@ class Field:
         probs = np.zeros(self.windows.geometry.input_shape, dtype=np.float32)
         oriented = self.windows.geometry.oriented(probs)
         for slab, places in self._slabs(self._covered()):
-            total, weights = self.at(places)
-            oriented[slab] = torch.where(weights > 0, (total / weights).sigmoid(), 0).numpy()
+            logits, known = self.at(places)
+            oriented[slab] = torch.where(known, logits.sigmoid(), 0).numpy()
         return probs
 
-    def _along(self, start: int, places: NDArray[np.float64]) -> tuple[slice, Tensor]:
-        """Which places of an axis lie in a window, and the window's weights there."""
+    def _weights(
+        self, start: Triple, places: Axes
+    ) -> tuple[tuple[slice, slice, slice], tuple[Tensor, Tensor, Tensor]]:
+        """Which places of each axis lie in a window, and the window's weights there."""
         side = self.windows.side_vox
-        low, high = np.searchsorted(places, [start - 0.5, start + side - 0.5])
-        depth = places[low:high] - start + 0.5  # from the window's border, in voxels
-        pull = np.minimum(depth, side - depth) / (side / 2)
-        return slice(int(low), int(high)), torch.from_numpy(pull).float().clamp_min(LEAST_WEIGHT)
+        rows, weights = [], []
+        for first, along in zip(start, places, strict=True):
+            low, high = np.searchsorted(along, [first - 0.5, first + side - 0.5])
+            depth = along[low:high] - first + 0.5  # from the window's border, in voxels
+            weight = torch.from_numpy(np.minimum(depth, side - depth) / (side / 2))
+            rows.append(slice(int(low), int(high)))
+            weights.append(weight.float().clamp_min(LEAST_WEIGHT))
+        return (rows[0], rows[1], rows[2]), (weights[0], weights[1], weights[2])
 
     def _covered(self) -> list[tuple[float, float]]:
         """Per axis, the lowest and highest place in any window."""

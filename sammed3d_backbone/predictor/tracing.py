@@ -217,9 +217,8 @@ class Tracer:
         prior: MaskPrompt | None,
     ) -> Answer | None:
         """The answer in a neighbouring window; None if it contradicts what is known there."""
-        total, weights = self._sampled(start, answers)
-        inside = (total > 0).numpy()
-        known = (weights > 0).numpy()
+        logits, known = self._sampled(start, answers)
+        inside = logits > 0
         if earlier is not None and self._holds(start, earlier, inside | ~known):
             return earlier
         seed = None
@@ -233,14 +232,16 @@ class Tracer:
         agrees = 2 * both >= LEAST_AGREEMENT * int(here.sum() + inside.sum())
         return answer if agrees else None
 
-    def _sampled(self, start: Triple, answers: Mapping[Triple, Answer]) -> tuple[Tensor, Tensor]:
-        """What is known of the object at the cells of a window; twice (s, s, s)."""
+    def _sampled(
+        self, start: Triple, answers: Mapping[Triple, Answer]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The logits known at the cells of a window, and where they are known; (s, s, s)."""
         cells = next(iter(answers.values())).logits.shape[0]
         cell = self.windows.side_vox / cells
         offsets = np.arange(cells, dtype=np.float64) * cell + (cell - 1) / 2
-        return Field(self.windows, {s: a.logits for s, a in answers.items()}).at(
-            [s + offsets for s in start]
-        )
+        field = Field(self.windows, {s: a.logits for s, a in answers.items()})
+        logits, known = field.at([s + offsets for s in start])
+        return logits.numpy(), known.numpy()
 
     def _holds(self, start: Triple, earlier: Answer, possible: NDArray[np.bool_]) -> bool:
         """Whether the click that opened a window still lies where the object may be."""

@@ -76,3 +76,27 @@ def test_the_view_holds_all_that_was_predicted(drawn, label):
 
 def test_a_class_that_was_not_found_is_drawn_without_it(drawn, label):
     assert drawn(label, np.zeros_like(label), records=[{"step": 1, "mean_dice": None}])
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPI", "SAR"])
+def test_clicks_are_marked_where_they_lie(tmp_path, monkeypatch, rng, axes):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **given: kept.append(self))
+    to_ras = {"RAS": np.eye(4), "LPI": np.diag([-1, -1, -1, 1.0]), "SAR": np.eye(4)[[2, 1, 0, 3]]}
+    image = Volume(rng.normal(size=(20, 21, 22)), to_ras[axes])
+    mask = np.zeros(image.shape, bool)
+    mask[4:9, 5:10, 6:12] = True
+    clicked = figures.Clicked("liver", mask, [((6, 7, 8), True), ((14, 7, 8), False)])
+    figures.clicks_figure(tmp_path / "f.png", image, [clicked])
+    (figure,) = kept
+    assert len(figure.axes) == 3
+    assert figure.axes[0].get_ylabel() == "liver"
+    inside = {"RAS": (6, 7, 8), "LPI": (13, 13, 13), "SAR": (8, 7, 6)}[axes]
+    for plane, drawn in enumerate(figure.axes):
+        first, second = drawn.lines
+        assert first.get_marker() == "+"
+        assert second.get_marker() == "x"
+        assert first.get_xydata().tolist() == [[n for a, n in enumerate(inside) if a != plane]]
+        assert first.get_alpha() == 1
+        low, high = sorted(drawn.get_xlim())
+        assert low <= second.get_xydata()[0, 0] <= high

@@ -61,9 +61,9 @@ def test_the_field_passes_continuously_from_one_window_to_the_next(generator):
     windows = windows_of((24, 16, 16), np.diag([1.5, 1.5, 1.5, 1]))
     both = Field(windows, {(0, 0, 0): smooth(generator), (8, 0, 0): smooth(generator)})
     along = np.arange(0, 23.4, 0.01)
-    total, weights = both.at([along, np.array([7.3]), np.array([8.1])])
-    values = (total / weights).flatten()
-    assert float(values.diff().abs().max()) < 0.02
+    logits, known = both.at([along, np.array([7.3]), np.array([8.1])])
+    assert known.all()
+    assert float(logits.flatten().diff().abs().max()) < 0.02
 
 
 def test_nothing_positive_is_an_empty_mask():
