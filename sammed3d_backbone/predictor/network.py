@@ -31,15 +31,22 @@ class Promptable(Protocol):
     """What the predictor asks of a network; `Sam3D` has it.
 
     Shapes:
-        image_encoder: (B, 1, S, S, S) -> (B, F, g, g, g); its `img_size` is (S, S, S).
-        prompt_encoder: points (P, N, 3) with labels (P, N) and mask logits (P, 1, s, s, s) ->
-            tokens and a map (P, F, g, g, g); s = 4 * g.
-        mask_decoder: these and the image's map -> logits (P, 1, s, s, s) and a quality.
+        image_encoder: (1, 1, S, S, S) -> (1, F, g, g, g); its `img_size` is (S, S, S).
     """
 
     image_encoder: Any
-    prompt_encoder: Any
-    mask_decoder: Any
+
+    def decode(
+        self, embedding: Tensor, points: tuple[Tensor, Tensor] | None, mask_logits: Tensor | None
+    ) -> Tensor:
+        """Logits of a pass. Without points it goes by the mask alone, without a mask by zeros.
+
+        Shapes:
+            embedding: (1, F, g, g, g), the image encoder's output.
+            points: voxel indices (1, N, 3) of the window and labels (1, N), 1 inside, 0 outside.
+            mask_logits: (1, 1, s, s, s) of an earlier pass; s = 4 * g.
+            returns: (1, 1, s, s, s).
+        """
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """As of every module of torch."""
@@ -133,35 +140,22 @@ class Network:
             windows: Of the volume.
             start: Of the window.
             points: None at all is a pass by the prior alone.
-            prior: Logits of the earlier pass. None is a map of zeros, with which training began;
-                the network's own token for "no mask" was never trained.
+            prior: Logits of the earlier pass; None is the first.
 
         Shapes:
             prior: (s, s, s).
             returns: (s, s, s), on the CPU.
         """
         embedding = self.embedding(windows, start)
-        side = CELLS_PER_TOKEN * embedding.shape[-1]
-        if prior is None:
-            prior = torch.zeros(side, side, side)
         prompts = None
         if points:
             index = torch.tensor([[point.index for point in points]], dtype=torch.float32)
             labels = torch.tensor([[int(point.positive) for point in points]])
             prompts = (index.to(self.device), labels.to(self.device))
+        mask_logits = None if prior is None else prior[None, None].to(embedding)
         with self.watch.of("decode"), torch.inference_mode():
-            sparse, dense = self.model.prompt_encoder(
-                points=prompts, boxes=None, masks=prior[None, None].to(embedding)
-            )
-            logits, _ = self.model.mask_decoder(
-                image_embeddings=embedding,
-                image_pe=self.model.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=False,  # the other masks were never trained
-            )
-            low_resolution: Tensor = logits[0, 0].float().cpu()
-        return low_resolution
+            logits = self.model.decode(embedding, prompts, mask_logits)
+        return logits[0, 0].float().cpu()
 
     def embedding(self, windows: Windows, start: Triple) -> Tensor:
         """The encoder's map of a window, (1, F, g, g, g), from memory where possible."""

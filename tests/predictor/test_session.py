@@ -233,3 +233,27 @@ def test_the_stored_orientation_changes_no_voxel(shared_data, name, degrees):
         assert np.array_equal(in_mm.mask, back.array)
         assert np.array_equal(in_voxels.mask, back.array)
         assert in_mm.volume.affine.tobytes() == volume.affine.tobytes()
+
+
+@pytest.mark.parametrize("axes", ["RAS", "PIR"])
+@pytest.mark.parametrize("degrees", [0, 10, 30])
+@pytest.mark.parametrize("spacing_mm", [(1.5, 1.5, 1.5), (0.7, 0.7, 5.0), (2.6, 0.9, 1.1)])
+def test_oblique_and_anisotropic_objects_keep_place_and_size(predictor, axes, degrees, spacing_mm):
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array(
+        [[1, 0, 0], [0, c, -s], [0, s, c]]
+    )
+    order, signs = {"RAS": ((0, 1, 2), (1, 1, 1)), "PIR": ((1, 2, 0), (-1, -1, 1))}[axes]
+    affine = np.eye(4)
+    affine[:3, :3] = (turn @ np.eye(3)[:, order]) * signs * spacing_mm
+    shape = tuple(round(96 / mm) for mm in spacing_mm)
+    centre_mm = (affine @ [*(n / 2 for n in shape), 1])[:3]
+    voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    places_mm = voxels @ affine[:3, :3].T + affine[:3, 3]
+    ball = np.linalg.norm(places_mm - centre_mm, axis=-1) < 20
+    predictor.set_volume(np.where(ball, 200, 50), affine)
+    predictor.click(point_mm=centre_mm)
+    mask = predictor.predict().mask
+    assert dice(mask, ball) > 0.93
+    moved_mm = places_mm[mask].mean(axis=0) - places_mm[ball].mean(axis=0)
+    assert np.linalg.norm(moved_mm) < 0.3
