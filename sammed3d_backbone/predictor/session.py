@@ -65,10 +65,11 @@ class Predictor:
         progress: Show a bar of encoded windows on standard error.
 
     Example:
-        >>> predictor = Predictor(sam("vit_b"))
-        >>> predictor.set_volume("scan.nii.gz", modality="ct")
-        >>> predictor.click(point_mm=(-31.0, 12.5, 40.0))
-        >>> predictor.predict().volume.save("mask.nii.gz")
+        >>> predictor = Predictor(sam("tiny", weights="none"))
+        >>> predictor.set_volume(np.arange(24.0).reshape(2, 3, 4), np.eye(4))
+        >>> predictor.click((1, 1, 2))
+        >>> predictor.predict().mask.shape
+        (2, 3, 4)
     """
 
     def __init__(

@@ -199,12 +199,13 @@ class Tracer:
 
     def _run_into(self, start: Triple, logits: Tensor) -> list[Triple]:
         """The neighbours across those faces of a window that the object touches."""
+        touching = (logits > 0).numpy() & self.windows.cells_inside(start, logits.shape[0])
         found = []
         for axis in range(3):
             for step in (-1, 1):
-                face = logits.select(axis, 0 if step < 0 else -1)
+                face = touching.take(0 if step < 0 else -1, axis=axis)
                 neighbour = self.windows.beside(start, axis, step)
-                if neighbour is not None and bool((face > 0).any()):
+                if neighbour is not None and face.any():
                     found.append(neighbour)
         return found
 
@@ -218,7 +219,8 @@ class Tracer:
     ) -> Answer | None:
         """The answer in a neighbouring window; None if it contradicts what is known there."""
         logits, known = self._sampled(start, answers)
-        inside = logits > 0
+        known &= self.windows.cells_inside(start, len(known))
+        inside = (logits > 0) & known
         if earlier is not None and self._holds(start, earlier, inside | ~known):
             return earlier
         seed = None

@@ -103,6 +103,17 @@ class Windows:
             return None
         return index[0], index[1], index[2]
 
+    def cells_inside(self, start: Triple, cells: int) -> NDArray[np.bool_]:
+        """Which of a window's cells, so many a side, have their centre in the volume."""
+        cell = self.side_vox / cells
+        x, y, z = (
+            (places >= -0.5) & (places < n - 0.5)
+            for s, n in zip(start, self.geometry.resampled_shape, strict=True)
+            for places in [s + (np.arange(cells) + 0.5) * cell - 0.5]
+        )
+        inside: NDArray[np.bool_] = x[:, None, None] & y[:, None] & z
+        return inside
+
     def image(self, start: Triple) -> Tensor:
         """What the network sees: resampled, padded with zeros, normalised by the window's voxels.
 

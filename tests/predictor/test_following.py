@@ -124,6 +124,24 @@ def test_a_correction_drops_what_only_it_had_led_to(predictor, bar):
     assert not found.mask.any()
 
 
+def test_what_the_network_sees_in_padding_is_not_followed():
+    class Misled(StandIn):
+        """Holds padding before the first voxel for part of the object."""
+
+        def decode(self, embedding, points=None, mask_logits=None):
+            logits = super().decode(embedding, points, mask_logits)
+            return torch.where(torch.arange(32)[:, None, None] < 10, 8.0, logits)
+
+    x, y, z = np.ogrid[:90, :90, :90]
+    ball = (x - 9) ** 2 + (y - 45) ** 2 + (z - 45) ** 2 < 8**2
+    predictor = Predictor(Misled())
+    predictor.set_volume(bright(ball), AFFINE)
+    predictor.click((9, 45, 45))  # 23 voxels of its window lie in padding
+    found = predictor.predict()
+    assert found.windows == 1
+    assert not (found.mask & ~ball).sum() > 0.2 * ball.sum()
+
+
 def test_a_neighbour_that_contradicts_what_is_known_is_left_out(bar):
     class Wild(StandIn):
         """Finds everything wherever it is asked a second time."""

@@ -72,6 +72,13 @@ def test_neighbours_share_half_a_window_and_end_with_the_volume(windows):
     assert windows.beside((12, 10, -1), 2, 1) is None
 
 
+def test_cells_in_padding_are_told_from_those_in_the_volume(windows):
+    inside = windows.cells_inside((-9, 30, -1), 4)  # cells of four voxels, centres at 1.5
+    assert inside.any(axis=(1, 2)).tolist() == [False, False, True, True]
+    assert inside.any(axis=(0, 2)).tolist() == [True, False, False, False]
+    assert inside.any(axis=(0, 1)).tolist() == [True, True, True, True]
+
+
 @pytest.mark.parametrize("point", [(0, 0, 0), (59, 8, 29), (13, 4, 22)])
 def test_every_voxel_lies_in_the_window_around_it(windows, point):
     place = windows.place(point)
