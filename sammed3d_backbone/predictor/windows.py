@@ -139,8 +139,10 @@ class Windows:
             padding.append((low - first, first + self.side_vox - high))
             region.append(slice(lower, upper))
         x = torch.from_numpy(np.ascontiguousarray(oriented[tuple(region)], dtype=np.float32))
-        # The axis that shrinks most goes first, so that the others have less to do.
-        for axis in sorted(range(3), key=lambda a: len(positions[a]) / x.shape[a]):
+        # What shrinks most goes first, what grows most last. Of equal axes the third, along which
+        # values are slow to gather, goes where there are fewest of them.
+        growth = [len(own) / n for own, n in zip(positions, x.shape, strict=True)]
+        for axis in sorted(range(3), key=lambda a: (growth[a], a if growth[a] < 1 else -a)):
             x = linear(x, axis, positions[axis])
         return F.pad(x, [p for pair in reversed(padding) for p in pair])
 
