@@ -148,9 +148,10 @@ def write_report(
     known = {entry.name for entry in dataclasses.fields(About)}
     written = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     about = About(**{key: value for key, value in written.items() if key in known})
+    table = class_table(scores, _class_names(scores))
     sections = (
-        _head(scores, about),
-        _classes(scores, about),
+        _head(scores, about, table[-1]),
+        _classes(scores, about, table),
         _comparison(scores, baseline),
         _pictures(folder / "cases.png"),
         _curves(records),
@@ -181,10 +182,9 @@ def shown_cases(scores: Sequence[Score], dataset: Dataset, predictions: Path) ->
     ]
 
 
-def _head(scores: Sequence[Score], about: About) -> str:
+def _head(scores: Sequence[Score], about: About, overall: ClassSummary) -> str:
     """What it is, what has to be known before believing it, and the three means."""
     cases, subjects = ({getattr(s, key) for s in scores} for key in ("case", "subject"))
-    overall = class_table(scores, _class_names(scores))[-1]
     means = [
         ("mean Dice", number(overall.dice.mean), bounds(overall.dice)),
         (f"mean NSD at {about.tolerance_mm:g} mm", number(overall.nsd.mean), bounds(overall.nsd)),
@@ -195,17 +195,16 @@ def _head(scores: Sequence[Score], about: About) -> str:
     return heading(about.title, about.split, notes) + tiles(means)
 
 
-def _classes(scores: Sequence[Score], about: About) -> str:
+def _classes(scores: Sequence[Score], about: About, table: Sequence[ClassSummary]) -> str:
     """Every metric per class, and once more without what the volumes cut off."""
-    names = _class_names(scores)
     caption = METRIC_NOTES.format(tolerance=about.tolerance_mm)
     interval = "Small: 95 % bootstrap interval, resampling subjects."
-    text = "<h2>Per class</h2>" + _class_table(class_table(scores, names), f"{interval} {caption}")
+    text = "<h2>Per class</h2>" + _class_table(table, f"{interval} {caption}")
     whole = [score for score in scores if not score.truncated]
     if len(whole) < len(scores):
         text += "<h2>Per class, only structures that lie inside their volume</h2>"
         text += _class_table(
-            class_table(whole, names),
+            class_table(whole, _class_names(scores)),
             f"Without {len(scores) - len(whole)} structures that go on beyond their volume.",
         )
     return text

@@ -16,7 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import ndimage
 from tqdm import tqdm
 
 from sammed3d_backbone.data.checks import pair_problems
@@ -102,20 +105,28 @@ def score_case(
     """One case's scores, in the order of the class values.
 
     Raises:
-        ValueError: If the prediction lies on another grid than the reference.
+        ValueError: If the prediction lies on another grid than the reference, or holds values
+            that are no classes.
     """
     label = load_label(case)
     problems = pair_problems(Path(f"prediction of {case.id}"), prediction, case.label, label)
     if problems:
         raise ValueError(problems[0])
+    strange = sorted({*np.unique(prediction.array).tolist()} - {*dataset.labels})
+    if strange:
+        raise ValueError(
+            f"prediction of {case.id}: values {strange} are no classes of {dataset.name} "
+            f"({sorted(dataset.labels)}); number them like its labels"
+        )
     known = annotated_classes(case, dataset)
     both = torch.as_tensor(prediction.array), torch.as_tensor(label.array)
     dice = dice_per_class(*both, len(dataset.labels), known)
+    boxes = _class_boxes(prediction.array, label.array, len(dataset.classes))
     scores = []
-    for value, name in enumerate(dataset.classes, start=1):
+    for value, (name, box) in enumerate(zip(dataset.classes, boxes, strict=True), start=1):
         nsd = hd95 = math.nan
         if known[value]:
-            ours, theirs = prediction.array == value, label.array == value
+            ours, theirs = prediction.array[box] == value, label.array[box] == value
             nsd = surface_dice(ours, theirs, label.spacing_mm, tolerance_mm)
             hd95 = hausdorff95_mm(ours, theirs, label.spacing_mm)
         scores.append(
@@ -210,7 +221,7 @@ def write_scores(
         **about,
     }
     text = io.StringIO(newline="")
-    table = csv.writer(text)
+    table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
     for score in scores:
         values = (getattr(score, metric) for metric in METRICS)
@@ -250,6 +261,20 @@ def read_scores(path: Path) -> list[Score]:
             )
             for row in table
         ]
+
+
+def _class_boxes(
+    one: NDArray[np.integer[Any]], other: NDArray[np.integer[Any]], classes: int
+) -> list[tuple[slice, ...]]:
+    """Per class the box that holds it in both volumes: many classes cost one pass over each."""
+    boxes: list[tuple[slice, ...]] = []
+    pairs = zip(*(ndimage.find_objects(x, max_label=classes) for x in (one, other)), strict=True)
+    for pair in pairs:
+        held = [box for box in pair if box is not None]
+        sides = zip(*held, strict=True)  # along X, Y, Z: one or two slices
+        box = tuple(slice(min(s.start for s in x), max(s.stop for s in x)) for x in sides)
+        boxes.append(box or (slice(0),))
+    return boxes
 
 
 def _summary(name: str, scores: Sequence[Score]) -> ClassSummary:

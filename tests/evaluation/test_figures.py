@@ -100,3 +100,25 @@ def test_clicks_are_marked_where_they_lie(tmp_path, monkeypatch, rng, axes):
         assert first.get_alpha() == 1
         low, high = sorted(drawn.get_xlim())
         assert low <= second.get_xydata()[0, 0] <= high
+
+
+def test_the_figure_of_cases_has_three_planes_each_and_names_the_classes(tmp_path, label, rng):
+    shown = figures.Shown(
+        "one", *(Volume(a, np.eye(4)) for a in (rng.random(label.shape), label, label))
+    )
+    figures.cases_figure(tmp_path / "new/cases.png", [shown, shown], ("head", "tail"))
+    assert (tmp_path / "new/cases.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_one_svg_with_a_line_per_class():
+    records = [
+        {"step": 1, "loss": 2.0, "lr": 1e-3},
+        {"step": 2, "mean_dice": 0.5, "dice": {"head": 0.6, "tail": None}},
+        {"step": 4, "mean_dice": 0.6, "dice": {"head": 0.7, "tail": 0.5}},
+    ]
+    svg = figures.curves_svg(records)
+    assert svg.startswith("<svg")
+    assert ">training loss<" in svg
+    assert figures.COLOURS[0].lower() in svg
+    assert figures.COLOURS[1].lower() in svg
+    assert svg == figures.curves_svg(records)

@@ -10,6 +10,7 @@ import pytest
 
 from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.metrics import hausdorff95_mm, surface_dice
 from sammed3d_backbone.evaluation.scores import (
     COLUMNS,
     OVERALL,
@@ -87,6 +88,46 @@ def test_a_prediction_on_another_grid_is_refused(dataset):
 
     with pytest.raises(ValueError, match=r"prediction of a: lies up to 5\.5 mm away"):
         score_cases(elsewhere, dataset, ["a"], progress=False)
+
+
+def test_values_that_are_no_classes_are_refused(dataset):
+    def wild(case):
+        label = Volume.load(case.label)
+        return dataclasses.replace(label, array=np.full(label.shape, 7, np.int16))
+
+    with pytest.raises(ValueError, match=r"values \[7\] are no classes of Toy.*number them"):
+        score_cases(wild, dataset, ["a"], progress=False)
+
+
+def test_the_boxes_that_classes_are_scored_in_change_nothing(dataset, rng):
+    noise = rng.integers(0, 3, (12, 12, 12)).astype(np.uint8)
+    noise[:, :, 6:] = 0
+
+    def noisy(case):
+        return dataclasses.replace(Volume.load(case.label), array=noise)
+
+    label = Volume.load(dataset.cases[0].label).array
+    for value, score in enumerate(score_cases(noisy, dataset, ["a"], progress=False), start=1):
+        masks = noise == value, label == value
+        assert score.dice == pytest.approx(
+            2 * (masks[0] & masks[1]).sum() / sum(map(np.sum, masks))
+        )
+        assert score.nsd == surface_dice(*masks, (1.0, 1.0, 2.5), 2.0)
+        assert score.hd95_mm == hausdorff95_mm(*masks, (1.0, 1.0, 2.5))
+
+
+def test_a_class_in_neither_has_no_score(dataset):
+    def nothing(case):
+        label = Volume.load(case.label)
+        return dataclasses.replace(label, array=np.zeros(label.shape, np.uint8))
+
+    empty = dataclasses.replace(
+        dataset, cases=dataset.cases[:1], labels={**dataset.labels, 3: "ear"}
+    )
+    *both, ear = score_cases(nothing, empty, ["a"], progress=False)
+    assert [score.hd95_mm for score in both] == [math.inf, math.inf]
+    assert np.isnan([ear.dice, ear.nsd, ear.hd95_mm]).all()
+    assert ear.annotated
 
 
 def test_classes_are_averaged_over_cases_and_then_over_each_other():
