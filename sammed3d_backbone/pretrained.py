@@ -557,8 +557,10 @@ _DECATHLON = {
     9: "Spleen",
     10: "Colon",
 }
-# Task 1 calls itself by the series that it is made of.
-_DECATHLON_NAMES = {"brats": "BrainTumour"} | {name.lower(): name for name in _DECATHLON.values()}
+# Task 1 calls itself by the series that it is made of, task 2 by what is segmented.
+_DECATHLON_NAMES = {"brats": "BrainTumour", "leftatrium": "Heart"} | {
+    name.lower(): name for name in _DECATHLON.values()
+}
 # Series whose members' names do not simply end in a year.
 _SERIES = {"isles": ("ISLESSISS", "ISLESSPES"), "sega": ("SEG.A.2023",)}
 

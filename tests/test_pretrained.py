@@ -468,6 +468,7 @@ def test_the_pretraining_list_has_the_published_counts():
         ("Hippocampus", "seen", ["MSD_Hippocampus (stage 1)"]),
         ("Liver", "seen", ["MSD_Liver (stage 1 and 2)"]),
         ("BRATS", "seen", ["MSD_BrainTumour (stage 1 and 2)", "BraTS21"]),
+        ("LeftAtrium", "seen", ["MSD_Heart (stage 1)"]),
         ("BrainTumour", "seen", ["MSD_BrainTumour"]),
         ("Heart", "seen", ["MSD_Heart"]),
         ("PROSTATE", "seen", ["MSD_Prostate"]),

@@ -37,6 +37,7 @@ class Layout:
     subject: str = "(.+)"  # regular expression on the id; its group is the person
     splits: tuple[str, ...] = ()  # what {split} stands for: in training, in validation
     split_table: str | None = None  # CSV with columns image_id and split: train, val, test
+    group: str = ""  # of sets that a paper reports together
     note: str = ""  # what a reader of a result must know
     citation: str = ""
     licence: str = ""

@@ -24,6 +24,7 @@ from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.export import load_model, segment_volume
 from sammed3d_backbone.training import engine
+from sammed3d_backbone.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
@@ -251,7 +252,7 @@ def test_few_labels_are_those_of_whole_subjects(small, toy_data, tmp_path, monke
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
     cfg = config.load(Config, path)
-    assert cfg.img_size % encoder(cfg.variant, weights="none").patch_size == 0
+    assert cfg.img_size % VARIANTS[cfg.variant].patch_size == 0
     assert engine.Schedule(
         cfg.steps, cfg.validate_every, cfg.lr, cfg.warmup_steps, cfg.clip, 1, 1, 1
     ).next_stop(0)

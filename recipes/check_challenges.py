@@ -1,0 +1,278 @@
+"""Every challenge config on made-up files in its layout: model, batch, step, prediction.
+
+    python recipes/check_challenges.py            # each at its own size -> results/challenges.json
+    python recipes/check_challenges.py kits brats # these only; the others keep their figures
+    python recipes/check_challenges.py --table    # the table of recipes/README.md from that file
+
+The files hold noise, so nothing is learned here; what shows is that the layout is read, that
+channels, classes, spacing and crop fit the network, and what a step costs. Weights are random: no
+download. Each config runs in a process of its own, on the CPU in float32; memory is the highest
+resident size in the step minus that before the network was built.
+"""
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from finetune_unetr import Config, choose_cases, make_card
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sammed3d_backbone import config
+from sammed3d_backbone.data.crops import CropStream
+from sammed3d_backbone.data.layouts import SPLITS, Layout, read_layout
+from sammed3d_backbone.data.preparation import load_image, prepare_cases
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.export import Segmenter, build_network, segment_volume
+from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining
+from sammed3d_backbone.provenance import provenance, resident_bytes
+from sammed3d_backbone.training import optim
+from sammed3d_backbone.training.losses import partial_dice_ce
+
+HERE = Path(__file__).parent
+CASES = 3
+# How the ids of a challenge look, and what stands for the asterisks of its patterns.
+LOOKS = {
+    "amos": ("amos_{:04d}", ()),
+    "amos_mr": ("amos_{:04d}", ()),
+    "brats2021": ("BraTS2021_{:05d}", ()),
+    "brats2023": ("BraTS-GLI-{:05d}-000", ()),
+    "btcv": ("{:04d}", ()),
+    "cas2023": ("{:03d}", ()),
+    "kits": ("case_{:05d}", ()),
+    "sega2023": ("R{}", ("Rider", "R (AAA)")),
+    "totalsegmentator": ("s{:04d}", ()),
+    "totalsegmentator_organs": ("s{:04d}", ()),
+}
+FIRST_ID = {"amos_mr": 507}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a Decathlon task's dataset.json says."""
+
+    name: str
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+DECATHLON = {
+    "Task01_BrainTumour": Task(
+        "BRATS",
+        ("FLAIR", "T1w", "t1gd", "T2w"),
+        ("edema", "non-enhancing tumor", "enhancing tumour"),
+    ),
+    "Task02_Heart": Task("LeftAtrium", ("MRI",), ("left atrium",)),
+    "Task03_Liver": Task("LIVER", ("CT",), ("liver", "cancer")),
+    "Task04_Hippocampus": Task("Hippocampus", ("MRI",), ("Anterior", "Posterior")),
+    "Task05_Prostate": Task("PROSTATE", ("T2", "ADC"), ("PZ", "TZ")),
+    "Task06_Lung": Task("Lung", ("CT",), ("cancer",)),
+    "Task07_Pancreas": Task("Pancreas", ("CT",), ("pancreas", "cancer")),
+    "Task08_HepaticVessel": Task("HepaticVessel", ("CT",), ("Vessel", "Tumour")),
+    "Task09_Spleen": Task("Spleen", ("CT",), ("spleen",)),
+    "Task10_Colon": Task("COLON", ("CT",), ("colon cancer primaries",)),
+}
+
+
+def challenge_configs() -> dict[str, Path]:
+    """The configs that this checks: those of a layout or of a Decathlon task, by name."""
+    found = {}
+    for path in sorted((HERE / "configs").glob("*.yaml")):
+        cfg = config.load(Config, path)
+        if cfg.layout is not None or cfg.data in DECATHLON:
+            found[path.stem] = path
+    return found
+
+
+def write_files(folder: Path, cfg: Config) -> None:
+    """Made-up cases in the layout that the configuration names."""
+    if cfg.layout is None:
+        write_decathlon(folder, DECATHLON[cfg.data])
+    else:
+        write_layout(folder, HERE / cfg.layout)
+
+
+def make_case(channels: int, classes: int, seed: int) -> tuple[Volume, np.ndarray]:
+    """A small, turned, anisotropic image and blocks of every class.
+
+    Shapes:
+        returns: image (C, X, Y, Z), or (X, Y, Z) of one channel; labels (X, Y, Z).
+    """
+    rng = np.random.default_rng(seed)
+    side = 4 * math.ceil((classes + 1) ** (1 / 3))
+    blocks = np.arange((side // 4) ** 3).reshape([side // 4] * 3) % (classes + 1)
+    labels = blocks.repeat(4, 0).repeat(4, 1).repeat(4, 2).astype(np.uint8)
+    image = rng.normal(100, 30, (channels, side, side, side)) + 20 * labels
+    affine = np.array([[0, -2.0, 0, 20], [-2.5, 0, 0, 20], [0, 0, 3.0, -30], [0, 0, 0, 1]])
+    return Volume((image if channels > 1 else image[0]).astype(np.float32), affine), labels
+
+
+def write_layout(folder: Path, path: Path) -> None:
+    """Cases of a layout; where a split is published, the last one validates."""
+    layout = read_layout(path)
+    look, stars = LOOKS[path.stem]
+    splits = [*SPLITS[:1] * (CASES - 1), SPLITS[1]]
+    names = [look.format(i + FIRST_ID.get(path.stem, 1)) for i in range(CASES)]
+    parts = dict(zip(SPLITS, layout.splits or SPLITS, strict=True))
+    for i, (name, split) in enumerate(zip(names, splits, strict=True)):
+        image, labels = make_case(len(layout.channels), len(layout.classes), seed=i)
+        place = {"case": name, "split": parts[split]}
+        arrays = image.array if len(layout.images) > 1 else [image.array]
+        for pattern, array in zip(layout.images, arrays, strict=True):
+            Volume(array, image.affine).save(folder / _fill(pattern, place, stars))
+        if "{class}" in layout.label:
+            for number, one in enumerate(layout.classes, start=1):
+                mask = Volume((labels == number).astype(np.uint8), image.affine)
+                mask.save(folder / _fill(layout.label, {**place, "class": one}, stars))
+        else:
+            stored = np.array([0, *(layout.values or range(1, len(layout.classes) + 1))], np.uint8)
+            label = Volume(stored[labels], image.affine)
+            label.save(folder / _fill(layout.label, place, stars))
+    if layout.split_table is not None:
+        with (folder / layout.split_table).open("w", newline="") as file:
+            table = csv.writer(file, delimiter=";")
+            table.writerow(("image_id", "split"))
+            table.writerows(zip(names, splits, strict=True))
+
+
+def _fill(pattern: str, place: Mapping[str, Any], stars: tuple[str, ...]) -> str:
+    """A pattern with everything in its place."""
+    for star in stars:
+        pattern = pattern.replace("*", star, 1)
+    return pattern.format(**place)
+
+
+def write_decathlon(folder: Path, task: Task) -> None:
+    """Cases of a Decathlon task: all channels in one file, and a dataset.json."""
+    stem = folder.name.partition("_")[2].lower() or "case"
+    names = [f"{stem}_{i + 1:03d}.nii.gz" for i in range(2 * CASES)]
+    for i, name in enumerate(names):
+        image, labels = make_case(len(task.channels), len(task.classes), seed=i)
+        image.save(folder / "imagesTr" / name)
+        Volume(labels, image.affine).save(folder / "labelsTr" / name)
+    description = {
+        "name": task.name,
+        "licence": "CC-BY-SA 4.0",
+        "modality": dict(enumerate(task.channels)),
+        "labels": dict(enumerate(("background", *task.classes))),
+        "training": [
+            {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names
+        ],
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+
+
+def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """One config: read, build, one step, one prediction.
+
+    Args:
+        path: Of the config.
+        overrides: Of its knobs, such as a smaller network.
+
+    Raises:
+        ValueError: If anything does not fit.
+    """
+    cfg = config.load(Config, path, [f"{key}={value}" for key, value in overrides.items()])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / cfg.data
+        write_files(folder, cfg)
+        cfg = replace(cfg, data=str(folder), folds=CASES)
+        dataset, fold = choose_cases(cfg)
+        card = make_card(cfg, dataset)
+        train = prepare_cases(dataset, fold.train, card.preparation, progress=False)
+        before = resident_bytes("VmRSS")
+        network = build_network(card)
+        optimizer = optim.layer_decayed(network, cfg.lr, layer_decay=cfg.layer_decay)
+        crops = CropStream(train, cfg.img_size, samples=cfg.batch, seed=cfg.seed)
+        (batch,) = DataLoader(crops, cfg.batch)
+        start = time.perf_counter()
+        loss = partial_dice_ce(network(batch["image"]), batch["label"], batch["annotated"])
+        loss.backward()
+        optimizer.step()
+        seconds = time.perf_counter() - start
+        step_bytes = resident_bytes("VmHWM") - before
+        held_out = next(case for case in dataset.cases if case.id == fold.val[0])
+        image = load_image(held_out)
+        predicted = segment_volume(Segmenter(network, card), image)
+    if predicted.shape != image.shape or not np.array_equal(predicted.affine, image.affine):
+        raise ValueError(f"{path.stem}: the prediction lies on another grid than its image")
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"{path.stem}: the loss is {loss.item()}")
+    return {
+        "layout": Path(cfg.layout).stem if cfg.layout else "dataset.json",
+        "name": dataset.name,
+        "channels": dataset.channels,
+        "classes": len(dataset.classes),
+        "cases": len(dataset.cases),
+        "spacing_mm": cfg.spacing_mm,
+        "intensity": cfg.intensity,
+        "flip_axes": cfg.flip_axes,
+        "img_size": cfg.img_size,
+        "batch": cfg.batch,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "loss": round(loss.item(), 4),
+        "step_s": round(seconds, 2),
+        "step_gib": round(step_bytes / 2**30, 2),
+        "seen": seen_in_pretraining(WEIGHTS["turbo"], dataset.name).verdict,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The table of recipes/README.md as Markdown."""
+    head = "config | classes | channels | spacing, crop | flips | a step (batch) | seen | licence"
+    lines = [f"| {head} |", "|---|---|---|---|---|---|---|---|"]
+    for name, row in result["configs"].items():
+        layout = None if row["layout"] == "dataset.json" else layout_of(row["layout"])
+        group = f" ({layout.group})" if layout and layout.group else ""
+        licence = layout.licence if layout else "CC BY-SA 4.0"
+        spacing = " x ".join(f"{mm:g}" for mm in dict.fromkeys(row["spacing_mm"]))
+        lines.append(
+            f"| `{name}`{group} | {row['classes']} | {', '.join(row['channels'])} | {spacing} mm, "
+            f"{row['img_size']}³ | {row['flip_axes'] or 'none'} | {row['step_gib']:.1f} GiB "
+            f"({row['batch']}) | {row['seen']} | {licence} |"
+        )
+    return "\n".join(lines)
+
+
+def layout_of(stem: str) -> Layout:
+    """The layout of a challenge."""
+    return read_layout(HERE / "challenges" / f"{stem}.yaml")
+
+
+def main() -> None:
+    """Checks each config in its own process and keeps the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    configs = challenge_configs()
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(configs)}; all when left out")
+    parser.add_argument("--table", action="store_true", help="print the table and check nothing")
+    parser.add_argument("--one", choices=configs, help="check one here and print its figures")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "challenges.json")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(check(configs[arguments.one], {})))
+        return
+    result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"configs": {}}
+    if not arguments.table:
+        for name in tqdm(arguments.names or configs, unit="config"):
+            command = [sys.executable, __file__, "--one", name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            result["configs"][name] = json.loads(done.stdout.splitlines()[-1])
+            result = {"configs": dict(sorted(result["configs"].items())), **provenance(HERE)}
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
