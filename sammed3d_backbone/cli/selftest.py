@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli.weights import MARKS, Finding, hash_finding, opened
+from sammed3d_backbone.cli.weights import MARKS, Finding, hash_finding, opened_weights
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
@@ -54,7 +54,7 @@ def _weights_findings(weights: str) -> list[Finding]:
     from sammed3d_backbone.models.sam import Sam3D
     from sammed3d_backbone.selftest import phantom
 
-    record, tensors, metadata = opened(weights)
+    record, tensors, metadata = opened_weights(weights)
     if CARD_KEY in metadata:
         raise ValueError(f"{weights} is a fine-tuned model; check it with `sammed3d verify`")
     if record.variant is None:

