@@ -82,7 +82,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "mean_dice" in line] == [2, 4]
     said = capsys.readouterr().out
-    for part in ("feature_size: 4", "random weights, as asked", "parameters", "dealt by case"):
+    for part in ("feature_size: 4", "random weights, as asked", "parameters", "dealt by subject"):
         assert part in said
 
 
@@ -139,7 +139,7 @@ def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path)
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: no dataset.json in /nowhere")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: no folder in /nowhere")
     assert "Traceback" not in done.stderr
     assert not runs.exists()  # so that the name is still free
 
