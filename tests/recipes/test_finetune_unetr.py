@@ -3,10 +3,8 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import finetune_unetr
@@ -97,40 +95,6 @@ def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
     assert (runs / "toy/last.safetensors").is_file() == ("control" not in changes)
 
 
-@pytest.mark.integration
-def test_a_run_killed_by_the_system_ends_with_the_same_bits(small, runs, tmp_path):
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        config.dump(
-            Config(
-                **small,
-            )
-        )
-    )
-    command = [sys.executable, str(ROOT / "recipes/finetune_unetr.py"), str(path), "steps=8"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "name=whole"], env=env, check=True, capture_output=True)
-    killed = subprocess.Popen(
-        [*command, "name=killed"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    patience = time.monotonic() + 120
-    while not list((runs / "killed/checkpoints").glob("[0-9]*")):
-        assert killed.poll() is None
-        assert time.monotonic() < patience
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    rest = subprocess.run(
-        [*command, "name=killed"], env=env, check=True, capture_output=True, text=True
-    )
-    assert "going on after step" in rest.stdout
-    for name in ("best", "last"):
-        whole, resumed = (
-            load_file(runs / run / f"{name}.safetensors") for run in ("whole", "killed")
-        )
-        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
 def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "recipes/finetune_unetr.py"), str(CONFIGS[0]), "data=/nowhere"],
@@ -142,22 +106,6 @@ def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path)
     assert done.stderr.strip().splitlines()[-1].startswith("error: no folder in /nowhere")
     assert "Traceback" not in done.stderr
     assert not runs.exists()  # so that the name is still free
-
-
-@pytest.mark.integration
-def test_accelerate_launches_it(small, runs, tmp_path):
-    path = tmp_path / "small.yaml"
-    path.write_text(config.dump(Config(**small)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "recipes/finetune_unetr.py"), str(path), "steps=2", "drop_path=0"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean Dice") == 1  # one process speaks
-    assert json.loads((runs / "toy/results/scores.json").read_text())["cases"] == 2
 
 
 def test_weights_bring_layer_decay_and_scratch_its_own_rate(small, tiny_weights, monkeypatch):
@@ -177,6 +125,24 @@ def test_weights_bring_layer_decay_and_scratch_its_own_rate(small, tiny_weights,
     with pytest.raises(Stop):
         main(Config(**small | {"scratch": False, "weights": tiny_weights, "name": "warm"}))
     assert (seen["lr"], seen["layer_decay"]) == (3e-4, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "kept"),
+    [({"freeze": "encoder"}, True), ({"freeze": "decoder_first", "freeze_steps": 1}, False)],
+    ids=["encoder", "decoder_first"],
+)
+def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatch, freeze, kept):
+    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    warm = {"scratch": False, "weights": tiny_weights, "steps": 2, "checkpointing": True}
+    main(Config(**small | warm | freeze))
+    stored, ended = load_file(tiny_weights), load_file(runs / "toy/last.safetensors")
+    encoder_stays = [
+        torch.equal(tensor, stored[name.removeprefix("encoder.")])
+        for name, tensor in ended.items()
+        if name.startswith("encoder.")
+    ]
+    assert all(encoder_stays) == kept
 
 
 def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, tiny_weights):

@@ -1,0 +1,305 @@
+"""Processes, accumulation and kills change nothing: the recipe against itself, on boxes.
+
+    python recipes/equality_check.py                # writes recipes/results/equality.json
+
+Two processes on half batches, and one that accumulates half batches, are compared with one process
+on whole batches: losses and weights differ by rounding only. Then runs are killed (SIGKILL) at
+random moments and while they save, go on and are killed again; in the end they have to equal a run
+that was left alone, to the last bit. Cases annotated in part, an encoder that waits, drop path and
+augmentation take part.
+
+Every run is a fork of this process, which has imported everything and computed nothing: a start
+costs no import, and no pool of threads is lost in the fork.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import finetune_unetr
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from sammed3d_backbone.data.crops import CropStream
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.provenance import provenance
+from sammed3d_backbone.training.runs import PARTIAL, RUNS_VARIABLE, Run, runs_folder
+
+HERE = Path(__file__).parent
+FORK = multiprocessing.get_context("fork")
+CLOCKS = ("seconds", "cpu_seconds", "images_per_s", "memory_gib")  # of the log: may differ
+# What has to be equal after a kill, by the file of the last checkpoint that holds it.
+STATES = {
+    "parameters": "model.safetensors",
+    "optimiser": "optimizer.bin",
+    "average of the weights": "custom_checkpoint_0.pkl",
+}
+NETWORKS = ("best.safetensors", "last.safetensors")
+
+
+def write_boxes(folder: Path, *, cases: int = 6, partly: bool = False) -> None:
+    """Turned volumes with a bright front and a dim back, in the Decathlon's layout.
+
+    Args:
+        folder: Gets the data set.
+        cases: Their number.
+        partly: In every other case, the back was not looked for.
+    """
+    rng = np.random.default_rng(0)
+    affine = np.array([[0, 0, -1.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])  # PSL
+    entries = []
+    for number in range(cases):
+        name = f"case_{number}.nii.gz"
+        labels = np.zeros((22, 18, 17), np.uint8)
+        start = rng.integers(3, 6)
+        labels[start : start + 7, 5:12, 5:12] = 1
+        labels[start + 7 : start + 13, 5:12, 5:12] = 2
+        image = rng.normal(100, 5, labels.shape) + 60 * (labels == 1) + 30 * (labels == 2)
+        if partly and number % 2:
+            labels[labels == 2] = 0
+        Volume(image.astype(np.float32), affine).save(folder / "imagesTr" / name)
+        Volume(labels, affine).save(folder / "labelsTr" / name)
+        entry: dict[str, object] = {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"}
+        if partly:
+            entry["annotated"] = ["front"] if number % 2 else ["front", "back"]
+        entries.append(entry)
+    info = {
+        "name": "Toy",
+        "note": "made of boxes",
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "front", "2": "back"},
+        "training": entries,
+    }
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+def small_config(data: Path) -> finetune_unetr.Config:
+    """A run of a second or two."""
+    return finetune_unetr.Config(
+        name="whole",
+        data=str(data),
+        folds=3,
+        scratch=True,
+        feature_size=4,
+        spacing_mm=(1.0, 1.0, 1.0),
+        img_size=16,
+        freeze="decoder_first",
+        freeze_steps=5,
+        steps=12,
+        batch=1,
+        accumulate=2,
+        warmup_steps=2,
+        validate_every=6,
+        log_every=1,
+        save_every_s=0.5,
+        threads=1,
+        cpu=True,
+    )
+
+
+class WatchedStream(CropStream):
+    """Notes what each sample was, in the folder of the run."""
+
+    notes: Path
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(number)
+        digest = hashlib.sha256(b"".join(sample[key].numpy().tobytes() for key in sorted(sample)))
+        with self.notes.open("a") as notes:
+            notes.write(f"{number} {digest.hexdigest()}\n")
+        return sample
+
+
+def start(cfg: finetune_unetr.Config, processes: int = 1) -> list[BaseProcess]:
+    """Starts a run in as many processes as asked, as `accelerate launch` would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    together = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank} | together if processes > 1 else {}
+        child = FORK.Process(
+            target=_run, args=(cfg, {name: str(value) for name, value in place.items()})
+        )
+        child.start()
+        children.append(child)
+    return children
+
+
+def finish(children: list[BaseProcess]) -> None:
+    """Waits for a run and expects it to end well."""
+    for child in children:
+        child.join()
+        if child.exitcode:
+            raise RuntimeError(f"a run failed:\n{_said_by(child).read_text()}")
+
+
+def kill_until_done(cfg: finetune_unetr.Config, rng: np.random.Generator) -> Counter[str]:
+    """Kills a run again and again, at random moments or while it saves, until it gets through.
+
+    Returns:
+        How many kills left a half-written checkpoint behind ("while saving"), and how many not.
+    """
+    folder = runs_folder() / cfg.name
+    kills: Counter[str] = Counter()
+    while True:
+        (child,) = start(cfg)
+        if rng.random() < 0.7:
+            time.sleep(rng.uniform(0, 2))
+        else:
+            for _ in range(rng.integers(1, 4)):
+                _wait_for_save(folder, child)
+            time.sleep(rng.uniform(0, 0.01))
+        child.kill()
+        child.join()
+        if child.exitcode != -signal.SIGKILL:
+            finish([child])
+            return kills
+        saving = any(folder.glob(f"checkpoints/{PARTIAL}*"))
+        kills["while saving" if saving else "elsewhere"] += 1
+
+
+def differences(whole: Path, other: Path) -> list[str]:
+    """What is not the same to the last bit in two finished runs."""
+    checkpoints = [Run(folder).checkpoints[-1] for folder in (whole, other)]
+    pairs: dict[str, list[object]] = {
+        state: [_tensors(folder / file) for folder in checkpoints] for state, file in STATES.items()
+    }
+    for file in NETWORKS:
+        pairs[file] = [_tensors(folder / file) for folder in (whole, other)]
+    pairs["log"] = [_log(folder) for folder in (whole, other)]
+    pairs["samples"] = [_samples(folder) for folder in (whole, other)]
+    return [name for name, (one, two) in pairs.items() if one != two]
+
+
+def compare_sharing(cfg: finetune_unetr.Config) -> dict[str, float]:
+    """Largest differences when halves of a batch go to two processes, or through one in turn."""
+    # Random numbers of drop path and the clipping of almost equal norms would hide what is asked.
+    base = replace(cfg, accumulate=1, drop_path=0.0)
+    arms = {
+        "whole_batch": (replace(base, name="whole_batch", batch=4), 1),
+        "two_processes": (replace(base, name="two_processes", batch=2), 2),
+        "accumulated": (replace(base, name="accumulated", batch=2, accumulate=2), 1),
+    }
+    for arm, processes in arms.values():
+        finish(start(arm, processes))
+    losses, weights = {}, {}
+    for name in arms:
+        folder = runs_folder() / name
+        losses[name] = np.array([line["loss"] for line in _log(folder) if "loss" in line])
+        weights[name] = _tensors(folder / "last.safetensors")
+    figures = {}
+    for name in ("two_processes", "accumulated"):
+        figures[f"{name}_loss"] = float(np.abs(losses[name] - losses["whole_batch"]).max())
+        figures[f"{name}_weight"] = max(
+            float(np.abs(np.frombuffer(a, np.float32) - np.frombuffer(b, np.float32)).max())
+            for a, b in zip(weights[name].values(), weights["whole_batch"].values(), strict=True)
+        )
+    return figures
+
+
+def check(kills: int, seed: int) -> dict[str, object]:
+    """All figures, from a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[RUNS_VARIABLE] = f"{folder}/runs"
+        runs_folder().mkdir()
+        write_boxes(Path(folder), partly=True)
+        cfg = small_config(Path(folder))
+        result: dict[str, object] = {"largest_difference": compare_sharing(cfg)}
+        finish(start(cfg))
+        rng = np.random.default_rng(seed)
+        total: Counter[str] = Counter()
+        differing: set[str] = set()
+        runs = 0
+        while total.total() < kills or not total["while saving"]:
+            killed = replace(cfg, name=f"killed_{runs}")
+            total += kill_until_done(killed, rng)
+            differing |= {*differences(runs_folder() / "whole", runs_folder() / killed.name)}
+            runs += 1
+    compared = [*STATES, *NETWORKS, "log", "samples"]
+    return {
+        **result,
+        "kills": dict(total) | {"total": total.total()},
+        "killed_runs": runs,
+        "steps_per_run": cfg.steps,
+        "equal_to_the_last_bit": {name: name not in differing for name in compared},
+    }
+
+
+def main() -> None:
+    """Checks, and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=30, help="at least so many")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "equality.json")
+    arguments = parser.parse_args()
+    result = check(arguments.kills, arguments.seed)
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result |= {"cpu_seconds": round(spent.ru_utime + spent.ru_stime, 1), **provenance(HERE)}
+    text = json.dumps(result, indent=1)
+    arguments.out.write_text(text + "\n")
+    print(text)
+
+
+def _run(cfg: finetune_unetr.Config, place: dict[str, str]) -> None:
+    """A child: the recipe without the scores at its end."""
+    os.environ.update(place)
+    with _said_by(multiprocessing.current_process()).open("w") as said:
+        os.dup2(said.fileno(), sys.stdout.fileno())
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    WatchedStream.notes = runs_folder() / cfg.name / "samples.txt"
+    finetune_unetr.CropStream = WatchedStream
+    finetune_unetr.evaluate = lambda *_: {}
+    finetune_unetr.main(cfg)
+
+
+def _said_by(child: BaseProcess) -> Path:
+    """The file of what a child printed."""
+    return runs_folder() / f"{child.name}.txt"
+
+
+def _wait_for_save(folder: Path, child: BaseProcess) -> None:
+    """Returns when the next checkpoint begins to be written, or the run has ended."""
+    seen = {*folder.glob("checkpoints/*")}
+    while child.is_alive():
+        if any(p.name.startswith(PARTIAL) for p in {*folder.glob("checkpoints/*")} - seen):
+            return
+        time.sleep(0.001)
+
+
+def _log(folder: Path) -> list[dict[str, object]]:
+    """A run's log without what a clock or the machine says."""
+    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in Run(folder).records()]
+
+
+def _samples(folder: Path) -> set[str]:
+    """Which numbers were drawn and what they were, whoever drew them and how often."""
+    return {*(folder / "samples.txt").read_text().split("\n")}
+
+
+def _tensors(path: Path) -> dict[str, bytes]:
+    """The bytes of every tensor in a file, without running anything in it."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
+    with zipfile.ZipFile(path) as file:  # as torch.save writes it: tensors are numbered entries
+        return {name: file.read(name) for name in file.namelist() if "/data/" in name}
+
+
+if __name__ == "__main__":
+    main()
