@@ -130,6 +130,8 @@ class Config:
         counts = ("folds", "img_size", "steps", "batch", "accumulate", "validate_every")
         if low := [key for key in (*counts, "log_every") if getattr(self, key) < 1]:
             raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
+        if low := [key for key in ("lr", "scratch_lr") if not 0 < getattr(self, key) < math.inf]:
+            raise ValueError(f"{low[0]}={getattr(self, low[0])}; give a number above 0")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap={self.overlap}; give 0 or more, and less than 1")
         if not {*self.flip_axes} <= {0, 1, 2}:
@@ -169,13 +171,15 @@ def main(cfg: Config) -> dict[str, Any]:
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
     say(f"fold {cfg.fold} of {fold.rule}")
     card = make_card(cfg, dataset)
-    train, val = (
-        prepare_cases(dataset, ids, card.preparation, progress=accelerator.is_main_process)
-        for ids in (fold.train, fold.val)
-    )
-
     torch.manual_seed(cfg.seed)
     network, start = make_model(cfg, card, dataset.name, say)
+    prepared = prepare_cases(  # together, so that all that is wrong is told at once
+        dataset,
+        (*fold.train, *fold.val),
+        card.preparation,
+        progress=accelerator.is_main_process,
+    )
+    train, val = prepared[: len(fold.train)], prepared[len(fold.train) :]
     card = replace(card, training={**card.training, "start": start, "cases": fold.train})
     lr, layer_decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
     optimizer = optim.layer_decayed(

@@ -48,14 +48,10 @@ def class_problems(case: Case, classes: Collection[str]) -> list[str]:
 def pair_problems(path: Path, volume: Volume, other_path: Path, other: Volume) -> list[str]:
     """What keeps two volumes from lying on one grid."""
     if volume.shape != other.shape:
-        return [
-            f"{path}: shape {volume.shape}, but {other_path.name} has {other.shape}; resample one"
-        ]
+        return [f"{path}: shape {volume.shape}, but {other_path} has {other.shape}; resample one"]
     shift_mm = float(np.abs(_corners(volume) - _corners(other)).max())
     if shift_mm > AFFINE_TOLERANCE_MM:
-        return [
-            f"{path}: lies up to {shift_mm:.3g} mm away from {other_path.name}; mend one affine"
-        ]
+        return [f"{path}: lies up to {shift_mm:.3g} mm away from {other_path}; mend one affine"]
     return []
 
 

@@ -31,6 +31,11 @@ class Preparation:
     min_side_vox: int  # smaller volumes are padded on both sides, with what a raw zero became
 
     def __post_init__(self) -> None:
+        if self.spacing_mm is not None and not all(0 < mm < np.inf for mm in self.spacing_mm):
+            raise ValueError(
+                f"spacing_mm={self.spacing_mm} is no spacing; give three positive numbers, or null "
+                "for each volume's own"
+            )
         if self.intensity not in MODES:
             raise ValueError(
                 f"unknown intensity {self.intensity!r}; choose one of {', '.join(MODES)}"

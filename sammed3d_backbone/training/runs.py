@@ -149,9 +149,12 @@ def open_run(name: str, cfg: DataclassInstance, *, free: Collection[str] = ()) -
         free: Keys that may differ from the earlier start, since no result depends on them.
 
     Raises:
-        ValueError: If the folder holds a run of another configuration; names what differs.
+        ValueError: If the name leaves the folder of runs, or the folder holds a run of another
+            configuration; names what differs.
     """
     folder = runs_folder() / name
+    if runs_folder().resolve() not in folder.resolve().parents:
+        raise ValueError(f"name={name!r} is outside {runs_folder()}; give the name of a folder")
     written = folder / "config.yaml"
     if written.is_file():
         try:

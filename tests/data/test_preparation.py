@@ -61,7 +61,7 @@ def test_channels_in_several_files_are_stacked(nnunet):
 def test_channels_on_different_grids_are_refused(nnunet, write_volume):
     folder = nnunet()
     write_volume("imagesTr/case_1_0001.nii.gz", affine=np.diag([1, 1, 2, 1]))
-    with pytest.raises(DatasetError, match=r"case_1_0001.*away from case_1_0000"):
+    with pytest.raises(DatasetError, match=r"case_1_0001.*away from .*case_1_0000"):
         prepared(folder, ["case_1"])
     with pytest.raises(ValueError, match="mend one affine"):
         load_image(read_dataset(folder).cases[1])
@@ -94,6 +94,12 @@ def test_labels_stored_as_floats_are_taken_as_the_integers_they_are(
     (case,) = prepared(folder, ["case_0"])
     assert case.label.dtype == torch.uint8
     assert np.array_equal(case.label[0].numpy(), labels)
+
+
+@pytest.mark.parametrize("spacing", [(0.0, 1, 1), (1, -1, 1), (1, 1, np.nan), (1, np.inf, 1)])
+def test_a_spacing_that_is_none_is_refused_early(spacing):
+    with pytest.raises(ValueError, match="give three positive numbers, or null"):
+        Preparation(spacing, "ct", 4)
 
 
 def test_an_unknown_intensity_is_refused_early():

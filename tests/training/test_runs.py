@@ -37,6 +37,12 @@ def test_a_run_lies_below_the_folder_of_runs_with_its_configuration(runs):
     assert (run.folder / "config.yaml").read_text() == "name: run\nlr: 0.001\n"
 
 
+@pytest.mark.parametrize("name", ["../one", "/tmp/one", "", "."])
+def test_a_name_that_leaves_the_folder_of_runs_is_refused(name):
+    with pytest.raises(ValueError, match="give the name of a folder"):
+        open_run(name, Knobs())
+
+
 def test_the_same_configuration_opens_it_again():
     assert opened("one", Knobs()).folder == opened("one", Knobs()).folder
 
