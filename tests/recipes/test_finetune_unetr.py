@@ -98,7 +98,12 @@ def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
 
 def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes/finetune_unetr.py"), str(CONFIGS[0]), "data=/nowhere"],
+        [
+            sys.executable,
+            str(ROOT / "recipes/finetune_unetr.py"),
+            str(ROOT / "recipes/configs/hippocampus.yaml"),
+            "data=/nowhere",
+        ],
         env=os.environ,
         capture_output=True,
         text=True,
