@@ -4,7 +4,10 @@ import argparse
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from sammed3d_backbone.cli.checks import on_device
+from sammed3d_backbone.cli.prompts import add_network
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
@@ -27,9 +30,6 @@ def add_clicks(commands: "Commands") -> None:
         "data", nargs="?", metavar="DATASET", help="folder or name: Decathlon, nnU-Net, labels.json"
     )
     parser.add_argument("--protocol", default="clickbench/1", help="or a published one")
-    parser.add_argument(
-        "--model", metavar="MODULE:NAME", required=False, help="makes the object to be tested"
-    )
     parser.add_argument("--cases", type=int, metavar="N", help="the first N cases only")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these only")
     parser.add_argument("--first", choices=["centre", "random"], help="this start only")
@@ -38,6 +38,15 @@ def add_clicks(commands: "Commands") -> None:
         "--check-determinism", action="store_true", help="play the first targets a second time"
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="B minus A")
+    add_network(parser)
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--all-clicks", action="store_true", help="tell every pass all clicks, not the newest only"
+    )
+    how.add_argument("--no-follow", action="store_true", help="end objects with their window")
+    how.add_argument(
+        "--model", metavar="MODULE:NAME", help="anything else: makes the object to be tested"
+    )
     parser.set_defaults(run=_run_clicks)
 
 
@@ -62,7 +71,7 @@ def _run_clicks(args: argparse.Namespace) -> int:
         )
     click_set = read_click_set(args.data).selected(args.cases, args.classes)
     machine = provenance(Path(__file__).parent)
-    model, about = _model(args)
+    model, about = _model(args, click_set.name)
     header = {
         **_header(rules, click_set, args.classes, tracks),
         **about,
@@ -81,19 +90,41 @@ def _run_clicks(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace) -> "tuple[Promptable, dict[str, str]]":
+def _model(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dict[str, Any]]":
     """The object to be tested, and what the header says of it."""
     if args.model is None:
-        raise ValueError("no model; pass --model MODULE:NAME")
+        return _predictor(args, dataset)
     module, _, name = args.model.partition(":")
     try:
         model: Promptable = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--model {args.model} cannot be made ({error}); give MODULE:NAME of a class or "
             "function that Python can import and that needs no arguments"
         ) from None
     return model, {"model": args.model}
+
+
+def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dict[str, Any]]":
+    """Our own predictor with the network that was asked for."""
+    import torch
+
+    from sammed3d_backbone import sam
+    from sammed3d_backbone.checkpoint import content_sha256
+    from sammed3d_backbone.predictor import Predictor
+    from sammed3d_backbone.pretrained import seen_in_pretraining
+
+    torch.manual_seed(0)  # random values, where they were asked for, are the same every time
+    network = on_device(sam(args.variant, args.weights), args.device)
+    record = getattr(network, "pretrained_cfg", None)
+    clicks: Literal["all", "newest"] = "all" if args.all_clicks else "newest"
+    return Predictor(network, clicks=clicks, follow=not args.no_follow), {
+        "model": f"{args.variant}, {'random values' if record is None else record.name}",
+        "weights_sha256": content_sha256(network.state_dict()),
+        "told": f"{clicks} clicks",
+        "follow": not args.no_follow,
+        "pretraining": str(seen_in_pretraining(record, dataset)),
+    }
 
 
 def _header(

@@ -45,7 +45,7 @@ def add_segment(commands: "Commands") -> None:
     prompts.add_argument("--mm", action="store_true", help="points are x,y,z in RAS+ mm")
     prompts.add_argument("--points", type=Path, metavar="FILE.json", help="a saved click list")
     prompts.add_argument("--save-clicks", type=Path, metavar="FILE.json", help="for a replay")
-    _add_network(parser)
+    add_network(parser)
     how = parser.add_argument_group("how")
     how.add_argument(
         "--all-clicks", action="store_true", help="tell every pass all clicks, not the newest only"
@@ -227,7 +227,7 @@ def add_features(commands: "Commands") -> None:
     parser.add_argument(
         "--blocks", type=_blocks, default=(), metavar="N,N", help="outputs of these blocks too"
     )
-    _add_network(parser)
+    add_network(parser)
     parser.set_defaults(run=_run_features)
 
 
@@ -284,7 +284,8 @@ def _add_files(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
-def _add_network(parser: argparse.ArgumentParser) -> None:
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Declares which network a command runs, and where."""
     network = parser.add_argument_group("network")
     network.add_argument("--variant", default="vit_b", help="vit_b when left out")
     network.add_argument("--weights", help="a name, a file or repo_id:file; the variant's own")

@@ -70,6 +70,21 @@ def test_a_run_that_does_not_fails_it(data, tmp_path, capsys, monkeypatch):
     assert "became" in capsys.readouterr().out
 
 
+def test_our_own_predictor_is_tested_where_nothing_else_is_named(data, tmp_path, capsys):
+    network = ("--variant", "tiny", "--weights", "none", "--no-follow", "--check-determinism")
+    asked = ("--protocol", "sammed3d-main", "--classes", "block", "--cases", 1)
+    assert clicks(data, *network, *asked, "--out", tmp_path / "out") == 0
+    assert "played twice: no difference" in capsys.readouterr().out
+    header, *lines = map(json.loads, (tmp_path / "out" / "clicks.jsonl").read_text().splitlines())
+    assert header["model"] == "tiny, random values"
+    assert header["told"] == "newest clicks"
+    assert header["pretraining"].startswith("random start")
+    assert len(header["weights_sha256"]) == 64
+    assert {line["failure"] for line in lines} == {""}
+    (first, *_) = map(json.loads, (tmp_path / "out" / "times.jsonl").read_text().splitlines())
+    assert {"set_volume", "encode", "decode", "mask", "click"} <= first["seconds"].keys()
+
+
 def test_two_runs_are_compared_target_by_target(data, tmp_path, capsys, monkeypatch):
     clicks(data, *SMALL, "--out", tmp_path / "a")
     monkeypatch.setattr(Sphere.__init__, "__defaults__", (2.0,))
@@ -92,7 +107,8 @@ def test_runs_of_two_protocols_are_not_compared(data, tmp_path, capsys):
     ("arguments", "remedy"),
     [
         ((), "name a folder, or two results with --compare"),
-        (("DATA",), "pass --model MODULE:NAME"),
+        (("DATA", *SMALL, "--cases", "0"), "ask for 1 or more"),
+        (("DATA", "--weights", "nowhere"), "nowhere"),
         (("DATA", "--model", "nowhere:Sphere"), "that Python can import"),
         (("DATA", "--model", "standins:Cube"), "that Python can import"),
         (("DATA", "--model", "standins"), "that Python can import"),

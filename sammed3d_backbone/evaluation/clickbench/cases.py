@@ -73,8 +73,10 @@ class ClickSet:
         """The first cases, and of their classes those named.
 
         Raises:
-            ValueError: If a named class is nowhere in the set.
+            ValueError: If a named class is nowhere in the set, or no case is asked for.
         """
+        if cases is not None and cases < 1:
+            raise ValueError(f"{cases} cases are none; ask for 1 or more")
         wanted = set(classes)
         known = {name for case in self.cases for name in _named(case, wanted).values()}
         if wanted - known:

@@ -120,7 +120,9 @@ def _head(header: Line, summary: Mapping[str, Any]) -> str:
     missing = set(rules_of(header["protocol"]).tracks) - set(summary["tracks"])
     if missing:
         notes.append(f"The protocol asks for {', '.join(sorted(missing))} starts as well.")
-    notes.append(header["note"])
+    notes += [header["note"], header.get("pretraining", "")]
+    if all(found["subjects"] < 2 for found in summary["tracks"].values()):
+        notes.append("One subject only: there are no intervals.")
     shown = []
     for track, found in summary["tracks"].items():
         for step in sorted({1, found["steps"]}):
