@@ -109,7 +109,7 @@ def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path)
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: no folder in /nowhere")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: no dataset.json in /nowhere")
     assert "Traceback" not in done.stderr
     assert not runs.exists()  # so that the name is still free
 
