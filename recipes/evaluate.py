@@ -5,7 +5,7 @@
     python recipes/evaluate.py RUN                                         # the page again
 
 Dice, surface Dice and HD95 per class and case, on the grid of the files, into scores.csv,
-scores.json and report.html. Without --fold, all cases of the data set are scored.
+scores.json and report.html. Without --fold or --split, all cases of the data set are scored.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def main() -> None:
     )
     parser.add_argument("--fold", type=int, help="score its validation cases; all cases without")
     parser.add_argument("--folds", type=int, default=5, help="to deal where splits.json is missing")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), help="score these cases of the published split"
+    )
     parser.add_argument("--layout", type=Path, help="YAML file that describes the folder")
     parser.add_argument("--subjects", type=Path, help="JSON file, case -> subject")
     parser.add_argument("--tolerance-mm", type=float, default=TOLERANCE_MM, help="of surface Dice")
@@ -90,6 +93,14 @@ def evaluate(args: argparse.Namespace) -> Path:
     if args.subjects is not None:
         dataset = with_subjects(dataset, args.subjects)
     ids, split = [case.id for case in dataset.cases], "all cases"
+    if args.split is not None:
+        ids = [case.id for case in dataset.cases if case.split == args.split]
+        split = f"{args.split} of the split that came with the data"
+        if args.fold is not None or not ids:
+            raise ValueError(
+                f"--split {args.split} has {len(ids)} cases in {dataset.folder}; give a split that "
+                "came with the data, and no --fold beside it"
+            )
     if args.fold is not None:
         fold = read_fold(dataset, args.fold, folds=args.folds)
         ids, split = list(fold.val), f"fold {args.fold} of {fold.rule}"

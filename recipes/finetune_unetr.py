@@ -121,6 +121,7 @@ class Config:
     validate_every: int = 250  # steps
     log_every: int = 25  # steps
     save_every_s: float = 300.0  # seconds between checkpoints
+    cache: str | None = None  # folder that keeps prepared cases for the next start; None: memory
     workers: int = 0  # processes that make crops
     threads: int = 0  # CPU threads per process; 0: all cores, shared by the processes
     cpu: bool = False  # even where there is a GPU
@@ -149,7 +150,7 @@ class Config:
 
 
 # Keys that may change when a run goes on: they say where and how fast, not what.
-FREE = ("threads", "workers", "cpu", "checkpointing", "save_every_s")
+FREE = ("cache", "threads", "workers", "cpu", "checkpointing", "save_every_s")
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -177,6 +178,7 @@ def main(cfg: Config) -> dict[str, Any]:
         dataset,
         (*fold.train, *fold.val),
         card.preparation,
+        cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
         progress=accelerator.is_main_process,
     )
     train, val = prepared[: len(fold.train)], prepared[len(fold.train) :]

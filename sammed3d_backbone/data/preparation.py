@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sammed3d_backbone.data.cache import cache_path, read_prepared, write_prepared
 from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, values_of
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
@@ -119,9 +121,21 @@ def annotated_classes(case: Case, dataset: Dataset) -> Tensor:
 
 
 def prepare_cases(
-    dataset: Dataset, ids: Sequence[str], preparation: Preparation, *, progress: bool = True
+    dataset: Dataset,
+    ids: Sequence[str],
+    preparation: Preparation,
+    *,
+    cache: Path | None = None,
+    progress: bool = True,
 ) -> list[PreparedCase]:
     """The named cases, opened, checked and prepared, in the given order.
+
+    Args:
+        dataset: That they are of.
+        ids: Of the cases.
+        preparation: What happens to them.
+        cache: Folder that keeps them for the next time; None keeps them in memory only.
+        progress: Whether to show a bar.
 
     Raises:
         DatasetError: If any of them cannot be used; the message lists all reasons with their paths.
@@ -132,6 +146,11 @@ def prepare_cases(
     bar: Iterable[str] = tqdm(ids, desc="reading cases", unit="case", disable=not progress)
     for name in bar:
         case = by_id[name]
+        annotated = annotated_classes(case, dataset)
+        kept = None if cache is None else cache_path(cache, case, dataset, preparation)
+        if kept is not None and (tensors := read_prepared(kept)) is not None:
+            prepared.append(PreparedCase(case, *tensors, annotated))
+            continue
         found, opened = _open(case, dataset)
         problems.extend(found)
         if opened is None or problems:
@@ -139,7 +158,10 @@ def prepare_cases(
         image, label = opened
         x, geometry = preparation.image(image)
         y = geometry.to_box(geometry.resample_labels(label.array))
-        prepared.append(PreparedCase(case, x, y, annotated_classes(case, dataset)))
+        if kept is not None:
+            write_prepared(kept, x, y)
+            x, y = read_prepared(kept) or (x, y)  # mapped, so that memory is free for the next
+        prepared.append(PreparedCase(case, x, y, annotated))
     if problems:
         raise DatasetError(f"{len(problems)} problems in {dataset.folder}:", problems)
     return prepared

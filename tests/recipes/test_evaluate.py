@@ -111,3 +111,41 @@ def test_what_cannot_be_done_is_one_line(command, model, toy_data, tmp_path, arg
         command(*(argument.format(**places) for argument in arguments))
     assert str(stopped.value).startswith("error: ")
     assert remedy in str(stopped.value)
+
+
+LAYOUT = """
+name: Toy
+channels: [MRI]
+classes: [front, back]
+images: ["images{split}/{case}.nii.gz"]
+label: "labels{split}/{case}.nii.gz"
+splits: [Tr, Va]
+"""
+
+
+@pytest.fixture
+def published(toy_data, tmp_path):
+    """The arguments of a folder with a published split, two cases of which validate."""
+    for kind in ("images", "labels"):
+        for i, path in enumerate(sorted((toy_data / f"{kind}Tr").iterdir())):
+            place = tmp_path / "published" / f"{kind}{'Tr' if i < 4 else 'Va'}" / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path)
+    (tmp_path / "layout.yaml").write_text(LAYOUT)
+    return tmp_path / "published", "--layout", tmp_path / "layout.yaml"
+
+
+def test_the_published_validation_cases_of_a_described_folder_are_scored(
+    published, tmp_path, command
+):
+    predictions = published[0] / "labelsVa"
+    command(predictions, *published, "--split", "val", "--out", tmp_path / "out")
+    summary = json.loads((tmp_path / "out/scores.json").read_text())
+    assert (summary["mean_dice"], summary["cases"]) == (1, 2)
+    assert summary["split"] == "val of the split that came with the data"
+
+
+@pytest.mark.parametrize("asked", [["--split", "test"], ["--split", "val", "--fold", "0"]])
+def test_a_split_that_did_not_come_with_the_data_is_refused(published, command, asked):
+    with pytest.raises(SystemExit, match="give a split that came with the data, and no --fold"):
+        command(published[0] / "labelsVa", *published, *asked)

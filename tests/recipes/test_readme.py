@@ -75,7 +75,7 @@ def test_ones_own_data_become_a_model_and_a_prediction(
     train, predict = map(shlex.split, commands.splitlines())
     assert train[:2] == ["python", "recipes/finetune_unetr.py"]
     quick = {k: v for k, v in small.items() if k not in ("name", "data")} | {"variant": "tiny"}
-    quick |= {"steps": 2, "workers": 0, "mixed_precision": "no"}
+    quick |= {"steps": 2, "workers": 0, "mixed_precision": "no", "cache": tmp_path / "cache"}
     arguments = [
         *train[2:],
         *(f"{k}={list(v) if k == 'spacing_mm' else v}" for k, v in quick.items()),

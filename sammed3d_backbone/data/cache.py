@@ -1,0 +1,63 @@
+"""Prepared cases on disk: the next start reads them instead of making them again.
+
+One file per case and preparation, named by a hash of all that it depends on; a source file that
+changed makes another name. Files are mapped into memory: of a case that nobody crops, nothing has
+to stay there, and all processes of a machine share what does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sammed3d_backbone.data.datasets import Case, Dataset
+
+FORMAT = 1  # of the content: another number makes everything anew
+
+
+def cache_path(folder: Path, case: Case, dataset: Dataset, preparation: object) -> Path:
+    """The file of a case.
+
+    Args:
+        folder: Of the cache.
+        case: Whose files exist.
+        dataset: That it is of.
+        preparation: A dataclass: how it is prepared.
+    """
+    files = [path.resolve() for path in (*case.images, *case.label_files)]
+    depends_on = {
+        "format": FORMAT,
+        "preparation": dataclasses.asdict(preparation),  # type: ignore[call-overload]
+        "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
+        "values": case.values,
+        "annotated": case.annotated,
+        "channels": len(dataset.channels),
+        "classes": dataset.classes,
+    }
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    return folder / f"{case.id}-{digest[:16]}.safetensors"
+
+
+def read_prepared(path: Path) -> tuple[Tensor, Tensor] | None:
+    """Image and label of a file, mapped into memory; None if it is not there or not whole."""
+    try:
+        tensors = load_file(path)
+        return tensors["image"], tensors["label"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        return None
+
+
+def write_prepared(path: Path, image: Tensor, label: Tensor) -> None:
+    """Writes image and label; the file is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        partial = Path(folder) / path.name
+        save_file({"image": image.contiguous(), "label": label.contiguous()}, partial)
+        partial.replace(path)
