@@ -1,7 +1,8 @@
 """The main job in one command: fine-tune a UNETR, score it, draw it. This is `make demo`.
 
     python recipes/demo.py                          # an average brain that installs with nilearn
-    python recipes/demo.py data=FOLDER              # your Decathlon or nnU-Net raw folder
+    python recipes/demo.py data=FOLDER              # your Decathlon, nnU-Net raw or BIDS folder
+    python recipes/demo.py data=FOLDER layout=challenges/kits.yaml      # any other folder
     python recipes/demo.py data=FOLDER weights=turbo    # on the released encoder, from the Hub
 
 Everything else is recipes/configs/demo.yaml; any of its keys can be given as key=value too.
@@ -16,6 +17,7 @@ from prepare_demo_data import write_demo_data
 from sammed3d_backbone import config
 from sammed3d_backbone.checkpoint import read
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
+from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.factory import variant_of
 from sammed3d_backbone.pretrained import WEIGHTS
 from sammed3d_backbone.training.runs import runs_folder
@@ -36,7 +38,8 @@ def configure(given: dict[str, str]) -> finetune_unetr.Config:
             write_demo_data(folder)
         given = {"data": str(folder), **given}
     else:
-        dataset = read_dataset(find_dataset(given["data"]))
+        layout = read_layout(CONFIG.parents[1] / given["layout"]) if "layout" in given else None
+        dataset = read_dataset(find_dataset(given["data"], layout), layout)
         is_ct = any(channel.upper() == "CT" for channel in dataset.channels)
         own = {
             "name": f"demo_{dataset.name}",

@@ -46,7 +46,8 @@ def read_bids(folder: Path, problems: list[str]) -> Dataset:
         return Dataset(folder.name, folder, {0: "background"}, (), ())
     ((pipeline, files),) = labels.items()
     names = _names(pipeline, problems)
-    images = {path: _images(folder, pipeline, path) for path in files}
+    starts = {path: folder / path.parent.relative_to(pipeline) / _stem(path) for path in files}
+    images = {path: _images(start) for path, start in starts.items()}
     channels = sorted({suffix for found in images.values() for suffix in found})
     if not channels:
         problems.append(
@@ -61,7 +62,7 @@ def read_bids(folder: Path, problems: list[str]) -> Dataset:
             Case(
                 id=_stem(path),
                 images=tuple(
-                    found.get(suffix, _image_folder(folder, pipeline, path) / _name(path, suffix))
+                    found.get(suffix, Path(f"{starts[path]}_{suffix}.nii.gz"))
                     for suffix in channels
                 ),
                 label=path,
@@ -84,23 +85,12 @@ def _stem(label: Path) -> str:
     return "_".join(e for e in entities if e.partition("-")[0] not in OF_THE_LABEL)
 
 
-def _name(label: Path, suffix: str) -> str:
-    """How the image of a channel would be called."""
-    return f"{_stem(label)}_{suffix}.nii.gz"
-
-
-def _image_folder(folder: Path, pipeline: Path, label: Path) -> Path:
-    """Where the images of a label lie."""
-    return folder / label.parent.relative_to(pipeline)
-
-
-def _images(folder: Path, pipeline: Path, label: Path) -> dict[str, Path]:
-    """Suffix -> image of a label."""
-    start = f"{_stem(label)}_"
+def _images(start: Path) -> dict[str, Path]:
+    """Suffix -> image, of those whose paths start so and go on with a suffix only."""
     found = {}
-    for path in sorted(_image_folder(folder, pipeline, label).glob(f"{start}*.nii*")):
-        suffix = path.name.removeprefix(start).partition(".")[0]
-        if "_" not in suffix and "-" not in suffix and path.name.endswith(SUFFIXES):
+    for path in sorted(start.parent.glob(f"{start.name}_*.nii*")):
+        suffix = path.name.removeprefix(f"{start.name}_").partition(".")[0]
+        if suffix.isalnum() and path.name.endswith(SUFFIXES):
             found[suffix] = path
     return found
 

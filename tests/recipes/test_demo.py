@@ -2,6 +2,7 @@
 
 import json
 
+import check_challenges
 import demo
 import numpy as np
 import pytest
@@ -74,6 +75,12 @@ def test_ct_is_treated_as_ct(toy_data, runs, tmp_path):
         (tmp_path / kind).symlink_to(toy_data / kind)
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     assert demo.configure({"data": str(tmp_path)}).intensity == "ct"
+
+
+def test_a_folder_that_a_layout_describes_is_taken(tmp_path, runs, root):
+    check_challenges.write_layout(tmp_path, root / "recipes/challenges/kits.yaml")
+    cfg = demo.configure({"data": str(tmp_path), "layout": "challenges/kits.yaml"})
+    assert (cfg.name, cfg.intensity) == ("demo_KiTS23", "ct")
 
 
 @pytest.mark.parametrize(
