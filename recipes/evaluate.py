@@ -5,7 +5,8 @@
     python recipes/evaluate.py RUN                                         # the page again
 
 Dice, surface Dice and HD95 per class and case, on the grid of the files, into scores.csv,
-scores.json and report.html. Without --fold or --split, all cases of the data set are scored.
+scores.json and report.html, with the curves and the cost of the run that a model lies in. Without
+--fold or --split, all cases of the data set are scored.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ def evaluate(args: argparse.Namespace) -> Path:
         folder=out / "predictions",
         tolerance_mm=args.tolerance_mm,
     )
+    records = Run(source.parent).records() if source.is_file() else []
+    trained: dict[str, Any] = next((line for line in reversed(records) if "loss" in line), {})
     about = About(
         title=f"{source.name} on {dataset.name}, {split.partition(' of ')[0]}",
         command="python recipes/evaluate.py " + shlex.join(sys.argv[1:]),
@@ -126,9 +129,12 @@ def evaluate(args: argparse.Namespace) -> Path:
         split=split,
         tolerance_mm=args.tolerance_mm,
         provenance=provenance(HERE),
+        steps=trained.get("step"),
+        seconds=trained.get("seconds"),
+        cpu_seconds=trained.get("cpu_seconds"),
         **origin,
     )
-    summary = write_results(out, scores, dataset, about)
+    summary = write_results(out, scores, dataset, about, records)
     for name, dice in summary["dice"].items():
         print(f"Dice {name}: {dice}")
     print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")

@@ -53,6 +53,10 @@ def test_model_predictions_and_run_give_the_same_scores(small, runs, toy_data, t
     said = command(run / "last.safetensors", toy_data, *fold)
     assert (run / "evaluation/scores.csv").read_text() == expected
     assert "mean Dice" in said
+    about = json.loads((run / "evaluation/scores.json").read_text())
+    assert about["steps"] == small["steps"]
+    assert about["cpu_seconds"] > 0
+    assert "training loss" in (run / "evaluation/report.html").read_text()
     command(run / "results/predictions", toy_data, *fold, "--out", tmp_path / "again")
     assert (tmp_path / "again/scores.csv").read_text() == expected
     (run / "results/report.html").unlink()
