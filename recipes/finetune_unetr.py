@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -66,6 +66,7 @@ from sammed3d_backbone.export import (
     Segmenter,
     build_network,
     library_versions,
+    load_model,
     save_model,
     segment_volume,
 )
@@ -92,6 +93,7 @@ class Config:
     control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can alone
     variant: str = "tiny"
     weights: str | None = None  # None: the variant's own; a name, a file, "none"
+    init: str | None = None  # fine-tuned model of the same classes to train on from
     scratch: bool = False  # the fair twin: no weights, its own learning rate, no layer decay
     rel_pos: Literal["released", "axial"] = "released"
     feature_size: int = 16  # channels of the decoder at full resolution
@@ -173,7 +175,7 @@ def main(cfg: Config) -> dict[str, Any]:
     say(f"fold {cfg.fold} of {fold.rule}")
     card = make_card(cfg, dataset)
     torch.manual_seed(cfg.seed)
-    network, start = make_model(cfg, card, dataset.name, say)
+    network, start = make_model(cfg, card, dataset.name, say, fold.val)
     prepared = prepare_cases(  # together, so that all that is wrong is told at once
         dataset,
         (*fold.train, *fold.val),
@@ -301,7 +303,11 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
 
 
 def make_model(
-    cfg: Config, card: Card, dataset_name: str, say: Callable[..., None]
+    cfg: Config,
+    card: Card,
+    dataset_name: str,
+    say: Callable[..., None],
+    val: Collection[str] = (),
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network to train, and what is to be said about its start, here and in the report."""
     start: dict[str, Any] = {}
@@ -323,9 +329,43 @@ def make_model(
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
     start["parameters"] = {"all": sum(parts.values()), "encoder": parts.get("encoder", 0)}
+    if cfg.init is not None:
+        start.update(take_over(model, card, cfg.init, val))
     for key, value in start.items():
         say(f"{key}: {value}")
     return model, start
+
+
+def take_over(model: nn.Module, card: Card, source: str, val: Collection[str]) -> dict[str, str]:
+    """Copies all values of a fine-tuned model, and what is then to be said about the start.
+
+    Raises:
+        ValueError: If it segments other classes, has other sizes, or has seen cases of `val`.
+    """
+    earlier = load_model(source)
+    if dict(earlier.card.labels) != dict(card.labels):
+        raise ValueError(
+            f"init={source} knows {earlier.card.labels}, the data have {card.labels}; pass it as "
+            "weights= to take its encoder only"
+        )
+    seen = {*earlier.card.training.get("cases", ())} & {*val}
+    if seen:
+        raise ValueError(
+            f"init={source} was trained on {len(seen)} of the cases to validate on, "
+            f"{min(seen)} for one; take the fold that it was trained on"
+        )
+    try:
+        model.load_state_dict(earlier.model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"init={source} has other sizes ({str(error).splitlines()[1].strip()}); give the "
+            "variant=, img_size= and feature_size= that it was trained with"
+        ) from None
+    before = earlier.card.training.get("start", {})
+    return {
+        "weights": f"all values of the fine-tuned {source}",
+        "contamination": before.get("contamination", f"not known: {source} does not say"),
+    }
 
 
 def augmentation(cfg: Config) -> Compose:

@@ -7,6 +7,7 @@ and nothing but the number of finished steps has to be saved.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -53,7 +54,9 @@ class CropStream(Dataset[dict[str, Tensor]]):
             side_vox: Side of the crop.
             samples: Of the whole run.
             seed: Of the run.
-            on_foreground: Share of crops centred on a voxel of a class, each class alike.
+            on_foreground: Share of crops centred on a voxel of a class. A class is drawn the
+                likelier the fewer cases have it, so that those annotated here and there are seen
+                about as often as the others.
             augment: Applied to every crop.
         """
         self.cases = cases
@@ -63,6 +66,7 @@ class CropStream(Dataset[dict[str, Tensor]]):
         self.on_foreground = on_foreground
         self.augment = augment
         self.foreground = [_foreground(case.label) for case in cases]
+        self.cases_with = Counter(value for classes in self.foreground for value in classes)
 
     def __len__(self) -> int:
         return self.samples
@@ -91,7 +95,9 @@ class CropStream(Dataset[dict[str, Tensor]]):
         room = [n - self.side_vox for n in self.cases[which].image.shape[1:]]
         classes = self.foreground[which]
         if classes and rng.random() < self.on_foreground:
-            voxels = classes[int(rng.choice(sorted(classes)))]
+            values = sorted(classes)
+            rarity = np.array([1 / self.cases_with[value] for value in values])
+            voxels = classes[int(rng.choice(values, p=rarity / rarity.sum()))]
             centre = voxels[int(rng.integers(len(voxels)))].tolist()
             wanted = [c - self.side_vox // 2 for c in centre]
             return [min(max(w, 0), r) for w, r in zip(wanted, room, strict=True)]

@@ -96,6 +96,15 @@ def test_foreground_crops_hold_every_class_alike(cases):
     assert 0.3 < share < 0.75  # class 2 has one voxel, class 1 has eight
 
 
+def test_a_class_that_few_cases_have_is_centred_on_as_often_as_the_others(cases):
+    for case in cases[2:]:
+        case.label[case.label == 2] = 0  # only case 1 keeps it
+    crops = stream(cases[1:], samples=400, side=1, on_foreground=1.0, augment=None)
+    values = [int(crops[i]["label"]) for i in range(400)]
+    # by case and class: 1/4 of the crops are of case 1, where class 2 is four times as likely
+    assert values.count(2) / 400 == pytest.approx(0.25 * 4 / 5, abs=0.06)
+
+
 def test_a_case_without_labels_is_cropped_anywhere(cases):
     assert stream(cases[:1], on_foreground=1.0)[0]["label"].sum() == 0
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import finetune_unetr
@@ -21,7 +22,7 @@ from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import load_model, segment_volume
+from sammed3d_backbone.export import Segmenter, load_model, save_model, segment_volume
 from sammed3d_backbone.training import engine
 from sammed3d_backbone.variants import VARIANTS
 
@@ -170,6 +171,46 @@ def test_scratch_ignores_the_weights(small, toy_data, tiny_weights):
     stored = load_file(tiny_weights)["blocks.3.attn.qkv.weight"]
     assert not torch.equal(model.encoder.blocks[3].attn.qkv.weight, stored)
     assert "random weights" in said[0]
+
+
+@pytest.fixture
+def model_of_toys(small, toy_data, tmp_path):
+    """A fine-tuned model of the toy data that was trained on case_0, and its card."""
+    cfg = Config(**small)
+    card = make_card(cfg, read_dataset(toy_data))
+    network, start = make_model(cfg, card, "Toy", lambda _: None)
+    card = replace(card, training={**card.training, "start": start, "cases": ["case_0"]})
+    save_model(tmp_path / "model.safetensors", Segmenter(network, card))
+    return str(tmp_path / "model.safetensors"), card
+
+
+def test_training_goes_on_from_a_fine_tuned_model(small, model_of_toys):
+    path, card = model_of_toys
+    cfg = Config(**small | {"init": path})
+    model, start = make_model(cfg, card, "Toy", lambda _: None, ["case_1"])
+    stored = load_file(path)
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+    assert start["weights"] == f"all values of the fine-tuned {path}"
+    assert start["contamination"] == card.training["start"]["contamination"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "labels", "val", "remedy"),
+    [
+        ({}, {1: "front"}, [], "pass it as weights= to take its encoder only"),
+        ({}, {}, ["case_0"], "trained on 1 of the cases to validate on, case_0 for one"),
+        ({"feature_size": 8}, {}, [], "give the variant=, img_size= and feature_size="),
+    ],
+    ids=["classes", "cases", "sizes"],
+)
+def test_a_model_that_cannot_be_trained_on_is_refused(
+    small, toy_data, model_of_toys, knobs, labels, val, remedy
+):
+    cfg = Config(**small | {"init": model_of_toys[0]} | knobs)
+    card = make_card(cfg, read_dataset(toy_data))
+    card = replace(card, labels={0: "background", **labels} if labels else card.labels)
+    with pytest.raises(ValueError, match=remedy):
+        make_model(cfg, card, "Toy", lambda _: None, val)
 
 
 def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
