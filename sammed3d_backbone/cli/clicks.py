@@ -30,6 +30,10 @@ def add_clicks(commands: "Commands") -> None:
         "data", nargs="?", metavar="DATASET", help="folder or name: Decathlon, nnU-Net, labels.json"
     )
     parser.add_argument("--protocol", default="clickbench/1", help="or a published one")
+    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="of any other folder")
+    parser.add_argument(
+        "--subjects", type=Path, metavar="FILE.json", help="whose scan each case is"
+    )
     parser.add_argument("--cases", type=int, metavar="N", help="the first N cases only")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these only")
     parser.add_argument("--first", choices=["centre", "random"], help="this start only")
@@ -69,12 +73,14 @@ def _run_clicks(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{rules.name} has no start {args.first!r}; it has {', '.join(rules.tracks)}"
         )
-    click_set = read_click_set(args.data).selected(args.cases, args.classes)
+    click_set = read_click_set(args.data, layout=args.layout, subjects=args.subjects)
+    click_set = click_set.selected(args.cases, args.classes)
     machine = provenance(Path(__file__).parent)
     model, about = _model(args, click_set.name)
     header = {
         **_header(rules, click_set, args.classes, tracks),
         **about,
+        "subjects": "of the data set" if args.subjects is None else args.subjects.name,
         **{name: machine.pop(name) for name in ("commit", "python", "torch", "monai", "numpy")},
     }
     folder = args.out or Path(f"clicks-{click_set.name}-{rules.name.replace('/', '-')}")

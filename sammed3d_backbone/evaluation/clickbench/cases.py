@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from sammed3d_backbone.clicks import Mask
 from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
-from sammed3d_backbone.data.datasets import Case, DatasetError
+from sammed3d_backbone.data.datasets import Case, DatasetError, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
+from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import Volume
 
@@ -109,21 +110,33 @@ def _named(case: ClickCase, numbers: Iterable[str]) -> Mapping[int, str]:
     return {int(number): number for number in numbers if number.isdigit()}
 
 
-def read_click_set(data: str | Path) -> ClickSet:
+def read_click_set(
+    data: str | Path, *, layout: Path | None = None, subjects: Path | None = None
+) -> ClickSet:
     """The cases of a folder: read_dataset's layouts, a labels.json, or the challenge's npz files.
+
+    Args:
+        data: The folder.
+        layout: YAML file that says where the files of a folder lie.
+        subjects: JSON file that says whose scan each case is.
 
     Raises:
         FileNotFoundError: If the folder holds none of them.
         DatasetError: If what describes them is not usable.
+        ValueError: If subjects are given for a labels.json or npz files.
     """
     folder = Path(data).expanduser()
-    if (folder / "labels.json").is_file():
-        return _singles(folder)
-    archives = sorted(folder.glob("*.npz"))
-    if archives:
-        cases = [ClickCase(Case(path.stem, (path,), path), None) for path in archives]
-        return ClickSet(folder.name, tuple(cases))
-    dataset = read_dataset(find_dataset(str(data)))
+    if layout is None:
+        archives = sorted(folder.glob("*.npz"))
+        plain = _singles(folder) if (folder / "labels.json").is_file() else _archives(archives)
+        if plain.cases and subjects is not None:
+            raise ValueError(f"{folder} has a case per subject; leave out {subjects}")
+        if plain.cases:
+            return plain
+    described = None if layout is None else read_layout(layout)
+    dataset = read_dataset(find_dataset(str(data), described), described)
+    if subjects is not None:
+        dataset = with_subjects(dataset, subjects)
     names = {value: name for value, name in dataset.labels.items() if value}
     modality = _modality(dataset.channels[0])
     cases = [ClickCase(case, names, modality) for case in dataset.cases]
@@ -250,6 +263,12 @@ def _singles(folder: Path) -> ClickSet:
         ) from None
     is_model = any("model" in str(entry.get("mask")) for entry in entries)
     return ClickSet(folder.name, tuple(cases), MODEL_MASKS if is_model else "")
+
+
+def _archives(paths: Iterable[Path]) -> ClickSet:
+    """The npz files of one folder."""
+    cases = tuple(ClickCase(Case(path.stem, (path,), path), None) for path in paths)
+    return ClickSet(cases[0].case.label.parent.name if cases else "", cases)
 
 
 def _modality(name: str) -> Modality | None:

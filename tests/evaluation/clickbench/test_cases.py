@@ -1,6 +1,7 @@
 """Targets come from every layout, with what a reader has to know about them."""
 
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -128,3 +129,26 @@ def test_labels_that_a_case_lacks_are_no_targets(data):
     (case, _) = read_click_set(data).cases
     asked = ClickCase(case.case, {7: "block", 8: "absent"})
     assert [t.name for t in targets_of(asked, "made")] == ["block"]
+
+
+def test_subjects_and_places_of_files_can_be_told(tmp_path):
+    for name in ("p1_left", "p1_right"):
+        volume = nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4))
+        nib.save(volume, tmp_path / f"{name}_image.nii.gz")
+        nib.save(volume, tmp_path / f"{name}_mask.nii.gz")
+    layout, subjects = tmp_path / "layout.yaml", tmp_path / "subjects.json"
+    layout.write_text(
+        "name: cubes\nimages: ['{case}_image.nii.gz']\nlabel: '{case}_mask.nii.gz'\nclasses: [cube]\n"
+        "channels: [MR]\n"
+    )
+    subjects.write_text('{"p1_left": "p1", "p1_right": "p1"}')
+    found = targets(read_click_set(tmp_path, layout=layout, subjects=subjects))
+    assert [(t.case, t.subject, t.name, t.modality) for t in found] == [
+        ("p1_left", "p1", "cube", "mr"),
+        ("p1_right", "p1", "cube", "mr"),
+    ]
+
+
+def test_subjects_of_single_volumes_are_refused(data):
+    with pytest.raises(ValueError, match="has a case per subject; leave out"):
+        read_click_set(data, subjects=Path("subjects.json"))
