@@ -138,8 +138,8 @@ def test_subjects_and_places_of_files_can_be_told(tmp_path):
         nib.save(volume, tmp_path / f"{name}_mask.nii.gz")
     layout, subjects = tmp_path / "layout.yaml", tmp_path / "subjects.json"
     layout.write_text(
-        "name: cubes\nimages: ['{case}_image.nii.gz']\nlabel: '{case}_mask.nii.gz'\nclasses: [cube]\n"
-        "channels: [MR]\n"
+        "name: cubes\nchannels: [MR]\nclasses: [cube]\n"
+        "images: ['{case}_image.nii.gz']\nlabel: '{case}_mask.nii.gz'\n"
     )
     subjects.write_text('{"p1_left": "p1", "p1_right": "p1"}')
     found = targets(read_click_set(tmp_path, layout=layout, subjects=subjects))
