@@ -37,6 +37,7 @@ ORIENTATIONS = tuple(
 BOUNDS = {
     "array, axes only": 0.0,  # largest difference of a value
     "affine, through a file": 0.0,  # mm
+    "labels, way in": 5e-6,  # by how much a class with a larger share was passed over
     "labels, nested grid": 0.0,  # voxels that differ
     "input, other orientation": 0.0,  # of a normal deviate
     "place, other orientation (mm)": 1e-10,
@@ -107,6 +108,7 @@ def errors(case: Case) -> dict[str, float]:
     return {
         "array, axes only": _largest(plain.invert(plain.apply(array)).numpy() - array),
         "affine, through a file": _through_a_file(case),
+        "labels, way in": _way_in(case, geometry, rng),
         "labels, nested grid": _nested_labels(case, rng),
         **_other_orientation(case, geometry, array, rng),
         "place, resampled (mm)": _place(case, geometry),
@@ -138,6 +140,14 @@ def _through_a_file(case: Case) -> float:
             if labels.shape != volume.shape:
                 return float("inf")
     return worst
+
+
+def _way_in(case: Case, geometry: Geometry, rng: np.random.Generator) -> float:
+    """How far the shares of the chosen classes lie below the largest ones."""
+    labels = rng.integers(0, 4, case.shape)
+    shares = geometry.resample((labels == np.arange(4).reshape(-1, 1, 1, 1)).astype(np.float32))
+    chosen = shares.gather(0, geometry.resample_labels(labels).long())
+    return _largest((shares.max(0).values - chosen[0]).numpy())
 
 
 def _nested_labels(case: Case, rng: np.random.Generator) -> float:

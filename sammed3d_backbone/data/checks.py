@@ -57,7 +57,7 @@ def pair_problems(path: Path, volume: Volume, other_path: Path, other: Volume) -
 
 def values_of(array: NDArray[Any]) -> NDArray[Any]:
     """The different values of a label volume, sorted; fast where neighbours are alike."""
-    flat = array.ravel()
+    flat = array.ravel(order="K")  # as it lies in memory: NIfTI is read in Fortran's order
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     return np.unique(flat[[0, *changes]])
 

@@ -144,20 +144,34 @@ class Geometry:
     def resample_labels(self, labels: NDArray[Any] | Tensor) -> Tensor:
         """Integer labels on the resampled grid: the class with the largest linear share.
 
+        Only the eight voxels around a new one have a share in it, so the number of classes does not
+        matter; and where these are alike, which is nearly everywhere, nothing is compared.
+
         Shapes:
             labels: (X, Y, Z) integers on the input grid.
             returns: (1, X', Y', Z') uint8 or int16, X', Y', Z' being `resampled_shape`.
         """
-        x = self._orient(labels).long()
-        if _triple(x.shape[1:]) == self.resampled_shape:
-            return _small_integers(x)
-        best = torch.full(self.resampled_shape, -1.0)
-        result = torch.zeros(self.resampled_shape, dtype=torch.long)
-        for value in torch.unique(x).tolist():
-            share = _interpolate((x == value).float(), self.resampled_shape)[0]
-            result[share > best] = value
-            best = torch.maximum(best, share)
-        return _small_integers(result[None])
+        x = _small_integers(self._orient(labels).contiguous())[0]
+        if _triple(x.shape) == self.resampled_shape:
+            return x[None]
+        axes = [_neighbours(n, m) for n, m in zip(x.shape, self.resampled_shape, strict=True)]
+        corners = [
+            x[a][:, b][:, :, c]
+            for a, b, c in itertools.product(*((low, high) for low, high, _ in axes))
+        ]  # 8 times (X', Y', Z')
+        result = corners[0].clone()
+        is_mixed = torch.zeros(self.resampled_shape, dtype=torch.bool)
+        for corner in corners[1:]:
+            is_mixed |= corner != result
+        places = is_mixed.nonzero(as_tuple=True)
+        if places[0].numel():
+            above = [share[index] for (_, _, share), index in zip(axes, places, strict=True)]
+            sides = itertools.product(*((1 - share, share) for share in above))
+            result[is_mixed] = _heaviest(
+                torch.stack([corner[is_mixed] for corner in corners]),
+                torch.stack([a * b * c for a, b, c in sides]),
+            )
+        return result[None]
 
     def to_box(self, resampled: Tensor, fill: float | Tensor = 0.0) -> Tensor:
         """What lies in the box; voxels outside the volume are `fill`, one value or one per channel.
@@ -296,6 +310,34 @@ def _interpolate(x: Tensor, shape: Triple) -> Tensor:
     if _triple(x.shape[1:]) == shape:
         return x
     return F.interpolate(x[None], size=shape, mode="trilinear", align_corners=False)[0]
+
+
+def _neighbours(size: int, new_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each new voxel along an axis: the voxels below and above it, and the share of the upper.
+
+    Shapes:
+        returns: three times (N,), N being the new size.
+    """
+    place = (torch.arange(new_size, dtype=torch.float64) + 0.5) * size / new_size - 0.5
+    place = place.clamp(0, size - 1)
+    low = place.long().clamp(max=max(size - 2, 0))
+    return low, (low + 1).clamp(max=size - 1), (place - low).float()
+
+
+def _heaviest(values: Tensor, weights: Tensor) -> Tensor:
+    """The value with the largest sum of weights, the smallest of such values.
+
+    Shapes:
+        values: (C, N), C of them to choose from.
+        weights: (C, N).
+        returns: (N,).
+    """
+    best, chosen = weights.new_full(weights.shape[1:], -1.0), values[0].clone()
+    for value in values:
+        total = (weights * (values == value)).sum(0)
+        is_better = (total > best) | ((total == best) & (value < chosen))
+        best, chosen = torch.where(is_better, total, best), torch.where(is_better, value, chosen)
+    return chosen
 
 
 def _small_integers(labels: Tensor) -> Tensor:

@@ -100,17 +100,23 @@ def load_label(case: Case) -> Volume:
     Raises:
         ValueError: If a file is unreadable.
     """
-    stored = Volume.load(case.label_files[0])
+    first = Volume.load(case.label_files[0])
+    if not case.masks:
+        return _numbered(case, first)
+    numbers = np.zeros(first.shape, np.int32)
+    for number, path in enumerate(case.masks, start=1):
+        numbers[Volume.load(path).array > 0] = number
+    return replace(first, array=numbers)
+
+
+def _numbered(case: Case, stored: Volume) -> Volume:
+    """Class numbers in place of the values in a file of all classes."""
     values = np.round(stored.array).astype(np.int32)
-    if not case.masks and not case.values:
+    if not case.values:
         return replace(stored, array=values)
-    numbers = np.zeros(stored.shape, np.int32)
-    if case.masks:
-        for number, path in enumerate(case.masks, start=1):
-            numbers[Volume.load(path).array > 0] = number
-    else:
-        for number, value in enumerate(case.values, start=1):
-            numbers[values == value] = number
+    numbers = np.zeros_like(values)
+    for number, value in enumerate(case.values, start=1):
+        numbers[values == value] = number
     return replace(stored, array=numbers)
 
 
@@ -188,6 +194,6 @@ def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume
         )
     if problems:
         return problems, None
-    label = load_label(case)
+    label = load_label(case) if case.masks else _numbered(case, stored)
     found = [dataset.labels[int(value)] for value in values_of(label.array) if value]
     return class_problems(case, found), (image, label)

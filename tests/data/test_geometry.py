@@ -12,6 +12,7 @@ from geometry_check import BOUNDS, Case, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sammed3d_backbone.data import geometry as geometry_module
 from sammed3d_backbone.data.geometry import Geometry
 
 # Every way three axes can lie in a file: six orders, eight signs.
@@ -243,3 +244,23 @@ def test_a_spacing_that_is_none_is_refused(spacing):
 def test_an_affine_without_direction_is_refused():
     with pytest.raises(ValueError, match="mend the header"):
         Geometry.plan((2, 2, 2), np.diag([1.0, 1.0, 0.0, 1.0]))
+
+
+def test_a_tie_between_classes_goes_to_the_smaller_one():
+    geometry = Geometry.plan((2, 1, 1), np.eye(4), (2.0, 1.0, 1.0))
+    for pair in ([3, 1], [1, 3]):
+        labels = np.array(pair, np.uint8).reshape(2, 1, 1)
+        assert geometry.resample_labels(labels).flatten().tolist() == [1]
+
+
+def test_many_classes_cost_no_more_than_few(monkeypatch, rng):
+    """Each place compares its eight neighbours, whatever is elsewhere."""
+    compared = []
+    heaviest = geometry_module._heaviest
+    monkeypatch.setattr(
+        geometry_module, "_heaviest", lambda v, w: compared.append(v.shape) or heaviest(v, w)
+    )
+    geometry = Geometry.plan((6, 6, 6), np.eye(4), (0.7, 0.7, 0.7))
+    geometry.resample_labels(rng.integers(0, 200, (6, 6, 6)))
+    geometry.resample_labels(np.zeros((6, 6, 6), np.uint8))
+    assert [shape[0] for shape in compared] == [8]

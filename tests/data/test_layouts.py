@@ -94,7 +94,7 @@ def test_a_mask_of_other_values_is_refused(masks, write_volume, labels):
 
 def test_a_mask_on_another_grid_is_refused(masks, write_volume, labels):
     write_volume("a_2/masks/tail.nii.gz", labels[:-1])
-    with pytest.raises(DatasetError, match=r"tail\.nii\.gz: shape .* a_2-t1\.nii\.gz has"):
+    with pytest.raises(DatasetError, match=r"tail\.nii\.gz: shape .*a_2-t1\.nii\.gz has"):
         prepared(masks, MASKS)
 
 
