@@ -3,17 +3,16 @@
     python recipes/finetune_unetr.py recipes/configs/hippocampus.yaml
     accelerate launch recipes/finetune_unetr.py recipes/configs/hippocampus.yaml fold=1 lr=5e-4
 
-The same command goes on where a stopped run was. Everything lies in SAMMED3D_RUNS/<name>.
+With --dry-run it says what the run will be and cost. The same command goes on where a stopped run
+was. Everything lies in SAMMED3D_RUNS/<name>; recipes/accelerate/ is for GPUs and several machines.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -40,27 +39,12 @@ from sammed3d_backbone import config, encoder
 from sammed3d_backbone.adapters.controls import ZeroedEncoder
 from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.data.crops import CropStream
-from sammed3d_backbone.data.datasets import (
-    Dataset,
-    Fold,
-    few_subjects,
-    read_fold,
-    with_subjects,
-)
+from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
-from sammed3d_backbone.data.preparation import (
-    PreparedCase,
-    load_image,
-    prepare_cases,
-)
-from sammed3d_backbone.evaluation.metrics import dice_per_class
+from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.evaluation.report import About, write_results
-from sammed3d_backbone.evaluation.scores import (
-    Score,
-    score_cases,
-    summarise,
-)
+from sammed3d_backbone.evaluation.scores import score_cases, summarise
 from sammed3d_backbone.export import (
     Card,
     Segmenter,
@@ -71,11 +55,13 @@ from sammed3d_backbone.export import (
     segment_volume,
 )
 from sammed3d_backbone.pretrained import seen_in_pretraining
-from sammed3d_backbone.provenance import provenance, resident_bytes
+from sammed3d_backbone.provenance import command_line, cores, provenance
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.losses import partial_dice_ce
+from sammed3d_backbone.training.rehearsal import rehearse
 from sammed3d_backbone.training.runs import Progress, Run, open_run
+from sammed3d_backbone.training.validation import validate
 
 
 @dataclass(frozen=True)
@@ -153,10 +139,11 @@ class Config:
 
 # Keys that may change when a run goes on: they say where and how fast, not what.
 FREE = ("cache", "threads", "workers", "cpu", "checkpointing", "save_every_s")
+DRY_RUN = "check everything, say what the run will be, need and cost, and leave no trace"
 
 
-def main(cfg: Config) -> dict[str, Any]:
-    """Trains or goes on, evaluates, draws; returns the scores."""
+def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
+    """Trains or goes on, evaluates, draws; returns the scores, or what a dry run found out."""
     # What is frozen for a while gets no gradient meanwhile, for which DDP has to be prepared.
     waits = DistributedDataParallelKwargs(find_unused_parameters=cfg.freeze == "decoder_first")
     accelerator = Accelerator(
@@ -165,10 +152,11 @@ def main(cfg: Config) -> dict[str, Any]:
         gradient_accumulation_steps=cfg.accumulate,
         kwargs_handlers=[waits],
     )
-    torch.set_num_threads(cfg.threads or max(1, _cores() // accelerator.num_processes))
+    torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
     say = accelerator.print
-    run = open_run(cfg.name, cfg, free=FREE)  # before minutes of reading
-    say(config.dump(cfg))
+    # Before minutes of reading: a name that is taken is refused.
+    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process)
+    say(f"{config.dump(cfg)}hash of what counts: {config.digest(cfg, leave_out=('name', *FREE))}")
 
     dataset, fold = choose_cases(cfg)
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
@@ -191,16 +179,7 @@ def main(cfg: Config) -> dict[str, Any]:
     )
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
     segmenter = Segmenter(ema.module, card)  # always the averaged weights
-    model, optimizer = accelerator.prepare(network, optimizer)
-    ema.to(accelerator.device)
     progress = Progress(accelerator.num_processes)
-    accelerator.register_for_checkpointing(ema, progress)
-    if accelerator.is_main_process:
-        run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
-    accelerator.wait_for_everyone()
-    if run.resume(accelerator, progress):
-        say(f"going on after step {progress.step} of {cfg.steps}")
-
     schedule = engine.Schedule(
         steps=cfg.steps,
         validate_every=cfg.validate_every,
@@ -228,9 +207,25 @@ def main(cfg: Config) -> dict[str, Any]:
         on_foreground=cfg.on_foreground,
         augment=augmentation(cfg),
     )
-    rest = Subset(stream, range(progress.step * per_step, len(stream)))
-    loader = accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers))
-    batches = iter(loader)
+
+    def batches_after(steps: int) -> Iterator[engine.Batch]:
+        rest = Subset(stream, range(steps * per_step, len(stream)))
+        return iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers)))
+
+    model, optimizer = accelerator.prepare(network, optimizer)
+    ema.to(accelerator.device)
+    if dry_run:
+        cost = rehearse(accelerator, step, model, batches_after(0), optimizer, ema, schedule)
+        say(f"{optim.describe(network, optimizer)}\n{cost}")
+        return cost.figures()
+
+    accelerator.register_for_checkpointing(ema, progress)
+    run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
+    accelerator.wait_for_everyone()
+    if run.resume(accelerator, progress):
+        say(f"going on after step {progress.step} of {cfg.steps}")
+    batches = batches_after(progress.step)
+    keeps = accelerator.is_main_process and cfg.control == "none"  # a control is of no other use
     with tqdm(
         total=cfg.steps,
         initial=progress.step,
@@ -244,19 +239,17 @@ def main(cfg: Config) -> dict[str, Any]:
             engine.train(
                 accelerator, step, model, now, optimizer, ema, progress, run, schedule, bar
             )
-            summary = summarise(
-                validate(accelerator, segmenter, val, dataset.classes), dataset.classes
-            )
-            is_best = (summary["mean_dice"] or 0.0) > progress.best
-            progress.best = max(progress.best, summary["mean_dice"] or 0.0)
+            scores = validate(accelerator, segmenter.logits, val, dataset.classes)
+            summary = summarise(scores, dataset.classes)
             if accelerator.is_main_process:
                 bar.write(f"step {progress.step}: validation Dice {summary['mean_dice']}")
-                run.record(step=progress.step, **summary)
-                if is_best and cfg.control == "none":
-                    save_model(run.folder / "best.safetensors", segmenter)
+            run.record(step=progress.step, **summary)
+            is_best = progress.scored(summary["mean_dice"])
+            if is_best and keeps:
+                save_model(run.folder / "best.safetensors", segmenter)
             run.save(accelerator, progress.step)
 
-    if accelerator.is_main_process and cfg.control == "none":
+    if keeps:
         save_model(run.folder / "last.safetensors", segmenter)
     return evaluate(accelerator, cfg, run, segmenter, dataset, fold, progress)
 
@@ -396,26 +389,6 @@ def augmentation(cfg: Config) -> Compose:
     )
 
 
-def validate(
-    accelerator: Accelerator,
-    segmenter: Segmenter,
-    val: Sequence[PreparedCase],
-    classes: Sequence[str],
-) -> list[Score]:
-    """Dice on the network's grid, every process taking its share of the cases."""
-    mine = []
-    for case in val[accelerator.process_index :: accelerator.num_processes]:
-        with accelerator.autocast():
-            logits = segmenter.logits(case.image.to(accelerator.device))
-        labels = logits.argmax(0).cpu()
-        dice = dice_per_class(labels, case.label[0], len(logits), case.annotated)
-        mine += [
-            Score(case.case.id, case.case.subject, name, score)
-            for name, score in zip(classes, dice, strict=True)
-        ]
-    return sorted(gather_object(mine), key=lambda score: score.case)
-
-
 def evaluate(
     accelerator: Accelerator,
     cfg: Config,
@@ -440,21 +413,15 @@ def evaluate(
     scores = sorted(gather_object(mine), key=lambda score: score.case)
     if not accelerator.is_main_process:
         return summarise(scores, dataset.classes)
-    launch = f"accelerate launch --num_processes {accelerator.num_processes}"
-    command = [
-        "python" if accelerator.num_processes == 1 else launch,
-        "recipes/" + Path(sys.argv[0]).name,
-        shlex.join(sys.argv[1:]),
-    ]
     about = About(
         title=f"{cfg.name}: {cfg.model} on {dataset.name}, fold {cfg.fold}",
-        command=" ".join(command),
+        command=command_line(accelerator.num_processes),
         model="averaged weights of the last step",
         **segmenter.card.training["start"],
         steps=progress.step,
         seconds=round(progress.seconds, 1),
         cpu_seconds=round(progress.cpu_seconds, 1),
-        peak_memory_mb=round(resident_bytes("VmHWM") / 1e6),
+        peak_memory_mb=round(progress.peak_bytes / 1e6),
         dataset=segmenter.card.training["dataset"],
         split=f"fold {cfg.fold} of {fold.rule}; {len(fold.train)} cases trained on",
         config=dataclasses.asdict(cfg),
@@ -468,13 +435,9 @@ def evaluate(
     return summary
 
 
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 if __name__ == "__main__":
     try:
-        main(config.parse(Config, description=__doc__))
+        cfg, flags = config.parse(Config, description=__doc__, flags={"dry_run": DRY_RUN})
+        main(cfg, **flags)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

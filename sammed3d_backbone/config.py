@@ -11,10 +11,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import inspect
+import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,13 +28,20 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="DataclassInstance")
 
 
-def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
-    """The configuration that a recipe's command line asks for.
+def parse(
+    cls: type[C],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> tuple[C, dict[str, bool]]:
+    """The configuration that a recipe's command line asks for, and which of its flags are set.
 
     Args:
         cls: Dataclass of the recipe's knobs.
         argv: Arguments without the program name; the command line when left out.
         description: Shown by ``--help``, above the knobs and their defaults.
+        flags: Name -> help of what is no knob, since it changes nothing of a run: given as
+            ``--some-flag``, returned as ``some_flag``.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -41,9 +50,12 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     )
     parser.add_argument("config", type=Path, help="YAML file with values for the knobs below")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
-    args = parser.parse_args(argv)
+    for name, meaning in (flags or {}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
+    args = parser.parse_intermixed_args(argv)
     try:
-        return load(cls, args.config, args.overrides)
+        configuration = load(cls, args.config, args.overrides)
+        return configuration, {name: getattr(args, name) for name in flags or {}}
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 
@@ -113,6 +125,12 @@ def dump(config: DataclassInstance) -> str:
         for key, value in dataclasses.asdict(config).items()
     }
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def digest(config: DataclassInstance, leave_out: Collection[str] = ()) -> str:
+    """Twelve letters that stand for a configuration's values, but those of the keys left out."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in leave_out}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(

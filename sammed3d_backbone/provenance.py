@@ -6,7 +6,9 @@ Comes in: nothing; goes out: a plain dictionary for JSON. It measures nothing it
 import datetime
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -25,7 +27,7 @@ def provenance(repository: Path) -> dict[str, object]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(repository),
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "python": platform.python_version(),
@@ -42,6 +44,17 @@ def resident_bytes(entry: str) -> int:
     lines = status.read_text().splitlines() if status.is_file() else []
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:")]
     return found[0] if found else 0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def command_line(processes: int) -> str:
+    """What starts this recipe again, from the root of a checkout."""
+    start = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    return shlex.join([*start.split(), f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def _commit(repository: Path) -> str:

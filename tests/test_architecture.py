@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "export": {"checkpoint", "factory", "pretrained", "adapters", "data"},
     "publish": {"export", "pretrained"},
     "evaluation": {"data", "clicks", "files"},
-    "training": {"clicks", "config", "data", "evaluation", "files"},
+    "training": {"clicks", "config", "data", "evaluation", "files", "provenance"},
 }
 MAY_IMPORT["__init__"] = {"factory", "pretrained"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}

@@ -124,3 +124,21 @@ def test_help_lists_every_knob_with_its_default(capsys):
     assert "What it does." in shown
     assert "steps: int = 10" in shown
     assert "name: str = (required)" in shown
+
+
+def test_flags_are_no_knobs_and_stand_anywhere(file):
+    flags = {"dry_run": "say what would happen"}
+    for argv in ([str(file), "--dry-run", "steps=3"], ["--dry-run", str(file), "steps=3"]):
+        assert config.parse(Knobs, argv, flags=flags) == (
+            Knobs(name="run", lr=1e-4, axes=(0, 2), steps=3),
+            {"dry_run": True},
+        )
+    assert config.parse(Knobs, [str(file)], flags=flags)[1] == {"dry_run": False}
+
+
+def test_a_digest_stands_for_the_values_that_count():
+    one = config.digest(Knobs("a"), leave_out=("name",))
+    assert len(one) == 12
+    assert one == config.digest(Knobs("b"), leave_out=("name",))
+    assert one != config.digest(Knobs("a"))
+    assert one != config.digest(Knobs("a", steps=11), leave_out=("name",))

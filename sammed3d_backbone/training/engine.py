@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sammed3d_backbone.training import optim
+from sammed3d_backbone.training.memory import peak_bytes
 from sammed3d_backbone.training.runs import Progress, Run
 
 Batch = Mapping[str, Tensor]
@@ -70,7 +72,7 @@ def train(
     progress: Progress,
     run: Run,
     schedule: Schedule,
-    bar: tqdm[None],
+    bar: tqdm[Any],
 ) -> None:
     """Trains on the given batches, and logs and saves on the way.
 
@@ -128,23 +130,34 @@ def train(
                 )
             rate = len(losses) * len(batch["image"]) * accelerator.num_processes / (now - clock)
             clock, cpu_clock = now, cpu_now
-            if accelerator.is_main_process:
-                run.record(
-                    step=progress.step,
-                    loss=mean,
-                    lr=lr,
-                    grad_norm=norm,
-                    images_per_s=round(rate, 3),
-                    seconds=round(progress.seconds, 1),
-                    cpu_seconds=round(progress.cpu_seconds, 1),
-                )
-            bar.set_postfix(loss=f"{mean:.3f}", lr=f"{lr:.1e}", refresh=False)
+            progress.peak_bytes = max(progress.peak_bytes, peak_bytes(accelerator.device))
+            gib = progress.peak_bytes / 2**30
+            run.record(
+                step=progress.step,
+                loss=mean,
+                lr=lr,
+                grad_norm=norm,
+                images_per_s=round(rate, 3),
+                memory_gib=round(gib, 3),
+                seconds=round(progress.seconds, 1),
+                cpu_seconds=round(progress.cpu_seconds, 1),
+            )
+            bar.set_postfix_str(
+                f"loss {mean:.3f}, Dice {_shown(progress.dice)}, lr {lr:.1e}, "
+                f"{rate:.2g} images/s, {gib:.1f} GiB",
+                refresh=False,
+            )
             losses, norms = [], []
             # Only here, so that no line of the log averages over a restart, and not at the stop,
             # where the checkpoint has to come after the validation.
             if progress.step < stop and _agreed(accelerator, now - saved > schedule.save_every_s):
                 run.save(accelerator, progress.step)
                 saved = time.monotonic()
+
+
+def _shown(dice: float | None) -> str:
+    """A score, or that there is none yet."""
+    return "-" if dice is None else f"{dice:.3f}"
 
 
 def _agreed(accelerator: Accelerator, wish: bool) -> bool:

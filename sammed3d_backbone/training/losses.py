@@ -44,8 +44,9 @@ def merged(logits: Tensor, label: Tensor, annotated: Tensor) -> tuple[Tensor, Te
         annotated: (K,) bool.
         returns: (1, A, X, Y, Z) and (1, 1, X, Y, Z), A being the number of annotated classes.
     """
-    known = annotated.clone()
-    known[0] = False
-    background = logits[~known].logsumexp(0, keepdim=True)
-    number = torch.where(known, known.cumsum(0), 0)  # of each class among the known ones
+    known = [k for k, is_known in enumerate(annotated.tolist()) if is_known and k]
+    rest = [k for k in range(len(annotated)) if k not in known]
+    background = logits[rest].logsumexp(0, keepdim=True)
+    number = label.new_zeros(len(annotated), dtype=torch.long)  # of each class among the known ones
+    number[known] = torch.arange(1, 1 + len(known), device=number.device)
     return torch.cat([background, logits[known]])[None], number[label.long()][None]

@@ -8,6 +8,8 @@ only timm's own schedulers apply) is applied here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import timm.optim
@@ -49,6 +51,20 @@ def layer_decayed(
     return AdamW([group | {"lr": lr * group.get("lr_scale", 1.0)} for group in groups], lr=lr)
 
 
+def describe(model: nn.Module, optimizer: Optimizer) -> str:
+    """The optimiser's groups as a table: learning rate, weight decay, size, whose they are."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rows = [f"{'lr':>9} {'decay':>6} {'tensors':>8} {'numbers':>12}  of"]
+    for group in optimizer.param_groups:
+        numbers = sum(parameter.numel() for parameter in group["params"])
+        whose = _pattern([names[id(parameter)] for parameter in group["params"]])
+        rows.append(
+            f"{group['lr']:9.2e} {group['weight_decay']:6g} {len(group['params']):8} "
+            f"{numbers:12,}  {whose}"
+        )
+    return "\n".join(rows)
+
+
 def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
     """Factor on the learning rate in step number `step`, counted from 0: up linearly, down to 0."""
     if step < warmup_steps:
@@ -61,3 +77,16 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Sets every group's learning rate to `lr` times the group's ``lr_scale``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """Few names as they are; many as what each part of the network has in common."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(name.partition(".")[0], []).append(name)
+    shown = []
+    for inside in parts.values():
+        levels = zip(*(name.split(".") for name in inside), strict=False)
+        common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+        shown += inside if len(inside) < 3 else [".".join([*common, "*"])]
+    return ", ".join(shown)

@@ -40,8 +40,17 @@ class Progress:
     processes: int = 1  # that train together; they share out the samples of a step
     step: int = 0  # finished optimiser steps
     best: float = float("-inf")  # best validation score so far
+    dice: float | None = None  # of the last validation
     seconds: float = 0.0  # on the clock, spent in training, over all resumes
     cpu_seconds: float = 0.0  # of the main process's cores, likewise; blind to a busy machine
+    peak_bytes: int = 0  # most memory that a main process held, over all resumes
+
+    def scored(self, dice: float | None) -> bool:
+        """Takes the score of a validation, None if no class had one; whether it is the best."""
+        self.dice = dice
+        is_best = (dice or 0.0) > self.best
+        self.best = max(self.best, dice or 0.0)
+        return is_best
 
     def state_dict(self) -> dict[str, Any]:
         """For accelerate's checkpoints."""
@@ -58,6 +67,7 @@ class Run:
     """One run's folder."""
 
     folder: Path
+    writes: bool = True  # one of several processes does
 
     @property
     def log(self) -> Path:
@@ -72,11 +82,15 @@ class Run:
 
     def begin(self, cfg: DataclassInstance) -> None:
         """Makes the folder and writes the configuration into it."""
+        if not self.writes:
+            return
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", config.dump(cfg))
 
     def record(self, **values: object) -> None:
         """Appends one line to the log."""
+        if not self.writes:
+            return
         with self.log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(values) + "\n")
 
@@ -96,7 +110,7 @@ class Run:
             return
         accelerator.save_state(str(partial))
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if self.writes:
             partial.replace(place)
             for path in older:
                 shutil.rmtree(path)
@@ -115,7 +129,7 @@ class Run:
             ValueError: If the checkpoint is of another number of processes.
         """
         processes = progress.processes
-        if accelerator.is_main_process:
+        if self.writes:
             for path in (self.folder / "checkpoints").glob(f"{PARTIAL}*"):
                 shutil.rmtree(path)
         accelerator.wait_for_everyone()
@@ -128,7 +142,7 @@ class Run:
                 f"would see other samples; go on with accelerate launch --num_processes "
                 f"{progress.processes}, or pass another name="
             )
-        if accelerator.is_main_process:
+        if self.writes:
             kept = [line for line in self.records() if line["step"] <= progress.step]
             write_text(self.log, "".join(json.dumps(line) + "\n" for line in kept if found))
         accelerator.wait_for_everyone()
@@ -140,13 +154,16 @@ def runs_folder() -> Path:
     return Path(os.environ.get(RUNS_VARIABLE, DEFAULT_RUNS)).expanduser()
 
 
-def open_run(name: str, cfg: DataclassInstance, *, free: Collection[str] = ()) -> Run:
+def open_run(
+    name: str, cfg: DataclassInstance, *, free: Collection[str] = (), writes: bool = True
+) -> Run:
     """The run of that name below SAMMED3D_RUNS, new or to be continued; nothing is written yet.
 
     Args:
         name: Of the folder.
         cfg: What is asked for now.
         free: Keys that may differ from the earlier start, since no result depends on them.
+        writes: Whether this process writes what one of several has to write.
 
     Raises:
         ValueError: If the name leaves the folder of runs, or the folder holds a run of another
@@ -171,4 +188,4 @@ def open_run(name: str, cfg: DataclassInstance, *, free: Collection[str] = ()) -
                 f"{folder} holds a run with other values of {listed}; pass another name=, or "
                 "remove the folder to start over"
             )
-    return Run(folder)
+    return Run(folder, writes)

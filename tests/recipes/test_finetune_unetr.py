@@ -115,6 +115,26 @@ def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path)
     assert not runs.exists()  # so that the name is still free
 
 
+@pytest.mark.integration
+def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights, capsys):
+    warm = {"scratch": False, "weights": tiny_weights, "freeze": "decoder_first"}
+    found = main(Config(**small | warm | {"freeze_steps": 2, "accumulate": 2}), dry_run=True)
+    assert not runs.exists()
+    assert len(found["step_seconds"]) == 3
+    said = capsys.readouterr().out
+    for part in (
+        "freeze: decoder_first",
+        "hash of what counts: ",
+        "Toy: 4 cases to train on",
+        "matched: ",
+        "it cannot be said whether Toy was among them",
+        "encoder.blocks.0.*",
+        "GiB on cpu",
+        "for 4 steps, validation left out",
+    ):
+        assert part in said
+
+
 def test_weights_bring_layer_decay_and_scratch_its_own_rate(small, tiny_weights, monkeypatch):
     seen = {}
 

@@ -67,9 +67,35 @@ def test_the_log_has_a_line_per_window_and_one_per_validation(toy):
     assert [record["step"] for record in run.run.records()] == [2, 4, 4, 6, 8, 8]
     first = run.run.records()[0]
     assert set(first) == {
-        "step", "loss", "lr", "grad_norm", "images_per_s", "seconds", "cpu_seconds",
+        "step", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "seconds", "cpu_seconds",
     }  # fmt: skip
     assert first["lr"] == pytest.approx(1e-2 * optim.warmup_cosine(1, 8, 2))
+
+
+def test_the_bar_shows_loss_dice_rate_speed_and_memory(toy):
+    run = toy()
+    run.progress.scored(0.75)
+    run.go()
+    record = [record for record in run.run.records() if "loss" in record][-1]
+    shown = run.bar.postfix
+    for part in (f"loss {record['loss']:.3f}", f"lr {record['lr']:.1e}", "images/s", "GiB"):
+        assert part in shown
+    assert "Dice 0.7" not in shown  # that of the last validation
+
+
+def test_the_bar_says_that_there_was_no_validation_yet(toy):
+    run = toy()
+    killed_after(run, 3)
+    assert "Dice -" in run.bar.postfix
+
+
+def test_the_peak_of_memory_outlives_a_resume(toy):
+    first = toy()
+    first.progress.peak_bytes = 2**50
+    killed_after(first, 5)
+    rest = toy()
+    rest.go()
+    assert rest.progress.peak_bytes == 2**50
 
 
 def test_time_adds_up_over_resumes(toy):

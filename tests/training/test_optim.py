@@ -54,6 +54,25 @@ def test_positions_norms_and_biases_do_not_decay(network, layer_decay):
     assert not [n for n in names if n.endswith("bias") or "rel_pos" in n or "pos_embed" in n]
 
 
+def test_the_groups_are_described_by_rate_decay_size_and_names(network):
+    optimizer = optim.layer_decayed(network, 1e-3, layer_decay=0.5, weight_decay=0.1)
+    head, *rows = optim.describe(network, optimizer).splitlines()
+    assert head.split() == ["lr", "decay", "tensors", "numbers", "of"]
+    assert len(rows) == len(optimizer.param_groups)
+    (row,) = [row.split() for row in rows if "blocks.3" in row and " 0.1 " in row]
+    block = network.encoder.blocks[3]
+    weights = [
+        block.attn.qkv.weight,
+        block.attn.proj.weight,
+        *(p for p in block.mlp.parameters() if p.ndim > 1),
+    ]
+    numbers = sum(p.numel() for p in weights)
+    rate = lr_of(optimizer, weights[0])
+    assert row == [f"{rate:.2e}", "0.1", "4", f"{numbers:,}", "encoder.blocks.3.*"]
+    assert sum(int(row.split()[2]) for row in rows) == len(list(network.parameters()))
+    assert "encoder.pos_embed, encoder.patch_embed.proj.bias" in rows[0]
+
+
 def test_a_frozen_parameter_is_left_out():
     model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
     optimizer = optim.layer_decayed(model, 1e-3)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from sammed3d_backbone.training.runs import Run, open_run
+from sammed3d_backbone.training.runs import Progress, Run, open_run
 
 
 @dataclass(frozen=True)
@@ -105,3 +105,21 @@ def test_a_log_without_checkpoint_starts_over(toy):
     run.run.record(step=2, loss=1.0)
     assert not toy().resumed
     assert toy().run.records() == []
+
+
+def test_one_of_several_processes_writes(runs):
+    other = open_run("one", Knobs(), writes=False)
+    other.begin(Knobs())
+    other.record(step=1)
+    assert list(runs.iterdir()) == []
+
+
+def test_the_best_score_is_remembered_and_the_last_one_shown():
+    progress = Progress()
+    assert [progress.scored(dice) for dice in (0.5, 0.4, None, 0.6)] == [True, False, False, True]
+    assert (progress.best, progress.dice) == (0.6, 0.6)
+
+
+def test_a_validation_without_any_score_counts_as_zero():
+    progress = Progress()
+    assert [progress.scored(dice) for dice in (None, None, 0.1)] == [True, False, True]

@@ -1,0 +1,138 @@
+"""Memory and time of a fine-tuning step of UNETR on `vit_b`, and how well --dry-run foresees it.
+
+    python recipes/step_cost.py             # measures, writes recipes/results/training_step.json
+    python recipes/step_cost.py --table     # prints the table from that file
+
+One 128-voxel cube, 14 classes, with and without recomputing blocks and bf16: each is a dry run of
+finetune_unetr.py in a process of its own, so that no peak is another's.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from finetune_unetr import Config
+from finetune_unetr import main as finetune
+from tqdm import tqdm
+
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.provenance import provenance
+
+HERE = Path(__file__).parent
+SIDE = 128  # voxels
+SPACING_MM = 1.5
+CLASSES = 14
+WAYS = {
+    "float32": {},
+    "float32, recomputed": {"checkpointing": True},
+    "bf16": {"mixed_precision": "bf16"},
+    "bf16, recomputed": {"checkpointing": True, "mixed_precision": "bf16"},
+}
+
+
+def write_cubes(folder: Path) -> None:
+    """Two cases of noise with a box of every class, in the Decathlon's layout."""
+    rng = np.random.default_rng(0)
+    affine = np.diag([SPACING_MM, SPACING_MM, SPACING_MM, 1])
+    entries = []
+    for number in range(2):
+        labels = np.zeros((SIDE,) * 3, np.uint8)
+        for value in range(1, CLASSES):
+            corner = rng.integers(0, SIDE - 20, 3)
+            labels[tuple(slice(c, c + 20) for c in corner)] = value
+        labels.flat[: CLASSES - 1] = range(1, CLASSES)  # none was covered whole
+        name = f"cube_{number}.nii.gz"
+        noise = rng.normal(size=labels.shape).astype(np.float32)
+        Volume(noise, affine).save(folder / "imagesTr" / name)
+        Volume(labels, affine).save(folder / "labelsTr" / name)
+        entries.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+    names = {str(k): f"class {k}" if k else "background" for k in range(CLASSES)}
+    info = {"name": "Cubes", "modality": {"0": "MRI"}, "labels": names, "training": entries}
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+def rehearse(way: str, threads: int, data: Path) -> dict[str, object]:
+    """In this process: what a dry run finds out."""
+    cfg = Config(
+        name="cost",
+        data=str(data),
+        folds=2,
+        variant="vit_b",
+        weights="none",
+        img_size=SIDE,
+        spacing_mm=(SPACING_MM,) * 3,
+        batch=1,
+        threads=threads,
+        **WAYS[way],
+    )
+    return finetune(cfg, dry_run=True)
+
+
+def measure(threads: int) -> dict[str, object]:
+    """All figures, each way in a process of its own."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_cubes(Path(folder))
+        for way in tqdm(WAYS):
+            out = Path(folder) / "figures.json"
+            command = [sys.executable, __file__, "--way", way, "--threads", str(threads)]
+            subprocess.run(
+                [*command, "--data", folder, "--out", out],
+                check=True,
+                capture_output=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+            found[way] = json.loads(out.read_text())
+    return {"side_vox": SIDE, "classes": CLASSES, "ways": found, **provenance(HERE)}
+
+
+def table(result: dict) -> str:
+    """The figures as Markdown."""
+    first = result["ways"]["float32"]
+    lines = [
+        f"| UNETR on `vit_b`, {result['side_vox']}³ | time of a step | memory | foreseen |",
+        "|---|---|---|---|",
+    ]
+    for way, row in result["ways"].items():
+        seconds = statistics.median(row["step_seconds"])
+        share = seconds / statistics.median(first["step_seconds"])
+        peak, error = row["peak_bytes"] / 2**30, row["expected_bytes"] / row["peak_bytes"] - 1
+        lines.append(
+            f"| {way} | {seconds:.1f} s ({share:.2f} x) | {peak:.2f} GiB | "
+            f"{row['expected_bytes'] / 2**30:.2f} GiB ({error:+.0%}) |"
+        )
+    lines.append("")
+    lines.append(
+        f"{result['processor']}, {result['threads']} threads, torch {result['torch']}, "
+        f"commit {result['commit']}, {result['date'][:10]}; median of three steps, AdamW and an "
+        "average of the weights included, memory of the libraries not."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, or prints what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "training_step.json")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
+    parser.add_argument("--way", choices=WAYS, help="measure this one only, in this process")
+    parser.add_argument("--data", type=Path, help="with --way: folder of the cubes")
+    arguments = parser.parse_args()
+    if arguments.way:
+        figures = rehearse(arguments.way, arguments.threads, arguments.data)
+        arguments.out.write_text(json.dumps(figures))
+        return
+    if not arguments.table:
+        arguments.out.write_text(json.dumps(measure(arguments.threads), indent=1) + "\n")
+    print(table(json.loads(arguments.out.read_text())))
+
+
+if __name__ == "__main__":
+    main()
