@@ -3,6 +3,7 @@
 import json
 
 import benchmark
+import benchmark_clicks
 import parity
 import pytest
 import torch
@@ -49,10 +50,11 @@ def test_time_is_told_for_every_part_of_the_decoder(generator):
     ("name", "table"),
     [
         ("benchmark", benchmark.table),
+        ("benchmark_clicks", benchmark_clicks.table),
         ("parity", parity.table),
         ("parity", parity.prompt_table),
     ],
-    ids=["benchmark", "parity", "parity of prompts"],
+    ids=["benchmark", "clicks", "parity", "parity of prompts"],
 )
 def test_the_readme_shows_the_table_of_the_committed_figures(root, name, table):
     result = json.loads((root / f"recipes/results/{name}.json").read_text())
