@@ -10,7 +10,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,38 @@ def load_model(path: str | Path) -> Segmenter:
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its own card: {error}; copy it again") from None
     return Segmenter(model.eval(), card)
+
+
+def take_over(model: nn.Module, card: Card, source: str, val: Collection[str]) -> dict[str, str]:
+    """Copies all values of a fine-tuned model, and what is then to be said about the start.
+
+    Raises:
+        ValueError: If it segments other classes, has other sizes, or has seen cases of `val`.
+    """
+    earlier = load_model(source)
+    if dict(earlier.card.labels) != dict(card.labels):
+        raise ValueError(
+            f"init={source} knows {earlier.card.labels}, the data have {card.labels}; pass it as "
+            "weights= to take its encoder only"
+        )
+    seen = {*earlier.card.training.get("cases", ())} & {*val}
+    if seen:
+        raise ValueError(
+            f"init={source} was trained on {len(seen)} of the cases to validate on, "
+            f"{min(seen)} for one; take the fold that it was trained on"
+        )
+    try:
+        model.load_state_dict(earlier.model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"init={source} has other sizes ({str(error).splitlines()[1].strip()}); give the "
+            "variant=, img_size= and feature_size= that it was trained with"
+        ) from None
+    before = earlier.card.training.get("start", {})
+    return {
+        "weights": f"all values of the fine-tuned {source}",
+        "contamination": before.get("contamination", f"not known: {source} does not say"),
+    }
 
 
 def library_versions() -> dict[str, str]:

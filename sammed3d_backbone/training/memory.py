@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_leaves
 from sammed3d_backbone.provenance import resident_bytes
 from sammed3d_backbone.training import optim
 
-# What a process holds beside its tensors, as a share of them: freed blocks that fit nothing, and
-# what kernels keep; recipes/results/training_step.json has the measurements.
-SLACK = 0.15
+# What a process holds beside its tensors: once, the code and threads of the kernels, on a CPU; and
+# in proportion, freed blocks that fit nothing and the kernels' own copies. Chosen by what
+# recipes/step_cost.py measures.
+KERNELS = 100 * 2**20  # bytes
+SLACK = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def estimate(
         "moments": moments,
         "activations and gradients": live.peak - size - moments,
     }
+    if accelerator.device.type == "cpu":
+        parts["kernels"] = KERNELS
     if accelerator.num_processes > 1:
         parts["exchange"] = _bytes(trained)  # DDP's buckets
     return Memory(accelerator.device.type, parts)

@@ -88,5 +88,6 @@ def _pattern(names: Sequence[str]) -> str:
     for inside in parts.values():
         levels = zip(*(name.split(".") for name in inside), strict=False)
         common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
-        shown += inside if len(inside) < 3 else [".".join([*common, "*"])]
+        listed = len(names) < 4 or len(inside) == 1
+        shown += inside if listed else [".".join([*common, "*"])]
     return ", ".join(shown)

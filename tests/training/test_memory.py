@@ -103,14 +103,14 @@ def test_the_peak_is_what_the_tensors_of_a_step_hold():
         {"image": torch.empty(8192, 2048)},
         accelerator(),
     ).parts
-    held = sum(parts.values()) - parts["average"]
+    held = sum(parts.values()) - parts["average"] - memory.KERNELS
     assert held == pytest.approx((8 + 16 + 64 + 32 + 32) * MIB, abs=100)
 
 
 def test_a_line_says_how_much_where_and_for_what():
     found = memory.Memory("cpu", {"weights": 2**30, "activations": 3 * 2**30})
-    assert found.total == pytest.approx(4.6 * 2**30)
-    assert str(found).startswith("4.60 GiB on cpu")
+    assert found.total == pytest.approx(4.4 * 2**30)
+    assert str(found).startswith("4.40 GiB on cpu")
     assert "weights 1.00, activations 3.00" in str(found)
 
 
