@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import SupportsInt
+from typing import SupportsInt, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from scipy import ndimage
 from sammed3d_backbone.data.geometry import Triple, nearest_ras
 
 Mask = NDArray[np.bool_]  # (X, Y, Z)
+Orientation = tuple[Triple, tuple[bool, bool, bool]]  # as of `nearest_ras`
+Entries = TypeVar("Entries", bound=np.generic)
 
 TOUCHING = np.ones((3, 3, 3), dtype=bool)  # 26-connectivity: corners count
 TIE = 1e-6  # depths closer than this share of the greatest count as equal
@@ -87,12 +89,12 @@ class Errors:
     @cached_property
     def missed(self) -> Mask:
         """Voxels of the truth outside the mask; axes towards R, A, S."""
-        return self._towards_ras(self.truth & ~self.mask)
+        return _towards_ras(self.truth & ~self.mask, self._orientation)
 
     @cached_property
     def extra(self) -> Mask:
         """Voxels of the mask outside the truth; axes towards R, A, S."""
-        return self._towards_ras(self.mask & ~self.truth)
+        return _towards_ras(self.mask & ~self.truth, self._orientation)
 
     @cached_property
     def spacing_mm(self) -> NDArray[np.float64]:
@@ -119,15 +121,26 @@ class Errors:
         )
 
     @cached_property
-    def _orientation(self) -> tuple[Triple, tuple[bool, bool, bool]]:
+    def _orientation(self) -> Orientation:
         return nearest_ras(self.affine)
-
-    def _towards_ras(self, array: Mask) -> Mask:
-        axes, flips = self._orientation
-        return array.transpose(axes)[tuple(slice(None, None, -1 if f else 1) for f in flips)]
 
 
 Strategy = Callable[[Errors], Click | None]
+
+
+def connected_parts(mask: Mask, affine: NDArray[np.float64]) -> Iterator[Mask]:
+    """The 26-connected parts of a mask, in the order of their first voxels towards R, A, S.
+
+    Shapes:
+        mask: (X, Y, Z).
+        affine: (4, 4), voxel -> RAS+ mm.
+        yields: (X, Y, Z).
+    """
+    labels, _ = ndimage.label(mask, structure=TOUCHING)
+    oriented = _towards_ras(labels, nearest_ras(affine))
+    numbers, first = np.unique(oriented[oriented > 0], return_index=True)
+    for number in numbers[np.argsort(first)]:
+        yield labels == number
 
 
 def largest_centre(errors: Errors) -> Click | None:
@@ -195,6 +208,12 @@ def joint_centre(errors: Errors) -> Click | None:
     published = np.random.RandomState(42)  # the evaluator's own stream
     index = (deepest[published.choice(len(deepest))] + component.start)[::-1]
     return errors.click_at(index, bool(errors.missed[tuple(index)]))
+
+
+def _towards_ras(array: NDArray[Entries], orientation: Orientation) -> NDArray[Entries]:
+    """A view of the array whose axes run towards R, A, S."""
+    axes, flips = orientation
+    return array.transpose(axes)[tuple(slice(None, None, -1 if f else 1) for f in flips)]
 
 
 def _drawn_from(region: Mask, errors: Errors) -> Click | None:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "predictor": {"models", "data", "factory", "checkpoint", "files"},
     "export": {"checkpoint", "factory", "pretrained", "adapters", "data"},
     "publish": {"export", "pretrained"},
-    "evaluation": {"data", "clicks", "files"},
+    "evaluation": {"data", "clicks", "files", "provenance"},
     "training": {"clicks", "config", "data", "evaluation", "files", "provenance"},
 }
 MAY_IMPORT["__init__"] = {"factory", "pretrained"}

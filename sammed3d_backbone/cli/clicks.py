@@ -1,6 +1,7 @@
 """The click benchmark: `sammed3d clicks`."""
 
 import argparse
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ def add_clicks(commands: "Commands") -> None:
     )
     parser.add_argument("--cases", type=int, metavar="N", help="the first N cases only")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these only")
+    parser.add_argument(
+        "--instances", action="store_true", help="every connected part is a target of its own"
+    )
     parser.add_argument("--first", choices=["centre", "random"], help="this start only")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
     parser.add_argument(
@@ -74,7 +78,11 @@ def _run_clicks(args: argparse.Namespace) -> int:
             f"{rules.name} has no start {args.first!r}; it has {', '.join(rules.tracks)}"
         )
     click_set = read_click_set(args.data, layout=args.layout, subjects=args.subjects)
-    click_set = click_set.selected(args.cases, args.classes)
+    click_set = dataclasses.replace(
+        click_set.selected(args.cases, args.classes),
+        instances=args.instances,
+        spacing_is_xyz=rules.spacing_is_xyz,
+    )
     machine = provenance(Path(__file__).parent)
     model, about = _model(args, click_set.name)
     header = {
@@ -149,6 +157,7 @@ def _header(
         "note": click_set.note,
         "cases": len(click_set.cases),
         "classes": classes or "all",
+        "instances": click_set.instances,
     }
 
 

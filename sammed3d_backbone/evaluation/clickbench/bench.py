@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from sammed3d_backbone.clicks import Click, Draws
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target, target_of, targets_of
+from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target
 from sammed3d_backbone.evaluation.clickbench.journal import Journal, Line, key_of, read_journal
 from sammed3d_backbone.evaluation.clickbench.protocol import Player, Promptable, Rules, Step
 from sammed3d_backbone.evaluation.clickbench.scoring import plain, score
+from sammed3d_backbone.provenance import resident_bytes
 
 
 def run(
@@ -26,12 +27,20 @@ def run(
     *,
     progress: bool = True,
 ) -> None:
-    """Plays every target and track that the journal does not have yet."""
+    """Plays every target and track that the journal does not have yet.
+
+    Args:
+        model: To be tested.
+        rules: To be played by.
+        click_set: To be played on.
+        journal: For the lines.
+        tracks: Of the rules, those to play.
+        progress: Show a bar on standard error.
+    """
     player = Player(model)
     bar = tqdm(click_set.cases, unit="case", disable=not progress)
     for case in bar:
-        targets = targets_of(case, click_set.name, spacing_is_xyz=rules.spacing_is_xyz)
-        for target in targets:
+        for target in click_set.targets(case):
             bar.set_postfix_str(f"{target.case} {target.name}")
             for track in tracks:
                 if not journal.has((target.case, target.name, track)):
@@ -67,7 +76,8 @@ def played(
             {**about, "step": number, "clicks": clicks, **figures, "failure": step.failure}
         )
         seconds = {part: round(value, 4) for part, value in step.seconds.items()}
-        times.append({**about, "step": number, "seconds": seconds, "peak_rss_mib": _peak_rss_mib()})
+        peak_mib = round(resident_bytes("VmHWM") / 2**20, 1)  # of the process so far
+        times.append({**about, "step": number, "seconds": seconds, "peak_rss_mib": peak_mib})
     if before is None:
         return [{**about, "dropped": "nothing is left of it at the protocol's spacing"}], [], None
     return lines, times, Volume(before.mask.astype(np.uint8), before.affine)
@@ -80,8 +90,8 @@ def first_difference(
     _, lines = read_journal(folder)
     player = Player(model)
     for key in list(dict.fromkeys(map(key_of, lines)))[:targets]:
-        target = target_of(click_set, key, rules.spacing_is_xyz)
-        again, _, _ = played(player, rules, target, key[2])
+        case, name, track = key
+        again, _, _ = played(player, rules, click_set.target(case, name), track)
         for old, new in zip((line for line in lines if key_of(line) == key), again, strict=True):
             new = json.loads(json.dumps(new))
             for entry in old:
@@ -100,12 +110,3 @@ def _clicked(click: Click, step: Step) -> Line:
         "positive": click.positive,
         "repeat": click.is_repeat,
     }
-
-
-def _peak_rss_mib() -> float | None:
-    """Highest resident size of this process so far; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return round(int(line.split()[1]) / 1024, 1)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.clicks import Mask
+from sammed3d_backbone.clicks import Mask, connected_parts
 from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
 from sammed3d_backbone.data.datasets import Case, DatasetError, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
@@ -47,7 +47,7 @@ class Target:
     dataset: str
     case: str
     subject: str  # whose scan it is: scans of one person are not independent
-    name: str  # of the class
+    name: str  # of the class, and the number of the part where parts are targets
     image: Volume
     truth: Mask
     modality: Modality | None  # None where nothing tells
@@ -69,6 +69,41 @@ class ClickSet:
     name: str
     cases: tuple[ClickCase, ...]
     note: str = ""  # what a reader of a result must know
+    instances: bool = False  # every connected part of a class is a target of its own
+    spacing_is_xyz: bool = False  # how the spacing of npz files is read, see `read_npz`
+
+    def targets(self, case: ClickCase) -> Iterator[Target]:
+        """The objects of a case, in the order of their label values; opens its files.
+
+        Raises:
+            DatasetError: If the files cannot be used; all reasons at once.
+        """
+        files = case.case
+        if files.label.suffix == ".npz":
+            image, labels = read_npz(files.label, spacing_is_xyz=self.spacing_is_xyz)
+        else:
+            image, labels = _read_pair(case)
+        names = case.labels
+        if names is None:
+            names = {int(value): str(value) for value in np.unique(labels) if value}
+        for value, name in sorted(names.items()):
+            truth = labels == value
+            parts = {name: truth} if truth.any() else {}
+            if self.instances:
+                numbered = enumerate(connected_parts(truth, image.affine), start=1)
+                parts = {f"{name} {number}": part for number, part in numbered}
+            for called, part in parts.items():
+                yield Target(self.name, files.id, files.subject, called, image, part, case.modality)
+
+    def target(self, case: str, name: str) -> Target:
+        """The target of a case's id and a class; opens the files of the case."""
+        return next(
+            target
+            for listed in self.cases
+            if listed.case.id == case
+            for target in self.targets(listed)
+            if target.name == name
+        )
 
     def selected(self, cases: int | None = None, classes: Iterable[str] = ()) -> ClickSet:
         """The first cases, and of their classes those named.
@@ -141,50 +176,6 @@ def read_click_set(
     modality = _modality(dataset.channels[0])
     cases = [ClickCase(case, names, modality) for case in dataset.cases]
     return ClickSet(dataset.name, tuple(cases), dataset.note)
-
-
-def targets_of(case: ClickCase, dataset: str, *, spacing_is_xyz: bool = False) -> Iterator[Target]:
-    """The objects of a case, in the order of their label values; opens its files.
-
-    Args:
-        case: Of which the targets are.
-        dataset: Its name.
-        spacing_is_xyz: How to read the spacing of an npz file, see `read_npz`.
-
-    Raises:
-        DatasetError: If the files cannot be used; all reasons at once.
-    """
-    files = case.case
-    if files.label.suffix == ".npz":
-        image, labels = read_npz(files.label, spacing_is_xyz=spacing_is_xyz)
-    else:
-        image, labels = _read_pair(case)
-    names = case.labels
-    if names is None:
-        names = {int(value): str(value) for value in np.unique(labels) if value}
-    for value, name in sorted(names.items()):
-        truth = labels == value
-        if truth.any():
-            yield Target(dataset, files.id, files.subject, name, image, truth, case.modality)
-
-
-def target_of(
-    click_set: ClickSet, named: tuple[str, str, str], spacing_is_xyz: bool = False
-) -> Target:
-    """The target of a line, by its case and class; opens the files of the case.
-
-    Args:
-        click_set: That the target is of.
-        named: Case, class and track.
-        spacing_is_xyz: How to read the spacing of an npz file, see `read_npz`.
-    """
-    return next(
-        target
-        for case in click_set.cases
-        if case.case.id == named[0]
-        for target in targets_of(case, click_set.name, spacing_is_xyz=spacing_is_xyz)
-        if target.name == named[1]
-    )
 
 
 def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]:

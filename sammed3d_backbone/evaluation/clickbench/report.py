@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import ndimage
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target, target_of
+from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target
 from sammed3d_backbone.evaluation.clickbench.journal import (
     Key,
     Line,
@@ -86,7 +86,7 @@ def write_report(folder: Path, click_set: ClickSet, machine: Mapping[str, Any]) 
     summary["seconds"] = seconds
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     worst = [
-        _shown(folder, line, target_of(click_set, key_of(line), rules.spacing_is_xyz))
+        _shown(folder, line, click_set.target(line["case"], line["class"]))
         for line in _worst_targets(lines)
     ]
     if worst:

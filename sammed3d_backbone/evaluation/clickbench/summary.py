@@ -165,7 +165,7 @@ def times_by_part(times: Iterable[Line]) -> dict[str, Any]:
         kind = "first answer on a volume" if "set_volume" in line["seconds"] else "later clicks"
         for part, value in line["seconds"].items():
             spent.setdefault(kind, {}).setdefault(part, []).append(value)
-        peak = max(peak, line["peak_rss_mib"] or 0.0)
+        peak = max(peak, line["peak_rss_mib"])
     parts = {
         kind: {
             part: {

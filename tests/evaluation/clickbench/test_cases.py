@@ -1,6 +1,7 @@
 """Targets come from every layout, with what a reader has to know about them."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,13 +12,14 @@ from sammed3d_backbone.data.datasets import DatasetError
 from sammed3d_backbone.evaluation.clickbench.cases import (
     MODEL_MASKS,
     ClickCase,
+    ClickSet,
     read_click_set,
-    targets_of,
 )
 
 
-def targets(click_set, **given):
-    return [t for case in click_set.cases for t in targets_of(case, click_set.name, **given)]
+def targets(click_set, **changed):
+    click_set = replace(click_set, **changed)
+    return [target for case in click_set.cases for target in click_set.targets(case)]
 
 
 def test_a_labels_json_gives_named_targets(data):
@@ -127,8 +129,20 @@ def test_a_folder_without_any_layout_is_refused(tmp_path):
 
 def test_labels_that_a_case_lacks_are_no_targets(data):
     (case, _) = read_click_set(data).cases
-    asked = ClickCase(case.case, {7: "block", 8: "absent"})
-    assert [t.name for t in targets_of(asked, "made")] == ["block"]
+    asked = ClickSet("made", (ClickCase(case.case, {7: "block", 8: "absent"}),))
+    assert [target.name for target in targets(asked)] == ["block"]
+
+
+def test_connected_parts_can_be_targets_of_their_own(data):
+    # Stored towards L, A, S: the part at the end of the first axis lies furthest left.
+    labels = np.zeros((16, 14, 12), np.uint8)
+    labels[1:4, 1:4, 1:4] = labels[3:5, 4:6, 4:6] = labels[10:14, 2:6, 2:6] = 7
+    nib.save(nib.Nifti1Image(labels, np.diag([-1.0, 1, 2, 1])), data / "v1_seg.nii.gz")
+    found = targets(read_click_set(data).selected(cases=1, classes=["block"]), instances=True)
+    assert [(t.name, int(t.truth.sum())) for t in found] == [
+        ("block 1", 4 * 4 * 4),
+        ("block 2", 27 + 8),  # they touch at a corner
+    ]
 
 
 def test_subjects_and_places_of_files_can_be_told(tmp_path):

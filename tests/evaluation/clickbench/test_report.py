@@ -97,7 +97,7 @@ def test_times_are_medians_by_part_and_the_first_answer_apart():
             line(5.0, set_volume=2.0, click=1.0),
             line(7.0, click=0.1),
             line(6.0, click=0.2),
-            line(None, click=0.3),
+            line(0.0, click=0.3),
         ]
     )
     assert found["peak_rss_mib"] == 7.0
