@@ -1,11 +1,11 @@
-"""Bad input: what is said, and that nothing is lost or written. The rows are in bad_inputs.py."""
+"""Bad input: what is said, and that nothing is lost. The rows are in refused_inputs.py."""
 
 import re
 
-import bad_inputs
 import numpy as np
 import pytest
-from bad_inputs import AFFINE, GRID
+import refused_inputs
+from refused_inputs import AFFINE, GRID
 
 from sammed3d_backbone.predictor import Predictor
 
@@ -14,7 +14,7 @@ def by_what(row):
     return row.what
 
 
-@pytest.mark.parametrize("row", bad_inputs.VOLUMES, ids=by_what)
+@pytest.mark.parametrize("row", refused_inputs.VOLUMES, ids=by_what)
 def test_a_volume_that_cannot_be_used_is_refused_and_the_last_one_stays(predictor, balls, row):
     predictor.set_volume(balls[0])
     predictor.click((22, 40, 36))
@@ -23,7 +23,7 @@ def test_a_volume_that_cannot_be_used_is_refused_and_the_last_one_stays(predicto
     assert predictor.predict().mask.shape == balls[0].shape
 
 
-@pytest.mark.parametrize("row", bad_inputs.CLICKS, ids=by_what)
+@pytest.mark.parametrize("row", refused_inputs.CLICKS, ids=by_what)
 def test_a_click_that_cannot_be_meant_is_refused_and_the_others_stay(predictor, balls, row):
     predictor.set_volume(balls[0])
     predictor.click((22, 40, 36))
@@ -33,7 +33,7 @@ def test_a_click_that_cannot_be_meant_is_refused_and_the_others_stay(predictor, 
     assert np.array_equal(predictor.predict().mask, before)
 
 
-@pytest.mark.parametrize("row", bad_inputs.MASKS, ids=by_what)
+@pytest.mark.parametrize("row", refused_inputs.MASKS, ids=by_what)
 def test_a_mask_prompt_that_cannot_be_used_is_refused(predictor, row):
     predictor.set_volume(GRID, AFFINE)
     with pytest.raises(row.kind, match=re.escape(row.said)):
@@ -41,17 +41,17 @@ def test_a_mask_prompt_that_cannot_be_used_is_refused(predictor, row):
     assert predictor.objects == []
 
 
-@pytest.mark.parametrize("row", bad_inputs.FILES, ids=by_what)
+@pytest.mark.parametrize("row", refused_inputs.FILES, ids=by_what)
 def test_the_command_refuses_a_bad_file_and_writes_nothing(tmp_path, row):
-    code, said = bad_inputs.run_file(row, tmp_path)
+    code, said = refused_inputs.run_file(row, tmp_path)
     assert code == 2
     assert row.said in said
     assert not (tmp_path / "out.nii.gz").exists()
 
 
-@pytest.mark.parametrize("row", bad_inputs.COMMANDS, ids=by_what)
+@pytest.mark.parametrize("row", refused_inputs.COMMANDS, ids=by_what)
 def test_the_command_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, row):
-    code, said = bad_inputs.run_command(row, tmp_path)
+    code, said = refused_inputs.run_command(row, tmp_path)
     assert code == 2
     assert row.said in said
     names = {path.name for path in tmp_path.iterdir()}
@@ -59,30 +59,30 @@ def test_the_command_refuses_what_it_cannot_do_and_writes_nothing(tmp_path, row)
     assert (tmp_path / "fig.png").read_text() == "precious"
 
 
-@pytest.mark.parametrize("row", bad_inputs.IN_THE_WAY, ids=by_what)
+@pytest.mark.parametrize("row", refused_inputs.IN_THE_WAY, ids=by_what)
 def test_the_command_overwrites_nothing_unasked(tmp_path, row):
-    code, said = bad_inputs.run_command(row, tmp_path)
+    code, said = refused_inputs.run_command(row, tmp_path)
     assert code == 2
     assert row.said in said
     out, source = tmp_path / "out.nii.gz", tmp_path / "in.nii.gz"
     assert out.read_bytes() in (b"precious", source.read_bytes())
 
 
-@pytest.mark.parametrize("row", bad_inputs.NOTES, ids=by_what)
+@pytest.mark.parametrize("row", refused_inputs.NOTES, ids=by_what)
 def test_what_is_odd_without_being_wrong_is_segmented_with_a_note(row):
-    assert row.said in bad_inputs.noted(row.given)
+    assert row.said in refused_inputs.noted(row.given)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float16, ">i2", ">f4"])
 def test_every_type_of_number_is_taken(dtype):
-    assert bad_inputs.noted((bad_inputs.balls().astype(dtype), {})) == ""
+    assert refused_inputs.noted((refused_inputs.balls().astype(dtype), {})) == ""
 
 
 def test_paths_may_hold_any_letters(tmp_path):
     folder = tmp_path / "mäßig groß 体积"
     folder.mkdir()
-    row = bad_inputs.Row("", "in.nii.gz über.nii.gz --point 22,40,36", "")
-    assert bad_inputs.run_command(row, folder)[0] == 0
+    row = refused_inputs.Row("", "in.nii.gz über.nii.gz --point 22,40,36", "")
+    assert refused_inputs.run_command(row, folder)[0] == 0
     assert (folder / "über.nii.gz").is_file()
 
 

@@ -1,6 +1,6 @@
 """Every bad input and the answer to it: the one table that tests run and people read.
 
-    python tests/predictor/bad_inputs.py     # prints it as Markdown, each message as it is now
+    python tests/predictor/refused_inputs.py     # prints it as Markdown, each message as it is now
 
 A refused input raises in Python; `sammed3d segment` prints the message, writes nothing and ends
 with exit code 2. An input that is odd without being wrong is segmented with a note.
