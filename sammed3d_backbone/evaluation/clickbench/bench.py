@@ -59,7 +59,7 @@ def played(
     }
     voxels = int(target.truth.sum())
     if voxels < rules.min_voxels:
-        reason = f"{voxels} voxels, of which {rules.min_voxels} are needed"
+        reason = f"{voxels} of the {rules.min_voxels} voxels that are needed"
         return [{**about, "dropped": reason}], [], None
     draws = Draws(target.dataset, target.case, target.name, "first")
     lines: list[Line] = []
