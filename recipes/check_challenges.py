@@ -4,10 +4,9 @@
     python recipes/check_challenges.py kits brats # these only; the others keep their figures
     python recipes/check_challenges.py --table    # the table of recipes/README.md from that file
 
-The files hold noise, so nothing is learned here; what shows is that the layout is read, that
-channels, classes, spacing and crop fit the network, and what a step costs. Weights are random: no
-download. Each config runs in a process of its own, on the CPU in float32; memory is the highest
-resident size in the step minus that before the network was built.
+The files hold noise, so nothing is learned here; what shows is that the layout is read, and that
+channels, classes, spacing and crop fit the network. Weights are random: no download. Each config
+runs in a process of its own, on the CPU. Memory is what `--dry-run` would foresee for training.
 """
 
 import argparse
@@ -24,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from finetune_unetr import Config, choose_cases, make_card
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -35,8 +36,8 @@ from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.export import Segmenter, build_network, segment_volume
 from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining
-from sammed3d_backbone.provenance import provenance, resident_bytes
-from sammed3d_backbone.training import optim
+from sammed3d_backbone.provenance import provenance
+from sammed3d_backbone.training import memory, optim
 from sammed3d_backbone.training.losses import partial_dice_ce
 
 HERE = Path(__file__).parent
@@ -190,20 +191,23 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         dataset, fold = choose_cases(cfg)
         card = make_card(cfg, dataset)
         train = prepare_cases(dataset, fold.train, card.preparation, progress=False)
-        before = resident_bytes("VmRSS")
         network = build_network(card)
-        optimizer = optim.layer_decayed(network, cfg.lr, layer_decay=cfg.layer_decay)
         crops = CropStream(train, cfg.img_size, samples=cfg.batch, seed=cfg.seed)
         (batch,) = DataLoader(crops, cfg.batch)
+        accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=True)
+        names = {name for name, _ in network.named_parameters()}
+        foreseen = memory.estimate(network, names, loss_of, batch, accelerator)
+        optimizer = optim.layer_decayed(network, cfg.lr, layer_decay=cfg.layer_decay)
         start = time.perf_counter()
-        loss = partial_dice_ce(network(batch["image"]), batch["label"], batch["annotated"])
+        with accelerator.autocast():
+            loss = loss_of(network, batch)
         loss.backward()
         optimizer.step()
         seconds = time.perf_counter() - start
-        step_bytes = resident_bytes("VmHWM") - before
         held_out = next(case for case in dataset.cases if case.id == fold.val[0])
         image = load_image(held_out)
-        predicted = segment_volume(Segmenter(network, card), image)
+        with accelerator.autocast():
+            predicted = segment_volume(Segmenter(network, card), image)
     if predicted.shape != image.shape or not np.array_equal(predicted.affine, image.affine):
         raise ValueError(f"{path.stem}: the prediction lies on another grid than its image")
     if not math.isfinite(loss.item()):
@@ -222,14 +226,20 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": round(loss.item(), 4),
         "step_s": round(seconds, 2),
-        "step_gib": round(step_bytes / 2**30, 2),
+        "precision": cfg.mixed_precision,
+        "foreseen_gib": round(foreseen.total / 2**30, 2),
         "seen": seen_in_pretraining(WEIGHTS["turbo"], dataset.name).verdict,
     }
 
 
+def loss_of(network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The recipe's loss of a batch."""
+    return partial_dice_ce(network(batch["image"]).float(), batch["label"], batch["annotated"])
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The table of recipes/README.md as Markdown."""
-    head = "config | classes | channels | spacing, crop | flips | a step (batch) | seen | licence"
+    head = "config | classes | channels | spacing, crop | flips | memory (batch) | seen | licence"
     lines = [f"| {head} |", "|---|---|---|---|---|---|---|---|"]
     for name, row in result["configs"].items():
         layout = None if row["layout"] == "dataset.json" else layout_of(row["layout"])
@@ -238,7 +248,7 @@ def table(result: Mapping[str, Any]) -> str:
         spacing = " x ".join(f"{mm:g}" for mm in dict.fromkeys(row["spacing_mm"]))
         lines.append(
             f"| `{name}`{group} | {row['classes']} | {', '.join(row['channels'])} | {spacing} mm, "
-            f"{row['img_size']}³ | {row['flip_axes'] or 'none'} | {row['step_gib']:.1f} GiB "
+            f"{row['img_size']}³ | {row['flip_axes'] or 'none'} | {row['foreseen_gib']:.1f} GiB "
             f"({row['batch']}) | {row['seen']} | {licence} |"
         )
     return "\n".join(lines)

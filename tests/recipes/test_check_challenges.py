@@ -14,6 +14,7 @@ SMALL = {
     "spacing_mm": [3, 3, 3],
     "batch": 1,
     "overlap": 0,
+    "mixed_precision": "no",
 }
 PAPER = {"amos", "amos_mr", "cas2023", "sega2023", "totalsegmentator"}
 
