@@ -80,7 +80,8 @@ def test_ones_own_data_become_a_model_and_a_prediction(
         *train[2:],
         *(f"{k}={list(v) if k == 'spacing_mm' else v}" for k, v in quick.items()),
     ]
-    finetune_unetr.main(config.parse(finetune_unetr.Config, arguments))
+    cfg, _ = config.parse(finetune_unetr.Config, arguments)
+    finetune_unetr.main(cfg)
     assert (runs / "mine/results/report.html").is_file()
     assert predict[0] == "sammed3d"
     assert cli.main(predict[1:]) == 0
