@@ -399,7 +399,8 @@ def evaluate(
     for key, value in summary["dice"].items():
         accelerator.print(f"Dice {key}: {value}")
     accelerator.print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
-    accelerator.print(f"training took {progress.seconds:.0f} s; see {results / 'report.html'}")
+    accelerator.print(f"training took {progress.seconds:.0f} s")
+    accelerator.print(f"see {results / 'report.html'} and {results / 'figure.png'}")
     return summary
 
 
