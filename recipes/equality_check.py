@@ -3,10 +3,10 @@
     python recipes/equality_check.py                # writes recipes/results/equality.json
 
 Two processes on half batches, and one that accumulates half batches, are compared with one process
-on whole batches: losses and weights differ by rounding only. Then runs are killed (SIGKILL) at
-random moments and while they save, go on and are killed again; in the end they have to equal a run
-that was left alone, to the last bit. Cases annotated in part, an encoder that waits, drop path and
-augmentation take part.
+on whole batches: losses and weights differ by rounding only. Then runs, of one process and of two,
+are killed (SIGKILL) at random moments and while they save, go on and are killed again; in the end
+they have to equal a run that was left alone, to the last bit. Cases annotated in part, an encoder
+that waits, drop path and augmentation take part.
 
 Every run is a fork of this process, which has imported everything and computed nothing: a start
 costs no import, and no pool of threads is lost in the fork.
@@ -98,12 +98,12 @@ def small_config(data: Path) -> finetune_unetr.Config:
         spacing_mm=(1.0, 1.0, 1.0),
         img_size=16,
         freeze="decoder_first",
-        freeze_steps=5,
-        steps=12,
+        freeze_steps=3,
+        steps=8,
         batch=1,
         accumulate=2,
         warmup_steps=2,
-        validate_every=6,
+        validate_every=4,
         log_every=1,
         save_every_s=0.5,
         threads=1,
@@ -149,7 +149,9 @@ def finish(children: list[BaseProcess]) -> None:
             raise RuntimeError(f"a run failed:\n{_said_by(child).read_text()}")
 
 
-def kill_until_done(cfg: finetune_unetr.Config, rng: np.random.Generator) -> Counter[str]:
+def kill_until_done(
+    cfg: finetune_unetr.Config, processes: int, rng: np.random.Generator
+) -> Counter[str]:
     """Kills a run again and again, at random moments or while it saves, until it gets through.
 
     Returns:
@@ -158,17 +160,19 @@ def kill_until_done(cfg: finetune_unetr.Config, rng: np.random.Generator) -> Cou
     folder = runs_folder() / cfg.name
     kills: Counter[str] = Counter()
     while True:
-        (child,) = start(cfg)
+        children = start(cfg, processes)
         if rng.random() < 0.7:
             time.sleep(rng.uniform(0, 2))
         else:
             for _ in range(rng.integers(1, 4)):
-                _wait_for_save(folder, child)
+                _wait_for_save(folder, children[0])
             time.sleep(rng.uniform(0, 0.01))
-        child.kill()
-        child.join()
-        if child.exitcode != -signal.SIGKILL:
-            finish([child])
+        for child in children:
+            child.kill()
+        for child in children:
+            child.join()
+        if not any(child.exitcode == -signal.SIGKILL for child in children):
+            finish(children)
             return kills
         saving = any(folder.glob(f"checkpoints/{PARTIAL}*"))
         kills["while saving" if saving else "elsewhere"] += 1
@@ -189,7 +193,7 @@ def differences(whole: Path, other: Path) -> list[str]:
 
 def compare_sharing(cfg: finetune_unetr.Config) -> dict[str, float]:
     """Largest differences when halves of a batch go to two processes, or through one in turn."""
-    # Random numbers of drop path and the clipping of almost equal norms would hide what is asked.
+    # Each share of a batch draws its own random numbers for drop path, so there is none.
     base = replace(cfg, accumulate=1, drop_path=0.0)
     arms = {
         "whole_batch": (replace(base, name="whole_batch", batch=4), 1),
@@ -221,21 +225,25 @@ def check(kills: int, seed: int) -> dict[str, object]:
         write_boxes(Path(folder), partly=True)
         cfg = small_config(Path(folder))
         result: dict[str, object] = {"largest_difference": compare_sharing(cfg)}
-        finish(start(cfg))
         rng = np.random.default_rng(seed)
         total: Counter[str] = Counter()
         differing: set[str] = set()
+        wholes = {n: replace(cfg, name=f"whole_{n}") for n in (1, 2)}  # by number of processes
+        for processes, whole in wholes.items():
+            finish(start(whole, processes))
         runs = 0
-        while total.total() < kills or not total["while saving"]:
+        while total.total() < kills or not total["while saving"] or runs < len(wholes):
+            processes = 1 + runs % 2
             killed = replace(cfg, name=f"killed_{runs}")
-            total += kill_until_done(killed, rng)
-            differing |= {*differences(runs_folder() / "whole", runs_folder() / killed.name)}
+            total += kill_until_done(killed, processes, rng)
+            folders = (runs_folder() / run.name for run in (wholes[processes], killed))
+            differing |= {*differences(*folders)}
             runs += 1
     compared = [*STATES, *NETWORKS, "log", "samples"]
     return {
         **result,
         "kills": dict(total) | {"total": total.total()},
-        "killed_runs": runs,
+        "killed_runs": runs,  # of one process and of two in turn
         "steps_per_run": cfg.steps,
         "equal_to_the_last_bit": {name: name not in differing for name in compared},
     }
