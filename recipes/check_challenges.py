@@ -254,6 +254,16 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def remark(row: Mapping[str, Any]) -> str:
+    """The line of a config on what was found out about it."""
+    seen = {"seen": "saw it in pretraining", "related": "saw other editions of it"}
+    weights = seen.get(row["seen"], f"did not see it ({row['seen']})")
+    return (
+        f"# Training needs {row['foreseen_gib']:.1f} GiB in {row['precision']} (foreseen); the "
+        f"released weights {weights}."
+    )
+
+
 def layout_of(stem: str) -> Layout:
     """The layout of a challenge."""
     return read_layout(HERE / "challenges" / f"{stem}.yaml")

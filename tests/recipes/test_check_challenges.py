@@ -1,11 +1,14 @@
 """Every challenge config, tried on made-up files in the challenge's layout."""
 
+import json
+
 import check_challenges
 import pytest
-from check_challenges import DECATHLON, LOOKS, challenge_configs, check
+from check_challenges import DECATHLON, LOOKS, challenge_configs, check, remark
 from finetune_unetr import Config
 
 from sammed3d_backbone import config
+from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining
 
 SMALL = {
     "variant": "tiny",
@@ -53,3 +56,16 @@ def test_left_and_right_are_never_mirrored_into_each_other():
         if cfg.layout is not None:
             classes = check_challenges.layout_of(cfg.layout.split("/")[1][:-5]).classes
             assert not (0 in cfg.flip_axes and any("left" in one for one in classes))
+
+
+def test_the_committed_figures_are_of_these_configs(root):
+    result = json.loads((root / "recipes/results/challenges.json").read_text())
+    assert set(result["configs"]) == set(challenge_configs())
+    for name, row in result["configs"].items():
+        cfg = config.load(Config, challenge_configs()[name])
+        for knob in ("spacing_mm", "flip_axes", "img_size", "batch", "intensity"):
+            asked = getattr(cfg, knob)
+            assert row[knob] == (list(asked) if isinstance(asked, tuple) else asked)
+        assert remark(row) in challenge_configs()[name].read_text()
+        assert row["seen"] == seen_in_pretraining(WEIGHTS["turbo"], row["name"]).verdict
+    assert check_challenges.table(result) in (root / "recipes/README.md").read_text()
