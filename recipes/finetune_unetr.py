@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -163,20 +163,17 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
     say(f"fold {cfg.fold} of {fold.rule}")
     card = make_card(cfg, dataset)
     torch.manual_seed(cfg.seed)
-    network, start = make_model(cfg, card, dataset.name, say, fold.val)
-    prepared = prepare_cases(  # together, so that all that is wrong is told at once
-        dataset,
-        (*fold.train, *fold.val),
-        card.preparation,
-        cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
-        progress=accelerator.is_main_process,
+    network, start = make_model(cfg, card, dataset.name, fold.val)
+    say("\n".join(f"{key}: {value}" for key, value in start.items()))
+    ids = (*fold.train, *fold.val)  # together, so that all that is wrong is told at once
+    cache = None if cfg.cache is None else Path(cfg.cache).expanduser()
+    prepared = prepare_cases(
+        dataset, ids, card.preparation, cache=cache, progress=accelerator.is_main_process
     )
     train, val = prepared[: len(fold.train)], prepared[len(fold.train) :]
     card = replace(card, training={**card.training, "start": start, "cases": fold.train})
-    lr, layer_decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
-    optimizer = optim.layer_decayed(
-        network, lr, layer_decay=layer_decay, weight_decay=cfg.weight_decay
-    )
+    lr, decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
+    optimizer = optim.layer_decayed(network, lr, layer_decay=decay, weight_decay=cfg.weight_decay)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
     segmenter = Segmenter(ema.module, card)  # always the averaged weights
     progress = Progress(accelerator.num_processes)
@@ -270,16 +267,10 @@ def choose_cases(cfg: Config) -> tuple[Dataset, Fold]:
 def make_card(cfg: Config, dataset: Dataset) -> Card:
     """What will travel with the weights."""
     is_unetr = cfg.model == "unetr"
+    sizes = {"in_chans": len(dataset.channels), "img_size": cfg.img_size}
     return Card(
         network=cfg.model,
-        encoder={
-            "variant": cfg.variant,
-            "in_chans": len(dataset.channels),
-            "img_size": cfg.img_size,
-            "rel_pos": cfg.rel_pos,
-        }
-        if is_unetr
-        else {},
+        encoder={"variant": cfg.variant, "rel_pos": cfg.rel_pos, **sizes} if is_unetr else {},
         adapter={"feature_size": cfg.feature_size} if is_unetr else {},
         labels=dataset.labels,
         channels=dataset.channels,
@@ -296,16 +287,13 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
 
 
 def make_model(
-    cfg: Config,
-    card: Card,
-    dataset_name: str,
-    say: Callable[..., None],
-    val: Collection[str] = (),
+    cfg: Config, card: Card, dataset_name: str, val: Collection[str] = ()
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network to train, and what is to be said about its start, here and in the report."""
     start: dict[str, Any] = {}
     if cfg.model == "unetr":
-        weights = "none" if cfg.scratch else cfg.weights
+        is_random = cfg.scratch or cfg.control == "zero_encoder"
+        weights = "none" if is_random else cfg.weights
         backbone = encoder(weights=weights, drop_path=cfg.drop_path, **card.encoder)
         record = backbone.pretrained_cfg
         start["weights"] = str(backbone.load_report or f"{cfg.variant}: random weights, as asked")
@@ -324,8 +312,6 @@ def make_model(
     start["parameters"] = {"all": sum(parts.values()), "encoder": parts.get("encoder", 0)}
     if cfg.init is not None:
         start.update(take_over(model, card, cfg.init, val))
-    for key, value in start.items():
-        say(f"{key}: {value}")
     return model, start
 
 
@@ -371,14 +357,14 @@ def evaluate(
     The last weights, not the best: those were picked on these very cases.
     """
     results = run.folder / "results"
-    mine = score_cases(
+    scores = score_cases(
         lambda case: segment_volume(segmenter, load_image(case)),
         dataset,
         fold.val[accelerator.process_index :: accelerator.num_processes],
         folder=results / "predictions",
         progress=accelerator.is_main_process,
     )
-    scores = sorted(gather_object(mine), key=lambda score: score.case)
+    scores = sorted(gather_object(scores), key=lambda score: score.case)
     if not accelerator.is_main_process:
         return summarise(scores, dataset.classes)
     about = About(
@@ -399,8 +385,8 @@ def evaluate(
     for key, value in summary["dice"].items():
         accelerator.print(f"Dice {key}: {value}")
     accelerator.print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
-    accelerator.print(f"training took {progress.seconds:.0f} s")
-    accelerator.print(f"see {results / 'report.html'} and {results / 'figure.png'}")
+    pages = f"{results / 'report.html'} and {results / 'figure.png'}"
+    accelerator.print(f"training took {progress.seconds:.0f} s; see {pages}")
     return summary
 
 

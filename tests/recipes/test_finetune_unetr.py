@@ -173,24 +173,29 @@ def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatc
 
 
 def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, tiny_weights):
-    said = []
     cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
-    model, _ = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
+    model, start = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy")
     stored = load_file(tiny_weights)
     name = "blocks.3.attn.qkv.weight"
     assert torch.equal(model.encoder.state_dict()[name], stored[name])
-    said = "\n".join(said)
-    assert "matched: " in said
-    assert tiny_weights in said
+    assert "matched: " in start["weights"]
+    assert tiny_weights in start["weights"]
 
 
 def test_scratch_ignores_the_weights(small, toy_data, tiny_weights):
     cfg = Config(**small | {"weights": tiny_weights})
-    said = []
-    model, _ = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy", said.append)
+    model, start = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy")
     stored = load_file(tiny_weights)["blocks.3.attn.qkv.weight"]
     assert not torch.equal(model.encoder.blocks[3].attn.qkv.weight, stored)
-    assert "random weights" in said[0]
+    assert "random weights" in start["weights"]
+
+
+def test_the_control_loads_nothing_and_says_so(small, toy_data, tiny_weights):
+    zeros = {"scratch": False, "weights": tiny_weights, "control": "zero_encoder"}
+    cfg = Config(**small | zeros)
+    _, start = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy")
+    assert "random weights" in start["weights"]
+    assert start["contamination"] == "random start: no dataset was seen in pretraining"
 
 
 @pytest.fixture
@@ -198,7 +203,7 @@ def model_of_toys(small, toy_data, tmp_path):
     """A fine-tuned model of the toy data that was trained on case_0, and its card."""
     cfg = Config(**small)
     card = make_card(cfg, read_dataset(toy_data))
-    network, start = make_model(cfg, card, "Toy", lambda _: None)
+    network, start = make_model(cfg, card, "Toy")
     card = replace(card, training={**card.training, "start": start, "cases": ["case_0"]})
     save_model(tmp_path / "model.safetensors", Segmenter(network, card))
     return str(tmp_path / "model.safetensors"), card
@@ -207,7 +212,7 @@ def model_of_toys(small, toy_data, tmp_path):
 def test_training_goes_on_from_a_fine_tuned_model(small, model_of_toys):
     path, card = model_of_toys
     cfg = Config(**small | {"init": path})
-    model, start = make_model(cfg, card, "Toy", lambda _: None, ["case_1"])
+    model, start = make_model(cfg, card, "Toy", ["case_1"])
     stored = load_file(path)
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
     assert start["weights"] == f"all values of the fine-tuned {path}"
@@ -230,7 +235,7 @@ def test_a_model_that_cannot_be_trained_on_is_refused(
     card = make_card(cfg, read_dataset(toy_data))
     card = replace(card, labels={0: "background", **labels} if labels else card.labels)
     with pytest.raises(ValueError, match=remedy):
-        make_model(cfg, card, "Toy", lambda _: None, val)
+        make_model(cfg, card, "Toy", val)
 
 
 def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
