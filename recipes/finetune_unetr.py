@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,7 @@ from sammed3d_backbone.export import (
     save_model,
     segment_volume,
     take_over,
+    without_folder,
 )
 from sammed3d_backbone.pretrained import seen_in_pretraining
 from sammed3d_backbone.provenance import command_line, cores, provenance
@@ -163,7 +164,8 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
     say(f"fold {cfg.fold} of {fold.rule}")
     card = make_card(cfg, dataset)
     torch.manual_seed(cfg.seed)
-    network, start = make_model(cfg, card, dataset.name, fold.val)
+    network, start = make_model(cfg, card, dataset.name)
+    card = begin(cfg, card, fold, network, start)
     say("\n".join(f"{key}: {value}" for key, value in start.items()))
     ids = (*fold.train, *fold.val)  # together, so that all that is wrong is told at once
     cache = None if cfg.cache is None else Path(cfg.cache).expanduser()
@@ -171,7 +173,6 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
         dataset, ids, card.preparation, cache=cache, progress=accelerator.is_main_process
     )
     train, val = prepared[: len(fold.train)], prepared[len(fold.train) :]
-    card = replace(card, training={**card.training, "start": start, "cases": fold.train})
     lr, decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
     optimizer = optim.layer_decayed(network, lr, layer_decay=decay, weight_decay=cfg.weight_decay)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
@@ -279,16 +280,17 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
         crop_vox=cfg.img_size,
         overlap=cfg.overlap,
         training={
-            "config": dataclasses.asdict(cfg),
+            "config": {
+                key: without_folder(value) if isinstance(value, str) else value
+                for key, value in dataclasses.asdict(cfg).items()
+            },
             "dataset": {"name": dataset.name, "note": dataset.note, **dataset.about},
         },
         versions=library_versions(),
     )
 
 
-def make_model(
-    cfg: Config, card: Card, dataset_name: str, val: Collection[str] = ()
-) -> tuple[nn.Module, dict[str, Any]]:
+def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network to train, and what is to be said about its start, here and in the report."""
     start: dict[str, Any] = {}
     if cfg.model == "unetr":
@@ -296,7 +298,11 @@ def make_model(
         weights = "none" if is_random else cfg.weights
         backbone = encoder(weights=weights, drop_path=cfg.drop_path, **card.encoder)
         record = backbone.pretrained_cfg
-        start["weights"] = str(backbone.load_report or f"{cfg.variant}: random weights, as asked")
+        start["weights"] = f"{cfg.variant}: random weights, as asked"
+        if (report := backbone.load_report) is not None:
+            start["weights"] = str(replace(report, source=without_folder(report.source)))
+        if record is not None:
+            record = replace(record, name=without_folder(record.name))
         start["contamination"] = str(seen_in_pretraining(record, dataset_name))
         start["citations"] = [record.citation] if record and record.citation else []
         if cfg.control == "zero_encoder":
@@ -310,9 +316,17 @@ def make_model(
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
     start["parameters"] = {"all": sum(parts.values()), "encoder": parts.get("encoder", 0)}
-    if cfg.init is not None:
-        start.update(take_over(model, card, cfg.init, val))
     return model, start
+
+
+def begin(cfg: Config, card: Card, fold: Fold, network: nn.Module, start: dict[str, Any]) -> Card:
+    """The card with the network's start and all cases it will have seen; fills it from `init`."""
+    seen = set(fold.train)
+    if cfg.init is not None:
+        told, trained_on = take_over(network, card, cfg.init, fold.val)
+        start.update(told)
+        seen.update(trained_on)
+    return replace(card, training={**card.training, "start": start, "cases": sorted(seen)})
 
 
 def augmentation(cfg: Config) -> Compose:

@@ -232,8 +232,18 @@ def load_model(path: str | Path) -> Segmenter:
     return Segmenter(model.eval(), card)
 
 
-def take_over(model: nn.Module, card: Card, source: str, val: Collection[str]) -> dict[str, str]:
-    """Copies all values of a fine-tuned model, and what is then to be said about the start.
+def without_folder(text: str) -> str:
+    """The last part of an absolute path, any other text as it is: cards travel, folders do not."""
+    return Path(text).name if Path(text).is_absolute() else text
+
+
+def take_over(
+    model: nn.Module, card: Card, source: str, val: Collection[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Copies all values of a fine-tuned model.
+
+    Returns:
+        What is then to be said about the start, and the cases that the values were trained on.
 
     Raises:
         ValueError: If it segments other classes, has other sizes, or has seen cases of `val`.
@@ -244,8 +254,8 @@ def take_over(model: nn.Module, card: Card, source: str, val: Collection[str]) -
             f"init={source} knows {earlier.card.labels}, the data have {card.labels}; pass it as "
             "weights= to take its encoder only"
         )
-    seen = {*earlier.card.training.get("cases", ())} & {*val}
-    if seen:
+    cases = tuple(earlier.card.training.get("cases", ()))
+    if seen := {*cases} & {*val}:
         raise ValueError(
             f"init={source} was trained on {len(seen)} of the cases to validate on, "
             f"{min(seen)} for one; take the fold that it was trained on"
@@ -258,10 +268,11 @@ def take_over(model: nn.Module, card: Card, source: str, val: Collection[str]) -
             "variant=, img_size= and feature_size= that it was trained with"
         ) from None
     before = earlier.card.training.get("start", {})
+    name = without_folder(source)
     return {
-        "weights": f"all values of the fine-tuned {source}",
-        "contamination": before.get("contamination", f"not known: {source} does not say"),
-    }
+        "weights": f"all values of the fine-tuned {name}",
+        "contamination": before.get("contamination", f"not known: {name} does not say"),
+    }, cases
 
 
 def library_versions() -> dict[str, str]:

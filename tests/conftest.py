@@ -44,3 +44,27 @@ def rng():
 def generator():
     """Random torch numbers, the same in every run."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def fine_tuned(tmp_path):
+    """Writes a small model of two classes, so to speak; keyword arguments change its card."""
+    from sammed3d_backbone.export import Card, Segmenter, build_network, save_model
+
+    def write(**changes):
+        torch.manual_seed(0)
+        values = {
+            "network": "unetr",
+            "encoder": {"variant": "tiny", "in_chans": 1, "img_size": 16},
+            "adapter": {"feature_size": 4},
+            "labels": {0: "background", 1: "head", 2: "tail"},
+            "channels": ("MRI",),
+            "spacing_mm": (2.0, 2.0, 2.0),
+            "intensity": "zscore_positive",
+            "crop_vox": 16,
+        }
+        card = Card(**values | changes)
+        save_model(tmp_path / "model.safetensors", Segmenter(build_network(card), card))
+        return str(tmp_path / "model.safetensors")
+
+    return write

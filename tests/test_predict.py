@@ -9,28 +9,15 @@ from sammed3d_backbone import encoder
 from sammed3d_backbone.checkpoint import read, write
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import Card, Segmenter, build_network, load_model, save_model
+from sammed3d_backbone.export import load_model
 
 AFFINE = np.array([[0, 0, -2.0, 5], [-1.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1]])
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(fine_tuned):
     """A fine-tuned network, so to speak."""
-    torch.manual_seed(0)
-    card = Card(
-        network="unetr",
-        encoder={"variant": "tiny", "in_chans": 1, "img_size": 16},
-        adapter={"feature_size": 4},
-        labels={0: "background", 1: "head", 2: "tail"},
-        channels=("MRI",),
-        spacing_mm=(2.0, 2.0, 2.0),
-        intensity="zscore_positive",
-        crop_vox=16,
-        training={"dataset": {"name": "toes"}},
-    )
-    save_model(tmp_path / "model.safetensors", Segmenter(build_network(card), card))
-    return str(tmp_path / "model.safetensors")
+    return fine_tuned(training={"dataset": {"name": "toes"}})
 
 
 @pytest.fixture

@@ -29,8 +29,6 @@ def add_predict(commands: "Commands") -> None:
 
 
 def _run_predict(args: argparse.Namespace) -> int:
-    import numpy as np
-
     from sammed3d_backbone.data.volume import Volume, require_nifti_name
     from sammed3d_backbone.export import load_model, segment_volume
 
@@ -41,11 +39,10 @@ def _run_predict(args: argparse.Namespace) -> int:
     volume = Volume.load(args.source)
     labels = segment_volume(segmenter, volume, nearest=args.nearest)
     labels.save(args.target)
-    voxel_ml = abs(np.linalg.det(volume.affine[:3, :3])) / 1000  # axes may be sheared
     for value, name in segmenter.card.labels.items():
         if value:
             voxels = int((labels.array == value).sum())
-            print(f"{value} {name}: {voxels} voxels, {voxels * voxel_ml:.2f} ml")
+            print(f"{value} {name}: {voxels} voxels, {voxels * volume.voxel_ml:.2f} ml")
     print(args.target)
     return 0
 

@@ -159,18 +159,15 @@ def _report(
     labels: "Labels",
 ) -> None:
     """Prints what was found, for people or as JSON."""
-    import numpy as np
-
-    voxel_ml = abs(np.linalg.det(labels.volume.affine[:3, :3])) / 1000  # axes may be sheared
     rows: list[dict[str, Any]] = []
     for value, name in labels.names.items():
         prediction = found[name]
         voxels = int((labels.volume.array == value).sum())
-        row = {
+        row: dict[str, Any] = {
             "value": value,
             "object": name,
             "voxels": voxels,
-            "ml": round(voxels * voxel_ml, 3),
+            "ml": round(voxels * labels.volume.voxel_ml, 3),
             "windows": prediction.windows,
             "clicks": prediction.clicks,
             "clicks_agreed": prediction.clicks_agreed,

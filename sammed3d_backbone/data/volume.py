@@ -70,6 +70,11 @@ class Volume:
         x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
         return x, y, z
 
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of a voxel in millilitres, of sheared axes too."""
+        return abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+
     @classmethod
     def load(cls, path: str | Path) -> Volume:
         """An image as float32; a 4-D NIfTI has its channels last and comes back channels first.

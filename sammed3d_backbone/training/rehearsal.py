@@ -82,7 +82,7 @@ def rehearse(
     }
     # The average is a copy that the accelerator has not wrapped.
     expected = memory.estimate(ema.module, learning, step, first, accelerator)
-    todo = chain([first], batches)
+    upcoming = chain([first], batches)
     count = min(3, schedule.steps)
     # Neither the log nor a checkpoint comes due.
     quiet = replace(schedule, steps=schedule.steps + 1, log_every=count + 1)
@@ -91,7 +91,7 @@ def rehearse(
     before = memory.forget_peak(accelerator.device)
     for _ in range(count):
         began = time.monotonic()
-        now = islice(todo, accelerator.gradient_accumulation_steps)
+        now = islice(upcoming, accelerator.gradient_accumulation_steps)
         bar = tqdm(disable=True)
         engine.train(accelerator, step, model, now, optimizer, ema, progress, run, quiet, bar)
         if accelerator.device.type == "cuda":

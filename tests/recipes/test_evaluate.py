@@ -5,12 +5,10 @@ import json
 import evaluate
 import numpy as np
 import pytest
-import torch
 from finetune_unetr import Config
 from finetune_unetr import main as finetune
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import Card, Segmenter, build_network, save_model
 
 
 @pytest.fixture
@@ -26,22 +24,11 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
-def model(tmp_path):
-    """A fine-tuned network, so to speak."""
-    torch.manual_seed(0)
-    card = Card(
-        network="unetr",
-        encoder={"variant": "tiny", "in_chans": 1, "img_size": 16},
-        adapter={"feature_size": 4},
-        labels={0: "background", 1: "front", 2: "back"},
-        channels=("MRI",),
-        spacing_mm=(1.0, 1.0, 1.0),
-        intensity="zscore_positive",
-        crop_vox=16,
-        training={"config": {"scratch": True}},
+def model(fine_tuned):
+    """A fine-tuned network of the toy data's classes."""
+    return fine_tuned(
+        labels={0: "background", 1: "front", 2: "back"}, training={"config": {"scratch": True}}
     )
-    save_model(tmp_path / "model.safetensors", Segmenter(build_network(card), card))
-    return tmp_path / "model.safetensors"
 
 
 @pytest.mark.integration

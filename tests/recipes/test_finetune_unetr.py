@@ -22,7 +22,13 @@ from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import Segmenter, load_model, save_model, segment_volume
+from sammed3d_backbone.export import (
+    Segmenter,
+    load_model,
+    save_model,
+    segment_volume,
+    take_over,
+)
 from sammed3d_backbone.training import engine
 from sammed3d_backbone.variants import VARIANTS
 
@@ -179,7 +185,7 @@ def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, 
     name = "blocks.3.attn.qkv.weight"
     assert torch.equal(model.encoder.state_dict()[name], stored[name])
     assert "matched: " in start["weights"]
-    assert tiny_weights in start["weights"]
+    assert "weights from tiny.safetensors" in start["weights"]
 
 
 def test_scratch_ignores_the_weights(small, toy_data, tiny_weights):
@@ -211,12 +217,36 @@ def model_of_toys(small, toy_data, tmp_path):
 
 def test_training_goes_on_from_a_fine_tuned_model(small, model_of_toys):
     path, card = model_of_toys
-    cfg = Config(**small | {"init": path})
-    model, start = make_model(cfg, card, "Toy", ["case_1"])
+    model, _ = make_model(Config(**small), card, "Toy")
+    told, cases = take_over(model, card, path, ["case_1"])
     stored = load_file(path)
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
-    assert start["weights"] == f"all values of the fine-tuned {path}"
-    assert start["contamination"] == card.training["start"]["contamination"]
+    assert told["weights"] == "all values of the fine-tuned model.safetensors"
+    assert told["contamination"] == card.training["start"]["contamination"]
+    assert cases == ("case_0",)
+
+
+def test_what_an_earlier_model_was_trained_on_stays_known(small, model_of_toys, runs):
+    path, card = model_of_toys
+    earlier = load_model(path)
+    names = {**card.training, "cases": ["of_another_hospital"]}
+    save_model(Path(path), Segmenter(earlier.model, replace(card, training=names)))
+    main(Config(**small | {"init": path}))
+    training = load_model(runs / "toy/last.safetensors").card.training
+    assert "of_another_hospital" in training["cases"]
+    assert len(training["cases"]) == 5
+    assert training["start"]["weights"] == "all values of the fine-tuned model.safetensors"
+
+
+def test_a_card_names_files_but_not_the_folders_they_lie_in(small, toy_data, tiny_weights):
+    cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
+    card = make_card(cfg, read_dataset(toy_data))
+    _, start = make_model(cfg, card, "Toy")
+    card = replace(card, training={**card.training, "start": start})
+    assert card.training["config"]["data"] == toy_data.name
+    assert "tiny.safetensors" in card.to_json()
+    for folder in (toy_data.parent, Path(tiny_weights).parent):
+        assert str(folder) not in card.to_json()
 
 
 @pytest.mark.parametrize(
@@ -231,11 +261,12 @@ def test_training_goes_on_from_a_fine_tuned_model(small, model_of_toys):
 def test_a_model_that_cannot_be_trained_on_is_refused(
     small, toy_data, model_of_toys, knobs, labels, val, remedy
 ):
-    cfg = Config(**small | {"init": model_of_toys[0]} | knobs)
+    cfg = Config(**small | knobs)
     card = make_card(cfg, read_dataset(toy_data))
+    model, _ = make_model(cfg, card, "Toy")
     card = replace(card, labels={0: "background", **labels} if labels else card.labels)
     with pytest.raises(ValueError, match=remedy):
-        make_model(cfg, card, "Toy", val)
+        take_over(model, card, model_of_toys[0], val)
 
 
 def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
