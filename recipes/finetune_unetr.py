@@ -88,6 +88,7 @@ class Config:
     intensity: str = "zscore_positive"  # see data/intensity.py
     img_size: int = 64  # side of the crop in voxels
     on_foreground: float = 0.5  # share of crops centred on a labelled voxel
+    foreground_weight: float = 1.0  # of a labelled voxel in the cross-entropy
     flip_axes: tuple[int, ...] = ()  # 0 left-right, 1 back-front, 2 feet-head
     rotate_degrees: float = 15.0
     zoom: float = 0.15  # largest relative change of size
@@ -107,6 +108,7 @@ class Config:
     ema_decay: float = 0.999
     mixed_precision: Literal["no", "bf16"] = "no"
     overlap: float = 0.5  # of sliding windows
+    one_piece: bool = False  # predict the largest part of every class only: organs, not lesions
     validate_every: int = 250  # steps
     log_every: int = 25  # steps
     save_every_s: float = 300.0  # seconds between checkpoints
@@ -120,7 +122,8 @@ class Config:
         counts = ("folds", "img_size", "steps", "batch", "accumulate", "validate_every")
         if low := [key for key in (*counts, "log_every") if getattr(self, key) < 1]:
             raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
-        if low := [key for key in ("lr", "scratch_lr") if not 0 < getattr(self, key) < math.inf]:
+        positive = ("lr", "scratch_lr", "foreground_weight")
+        if low := [key for key in positive if not 0 < getattr(self, key) < math.inf]:
             raise ValueError(f"{low[0]}={getattr(self, low[0])}; give a number above 0")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap={self.overlap}; give 0 or more, and less than 1")
@@ -194,7 +197,12 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
         if cfg.freeze == "decoder_first":
             set_frozen(network.encoder, progress.step < cfg.freeze_steps)
         logits = model(batch["image"])  # (B, K, X, Y, Z)
-        return partial_dice_ce(logits, batch["label"], batch["annotated"])
+        return partial_dice_ce(
+            logits,
+            batch["label"],
+            batch["annotated"],
+            foreground_weight=cfg.foreground_weight,
+        )
 
     per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
     stream = CropStream(
@@ -279,6 +287,7 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
         intensity=cfg.intensity,
         crop_vox=cfg.img_size,
         overlap=cfg.overlap,
+        one_piece=cfg.one_piece,
         training={
             "config": {
                 key: without_folder(value) if isinstance(value, str) else value

@@ -15,7 +15,9 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sammed3d_backbone.checkpoint import part_of, read, write
@@ -41,6 +43,7 @@ class Card:
         intensity: A mode of `data.intensity.normalise`.
         crop_vox: Side of the window that slides over a volume.
         overlap: Share of a window that the next one covers again.
+        one_piece: Whether every class is one connected part, of which only the largest counts.
         orientation: Axes of the network's input.
         training: Configuration, data set and weights it comes from; for the reader.
         versions: Of the libraries it was trained with.
@@ -55,6 +58,7 @@ class Card:
     intensity: str
     crop_vox: int
     overlap: float = 0.5
+    one_piece: bool = False
     orientation: str = "RAS"
     training: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +78,7 @@ class Card:
             "orientation": self.orientation,
             "crop_vox": self.crop_vox,
             "overlap": self.overlap,
+            "one_piece": self.one_piece,
             "dataset": data.get("name", "not known"),
             "versions": _listed(self.versions) or "not known",
         }
@@ -173,8 +178,10 @@ def segment_volume(segmenter: Segmenter, volume: Volume, *, nearest: bool = Fals
     image, geometry = card.preparation.image(volume)
     device = next(segmenter.model.parameters()).device
     probs = segmenter.logits(image.to(device)).softmax(0).cpu()
-    labels = geometry.invert_labels(probs, nearest=nearest)
-    return Volume(labels.numpy(), volume.affine, volume.header)
+    labels = geometry.invert_labels(probs, nearest=nearest).numpy()
+    if card.one_piece:
+        labels = _largest_parts(labels)
+    return Volume(labels, volume.affine, volume.header)
 
 
 def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -285,6 +292,23 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"  # this package, imported from a checkout
     return found
+
+
+def _largest_parts(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """The labels with every class reduced to its largest part; voxels that share a corner touch.
+
+    Shapes:
+        labels: (X, Y, Z), 0 is background.
+        returns: (X, Y, Z) of the same type.
+    """
+    from scipy import ndimage
+
+    kept = np.zeros_like(labels)
+    for value in np.unique(labels[labels > 0]):
+        parts, _ = ndimage.label(labels == value, structure=np.ones((3, 3, 3)))
+        largest = np.bincount(parts[parts > 0]).argmax()
+        kept[parts == largest] = value
+    return kept
 
 
 def _listed(values: Mapping[Any, Any]) -> str:

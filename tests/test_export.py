@@ -134,6 +134,20 @@ def test_labels_lie_on_the_volumes_own_grid_with_its_affine(affine, nearest):
         assert np.array_equal(found.array, bright)
 
 
+@pytest.mark.parametrize(("one_piece", "islands"), [(False, 2), (True, 0)])
+def test_islands_are_left_out_where_every_class_is_one_piece(one_piece, islands):
+    array = np.full((20, 20, 20), 1.0, dtype=np.float32)
+    array[4:10, 4:10, 4:10] = 100
+    array[10, 10, 10] = 100  # touches the cube at a corner: no island
+    array[16:18, 4, 4] = 100
+    segmenter = Segmenter(
+        Threshold(), card(labels={0: "background", 1: "bright"}, one_piece=one_piece)
+    )
+    found = segment_volume(segmenter, Volume(array, np.eye(4))).array
+    assert found[:11, :11, :11].sum() == 6**3 + 1
+    assert found.sum() - found[:11, :11, :11].sum() == islands
+
+
 def test_several_channels_are_asked_for_by_name(segmenter):
     volume = Volume(np.zeros((2, 16, 16, 16), np.float32), np.eye(4))
     with pytest.raises(ValueError, match="2 channels, the model needs 1: MRI; stack"):

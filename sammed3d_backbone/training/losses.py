@@ -11,15 +11,24 @@ multi-organ segmentation, Medical Image Analysis 70:101979, 2021.
 from __future__ import annotations
 
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceLoss
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 
-def partial_dice_ce(logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
+def partial_dice_ce(
+    logits: Tensor, label: Tensor, annotated: Tensor, *, foreground_weight: float = 1.0
+) -> Tensor:
     """Dice and cross-entropy over the annotated classes of each case, then the mean over cases.
 
     Every case counts alike, whatever is annotated in the others of its batch, so the loss does not
     depend on how cases are spread over batches and processes.
+
+    Args:
+        foreground_weight: Of a labelled voxel in the cross-entropy, a voxel of background being 1.
+            Where structures are small, both parts of the loss hardly have a gradient inside them
+            while their probability is near 0: Dice since softmax is flat there, cross-entropy
+            since they are one voxel in a thousand. A weight keeps them from staying there.
 
     Shapes:
         logits: (B, K, X, Y, Z), class 0 is background.
@@ -27,9 +36,14 @@ def partial_dice_ce(logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
         annotated: (B, K) bool; class 0 always is.
         returns: scalar.
     """
-    loss_of_case = DiceCELoss(softmax=True, to_onehot_y=True)
-    cases = zip(logits, label, annotated, strict=True)
-    return torch.stack([loss_of_case(*merged(*case)) for case in cases]).mean()
+    dice_loss = DiceLoss(softmax=True, to_onehot_y=True)
+    losses = []
+    for case in zip(logits, label, annotated, strict=True):
+        known, target = merged(*case)
+        weight = known.new_full((known.shape[1],), foreground_weight)
+        weight[0] = 1
+        losses.append(dice_loss(known, target) + cross_entropy(known, target[:, 0], weight=weight))
+    return torch.stack(losses).mean()
 
 
 def merged(logits: Tensor, label: Tensor, annotated: Tensor) -> tuple[Tensor, Tensor]:

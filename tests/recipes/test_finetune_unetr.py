@@ -334,6 +334,7 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         ({"batch": 0}, "batch=0; give 1 or more"),
         ({"validate_every": 0}, "validate_every=0; give 1 or more"),
         ({"scratch_lr": 0.0}, r"scratch_lr=0\.0; give a number above 0"),
+        ({"foreground_weight": -1.0}, r"foreground_weight=-1\.0; give a number above 0"),
         ({"lr": math.nan}, "lr=nan; give a number above 0"),
         ({"overlap": 1.0}, "give 0 or more, and less than 1"),
         ({"accumulate": 0}, "accumulate=0; give 1 or more"),

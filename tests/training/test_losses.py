@@ -23,6 +23,19 @@ def test_with_everything_annotated_it_is_dice_and_cross_entropy(batch):
     assert partial_dice_ce(logits, label, annotated).item() == pytest.approx(whole.item())
 
 
+def test_a_labelled_voxel_can_count_more_by_hand():
+    logits = torch.log(torch.tensor([[0.8, 0.3], [0.2, 0.7]])).reshape(1, 2, 2, 1, 1)
+    label = torch.tensor([0, 1]).reshape(1, 1, 2, 1, 1)
+    annotated = torch.ones(1, 2, dtype=torch.bool)
+    plain, weighted = (
+        partial_dice_ce(logits, label, annotated, foreground_weight=weight).item()
+        for weight in (1.0, 3.0)
+    )
+    background, foreground = -math.log(0.8), -math.log(0.7)
+    change = (background + 3 * foreground) / 4 - (background + foreground) / 2
+    assert weighted - plain == pytest.approx(change, abs=1e-6)
+
+
 def test_an_unknown_class_counts_as_background(batch):
     logits, label, _ = batch
     annotated = torch.tensor([True, False, True, False])
