@@ -9,17 +9,21 @@ Source: Hatamizadeh et al., UNETR: Transformers for 3D Medical Image Segmentatio
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.adapters.network import (
+    EncoderNetwork,
+    require_classes,
+    require_taps,
+    spread_taps,
+)
 from sammed3d_backbone.models.layers import LayerNorm3d
 
 
-class UNETR(nn.Module):
+class UNETR(EncoderNetwork):
     """An encoder's token maps, decoded to full resolution beside a convolution on the raw volume.
 
     Letters: S = log2(patch size) stages, W = `feature_size`. Stage s of the decoder runs at
@@ -44,12 +48,8 @@ class UNETR(nn.Module):
         conv_block: bool,
         res_block: bool,
     ) -> None:
-        super().__init__()
-        encoder.prune_intermediate_layers(taps, prune_norm=deepest == "block")
-        self.encoder = encoder
-        self.taps = tuple(taps)
+        super().__init__(encoder, taps, reads_neck=deepest == "neck")
         self.deepest = deepest
-        self.grad_checkpointing = False
         hidden_size = encoder.embed_dim
         stages = len(taps)
         widths = [feature_size * 2**stage for stage in range(stages)]
@@ -97,32 +97,6 @@ class UNETR(nn.Module):
         logits: Tensor = self.out(y)
         return logits
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: blocks of both parts are recomputed in the backward pass."""
-        self.encoder.set_grad_checkpointing(enable)
-        self.grad_checkpointing = enable
-
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """A block of the decoder, whose inner values are not kept if they are to be recomputed."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
-        else:
-            out = block(*inputs)
-        return out
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameter names without weight decay."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The encoder's depth groups under this network's names; the decoder follows them."""
-        return {
-            group: [(_under_encoder(pattern), rank) for pattern, rank in rules]
-            if isinstance(rules, list)
-            else _under_encoder(rules)
-            for group, rules in self.encoder.group_matcher(coarse).items()
-        }
-
 
 def unetr(
     encoder: Encoder,
@@ -139,8 +113,7 @@ def unetr(
     """UNETR around an encoder, for `out_channels` classes.
 
     The encoder becomes part of the network and loses what the decoder does not read: the blocks
-    behind the last tap and, with `deepest="block"`, the neck. So every trainable parameter gets a
-    gradient, which multi-process training needs.
+    behind the last tap and, with `deepest="block"`, the neck.
 
     Args:
         encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
@@ -161,25 +134,16 @@ def unetr(
     Raises:
         ValueError: If the taps do not fit the encoder, or `out_channels` is not positive.
     """
-    if out_channels < 1:
-        raise ValueError(f"out_channels={out_channels}; give the number of classes, background too")
+    require_classes(out_channels)
     if deepest not in ("block", "neck"):
         raise ValueError(f"deepest={deepest!r} is unknown; use 'block' or 'neck'")
     stages = encoder.patch_size.bit_length() - 1
-    even = [(i + 1) * encoder.depth // stages - 1 for i in range(stages)]
+    even = spread_taps(encoder, stages)
     if taps is None:
         taps = even
     elif taps == "monai":
         taps = [*(tap + 1 for tap in even[:-1]), even[-1]]
-    if (
-        len(taps) != stages
-        or list(taps) != sorted(set(taps))
-        or not (0 <= min(taps) <= max(taps) < encoder.depth)
-    ):
-        raise ValueError(
-            f"taps={tuple(taps)}: patches of {encoder.patch_size} voxels need {stages} ascending "
-            f"block numbers between 0 and {encoder.depth - 1}, e.g. {tuple(even)}"
-        )
+    require_taps(encoder, taps, stages)
     if deepest == "neck" and taps[-1] != encoder.depth - 1:
         raise ValueError(
             f"deepest='neck' reads the last block, but taps={tuple(taps)} end earlier; "
@@ -196,8 +160,3 @@ def unetr(
         conv_block=conv_block,
         res_block=res_block,
     )
-
-
-def _under_encoder(pattern: str) -> str:
-    """An encoder's parameter pattern, seen from the network around it."""
-    return pattern.replace("^", r"^encoder\.")

@@ -1,0 +1,82 @@
+"""What every network around an encoder has in common: which maps it reads, and timm's hooks.
+
+Comes in: an encoder of the contract; goes out: a base class that holds it as `encoder`, so that its
+tensors are named alike in every file.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sammed3d_backbone.adapters.contract import Encoder
+
+
+class EncoderNetwork(nn.Module):
+    """An encoder, cut down to what is read of it, and the parts that a derived network adds.
+
+    The encoder loses the blocks behind the last tap and, unless `reads_neck`, its neck. So every
+    trainable parameter gets a gradient, which multi-process training needs.
+    """
+
+    def __init__(self, encoder: Encoder, taps: Sequence[int], *, reads_neck: bool = False) -> None:
+        super().__init__()
+        encoder.prune_intermediate_layers(taps, prune_norm=not reads_neck)
+        self.encoder = encoder
+        self.taps = tuple(taps)
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades time for memory: blocks of both parts are recomputed in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameter names without weight decay."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The encoder's depth groups under this network's names; the decoder follows them."""
+        return {
+            group: [(_under_encoder(pattern), rank) for pattern, rank in rules]
+            if isinstance(rules, list)
+            else _under_encoder(rules)
+            for group, rules in self.encoder.group_matcher(coarse).items()
+        }
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """A block of the decoder, whose inner values are not kept if they are to be recomputed."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            out = block(*inputs)
+        return out
+
+
+def spread_taps(encoder: Encoder, count: int) -> list[int]:
+    """Block numbers that split the encoder evenly and end at its last block."""
+    return [(i + 1) * encoder.depth // count - 1 for i in range(count)]
+
+
+def require_taps(encoder: Encoder, taps: Sequence[int], count: int) -> None:
+    """Refuses taps that are no ascending block numbers, or not as many as there are resolutions."""
+    fits = taps and 0 <= min(taps) <= max(taps) < encoder.depth
+    if not fits or len(taps) != count or list(taps) != sorted(set(taps)):
+        raise ValueError(
+            f"taps={tuple(taps)}: one block is read for each of {count} resolutions, which need "
+            f"{count} ascending block numbers between 0 and {encoder.depth - 1}, "
+            f"e.g. {tuple(spread_taps(encoder, count))}"
+        )
+
+
+def require_classes(out_channels: int) -> None:
+    """Refuses a network without classes."""
+    if out_channels < 1:
+        raise ValueError(f"out_channels={out_channels}; give the number of classes, background too")
+
+
+def _under_encoder(pattern: str) -> str:
+    """An encoder's parameter pattern, seen from the network around it."""
+    return pattern.replace("^", r"^encoder\.")

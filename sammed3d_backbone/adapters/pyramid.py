@@ -1,0 +1,187 @@
+"""Feature maps at strides 2, 4, 8 and 16 voxels from an encoder that has one token grid.
+
+Comes in: a volume (B, C, X, Y, Z); goes out: maps from fine to coarse, with declared strides and
+channels, which is what convolutional decoders ask of an encoder. Letters: P patch size, W
+`feature_size`; the map at stride s has W * s channels. No classes, no losses.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch.nn.functional as F
+from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock
+from torch import Tensor, nn
+
+from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.adapters.network import EncoderNetwork, require_taps, spread_taps
+from sammed3d_backbone.models.layers import LayerNorm3d
+
+Kind = Literal["simple", "taps", "grafted"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+STRIDES = (2, 4, 8, 16)  # voxels
+
+
+class PyramidNetwork(EncoderNetwork):
+    """An encoder and its pyramid, for networks that decode it.
+
+    Attributes:
+        strides: Voxels per cell of each map, fine to coarse.
+        out_channels: Channels of each map.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        kind: Kind,
+        *,
+        feature_size: int,
+        taps: Sequence[int] | None,
+        full_resolution: bool,
+        norm_name: str | tuple[str, dict[str, Any]],
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+        count = len(STRIDES) if kind == "taps" else 1
+        taps = spread_taps(encoder, count) if taps is None else taps
+        require_taps(encoder, taps, count)
+        super().__init__(encoder, taps)
+        self.strides = (1, *STRIDES) if full_resolution else STRIDES
+        self.out_channels = tuple(feature_size * stride for stride in self.strides)
+        self.full_resolution = full_resolution
+        blocks: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
+        # Taps are raw residual streams, whose scale grows with depth.
+        self.tap_norms = nn.ModuleList(LayerNorm3d(encoder.embed_dim) for _ in taps)
+        widths = {stride: feature_size * stride for stride in STRIDES}
+        self.levels = nn.ModuleList(
+            _level(encoder.embed_dim, width, encoder.patch_size / stride, blocks)
+            for stride, width in widths.items()
+        )
+        finer = [width for stride, width in widths.items() if stride < encoder.patch_size]
+        grafts = finer if kind == "grafted" else []
+        self.stem: nn.Module | None = None
+        if grafts or full_resolution:
+            self.stem = UnetrBasicBlock(3, encoder.in_chans, feature_size, stride=1, **blocks)
+        self.branch = nn.ModuleList(
+            UnetrBasicBlock(3, width // 2, width, stride=2, **blocks) for width in grafts
+        )
+        self.joins = nn.ModuleList(_silent(width) for width in grafts)
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """The maps.
+
+        Shapes:
+            x: (B, C, X, Y, Z), sides equal to the encoder's `img_size`.
+            returns: (B, W * s, X / s, Y / s, Z / s) for each stride s; where a token grid is odd,
+                halves of it are rounded down.
+        """
+        taps = self.encoder.forward_intermediates(x, self.taps, intermediates_only=True)
+        tokens = [norm(tap) for norm, tap in zip(self.tap_norms, taps, strict=True)]
+        if len(tokens) == 1:
+            tokens *= len(self.levels)
+        maps = [self._run(level, m) for level, m in zip(self.levels, tokens, strict=True)]
+        if self.stem is None:
+            return maps
+        full = fine = self._run(self.stem, x)
+        for i, (stage, join) in enumerate(zip(self.branch, self.joins, strict=True)):
+            fine = self._run(stage, fine)
+            maps[i] = maps[i] + join(fine)
+        return [full, *maps] if self.full_resolution else maps
+
+
+class Pyramid(PyramidNetwork):
+    """The maps themselves, for any decoder.
+
+    Shapes:
+        x: (B, C, X, Y, Z), sides equal to the encoder's `img_size`.
+        returns: see `PyramidNetwork.pyramid`.
+    """
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.pyramid(x)
+
+
+def pyramid(
+    encoder: Encoder,
+    kind: Kind = "simple",
+    *,
+    feature_size: int = 16,
+    taps: Sequence[int] | None = None,
+    full_resolution: bool = False,
+    norm_name: str | tuple[str, dict[str, Any]] = "instance",
+) -> Pyramid:
+    """An encoder as a source of maps at strides 2, 4, 8 and 16.
+
+    The encoder becomes part of the network and loses what is not read: the blocks behind the last
+    tap, and the neck.
+
+    Args:
+        encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
+        kind: "simple" makes all maps from the last block's. "taps" makes each from a block of its
+            own, the finest from the earliest. "grafted" is "simple" with a convolution branch on
+            the raw volume, which adds to every map that is finer than the tokens what a token
+            cannot hold. It adds nothing before the first step, so training begins at "simple".
+        feature_size: Channels W per voxel of stride.
+        taps: Block numbers from 0, four for "taps", fine to coarse, and one otherwise; None
+            spreads them evenly and ends at the last block.
+        full_resolution: Put a map at stride 1 before the others: convolutions on the raw volume.
+        norm_name: Norm inside the convolution blocks, in MONAI's words.
+
+    Raises:
+        ValueError: If the kind is unknown, or the taps do not fit kind and encoder.
+
+    Source: "simple" follows Li et al., Exploring plain vision transformer backbones for object
+        detection, ECCV 2022.
+    """
+    return Pyramid(
+        encoder,
+        kind,
+        feature_size=feature_size,
+        taps=taps,
+        full_resolution=full_resolution,
+        norm_name=norm_name,
+    )
+
+
+class Halve(nn.Module):
+    """A grid of half the cells, rounded down, in which no cell of an odd grid is left out.
+
+    Shapes:
+        x: (B, C, x, y, z).
+        returns: (B, C, x // 2, y // 2, z // 2), but at least one cell.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = [2 * max(n // 2, 1) + 1 - n for n in reversed(x.shape[2:])]  # 0 where n is odd
+        out: Tensor = self.conv(F.pad(x, [side for n in missing for side in (0, n)]))
+        return out
+
+
+def _level(embed_dim: int, width: int, scale: float, blocks: dict[str, Any]) -> nn.Module:
+    """What turns tokens into a map on `scale` times the grid, a power of two."""
+    if scale > 1:
+        doublings = int(scale).bit_length() - 1
+        return UnetrPrUpBlock(
+            3,
+            embed_dim,
+            width,
+            num_layer=doublings - 1,
+            stride=1,
+            upsample_kernel_size=2,
+            conv_block=True,
+            **blocks,
+        )
+    halvings = int(1 / scale).bit_length() - 1
+    project = nn.Conv3d(embed_dim, width, kernel_size=1)
+    return nn.Sequential(project, *(Halve(width) for _ in range(halvings)))
+
+
+def _silent(width: int) -> nn.Conv3d:
+    """A convolution that says nothing until it is trained."""
+    conv = nn.Conv3d(width, width, kernel_size=1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has one
+    return conv
