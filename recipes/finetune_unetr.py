@@ -1,4 +1,4 @@
-"""Fine-tune UNETR on a 3-D encoder, score it on the original grid, and draw the result.
+"""Fine-tune UNETR or another decoder on a 3-D encoder, score it on the original grid, draw it.
 
     python recipes/finetune_unetr.py recipes/configs/hippocampus.yaml
     accelerate launch recipes/finetune_unetr.py recipes/configs/hippocampus.yaml fold=1 lr=5e-4
@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from monai.losses import DeepSupervisionLoss
 from monai.transforms import (
     Compose,
     RandAdjustContrastd,
@@ -37,7 +39,6 @@ from tqdm import tqdm
 
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.adapters.controls import ZeroedEncoder
-from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
@@ -48,6 +49,7 @@ from sammed3d_backbone.evaluation.scores import score_cases, summarise
 from sammed3d_backbone.export import (
     Card,
     Segmenter,
+    adapters,
     build_network,
     library_versions,
     save_model,
@@ -76,7 +78,10 @@ class Config:
     folds: int = 5
     subjects: str | None = None  # JSON file, case -> subject, seen from recipes/
     labels: int | None = None  # train on this many subjects, drawn by the seed; None: all
-    model: Literal["unetr", "basicunet"] = "unetr"  # basicunet: MONAI's, the baseline to beat
+    model: Literal[  # the last has no encoder: MONAI's, the baseline to beat
+        "unetr", "flexible_unet", "segresnet", "linear_head", "expanding_head", "basicunet"
+    ] = "unetr"
+    pyramid: Literal["simple", "taps", "grafted"] = "grafted"  # of flexible_unet and segresnet
     control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can alone
     variant: str = "tiny"
     weights: str | None = None  # None: the variant's own; a name, a file, "none"
@@ -134,7 +139,7 @@ class Config:
                 f"freeze={self.freeze}, freeze_steps={self.freeze_steps}, steps={self.steps}; "
                 "give decoder_first 1 or more freeze_steps, but fewer than steps, and others none"
             )
-        if self.model != "unetr" and (self.checkpointing or self.freeze != "none"):
+        if self.model == "basicunet" and (self.checkpointing or self.freeze != "none"):
             raise ValueError(
                 f"model={self.model} has no encoder to freeze or to recompute; "
                 "leave out freeze= and checkpointing=, or take model=unetr"
@@ -196,13 +201,13 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
         if cfg.freeze == "decoder_first":
             set_frozen(network.encoder, progress.step < cfg.freeze_steps)
-        logits = model(batch["image"])  # (B, K, X, Y, Z)
-        return partial_dice_ce(
-            logits,
-            batch["label"],
-            batch["annotated"],
+        loss_of = partial(
+            partial_dice_ce,
+            annotated=batch["annotated"],
             foreground_weight=cfg.foreground_weight,
         )
+        # Logits (B, K, X, Y, Z), or a list of them, each of half the resolution and weight.
+        return DeepSupervisionLoss(loss_of)(model(batch["image"]), batch["label"].float())
 
     per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
     stream = CropStream(
@@ -275,12 +280,17 @@ def choose_cases(cfg: Config) -> tuple[Dataset, Fold]:
 
 def make_card(cfg: Config, dataset: Dataset) -> Card:
     """What will travel with the weights."""
-    is_unetr = cfg.model == "unetr"
-    sizes = {"in_chans": len(dataset.channels), "img_size": cfg.img_size}
+    sizes: dict[str, Any] = {"in_chans": len(dataset.channels), "img_size": cfg.img_size}
+    knobs: dict[str, Any] = {}
+    if cfg.model not in ("linear_head", "basicunet"):
+        knobs["feature_size"] = cfg.feature_size
+    if cfg.model in ("flexible_unet", "segresnet"):
+        knobs["kind"] = cfg.pyramid
+    has_encoder = cfg.model != "basicunet"
     return Card(
         network=cfg.model,
-        encoder={"variant": cfg.variant, "rel_pos": cfg.rel_pos, **sizes} if is_unetr else {},
-        adapter={"feature_size": cfg.feature_size} if is_unetr else {},
+        encoder={"variant": cfg.variant, "rel_pos": cfg.rel_pos, **sizes} if has_encoder else {},
+        adapter=knobs,
         labels=dataset.labels,
         channels=dataset.channels,
         spacing_mm=cfg.spacing_mm,
@@ -302,7 +312,7 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
 def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network to train, and what is to be said about its start, here and in the report."""
     start: dict[str, Any] = {}
-    if cfg.model == "unetr":
+    if cfg.model != "basicunet":
         is_random = cfg.scratch or cfg.control == "zero_encoder"
         weights = "none" if is_random else cfg.weights
         backbone = encoder(weights=weights, drop_path=cfg.drop_path, **card.encoder)
@@ -316,7 +326,7 @@ def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, d
         start["citations"] = [record.citation] if record and record.citation else []
         if cfg.control == "zero_encoder":
             backbone = ZeroedEncoder(backbone)
-        model: nn.Module = unetr(backbone, len(card.labels), **card.adapter)
+        model = adapters()[cfg.model](backbone, len(card.labels), **card.adapter)
         model.set_grad_checkpointing(cfg.checkpointing)
         set_frozen(model.encoder, cfg.freeze == "encoder")
     else:

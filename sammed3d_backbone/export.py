@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.checkpoint import part_of, read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
@@ -34,7 +35,7 @@ class Card:
     """Everything about a fine-tuned network but its tensors.
 
     Args:
-        network: A name in `NETWORKS`.
+        network: A name in `adapters()`, or "basicunet".
         encoder: Arguments of `factory.encoder`, without weights; empty for a network without it.
         adapter: Arguments of the network's function, without encoder and classes.
         labels: Class value -> name, background included.
@@ -187,6 +188,8 @@ def segment_volume(segmenter: Segmenter, volume: Volume, *, nearest: bool = Fals
 def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The card's network with random weights.
 
+    "basicunet" is no network of this package: it is the convolutional baseline to beat.
+
     Args:
         card: What to build.
         tensors: State dict that it will load; None for a start without one. An encoder that was
@@ -196,13 +199,36 @@ def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn
     Raises:
         ValueError: If the card names no known network.
     """
-    try:
-        build = NETWORKS[card.network]
-    except KeyError:
+    if card.network == "basicunet":
+        from monai.networks.nets import BasicUNet
+
+        return BasicUNet(3, len(card.channels), len(card.labels), **card.adapter)
+    known = adapters()
+    if card.network not in known:
         raise ValueError(
-            f"unknown network {card.network!r}; this version knows {', '.join(NETWORKS)}"
-        ) from None
-    return build(card, tensors or {})
+            f"unknown network {card.network!r}; this version knows {', '.join(known)}, basicunet"
+        )
+    backbone = _build_encoder(card, part_of(tensors or {}, MODEL_ENCODER))
+    return known[card.network](backbone, len(card.labels), **card.adapter)
+
+
+def adapters() -> dict[str, Callable[..., nn.Module]]:
+    """The networks around an encoder, by the names that cards give them.
+
+    Each is a function of an encoder, the number of classes and `Card.adapter`.
+    """
+    from sammed3d_backbone.adapters.flexible_unet import flexible_unet
+    from sammed3d_backbone.adapters.heads import expanding_head, linear_head
+    from sammed3d_backbone.adapters.segresnet import segresnet
+    from sammed3d_backbone.adapters.unetr import unetr
+
+    return {
+        "unetr": unetr,
+        "flexible_unet": flexible_unet,
+        "segresnet": segresnet,
+        "linear_head": linear_head,
+        "expanding_head": expanding_head,
+    }
 
 
 def save_model(path: Path, segmenter: Segmenter) -> None:
@@ -315,27 +341,12 @@ def _listed(values: Mapping[Any, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _build_unetr(card: Card, tensors: Mapping[str, Tensor]) -> nn.Module:
-    from sammed3d_backbone.adapters.unetr import unetr
-
+def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> Encoder:
+    """The card's encoder with random weights, for the tensors that it will load, if any."""
     network = encoder(**card.encoder, weights="none")
-    stored = part_of(tensors, MODEL_ENCODER)
     if stored:
         kept = {name: value for name, value in card.encoder.items() if name != "img_size"}
         img_size = network.img_size
         network = encoder_like(stored, **kept)
         network.set_input_size(img_size)
-    return unetr(network, len(card.labels), **card.adapter)
-
-
-def _build_basicunet(card: Card, _: Mapping[str, Tensor]) -> nn.Module:
-    from monai.networks.nets import BasicUNet
-
-    return BasicUNet(3, len(card.channels), len(card.labels), **card.adapter)
-
-
-# The second is no network of this package: it is the convolutional baseline to beat.
-NETWORKS: dict[str, Callable[[Card, Mapping[str, Tensor]], nn.Module]] = {
-    "unetr": _build_unetr,
-    "basicunet": _build_basicunet,
-}
+    return network

@@ -66,7 +66,17 @@ class Threshold(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, BASIC, {"spacing_mm": None}], ids=["unetr", "basicunet", "native"]
+    "changes",
+    [
+        {},
+        {"network": "flexible_unet", "adapter": {"feature_size": 4, "kind": "taps"}},
+        {"network": "segresnet", "adapter": {"feature_size": 4, "kind": "grafted"}},
+        {"network": "linear_head", "adapter": {}},
+        {"network": "expanding_head"},
+        BASIC,
+        {"spacing_mm": None},
+    ],
+    ids=["unetr", "flexible_unet", "segresnet", "linear_head", "expanding_head", "basic", "native"],
 )
 def test_a_network_comes_back_with_its_card(tmp_path, changes, generator):
     torch.manual_seed(1)
@@ -165,7 +175,7 @@ def test_an_empty_volume_gives_labels(segmenter):
 
 
 def test_an_unknown_network_names_the_known_ones():
-    with pytest.raises(ValueError, match="this version knows unetr, basicunet"):
+    with pytest.raises(ValueError, match=r"this version knows unetr, flexible_unet, .*, basicunet"):
         build_network(card(network="transformer"))
 
 

@@ -53,6 +53,22 @@ def test_a_model_verifies_and_an_altered_one_does_not(model, capsys):
     assert "out.conv.conv.bias" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("network", "adapter"),
+    [
+        ("flexible_unet", {"feature_size": 4, "kind": "simple"}),
+        ("segresnet", {"feature_size": 4, "kind": "grafted"}),
+        ("linear_head", {}),
+        ("expanding_head", {"feature_size": 4}),
+    ],
+)
+def test_every_decoder_predicts_from_its_card_alone(network, adapter, fine_tuned, scan, tmp_path):
+    model = fine_tuned(network=network, adapter=adapter)
+    assert main(["predict", model, scan, str(tmp_path / "out.nii.gz")]) == 0
+    assert Volume.load(tmp_path / "out.nii.gz").shape == (12, 20, 14)
+    assert encoder("tiny", weights=model).depth == 12
+
+
 def test_the_encoder_of_a_model_is_taken_without_what_it_lost(model, caplog):
     network = encoder("tiny", weights=model)
     segmenter = load_model(model)

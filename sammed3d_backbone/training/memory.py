@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,10 +85,10 @@ def estimate(
         parameter.requires_grad_(name in learning)
     inner = copied.forward
 
-    def forward(*inputs: Tensor) -> Tensor:
+    def forward(*inputs: Tensor) -> Any:  # noqa: ANN401 (whatever the network returns)
         with accelerator.autocast():
-            out: Tensor = inner(*inputs)
-        return out.float()  # as prepared models do
+            out = inner(*inputs)
+        return convert_to_fp32(out)  # as prepared models do
 
     vars(copied)["forward"] = forward
     batch = {key: t if t.dtype is torch.bool else sized(t) for key, t in batch.items()}

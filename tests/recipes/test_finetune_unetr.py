@@ -95,8 +95,16 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "changes",
-    [{"model": "basicunet", "img_size": 32}, {"control": "zero_encoder"}, {"rel_pos": "axial"}],
-    ids=["basicunet", "zero_encoder", "axial"],
+    [
+        {"model": "basicunet", "img_size": 32},
+        {"control": "zero_encoder"},
+        {"rel_pos": "axial"},
+        {"model": "flexible_unet", "pyramid": "taps"},
+        {"model": "segresnet", "checkpointing": True},
+        {"model": "linear_head", "control": "zero_encoder"},
+        {"model": "expanding_head"},
+    ],
+    ids=["basicunet", "zero_encoder", "axial", "flexible_unet", "segresnet", "linear", "expanding"],
 )
 def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
     assert main(Config(**small | {"steps": 2} | changes))["cases"] == 2

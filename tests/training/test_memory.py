@@ -110,6 +110,27 @@ def test_the_peak_is_what_the_tensors_of_a_step_hold():
     assert held == pytest.approx((8 + 16 + 64 + 32 + 32) * MIB, abs=100)
 
 
+def test_every_output_of_a_network_with_several_is_counted():
+    class Several(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.linear = nn.Linear(64, 1024)
+            self.count = count
+
+        def forward(self, x):
+            return [self.linear(x) for _ in range(self.count)]
+
+    def sum_of_outputs(model, batch):
+        return sum(out.sum() for out in model(batch["image"]))
+
+    crops = {"image": torch.empty(8192, 64)}
+    one, two = (
+        memory.estimate(Several(count), {"linear.weight"}, sum_of_outputs, crops, accelerator())
+        for count in (1, 2)
+    )
+    assert two.parts[PASSES] - one.parts[PASSES] >= 32 * MIB
+
+
 def test_a_line_says_how_much_where_and_for_what():
     found = memory.Memory("cpu", {"weights": 2**30, "activations": 3 * 2**30})
     assert found.total == pytest.approx(4.4 * 2**30)
