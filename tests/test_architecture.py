@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "variants": set(),
     "config": set(),
     "checkpoint": set(),
-    "data": {"config"},
+    "data": {"config", "files"},
     "files": set(),
     "provenance": set(),
     "clicks": {"data.geometry"},

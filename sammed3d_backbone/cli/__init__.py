@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli import clicks, models, prompts, selftest, weights
+from sammed3d_backbone.cli import clicks, curation, models, prompts, selftest, weights
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -23,6 +23,7 @@ COMMANDS = (
     models.add_predict,
     models.add_push,
     clicks.add_clicks,
+    curation.add_curate,
     prompts.add_segment,
     prompts.add_features,
     selftest.add_selftest,

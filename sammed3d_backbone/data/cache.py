@@ -37,6 +37,7 @@ def cache_path(folder: Path, case: Case, dataset: Dataset, preparation: object) 
         "preparation": dataclasses.asdict(preparation),  # type: ignore[call-overload]
         "files": [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
         "values": case.values,
+        "numbers": case.numbers,
         "annotated": case.annotated,
         "channels": len(dataset.channels),
         "classes": dataset.classes,

@@ -49,10 +49,15 @@ def pair_problems(path: Path, volume: Volume, other_path: Path, other: Volume) -
     """What keeps two volumes from lying on one grid."""
     if volume.shape != other.shape:
         return [f"{path}: shape {volume.shape}, but {other_path} has {other.shape}; resample one"]
-    shift_mm = float(np.abs(_corners(volume) - _corners(other)).max())
-    if shift_mm > AFFINE_TOLERANCE_MM:
-        return [f"{path}: lies up to {shift_mm:.3g} mm away from {other_path}; mend one affine"]
+    apart_mm = shift_mm(volume, other)
+    if apart_mm > AFFINE_TOLERANCE_MM:
+        return [f"{path}: lies up to {apart_mm:.3g} mm away from {other_path}; mend one affine"]
     return []
+
+
+def shift_mm(volume: Volume, other: Volume) -> float:
+    """How far the corners of two volumes of one shape lie apart at most, along a world axis."""
+    return float(np.abs(_corners(volume) - _corners(other)).max())
 
 
 def values_of(array: NDArray[Any]) -> NDArray[Any]:

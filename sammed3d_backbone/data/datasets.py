@@ -31,6 +31,7 @@ class Case:
     label: Path  # one file, or the folder that holds `masks`
     masks: tuple[Path, ...] = ()  # a file per class instead; where two overlap, the later class is
     values: tuple[int, ...] = ()  # that stand for classes 1, 2, ... in the file; (): 1, 2, ...
+    numbers: tuple[int, ...] = ()  # classes that the masks are of; (): 1, 2, ...
     annotated: tuple[str, ...] | None = None  # classes that were drawn; None: all that there are
     truncated: tuple[str, ...] = ()  # classes that go on beyond the volume
     subject: str = ""  # whose scan it is; the case's own id where nothing tells

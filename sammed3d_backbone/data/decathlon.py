@@ -33,7 +33,7 @@ def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
     labels = _labels(info, problems)
     channels = _channels(info, problems)
     if isinstance(info.get("dataset"), dict):
-        cases = _mapped_cases(folder, info["dataset"], problems)
+        cases = _mapped_cases(folder, info["dataset"], labels, problems)
     elif "training" in info:
         cases = _listed_cases(folder, info, channels, problems)
     else:
@@ -114,15 +114,39 @@ def _listed_cases(
     return cases
 
 
-def _mapped_cases(folder: Path, mapped: Mapping[str, Any], problems: list[str]) -> list[Case]:
-    """The cases of nnU-Net 2's "dataset": case -> its images and label, wherever they lie."""
+def _mapped_cases(
+    folder: Path, mapped: Mapping[str, Any], labels: Mapping[int, str], problems: list[str]
+) -> list[Case]:
+    """The cases of nnU-Net 2's "dataset": case -> its images and label, wherever they lie.
+
+    A case of ours may have "masks" instead of a label: class -> a file of 0 and 1.
+    """
+    numbers = {name: value for value, name in labels.items()}
     cases = []
     for name, entry in mapped.items():
-        if not isinstance(entry, dict) or not {"images", "label"} <= set(entry):
+        is_whole = isinstance(entry, dict) and ("label" in entry or entry.get("masks"))
+        if not is_whole or "images" not in entry:
             problems.append(f'{name} in "dataset" lacks "images" or "label"; add the paths')
             continue
         images = tuple(folder / path for path in entry["images"])
-        cases.append(Case(name, images, folder / entry["label"]))
+        masks = {of: folder / path for of, path in entry.get("masks", {}).items()}
+        if unknown := sorted(set(masks) - set(numbers)):
+            problems.append(f"{name}: {unknown} are no classes of this set; mend dataset.json")
+            continue
+        annotated = entry.get("annotated")
+        cases.append(
+            Case(
+                id=name,
+                images=images,
+                label=next(iter(masks.values())).parent if masks else folder / entry["label"],
+                masks=tuple(masks.values()),
+                numbers=tuple(numbers[of] for of in masks),
+                annotated=None if annotated is None else tuple(annotated),
+                truncated=tuple(entry.get("truncated", ())),
+                subject=str(entry.get("subject", "")),
+                split=str(entry.get("split", "")),
+            )
+        )
     return cases
 
 

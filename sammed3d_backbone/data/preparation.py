@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,7 @@ def load_label(case: Case) -> Volume:
     if not case.masks:
         return _numbered(case, first)
     numbers = np.zeros(first.shape, np.int32)
-    for number, path in enumerate(case.masks, start=1):
+    for number, path in zip(case.numbers or count(1), case.masks, strict=False):
         numbers[Volume.load(path).array > 0] = number
     return replace(first, array=numbers)
 

@@ -7,7 +7,6 @@ the names of their labels) or the ``.npz`` files of the CVPR 2025 challenge.
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from sammed3d_backbone.data.datasets import Case, DatasetError, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, load_label
+from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
 
 Modality = Literal["ct", "mr", "us"]
@@ -163,7 +163,7 @@ def read_click_set(
     folder = Path(data).expanduser()
     if layout is None:
         archives = sorted(folder.glob("*.npz"))
-        plain = _singles(folder) if (folder / "labels.json").is_file() else _archives(archives)
+        plain = _singles(folder) if (folder / DESCRIPTION).is_file() else _archives(archives)
         if plain.cases and subjects is not None:
             raise ValueError(f"{folder} has a case per subject; leave out {subjects}")
         if plain.cases:
@@ -232,28 +232,11 @@ def _read_pair(case: ClickCase) -> tuple[Volume, NDArray[Any]]:
 
 
 def _singles(folder: Path) -> ClickSet:
-    """The volumes of a labels.json: entries of image, label, labels, modality and mask."""
-    path = folder / "labels.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        images = [entry["image"] for entry in entries]
-        cases = []
-        for entry in entries:
-            is_only = images.count(entry["image"]) == 1  # labelled only once
-            files = Case(
-                id=Path(entry["image" if is_only else "label"]).name.split(".")[0],
-                images=(folder / entry["image"],),
-                label=folder / entry["label"],
-            )
-            names = {int(value): str(name) for value, name in entry["labels"].items()}
-            cases.append(ClickCase(files, names, _modality(str(entry.get("modality", "")))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"{path} cannot be used:",
-            [f'{error!r}; give a list of {{"image":, "label":, "labels": {{"1": name}}}}'],
-        ) from None
-    is_model = any("model" in str(entry.get("mask")) for entry in entries)
-    return ClickSet(folder.name, tuple(cases), MODEL_MASKS if is_model else "")
+    """The volumes of a labels.json."""
+    found = read_singles(folder)
+    cases = tuple(ClickCase(one.case, one.labels, _modality(one.modality)) for one in found)
+    is_model = any("model" in one.mask for one in found)
+    return ClickSet(folder.name, cases, MODEL_MASKS if is_model else "")
 
 
 def _archives(paths: Iterable[Path]) -> ClickSet:

@@ -1,0 +1,54 @@
+"""Raw data sets -> clean binary masks: `sammed3d curate`."""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sammed3d_backbone.cli import Commands
+
+
+def add_curate(commands: "Commands") -> None:
+    """Declares `sammed3d curate`."""
+    parser = commands.add_parser(
+        "curate",
+        help="clean the masks of raw data sets for training a promptable model",
+        description="Writes one binary mask per case and class, cleaned as SA-Med3D-140K was, with "
+        "a dataset.json that this package reads and decisions.jsonl, which says why. "
+        "The raw files stay as they are; a run that was cut off goes on.",
+    )
+    parser.add_argument(
+        "raw",
+        type=Path,
+        metavar="RAW",
+        help="a data set, or a folder of some: Decathlon, "
+        "nnU-Net, BIDS, labels.json, CLASS/MODALITY_DATASET/{imagesTr,labelsTr}",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or an interrupted run's")
+    parser.add_argument(
+        "--preset",
+        default="default",
+        help="default, paper (drops what is 99%% background), author-list (stricter on size)",
+    )
+    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="of any other folder")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers; -1: all cores")
+    parser.add_argument(
+        "--backend", default="loky", help="of joblib: loky, threading, multiprocessing, dask, ray"
+    )
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="of Dask, such as tcp://HOST:8786")
+    parser.set_defaults(run=_run_curate)
+
+
+def _run_curate(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.data.curation.rules import preset
+    from sammed3d_backbone.data.curation.runs import Workers, curate
+    from sammed3d_backbone.data.layouts import read_layout
+
+    rules = preset(args.preset)
+    workers = Workers(args.backend, args.jobs, args.scheduler)
+    layout = None if args.layout is None else read_layout(args.layout)
+    _, decisions = curate(args.raw, args.out, rules, workers, layout=layout)
+    verdicts = Counter(decision["verdict"] for decision in decisions)
+    print(", ".join(f"{verdicts[v]} {v}" for v in ("kept", "changed", "dropped", "refused")))
+    return 0

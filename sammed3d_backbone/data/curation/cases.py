@@ -1,0 +1,218 @@
+"""One case: files in, the masks that stay and a record of every decision out.
+
+    CASE/image.nii.gz            a copy of the raw file; image_0000.nii.gz, ... for several channels
+         masks/CLASS.nii.gz      0 and 1, on the grid of the image
+         decisions.json          what the case was made of, and one entry per mask
+
+The folder appears whole or not at all. A case without any mask left has its record only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, shift_mm
+from sammed3d_backbone.data.curation.rules import Rules, Target, without_islands
+from sammed3d_backbone.data.curation.sides import (
+    MARGIN_MM,
+    centre_mm,
+    counterpart,
+    is_pair,
+    separations_mm,
+    split,
+)
+from sammed3d_backbone.data.curation.sources import RawCase
+from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.preparation import load_image, load_label
+from sammed3d_backbone.data.volume import SUFFIXES, Volume
+from sammed3d_backbone.files import write_text
+
+RECORD = "decisions.json"
+Decision = dict[str, Any]
+
+
+def curate_case(raw: RawCase, folder: Path, rules: Rules) -> None:
+    """Writes the folder of a case.
+
+    Args:
+        raw: The case.
+        folder: That holds the folders of all cases.
+        rules: For its masks.
+    """
+    staging, final = folder / f".{raw.case.id}.partial", folder / raw.case.id
+    for leftover in (staging, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        decisions = _decide(raw, rules, staging)
+    except (ValueError, FileNotFoundError) as error:
+        shutil.rmtree(staging / "masks", ignore_errors=True)
+        refused = {"verdict": "refused", "why": [str(error)], "steps": {}}
+        decisions = [{"class": None, "raw_class": None, "mask": None, **refused}]
+    images = []
+    if any(decision["mask"] for decision in decisions):
+        for number, path in enumerate(raw.case.images):
+            numbered = f"_{number:04d}" if len(raw.case.images) > 1 else ""
+            ending = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+            images.append(f"image{numbered}{ending}")
+            shutil.copyfile(path, staging / images[-1])
+    record = {"made_of": _made_of(raw), "images": images, "decisions": decisions}
+    write_text(staging / RECORD, json.dumps(record, indent=1) + "\n")
+    staging.rename(final)
+
+
+def read_case(raw: RawCase, folder: Path) -> dict[str, Any] | None:
+    """The record of a case; None if it is not done, or was made of files that changed since."""
+    path = folder / raw.case.id / RECORD
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["made_of"] == _made_of(raw) else None
+
+
+def open_grid(case: Case) -> Volume:
+    """Grid and header of a case's image, without the memory of its voxels.
+
+    Raises:
+        FileNotFoundError: If a file is not there.
+        ValueError: If the image cannot be used; says what to do.
+    """
+    image = load_image(case)
+    if endless := image.array.size - int(np.isfinite(image.array).sum()):
+        raise ValueError(
+            f"{case.images[0]}: holds NaN or infinity in {endless} voxels; replace those voxels"
+        )
+    return dataclasses.replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
+
+
+def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[Target, float]]:
+    """The masks of a case as they are, one at a time, and how far in mm each lay off the grid.
+
+    Args:
+        raw: The case.
+        grid: Of its image.
+
+    Raises:
+        FileNotFoundError: If a file is not there.
+        ValueError: If a file cannot be used; says what to do.
+    """
+    case = raw.case
+    known = (0, 1) if case.masks else (0, *(case.values or raw.labels))
+    is_empty = True
+    for index, path in enumerate(case.label_files):
+        stored = Volume.load(path)
+        problems = label_problems(path, stored, known)
+        problems += pair_problems(path, stored, case.images[0], grid)
+        if problems:
+            raise ValueError("; ".join(problems))
+        apart_mm = shift_mm(stored, grid)
+        labels = stored.array.astype(np.int32) if case.masks else load_label(case).array
+        del stored  # a large volume takes four bytes per voxel
+        for value, box in enumerate(ndimage.find_objects(labels), start=1):
+            if box is not None:
+                is_empty = False
+                number = (case.numbers or (*raw.labels,))[index] if case.masks else value
+                x, y, z = (int(side.start) for side in box)
+                yield Target(raw.labels[number], labels[box] == value, (x, y, z)), apart_mm
+    if is_empty:
+        raise ValueError(class_problems(case, [])[0])
+
+
+def _decide(raw: RawCase, rules: Rules, staging: Path) -> list[Decision]:
+    """Judges all masks of a case and writes those that stay."""
+    grid = open_grid(raw.case)
+    decisions: dict[str, Decision] = {}
+    x_mm: dict[str, float] = {}
+    files: dict[str, str] = {}  # name of a file -> class
+    for found, apart_mm in raw_targets(raw, grid):
+        halves = split(found, grid.affine) if is_pair(found.name) else None
+        for target in halves or (found,):
+            decision, cleaned = _judge(target, grid, rules)
+            steps = decision["steps"]
+            steps["grid"] = {"did": "changed" if apart_mm else "kept", "shift_mm": apart_mm}
+            if is_pair(found.name):
+                steps["sides"] = {"did": "changed" if halves else "kept", "is_split": bool(halves)}
+            annotated = raw.case.annotated
+            if annotated is not None and found.name not in annotated:
+                steps["annotation"] = {"did": "dropped"}
+                decision["why"].append("not annotated in this case: nobody vouches for its voxels")
+            file = re.sub(r"[^\w.-]", "_", target.name) + ".nii.gz"
+            if file in files:
+                raise ValueError(
+                    f"{raw.case.label}: {files[file]!r} and {target.name!r} would both be written "
+                    f"to {file}; rename one class"
+                )
+            files[file] = target.name
+            decisions[target.name] = {
+                "class": target.name,
+                "raw_class": found.name,
+                "mask": f"masks/{file}",
+                **decision,
+            }
+            x_mm[target.name] = float(centre_mm(target, grid.affine)[0])
+            if not decision["why"]:
+                cleaned.on(grid).save(staging / "masks" / file)
+    _check_sides(decisions, x_mm)
+    for decision in decisions.values():
+        did = {step["did"] for step in decision["steps"].values()}
+        decision["verdict"] = next((v for v in ("dropped", "changed") if v in did), "kept")
+        if decision["verdict"] == "dropped":
+            (staging / decision["mask"]).unlink(missing_ok=True)
+            decision["mask"] = None
+    return list(decisions.values())
+
+
+def _judge(target: Target, grid: Volume, rules: Rules) -> tuple[Decision, Target]:
+    """What the rules say of a mask by itself, and the mask without islands."""
+    cleaned, islands = without_islands(target, rules)
+    extent = cleaned.extent(grid)
+    reasons = {"size": rules.small(extent), "background": rules.sparse(extent)}
+    steps: dict[str, dict[str, Any]] = {
+        "islands": {
+            "did": "changed" if islands.is_removed else "kept",
+            "parts": islands.parts,
+            "beyond": islands.beyond,
+            "beyond_ml": islands.beyond_voxels * grid.voxel_ml,
+        },
+        **{name: {"did": "dropped" if why else "kept"} for name, why in reasons.items()},
+    }
+    decision = {
+        "why": [why for why in reasons.values() if why],
+        "extent": dataclasses.asdict(extent),
+        "steps": steps,
+    }
+    return decision, cleaned
+
+
+def _check_sides(decisions: dict[str, Decision], x_mm: dict[str, float]) -> None:
+    """Drops pairs of which the left one lies to the right of the right one.
+
+    Nothing tells whether the names are wrong or the affine is, so that neither can be mended here.
+    """
+    separations = separations_mm(x_mm)
+    wrong = [name for name, apart_mm in separations.items() if apart_mm < -MARGIN_MM]
+    for name, apart_mm in separations.items():
+        step = decisions[name]["steps"].setdefault("sides", {"did": "kept"})
+        step["right_minus_left_mm"] = apart_mm
+        if name in wrong:
+            step["did"] = "dropped"
+            remedy = "mend its name" if len(wrong) < len(separations) else "mend the affine"
+            decisions[name]["why"].append(
+                f"lies {-apart_mm:.3g} mm on the wrong side of {counterpart(name)!r}, as do "
+                f"{len(wrong)} of {len(separations)} classes with a side here; {remedy}"
+            )
+
+
+def _made_of(raw: RawCase) -> list[list[str | int]]:
+    """Name, bytes and time of change of the files of a case."""
+    files = dict.fromkeys((*raw.case.images, *raw.case.label_files))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

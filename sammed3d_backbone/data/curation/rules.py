@@ -1,0 +1,164 @@
+"""The limits that a mask has to keep, what it measures, and which of its parts are islands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from sammed3d_backbone.data.geometry import Triple, TripleMm
+from sammed3d_backbone.data.volume import Volume
+
+Mask = NDArray[np.bool_]
+TOUCHING = np.ones((3, 3, 3))  # voxels that share a corner belong together: 26-connectivity
+ROUNDING = 1e-6  # of limits: spacings are stored as float32
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Limits of one preset; None is no limit."""
+
+    source: str
+    min_ml: float = 1.0
+    min_side_mm: float = 15.0  # of the box around the mask
+    max_side_mm: float | None = None
+    max_background: float | None = None  # share of the volume's voxels
+    max_parts: int = 5  # the largest ones; all others are islands
+    max_island_share: float | None = None  # of the mask: islands that hold more are no debris
+
+    def small(self, extent: Extent) -> str:
+        """Why a mask is out by its size; empty if it is not."""
+        if extent.ml < self.min_ml * (1 - ROUNDING):
+            return f"{extent.ml:.3g} ml is less than {self.min_ml:g} ml"
+        if min(extent.sides_mm) < self.min_side_mm * (1 - ROUNDING):
+            return f"a side of {min(extent.sides_mm):.3g} mm is less than {self.min_side_mm:g} mm"
+        limit_mm = self.max_side_mm
+        if limit_mm is not None and max(extent.sides_mm) > limit_mm * (1 + ROUNDING):
+            return f"a side of {max(extent.sides_mm):.4g} mm is more than {limit_mm:g} mm"
+        return ""
+
+    def sparse(self, extent: Extent) -> str:
+        """Why a mask is out by its background; empty if it is not."""
+        limit = self.max_background
+        if limit is None or extent.background <= limit:
+            return ""
+        return f"{extent.background:.2%} of the volume is background, more than {limit:.0%}"
+
+
+PRESETS: Mapping[str, Rules] = {
+    # Scattered lesions are many parts by nature; the paper's rule would take a fifth of them.
+    "default": Rules(
+        source="the paper's rules, but no limit on background, and scattered targets stay whole",
+        max_island_share=0.05,
+    ),
+    "paper": Rules(
+        source="Wang et al., SAM-Med3D, section 3.2, taken literally on whole volumes",
+        max_background=0.99,
+    ),
+    # In voxels of 1.5 mm there: 1000 of them, sides of 10 to 121. The upper limit is computed in
+    # his code, but not seen to be used.
+    "author-list": Rules(
+        source="the first author's filter of file lists, uni-medical/SAM-Med3D issue 20",
+        min_ml=1000 * 1.5**3 / 1000,
+        max_side_mm=121 * 1.5,
+    ),
+}
+
+
+def preset(name: str) -> Rules:
+    """The rules of that name.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a mask is."""
+
+    ml: float
+    sides_mm: TripleMm  # of the box around it, along the volume's axes
+    background: float  # share of the volume's voxels that are not its own
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One class of one case: a mask, kept in the box around it.
+
+    Shapes:
+        mask: (X', Y', Z') bool; it touches all six sides of the box.
+        start: first voxel of the box in the volume.
+    """
+
+    name: str
+    mask: Mask
+    start: Triple
+
+    @classmethod
+    def cropped(cls, name: str, mask: Mask, start: Triple = (0, 0, 0)) -> Target:
+        """The target of a mask that has a voxel at least.
+
+        Shapes:
+            mask: (X, Y, Z).
+            start: its first voxel in the volume.
+        """
+        (box,) = ndimage.find_objects(mask.astype(np.uint8))
+        x, y, z = (int(side.start) + first for side, first in zip(box, start, strict=True))
+        return cls(name, mask[box], (x, y, z))
+
+    def extent(self, grid: Volume) -> Extent:
+        """Its measures in a volume."""
+        voxels = int(self.mask.sum())
+        x, y, z = (float(n * mm) for n, mm in zip(self.mask.shape, grid.spacing_mm, strict=True))
+        return Extent(
+            ml=voxels * grid.voxel_ml,
+            sides_mm=(x, y, z),
+            background=1 - voxels / float(np.prod(grid.shape)),
+        )
+
+    def on(self, grid: Volume) -> Volume:
+        """A volume of 0 and 1 with the grid and header of another."""
+        array = np.zeros(grid.shape, np.uint8)
+        array[tuple(slice(s, s + n) for s, n in zip(self.start, self.mask.shape, strict=True))] = (
+            self.mask
+        )
+        return Volume(array, grid.affine, grid.header)
+
+
+@dataclass(frozen=True)
+class Islands:
+    """The parts of a mask beyond the largest ones, and whether they were taken away."""
+
+    parts: int  # of the whole mask
+    beyond: int
+    beyond_voxels: int
+    is_removed: bool
+
+
+def without_islands(target: Target, rules: Rules) -> tuple[Target, Islands]:
+    """The target with its largest 26-connected parts only; of equal ones the first stay."""
+    labels, sizes = labelled_parts(target.mask)
+    order = np.argsort(-sizes, kind="stable")
+    islands = order[rules.max_parts :]
+    voxels = int(sizes[islands].sum())
+    limit = rules.max_island_share
+    is_debris = voxels > 0 and (limit is None or voxels <= limit * sizes.sum())
+    found = Islands(len(sizes), len(islands), voxels, is_debris)
+    if not is_debris:
+        return target, found
+    kept = np.isin(labels, order[: rules.max_parts] + 1)
+    return Target.cropped(target.name, kept, target.start), found
+
+
+def labelled_parts(mask: Mask) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The 26-connected parts of a mask, numbered from 1, and the voxels of each."""
+    labels, _ = ndimage.label(mask, structure=TOUCHING)
+    return labels, np.bincount(labels.ravel())[1:]

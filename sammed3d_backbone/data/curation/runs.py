@@ -1,0 +1,169 @@
+"""All cases of a raw folder: in parallel, gone on with after an interruption, collected at the end.
+
+    OUT/run.json                 rules and layout; a folder of other ones is refused
+        decisions.jsonl          one line per mask, or per case that was refused
+        SET/dataset.json         reads with `read_dataset`, like SET/splits.json where the raw one
+                                 has one; SET is where the data set lies in the raw folder
+        SET/cases/CASE/          see `cases`
+
+Nothing depends on how many workers there were or on who came first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed, parallel_config
+from tqdm import tqdm
+
+from sammed3d_backbone.data.curation.cases import Decision, curate_case, read_case
+from sammed3d_backbone.data.curation.rules import Rules
+from sammed3d_backbone.data.curation.sources import RawSet, read_raw
+from sammed3d_backbone.data.datasets import read_json
+from sammed3d_backbone.data.layouts import Layout
+from sammed3d_backbone.files import write_text
+
+FORMAT = 1  # of the result folder; another one is refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Who does the work: handed on to joblib."""
+
+    backend: str = "loky"
+    jobs: int = 1
+    scheduler: str | None = None  # address, of Dask's
+
+    def __post_init__(self) -> None:
+        if self.jobs == 0:
+            raise ValueError("0 jobs do nothing; give 1 or more, or -1 for all cores")
+        if self.scheduler is not None and self.backend != "dask":
+            raise ValueError(f"{self.backend} has no scheduler; leave it out, or choose dask")
+
+
+def curate(
+    raw: Path,
+    out: Path,
+    rules: Rules,
+    workers: Workers,
+    *,
+    layout: Layout | None = None,
+    progress: bool = True,
+) -> tuple[list[RawSet], list[Decision]]:
+    """Curates all cases that are not done yet; returns the raw data sets and all decisions.
+
+    Args:
+        raw: Folder of a data set, or of some.
+        out: Result folder, new or that of an interrupted run.
+        rules: For the masks.
+        workers: Of joblib.
+        layout: Of a single data set that does not describe itself.
+        progress: Whether to show a bar.
+
+    Raises:
+        FileNotFoundError: If there is no data set.
+        ValueError: If a data set cannot be used, `out` lies among the raw data or holds results of
+            other rules, or joblib does not know the backend.
+    """
+    raw_sets = read_raw(raw, layout)
+    if out.resolve().is_relative_to(raw.resolve()):
+        raise ValueError(f"{out} lies among the raw data; choose a folder outside of {raw}")
+    _claim(out, rules)
+    pending = [
+        (raw, folder)
+        for raw_set in raw_sets
+        for folder in [out / raw_set.place / "cases"]
+        for raw in raw_set.cases
+        if read_case(raw, folder) is None
+    ]
+    extra = {} if workers.scheduler is None else {"scheduler_host": workers.scheduler}
+    with parallel_config(_known(workers.backend), n_jobs=workers.jobs, **extra):
+        bar = tqdm(pending, desc="curating", unit="case", disable=not progress)
+        Parallel()(delayed(curate_case)(raw, folder, rules) for raw, folder in bar)
+    decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
+    write_text(out / "decisions.jsonl", "".join(json.dumps(line) + "\n" for line in decisions))
+    return raw_sets, decisions
+
+
+def _claim(out: Path, rules: Rules) -> None:
+    """Makes the result folder, or refuses that of another run."""
+    header = json.loads(json.dumps({"format": FORMAT, "rules": dataclasses.asdict(rules)}))
+    path = out / "run.json"
+    if path.is_file():
+        if read_json(path) != header:
+            raise ValueError(f"{path} tells of other rules; choose another folder for the results")
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds other files; choose a new folder for the results")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(header, indent=1) + "\n")
+
+
+def _known(backend: str) -> str:
+    """The backend's name, once joblib can make it."""
+    if backend == "ray":
+        try:
+            from ray.util.joblib import register_ray
+        except ImportError:
+            raise ValueError("backend ray needs Ray; pip install ray") from None
+        register_ray()
+    return backend
+
+
+def _collect(raw_set: RawSet, out: Path) -> list[Decision]:
+    """The decisions on the cases of a set; writes its dataset.json."""
+    folder = out / raw_set.place
+    decisions: list[Decision] = []
+    entries: dict[str, Any] = {}
+    for raw in raw_set.cases:
+        record = read_case(raw, folder / "cases")
+        if record is None:
+            raise ValueError(f"{raw.case.id} changed while it was curated; start again")
+        shared = {"dataset": raw_set.name, "place": raw_set.place, "case": raw.case.id}
+        decisions += [
+            {**shared, "modality": raw.modality, **decision} for decision in record["decisions"]
+        ]
+        kept = {d["class"]: d for d in record["decisions"] if d["mask"]}
+        if not kept:
+            continue
+        entry: dict[str, Any] = {
+            "images": [f"cases/{raw.case.id}/{image}" for image in record["images"]],
+            "masks": {name: f"cases/{raw.case.id}/{d['mask']}" for name, d in kept.items()},
+            "subject": raw.case.subject,
+        }
+        if raw.case.annotated is not None or len(kept) < len(record["decisions"]):
+            entry["annotated"] = list(kept)  # what was dropped is unknown, no background
+        if truncated := [n for n, d in kept.items() if d["raw_class"] in raw.case.truncated]:
+            entry["truncated"] = truncated
+        if raw.case.split:
+            entry["split"] = raw.case.split
+        entries[raw.case.id] = entry
+    if entries:
+        _describe(raw_set, folder, entries)
+    return decisions
+
+
+def _describe(raw_set: RawSet, folder: Path, entries: Mapping[str, Any]) -> None:
+    """Writes dataset.json, and splits.json without the cases that have gone."""
+    classes = dict.fromkeys(name for entry in entries.values() for name in entry["masks"])
+    description = {
+        "name": raw_set.name,
+        "note": raw_set.note,
+        **raw_set.about,
+        "channel_names": {str(i): name for i, name in enumerate(raw_set.channels)},
+        "labels": {"background": 0, **{name: i for i, name in enumerate(classes, start=1)}},
+        "dataset": entries,
+    }
+    write_text(folder / "dataset.json", json.dumps(description, indent=1) + "\n")
+    source = raw_set.folder / "splits.json"
+    if not source.is_file():
+        return
+    content: Any = read_json(source)
+    folds = content["folds"] if isinstance(content, dict) else content
+    for fold in folds:
+        for part in ("train", "val"):
+            fold[part] = [name for name in fold[part] if name in entries]
+    write_text(folder / "splits.json", json.dumps(content, indent=1) + "\n")

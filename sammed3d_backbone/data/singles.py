@@ -1,0 +1,55 @@
+"""``labels.json``: a list of single volumes, each with its own names for its label's values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sammed3d_backbone.data.datasets import Case, DatasetError, read_json
+
+DESCRIPTION = "labels.json"
+
+
+@dataclass(frozen=True)
+class Single:
+    """One volume of a labels.json."""
+
+    case: Case
+    labels: Mapping[int, str]  # value in the file -> class
+    modality: str  # such as "MR T2w"; empty where nothing tells
+    mask: str  # where the mask comes from
+
+
+def read_singles(folder: Path) -> tuple[Single, ...]:
+    """The volumes of a folder's labels.json: entries of image, label, labels, modality and mask.
+
+    Raises:
+        DatasetError: If the file is not of that form.
+    """
+    path = folder / DESCRIPTION
+    entries = read_json(path)
+    try:
+        times = Counter(entry["image"] for entry in entries)  # type: ignore[attr-defined]
+        return tuple(
+            Single(
+                case=Case(
+                    # An image that is labelled twice does not name its cases.
+                    id=Path(entry["image" if times[entry["image"]] == 1 else "label"]).name.split(
+                        "."
+                    )[0],
+                    images=(folder / entry["image"],),
+                    label=folder / entry["label"],
+                ),
+                labels={int(value): str(name) for value, name in entry["labels"].items()},
+                modality=str(entry.get("modality", "")),
+                mask=str(entry.get("mask", "")),
+            )
+            for entry in entries  # type: ignore[attr-defined]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(
+            f"{path} cannot be used:",
+            [f'{error!r}; give a list of {{"image":, "label":, "labels": {{"1": name}}}}'],
+        ) from None

@@ -1,0 +1,188 @@
+"""Whole runs: any number of workers, interrupted or not, the same files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from blocks import SHAPE, block
+
+from sammed3d_backbone.data.curation import runs
+from sammed3d_backbone.data.curation.rules import PRESETS
+from sammed3d_backbone.data.curation.runs import Workers, curate
+from sammed3d_backbone.data.folders import read_dataset
+from sammed3d_backbone.data.preparation import annotated_classes, load_label
+
+NAMES = {1: "liver", 2: "cyst"}
+
+
+@pytest.fixture
+def folder(raw):
+    """Two data sets; of the first, one case keeps both masks, one loses one, one loses all."""
+    raw({1: "colon"}, "other", d=block())
+    return raw(
+        NAMES,
+        a=block(1) + block(2, start=20),
+        b=block(1) + block(2, start=20, size=3),
+        c=block(2, size=3),
+    )
+
+
+def run(folder, out, **workers):
+    return curate(folder, out, PRESETS["default"], Workers(**workers), progress=False)[1]
+
+
+def content(out):
+    """Every file of a result folder."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_result_is_a_data_set_without_what_was_dropped(folder, tmp_path):
+    decisions = run(folder, tmp_path / "out")
+    assert [(d["place"], d["case"], d["class"], d["verdict"]) for d in decisions] == [
+        ("other", "d", "colon", "kept"),
+        ("set", "a", "liver", "kept"),
+        ("set", "a", "cyst", "kept"),
+        ("set", "b", "liver", "kept"),
+        ("set", "b", "cyst", "dropped"),
+        ("set", "c", "cyst", "dropped"),
+    ]
+    lines = (tmp_path / "out/decisions.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == decisions
+    dataset = read_dataset(tmp_path / "out/set")
+    assert (dataset.name, dataset.classes, dataset.channels) == ("set", ("liver", "cyst"), ("CT",))
+    assert [case.id for case in dataset.cases] == ["a", "b"]
+    expected = block(1) + block(2, start=20)
+    assert np.array_equal(load_label(dataset.cases[0]).array, expected)
+    assert annotated_classes(dataset.cases[0], dataset).tolist() == [True, True, True]
+    assert annotated_classes(dataset.cases[1], dataset).tolist() == [True, True, False]
+
+
+def test_subjects_splits_and_marks_of_the_raw_data_come_along(decathlon, tmp_path, write_volume):
+    folder = decathlon(
+        training=[
+            {
+                "image": f"imagesTr/case_{i}.nii.gz",
+                "label": f"labelsTr/case_{i}.nii.gz",
+                "subject": f"person {i // 2}",
+                "annotated": ["head"],
+                "truncated": ["head"],
+            }
+            for i in range(4)
+        ],
+        licence="CC0",
+    )
+    for i in range(4):
+        size = 8 if i < 3 else 3
+        affine = np.diag([2.0, 2.0, 2.0, 1.0])
+        write_volume(f"imagesTr/case_{i}.nii.gz", shape=SHAPE, affine=affine)
+        write_volume(
+            f"labelsTr/case_{i}.nii.gz", block(1, size=size) + block(2, start=20), affine=affine
+        )
+    folds = [{"train": ["case_0", "case_1"], "val": ["case_2", "case_3"]}]
+    (folder / "splits.json").write_text(json.dumps({"rule": "by hand", "folds": folds}))
+    out = tmp_path.parent / f"{tmp_path.name}-out"
+    decisions = run(folder, out)
+    assert {d["verdict"] for d in decisions if d["class"] == "tail"} == {"dropped"}
+    assert "nobody vouches" in next(d["why"][0] for d in decisions if d["class"] == "tail")
+    dataset = read_dataset(out)
+    assert dataset.about == {"licence": "CC0"}
+    assert [case.subject for case in dataset.cases] == ["person 0", "person 0", "person 1"]
+    assert {(case.annotated, case.truncated) for case in dataset.cases} == {(("head",), ("head",))}
+    splits = json.loads((out / "splits.json").read_text())
+    assert splits["folds"] == [{"train": ["case_0", "case_1"], "val": ["case_2"]}]
+
+
+def test_two_backends_give_the_same_files(folder, tmp_path):
+    run(folder, tmp_path / "alone")
+    run(folder, tmp_path / "processes", backend="loky", jobs=2)
+    run(folder, tmp_path / "threads", backend="threading", jobs=2)
+    alone, processes, threads = (content(tmp_path / n) for n in ("alone", "processes", "threads"))
+    assert any(name.endswith("masks/cyst.nii.gz") for name in alone)
+    assert alone == processes == threads
+
+
+def test_the_raw_files_stay_as_they_are(folder, tmp_path):
+    before = content(folder)
+    run(folder, tmp_path / "out")
+    assert content(folder) == before
+
+
+def test_a_finished_case_is_not_done_again_unless_its_files_change(
+    folder, tmp_path, monkeypatch, write_volume
+):
+    run(folder, tmp_path / "out")
+    done = []
+    real = runs.curate_case
+    monkeypatch.setattr(
+        runs, "curate_case", lambda raw, *rest: (done.append(raw.case.id), real(raw, *rest))
+    )
+    run(folder, tmp_path / "out")
+    assert done == []
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    write_volume("raw/set/c_seg.nii.gz", block(1), affine=affine)
+    decisions = run(folder, tmp_path / "out")
+    assert done == ["c"]
+    assert decisions[-1]["class"] == "liver"
+
+
+def test_a_killed_run_goes_on_to_the_same_files(folder, tmp_path):
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from sammed3d_backbone.cli import main\n"
+        "from sammed3d_backbone.data.volume import Volume\n"
+        "save, saved = Volume.save, []\n"
+        "def dying(self, path):\n"
+        "    save(self, path); saved.append(path)\n"
+        "    if len(saved) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Volume.save = dying\n"
+        "main(sys.argv[1:])"
+    )
+    arguments = ["curate", str(folder), str(tmp_path / "killed")]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], check=False, env=os.environ)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed/set/cases/.a.partial/masks/liver.nii.gz").is_file()
+    assert not (tmp_path / "killed/set/cases/a").exists()
+    run(folder, tmp_path / "killed")
+    run(folder, tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_other_rules_want_another_folder(folder, tmp_path):
+    run(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match="tells of other rules; choose another folder"):
+        curate(folder, tmp_path / "out", PRESETS["paper"], Workers(), progress=False)
+
+
+def test_a_folder_with_other_files_is_refused(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="holds other files; choose a new folder"):
+        run(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["set", "inside"])
+def test_nothing_is_written_among_the_raw_data(folder, place):
+    with pytest.raises(ValueError, match="choose a folder outside of "):
+        run(folder, folder / place)
+
+
+@pytest.mark.parametrize(
+    ("workers", "remedy"),
+    [
+        ({"jobs": 0}, "give 1 or more, or -1 for all cores"),
+        ({"scheduler": "tcp://here:8786"}, "leave it out, or choose dask"),
+        ({"backend": "slurm"}, "expected one of"),
+        ({"backend": "ray"}, "pip install ray"),
+    ],
+)
+def test_workers_that_joblib_does_not_have_are_refused(folder, tmp_path, workers, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        run(folder, tmp_path / "out", **workers)
