@@ -1,6 +1,7 @@
 """Raw data sets -> clean binary masks: `sammed3d curate`."""
 
 import argparse
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ def add_curate(commands: "Commands") -> None:
         "curate",
         help="clean the masks of raw data sets for training a promptable model",
         description="Writes one binary mask per case and class, cleaned as SA-Med3D-140K was, with "
-        "a dataset.json that this package reads and decisions.jsonl, which says why. "
+        "a dataset.json that this package reads, decisions.jsonl, summary.json and report.html. "
         "The raw files stay as they are; a run that was cut off goes on.",
     )
     parser.add_argument(
@@ -44,11 +45,23 @@ def _run_curate(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.curation.rules import preset
     from sammed3d_backbone.data.curation.runs import Workers, curate
     from sammed3d_backbone.data.layouts import read_layout
+    from sammed3d_backbone.evaluation.curation import VERDICTS, write_report
+    from sammed3d_backbone.provenance import provenance
 
     rules = preset(args.preset)
     workers = Workers(args.backend, args.jobs, args.scheduler)
     layout = None if args.layout is None else read_layout(args.layout)
-    _, decisions = curate(args.raw, args.out, rules, workers, layout=layout)
+    raw_sets, decisions = curate(args.raw, args.out, rules, workers, layout=layout)
+    asked = ["sammed3d", "curate", args.raw, args.out, "--preset", args.preset]
+    asked += [] if args.layout is None else ["--layout", args.layout]
+    about = {
+        "command": shlex.join(map(str, asked)),
+        "preset": args.preset,
+        **provenance(Path(__file__).parent),
+    }
+    report = write_report(args.out, raw_sets, decisions, rules, about)
     verdicts = Counter(decision["verdict"] for decision in decisions)
-    print(", ".join(f"{verdicts[v]} {v}" for v in ("kept", "changed", "dropped", "refused")))
+    shown = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
+    print(f"{shown}; {verdicts['refused']} cases refused")
+    print(report)
     return 0

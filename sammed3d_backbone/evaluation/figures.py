@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -21,6 +21,7 @@ from sammed3d_backbone.data.volume import Volume
 
 PLANES = ("sagittal", "coronal", "axial")
 MARGIN_MM = 8.0  # around what is drawn
+LINES = ("reference", "prediction")  # solid and dotted
 FEW = 20  # points of a curve that are marked
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -72,19 +73,29 @@ def run_figure(
     figure.savefig(path, dpi=110)
 
 
-def cases_figure(path: Path, shown: Sequence[Shown], classes: Sequence[str]) -> None:
+def cases_figure(
+    path: Path,
+    shown: Sequence[Shown],
+    classes: Sequence[str],
+    lines: Sequence[str] = LINES,
+) -> None:
     """Writes a PNG: one row of three planes per case, the classes' colours below.
 
     Args:
         path: Of the PNG.
         shown: Cases, drawn from top to bottom.
         classes: Names of the classes 1, 2, ...
+        lines: What the solid and the dotted outlines are; none where the colours tell.
     """
     figure = Figure(figsize=(9, 0.8 + 3.0 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     _draw_cases(figure, figure.add_gridspec(len(shown), 3), shown)
     figure.legend(
-        handles=_legend(classes), loc="outside lower center", fontsize=9, ncols=5, frameon=False
+        handles=_legend(classes, lines),
+        loc="outside lower center",
+        fontsize=9,
+        ncols=5,
+        frameon=False,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -236,14 +247,15 @@ def _outline(axes: Axes, labels: np.ndarray[Any, Any], style: str) -> None:
         )
 
 
-def _legend(classes: Sequence[str]) -> list[Line2D]:
+def _legend(classes: Sequence[str], lines: Sequence[str] = LINES) -> list[Line2D]:
     """What the colours and lines of the outlines mean."""
     named = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(classes, 1)]
-    return [
-        *named,
-        Line2D([], [], color="grey", linestyle="-", label="reference"),
-        Line2D([], [], color="grey", linestyle=":", label="prediction"),
+    styles: tuple[Literal["-", ":"], ...] = ("-", ":")
+    styled = [
+        Line2D([], [], color="grey", linestyle=style, label=line)
+        for line, style in zip(lines, styles, strict=False)
     ]
+    return [*named, *styled]
 
 
 def _colour(value: int) -> str:

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from sammed3d_backbone.data.datasets import DatasetError
 from sammed3d_backbone.data.folders import read_dataset
+from sammed3d_backbone.data.preparation import load_label
 
 
 def test_a_decathlon_folder_is_read(decathlon):
@@ -98,6 +100,25 @@ def test_nnunets_map_of_cases_may_point_anywhere(nnunet):
 def test_an_entry_of_nnunets_map_without_paths_is_refused(nnunet):
     with pytest.raises(DatasetError, match='one in "dataset" lacks "images" or "label"'):
         read_dataset(nnunet(dataset={"one": {"images": []}}))
+
+
+def test_nnunets_map_may_name_a_mask_per_class(nnunet, write_volume, labels):
+    images = [f"imagesTr/case_0_{channel:04d}.nii.gz" for channel in range(2)]
+    write_volume("masks/tail.nii.gz", (labels == 2).astype(np.uint8))
+    entry = {
+        "images": images,
+        "masks": {"tail": "masks/tail.nii.gz"},
+        "annotated": ["tail"],
+        "truncated": ["tail"],
+        "subject": "somebody",
+        "split": "val",
+    }
+    (case,) = read_dataset(nnunet(dataset={"one": entry})).cases
+    assert (case.annotated, case.truncated) == (("tail",), ("tail",))
+    assert (case.subject, case.split) == ("somebody", "val")
+    assert np.array_equal(load_label(case).array, np.where(labels == 2, 2, 0))
+    with pytest.raises(DatasetError, match=r"one: \['toe'\] are no classes of this set; mend"):
+        read_dataset(nnunet(dataset={"one": {**entry, "masks": {"toe": "masks/tail.nii.gz"}}}))
 
 
 def test_a_labelled_validation_list_is_the_published_split(decathlon):
