@@ -72,18 +72,19 @@ def curate(
     raw_sets = read_raw(raw, layout)
     if out.resolve().is_relative_to(raw.resolve()):
         raise ValueError(f"{out} lies among the raw data; choose a folder outside of {raw}")
-    _claim(out, rules)
-    pending = [
-        (raw, folder)
-        for raw_set in raw_sets
-        for folder in [out / raw_set.place / "cases"]
-        for raw in raw_set.cases
-        if read_case(raw, folder) is None
-    ]
     extra = {} if workers.scheduler is None else {"scheduler_host": workers.scheduler}
+    # Joblib refuses a backend here, before anything is written.
     with parallel_config(_known(workers.backend), n_jobs=workers.jobs, **extra):
+        _claim(out, rules)
+        pending = [
+            (one, folder)
+            for raw_set in raw_sets
+            for folder in [out / raw_set.place / "cases"]
+            for one in raw_set.cases
+            if read_case(one, folder) is None
+        ]
         bar = tqdm(pending, desc="curating", unit="case", disable=not progress)
-        Parallel()(delayed(curate_case)(raw, folder, rules) for raw, folder in bar)
+        Parallel()(delayed(curate_case)(one, folder, rules) for one, folder in bar)
     decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
     write_text(out / "decisions.jsonl", "".join(json.dumps(line) + "\n" for line in decisions))
     return raw_sets, decisions

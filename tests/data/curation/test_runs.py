@@ -186,3 +186,4 @@ def test_nothing_is_written_among_the_raw_data(folder, place):
 def test_workers_that_joblib_does_not_have_are_refused(folder, tmp_path, workers, remedy):
     with pytest.raises(ValueError, match=remedy):
         run(folder, tmp_path / "out", **workers)
+    assert not (tmp_path / "out").exists()
