@@ -1,6 +1,7 @@
 """Raw data sets -> clean binary masks: `sammed3d curate`."""
 
 import argparse
+import dataclasses
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -32,6 +33,12 @@ def add_curate(commands: "Commands") -> None:
         default="default",
         help="default, paper (drops what is 99%% background), author-list (stricter on size)",
     )
+    parser.add_argument(
+        "--min-side-mm",
+        type=float,
+        metavar="MM",
+        help="in place of the preset's 15, which also drops cords, discs and other thin organs",
+    )
     parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="of any other folder")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers; -1: all cores")
     parser.add_argument(
@@ -49,10 +56,13 @@ def _run_curate(args: argparse.Namespace) -> int:
     from sammed3d_backbone.provenance import provenance
 
     rules = preset(args.preset)
+    if args.min_side_mm is not None:
+        rules = dataclasses.replace(rules, min_side_mm=args.min_side_mm)
     workers = Workers(args.backend, args.jobs, args.scheduler)
     layout = None if args.layout is None else read_layout(args.layout)
     raw_sets, decisions = curate(args.raw, args.out, rules, workers, layout=layout)
     asked = ["sammed3d", "curate", args.raw, args.out, "--preset", args.preset]
+    asked += [] if args.min_side_mm is None else ["--min-side-mm", args.min_side_mm]
     asked += [] if args.layout is None else ["--layout", args.layout]
     about = {
         "command": shlex.join(map(str, asked)),

@@ -47,6 +47,15 @@ def test_a_run_writes_everything_and_prints_the_counts(raw, tmp_path, capsys):
     assert {"commit", "date", "numpy"} <= summary.keys()
 
 
+def test_the_smallest_side_may_be_another_one(raw, tmp_path, capsys):
+    arguments = ("--layout", tmp_path / "layout.yaml", "--min-side-mm", 21)
+    assert curate(raw, tmp_path / "out", *arguments) == 0
+    assert "0 kept, 0 changed, 1 dropped" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert "--min-side-mm 21.0" in summary["command"]
+    assert summary["rules"]["min_side_mm"] == 21
+
+
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
