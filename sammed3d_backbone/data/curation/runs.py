@@ -1,6 +1,6 @@
 """All cases of a raw folder: in parallel, gone on with after an interruption, collected at the end.
 
-    OUT/run.json                 rules and layout; a folder of other ones is refused
+    OUT/run.json                 the rules; a folder of other ones is refused
         decisions.jsonl          one line per mask, or per case that was refused
         SET/dataset.json         reads with `read_dataset`, like SET/splits.json where the raw one
                                  has one; SET is where the data set lies in the raw folder
