@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,9 @@ def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[Target, float]]:
 def _decide(raw: RawCase, rules: Rules, staging: Path) -> list[Decision]:
     """Judges all masks of a case and writes those that stay."""
     grid = open_grid(raw.case)
+    annotated = raw.case.annotated
     decisions: dict[str, Decision] = {}
     x_mm: dict[str, float] = {}
-    files: dict[str, str] = {}  # name of a file -> class
     for found, apart_mm in raw_targets(raw, grid):
         halves = split(found, grid.affine) if is_pair(found.name) else None
         for target in halves or (found,):
@@ -141,26 +141,19 @@ def _decide(raw: RawCase, rules: Rules, staging: Path) -> list[Decision]:
             steps["grid"] = {"did": "changed" if apart_mm else "kept", "shift_mm": apart_mm}
             if is_pair(found.name):
                 steps["sides"] = {"did": "changed" if halves else "kept", "is_split": bool(halves)}
-            annotated = raw.case.annotated
             if annotated is not None and found.name not in annotated:
                 steps["annotation"] = {"did": "dropped"}
                 decision["why"].append("not annotated in this case: nobody vouches for its voxels")
-            file = re.sub(r"[^\w.-]", "_", target.name) + ".nii.gz"
-            if file in files:
-                raise ValueError(
-                    f"{raw.case.label}: {files[file]!r} and {target.name!r} would both be written "
-                    f"to {file}; rename one class"
-                )
-            files[file] = target.name
+            mask = _mask_name(target.name, decisions, raw.case)
             decisions[target.name] = {
                 "class": target.name,
                 "raw_class": found.name,
-                "mask": f"masks/{file}",
+                "mask": mask,
                 **decision,
             }
             x_mm[target.name] = float(centre_mm(target, grid.affine)[0])
             if not decision["why"]:
-                cleaned.on(grid).save(staging / "masks" / file)
+                cleaned.on(grid).save(staging / mask)
     _check_sides(decisions, x_mm)
     for decision in decisions.values():
         did = {step["did"] for step in decision["steps"].values()}
@@ -169,6 +162,22 @@ def _decide(raw: RawCase, rules: Rules, staging: Path) -> list[Decision]:
             (staging / decision["mask"]).unlink(missing_ok=True)
             decision["mask"] = None
     return list(decisions.values())
+
+
+def _mask_name(name: str, decisions: Mapping[str, Decision], case: Case) -> str:
+    """The file of a class in the folder of its case.
+
+    Raises:
+        ValueError: If another class has that file.
+    """
+    mask = "masks/" + re.sub(r"[^\w.-]", "_", name) + ".nii.gz"
+    for other, decision in decisions.items():
+        if decision["mask"] == mask:
+            raise ValueError(
+                f"{case.label}: {other!r} and {name!r} would both be written to {mask}; rename "
+                "one class"
+            )
+    return mask
 
 
 def _judge(target: Target, grid: Volume, rules: Rules) -> tuple[Decision, Target]:

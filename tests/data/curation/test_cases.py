@@ -174,7 +174,9 @@ def test_an_image_that_cannot_be_used_is_refused_with_a_record(curated, tmp_path
 def test_classes_that_would_share_a_file_are_refused(curated, tmp_path):
     curated({1: "a b", 2: "a_b"}, block(1) + block(2, start=20))
     why = refusal(tmp_path)
-    assert why.endswith("'a b' and 'a_b' would both be written to a_b.nii.gz; rename one class")
+    assert why.endswith(
+        "'a b' and 'a_b' would both be written to masks/a_b.nii.gz; rename one class"
+    )
 
 
 def refusal(tmp_path):

@@ -11,10 +11,10 @@ import pytest
 from blocks import SHAPE, block
 
 from sammed3d_backbone.data.curation import runs
-from sammed3d_backbone.data.curation.rules import PRESETS
+from sammed3d_backbone.data.curation.rules import PRESETS, Rules
 from sammed3d_backbone.data.curation.runs import Workers, curate
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import annotated_classes, load_label
+from sammed3d_backbone.data.preparation import Preparation, load_image, load_label, prepare_cases
 
 NAMES = {1: "liver", 2: "cyst"}
 
@@ -61,8 +61,19 @@ def test_the_result_is_a_data_set_without_what_was_dropped(folder, tmp_path):
     assert [case.id for case in dataset.cases] == ["a", "b"]
     expected = block(1) + block(2, start=20)
     assert np.array_equal(load_label(dataset.cases[0]).array, expected)
-    assert annotated_classes(dataset.cases[0], dataset).tolist() == [True, True, True]
-    assert annotated_classes(dataset.cases[1], dataset).tolist() == [True, True, False]
+    plain = Preparation(None, "zscore_positive", 1)
+    prepared = prepare_cases(dataset, ["a", "b"], plain, progress=False)
+    assert [case.annotated.tolist() for case in prepared] == [[True] * 3, [True, True, False]]
+
+
+def test_all_channels_of_a_case_come_along(nnunet, tmp_path, labels):
+    out = tmp_path.parent / f"{tmp_path.name}-out"
+    rules = Rules(source="a test", min_ml=0, min_side_mm=0)
+    curate(nnunet(), out, rules, Workers(), progress=False)
+    dataset = read_dataset(out)
+    assert dataset.channels == ("T1", "FLAIR")
+    assert load_image(dataset.cases[0]).channels == 2
+    assert np.array_equal(load_label(dataset.cases[0]).array, labels)
 
 
 def test_subjects_splits_and_marks_of_the_raw_data_come_along(decathlon, tmp_path, write_volume):
@@ -153,6 +164,17 @@ def test_a_killed_run_goes_on_to_the_same_files(folder, tmp_path):
     run(folder, tmp_path / "killed")
     run(folder, tmp_path / "whole")
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_files_that_change_during_the_run_are_noticed(folder, tmp_path, monkeypatch, write_volume):
+    def curate_and_change(raw, *rest):
+        real(raw, *rest)
+        write_volume("raw/set/c_seg.nii.gz", block(1), affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+
+    real = runs.curate_case
+    monkeypatch.setattr(runs, "curate_case", curate_and_change)
+    with pytest.raises(ValueError, match="c changed while it was curated; start again"):
+        run(folder, tmp_path / "out")
 
 
 def test_other_rules_want_another_folder(folder, tmp_path):
