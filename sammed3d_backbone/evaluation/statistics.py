@@ -23,6 +23,7 @@ def bootstrap_interval(
     groups: Sequence[str] | None = None,
     *,
     classes: Sequence[str] | None = None,
+    draws: Sequence[str] | None = None,
     seed: int = 0,
     confidence: float = 0.95,
     resamples: int = 5000,
@@ -38,6 +39,8 @@ def bootstrap_interval(
         groups: Whom each value belongs to; None: every value stands for itself.
         classes: What each value is about; the mean is then that of the classes' means, so that
             a class with few values counts like the others. None: one class.
+        draws: Which repetition of an experiment each value is from, such as the draw of training
+            cases: repetitions are drawn first, then groups within each. None: one repetition.
         seed: Of the draws.
         confidence: Share of the resampled means between the bounds.
         resamples: Number of draws.
@@ -46,7 +49,10 @@ def bootstrap_interval(
     known = np.isfinite(given)
     if not known.any():
         return Interval(math.nan, math.nan, math.nan)
+    draw = _numbered([""] * len(given) if draws is None else draws, known)
     group = _numbered(range(len(given)) if groups is None else groups, known)
+    pairs, group = np.unique(np.stack([draw, group]), axis=1, return_inverse=True)
+    group = group.reshape(-1)
     kind = _numbered([""] * len(given) if classes is None else classes, known)
     sums = np.zeros((group.max() + 1, kind.max() + 1))  # (G, K)
     counts = np.zeros_like(sums)
@@ -61,10 +67,17 @@ def bootstrap_interval(
             return means
 
     (centre,) = mean(np.ones((1, members)))
-    if members < 2:
+    sizes = np.bincount(pairs[0])  # groups of every repetition
+    if sizes.max() < 2:
         return Interval(float(centre), math.nan, math.nan)
-    drawn = np.random.default_rng(seed).multinomial(
-        members, np.full(members, 1 / members), size=resamples
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
+    drawn = np.concatenate(
+        [
+            rng.multinomial(count * size, np.full(size, 1 / size))
+            for size, count in zip(sizes, times.T, strict=True)
+        ],
+        axis=1,
     )
     tail = (1 - confidence) / 2
     low, high = np.quantile(mean(drawn), [tail, 1 - tail])

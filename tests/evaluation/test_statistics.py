@@ -59,3 +59,18 @@ def test_the_seed_decides():
 def test_more_confidence_is_a_wider_interval():
     narrow, wide = (bootstrap_interval([1, 2, 5, 9], confidence=c) for c in (0.5, 0.99))
     assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_repetitions_that_disagree_are_less_certain_than_those_that_agree():
+    people = [str(i) for i in range(20)] * 3
+    draws = [draw for draw in "abc" for _ in range(20)]
+    noise = np.random.default_rng(3).normal(0, 0.1, 60)
+    agreeing = bootstrap_interval(noise, people, draws=draws)
+    disagreeing = bootstrap_interval(noise + np.repeat([-1, 0, 1], 20), people, draws=draws)
+    assert disagreeing.mean == pytest.approx(agreeing.mean)
+    assert disagreeing.high - disagreeing.low > 3 * (agreeing.high - agreeing.low)
+
+
+def test_one_repetition_is_the_plain_interval():
+    values, people = [1, 2, 5, 9], list("abcd")
+    assert bootstrap_interval(values, people, draws=["x"] * 4) == bootstrap_interval(values, people)

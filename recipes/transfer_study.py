@@ -1,0 +1,256 @@
+"""Does pretraining help? Fine-tunes every arm of a grid, run by run, and compares them.
+
+    python recipes/transfer_study.py recipes/transfer_study.yaml weights=FILE
+    python recipes/transfer_study.py recipes/transfer_study.yaml weights=FILE --report
+
+Runs that have results are skipped and a stopped one goes on, so the same command finishes the
+study; --report only writes table and figure. A run's scores, log and configuration lie in OUT/RUN;
+table.md, table.json and figure.png in OUT are made of them again after every run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import finetune_unetr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sammed3d_backbone import config
+from sammed3d_backbone.evaluation.scores import Score, differences, read_scores
+from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
+from sammed3d_backbone.files import write_text
+from sammed3d_backbone.training.runs import Run, runs_folder
+
+HERE = Path(__file__).parent
+ARMS: dict[str, tuple[str, ...]] = {
+    "pretrained": ("scratch=false",),
+    "scratch": ("scratch=true",),
+    "zero_encoder": ("scratch=true", "control=zero_encoder"),
+    "frozen": ("scratch=false", "freeze=encoder"),
+}
+BASELINE = "scratch"
+# The scores last: a run that has them has all.
+FILES = ("config.yaml", "metrics.jsonl", "results/scores.json", "results/scores.csv")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The study."""
+
+    blocks: tuple[str, ...]  # "TASK LABELS DRAWS ARM,ARM", most telling first; LABELS may be all
+    weights: str = "none"  # file or name of the pretrained arms
+    out: str = "results/transfer_study"  # seen from recipes/
+    settings: tuple[str, ...] = ()  # key=value of the fine-tuning recipe, for every run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the study."""
+
+    task: str  # a file of recipes/configs, or the path of another
+    labels: str
+    draw: int  # seed of the drawn subjects and of the training
+    arm: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{Path(self.task).stem}_{self.labels}_draw{self.draw}_{self.arm}"
+
+
+def main(cfg: Config, *, report: bool = False) -> None:
+    """Makes the runs that are missing, then table and figure."""
+    out = HERE / cfg.out
+    rows = list(rows_of(cfg))
+    configs = {} if report else {row: run_config(row, cfg) for row in rows}
+    for row, wanted in configs.items():
+        if not (out / row.name / "scores.csv").is_file():
+            finetune_unetr.main(wanted)
+            keep(runs_folder() / wanted.name, out / row.name)
+            write_report(out, rows)
+    write_report(out, rows)
+
+
+def rows_of(cfg: Config) -> Iterator[Row]:
+    """All runs in their order: within a block, all arms of a draw before the next draw.
+
+    Raises:
+        ValueError: If a block cannot be read.
+    """
+    for block in cfg.blocks:
+        try:
+            task, labels, draws, arms = block.split()
+            numbers = range(int(draws))
+        except ValueError:
+            raise ValueError(f"block {block!r}; write it as TASK LABELS DRAWS ARM,ARM") from None
+        if unknown := set(arms.split(",")) - ARMS.keys():
+            raise ValueError(f"block {block!r} has arms {sorted(unknown)}; choose among {[*ARMS]}")
+        yield from (Row(task, labels, n, arm) for n in numbers for arm in arms.split(","))
+
+
+def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
+    """What the fine-tuning recipe is asked for.
+
+    Raises:
+        ValueError: If a pretrained arm has no weights.
+    """
+    is_random = "scratch=true" in ARMS[row.arm]
+    if not is_random and cfg.weights == "none":
+        raise ValueError(f"arm {row.arm} needs trained weights; pass weights=FILE")
+    here = HERE / "configs" / f"{row.task}.yaml"
+    overrides = [
+        *cfg.settings,
+        *ARMS[row.arm],
+        f"weights={'none' if is_random else cfg.weights}",
+        f"labels={'null' if row.labels == 'all' else row.labels}",
+        f"seed={row.draw}",
+        f"name={Path(cfg.out).name}/{row.name}",
+    ]
+    path = here if here.is_file() else Path(row.task)
+    return config.load(finetune_unetr.Config, path, overrides)
+
+
+def keep(run: Path, folder: Path) -> None:
+    """Copies what the comparison needs; each file is whole at any moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        write_text(folder / Path(name).name, (run / name).read_text(encoding="utf-8"))
+
+
+def write_report(out: Path, rows: Sequence[Row]) -> None:
+    """Writes table and figure of the runs that have results."""
+    table = make_table(out, [row for row in rows if (out / row.name / "scores.csv").is_file()])
+    if not table:
+        return
+    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+    write_text(out / "table.md", as_markdown(table))
+    draw_figure(out / "figure.png", table)
+
+
+def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line per task, number of labels and arm; gains are over scratch in the same draws."""
+    scores = {row: read_scores(out / row.name / "scores.csv") for row in done}
+    cells = dict.fromkeys((row.task, row.labels, row.arm) for row in done)
+    lines = []
+    for task, labels, arm in cells:
+        rows = [row for row in done if (row.task, row.labels, row.arm) == (task, labels, arm)]
+        twins = {row: replace(row, arm=BASELINE) for row in rows}
+        paired = {row: twin for row, twin in twins.items() if twin in scores and arm != BASELINE}
+        gains = {row: differences(scores[row], scores[twin]) for row, twin in paired.items()}
+        line: dict[str, Any] = {
+            "task": Path(task).stem,
+            "labels": labels,
+            "arm": arm,
+            "draws": len(rows),
+            "paired_draws": len(gains),
+        }
+        for metric in ("dice", "nsd"):
+            line[metric] = interval({row: scores[row] for row in rows}, metric)
+            line[f"{metric}_gain"] = interval(gains, metric)
+        line["steps_to_scratch"] = [steps_to_twin(out, *pair) for pair in paired.items()]
+        lines.append(line)
+    return lines
+
+
+def interval(scores: dict[Row, list[Score]], metric: str) -> list[float | None]:
+    """Mean and bounds, drawing the draws first and then the subjects within each."""
+    flat = [(row.draw, score) for row, of_run in scores.items() for score in of_run]
+    found: Interval = bootstrap_interval(
+        [getattr(score, metric) for _, score in flat],
+        [score.subject for _, score in flat],
+        classes=[score.name for _, score in flat],
+        draws=[str(draw) for draw, _ in flat],
+    )
+    return [None if math.isnan(value) else round(value, 5) for value in found]
+
+
+def steps_to_twin(out: Path, row: Row, twin: Row) -> tuple[int | None, int]:
+    """The first step at which a run is as good as its twin at its end, and the twin's steps."""
+    ours, theirs = (
+        [line for line in Run(out / one.name).records() if line.get("mean_dice") is not None]
+        for one in (row, twin)
+    )
+    last = theirs[-1]
+    reached = (line["step"] for line in ours if line["mean_dice"] >= last["mean_dice"])
+    return next(reached, None), last["step"]
+
+
+def as_markdown(table: Sequence[dict[str, Any]]) -> str:
+    """The table for people; all in points, hundredths."""
+    head = (
+        "Means with 95 % intervals (draws, then subjects within each); gains over scratch are\n"
+        "paired, in points. Steps: where scratch's last validation Dice is reached, of all.\n"
+        "\n| task | labels | arm | draws | Dice | NSD | Dice gain | NSD gain | steps |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+    )
+    lines = []
+    for line in table:
+        reached = (f"{a or 'never'}/{b}" for a, b in line["steps_to_scratch"])
+        cells = [
+            *(str(line[key]) for key in ("task", "labels", "arm", "draws")),
+            *(_shown(line[metric], 100, "") for metric in ("dice", "nsd")),
+            *(_shown(line[f"{metric}_gain"], 100, "+") for metric in ("dice", "nsd")),
+            ", ".join(reached),
+        ]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return head + "".join(lines)
+
+
+def _shown(found: Sequence[float | None], factor: float, sign: str) -> str:
+    """Mean (low to high), as far as they are known."""
+    mean, *bounds = (None if v is None else f"{factor * v:{sign}.2f}" for v in found)
+    if mean is None:
+        return ""
+    return mean if None in bounds else f"{mean} ({' to '.join(map(str, bounds))})"
+
+
+def draw_figure(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    """Writes a PNG: Dice of every arm against the number of labelled subjects, a panel per task."""
+    tasks = [*dict.fromkeys(line["task"] for line in table)]
+    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        lines = [line for line in table if line["task"] == task]
+        numbers = sorted(
+            {line["labels"] for line in lines},
+            key=lambda labels: math.inf if labels == "all" else int(labels),
+        )
+        for shift, arm in enumerate(ARMS):
+            own = [line for line in lines if line["arm"] == arm]
+            own.sort(key=lambda line: numbers.index(line["labels"]))
+            places = [numbers.index(line["labels"]) + 0.06 * shift for line in own]
+            means = [100 * line["dice"][0] for line in own]
+            ends = [
+                [100 * (v if v is not None else line["dice"][0]) for v in line["dice"][1:]]
+                for line in own
+            ]
+            sides = [
+                [m - low for m, (low, _) in zip(means, ends, strict=True)],
+                [high - m for m, (_, high) in zip(means, ends, strict=True)],
+            ]
+            if own:
+                axes.errorbar(places, means, sides, marker="o", capsize=3, label=arm)
+        axes.set_xticks(range(len(numbers)), numbers)
+        axes.set_title(task)
+        axes.set_xlabel("labelled subjects")
+        axes.set_ylabel("Dice (%), 95 % interval")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    try:
+        cfg, flags = config.parse(
+            Config, description=__doc__, flags={"report": "train nothing, write table and figure"}
+        )
+        main(cfg, **flags)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,86 @@
+"""The study of transfer: its order, its runs, its table."""
+
+import json
+
+import finetune_unetr
+import pytest
+import transfer_study
+from transfer_study import Config, main, rows_of, run_config
+
+from sammed3d_backbone import config, encoder
+from sammed3d_backbone.checkpoint import write
+
+
+@pytest.fixture
+def study(small, tmp_path):
+    """Two draws of two arms, in seconds."""
+    own = {**small, "drop_path": 0.0}
+    (tmp_path / "boxes.yaml").write_text(config.dump(finetune_unetr.Config(**own)))
+    tensors = encoder("tiny", weights="none", img_size=16).state_dict()
+    write(tmp_path / "tiny.safetensors", tensors, {})
+    return Config(
+        blocks=(f"{tmp_path / 'boxes.yaml'} 2 2 pretrained,scratch",),
+        weights=str(tmp_path / "tiny.safetensors"),
+        out=str(tmp_path / "study"),
+    )
+
+
+def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
+    cfg = config.load(Config, root / "recipes/transfer_study.yaml", ["weights=FILE"])
+    rows = list(rows_of(cfg))
+    assert {row.arm for row in rows[:4]} == {*transfer_study.ARMS}
+    assert {row.labels for row in rows[:12]} == {"8"}
+    assert len({row.name for row in rows}) == len(rows) == 12 + 3 * 9 + 2 * 4
+    assert all(run_config(row, cfg).seed == row.draw for row in rows)
+
+
+@pytest.mark.integration
+def test_a_stopped_study_goes_on_and_ends_with_table_and_figure(study, tmp_path, monkeypatch):
+    train, trained = finetune_unetr.main, []
+
+    def train_three(cfg):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(cfg.name)
+        return train(cfg)
+
+    monkeypatch.setattr(finetune_unetr, "main", train_three)
+    with pytest.raises(KeyboardInterrupt):
+        main(study)
+    partial = json.loads((tmp_path / "study/table.json").read_text())
+    assert [line["draws"] for line in partial] == [2, 1]
+
+    def train_rest(cfg):
+        trained.append(cfg.name)
+        return train(cfg)
+
+    monkeypatch.setattr(finetune_unetr, "main", train_rest)
+    main(study)
+    main(study)
+    assert len(trained) == len({*trained}) == 4
+    pretrained, scratch = json.loads((tmp_path / "study/table.json").read_text())
+    assert pretrained["paired_draws"] == 2
+    assert pretrained["dice_gain"][0] == pytest.approx(
+        pretrained["dice"][0] - scratch["dice"][0], abs=2e-5
+    )
+    assert [steps for _, steps in pretrained["steps_to_scratch"]] == [4, 4]
+    assert "| boxes | 2 | pretrained | 2 |" in (tmp_path / "study/table.md").read_text()
+    assert (tmp_path / "study/figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("block", "remedy"),
+    [
+        ("hippocampus 8 pretrained", "write it as TASK LABELS DRAWS ARM,ARM"),
+        ("hippocampus 8 3 pretraind", "choose among"),
+    ],
+)
+def test_a_block_that_cannot_be_read_is_refused(block, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        list(rows_of(Config(blocks=(block,))))
+
+
+def test_pretrained_arms_need_weights_before_anything_is_trained(tmp_path):
+    study = Config(blocks=("hippocampus 8 1 scratch,pretrained",), out=str(tmp_path))
+    with pytest.raises(ValueError, match="pass weights=FILE"):
+        main(study)
