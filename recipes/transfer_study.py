@@ -71,6 +71,8 @@ def main(cfg: Config, *, report: bool = False) -> None:
     rows = list(rows_of(cfg))
     configs = {} if report else {row: run_config(row, cfg) for row in rows}
     for row, wanted in configs.items():
+        refuse_other(out / row.name / "config.yaml", wanted)
+    for row, wanted in configs.items():
         if not (out / row.name / "scores.csv").is_file():
             finetune_unetr.main(wanted)
             keep(runs_folder() / wanted.name, out / row.name)
@@ -115,6 +117,18 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
     ]
     path = here if here.is_file() else Path(row.task)
     return config.load(finetune_unetr.Config, path, overrides)
+
+
+def refuse_other(kept: Path, wanted: finetune_unetr.Config) -> None:
+    """Results of other weights or settings must not pass for those of this study.
+
+    Raises:
+        ValueError: If the kept configuration differs in what counts.
+    """
+    if kept.is_file():
+        found = config.differences(config.load(finetune_unetr.Config, kept), wanted)
+        if changed := sorted(found.keys() - {*finetune_unetr.FREE}):
+            raise ValueError(f"{kept.parent} is of other values of {changed}; give another out=")
 
 
 def keep(run: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The study of transfer: its order, its runs, its table."""
 
 import json
+from dataclasses import replace
 
 import finetune_unetr
 import pytest
@@ -58,6 +59,8 @@ def test_a_stopped_study_goes_on_and_ends_with_table_and_figure(study, tmp_path,
     main(study)
     main(study)
     assert len(trained) == len({*trained}) == 4
+    with pytest.raises(ValueError, match=r"other values of \['lr'\]; give another out="):
+        main(replace(study, settings=("lr=0.5",)))
     pretrained, scratch = json.loads((tmp_path / "study/table.json").read_text())
     assert pretrained["paired_draws"] == 2
     assert pretrained["dice_gain"][0] == pytest.approx(
