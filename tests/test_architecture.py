@@ -52,10 +52,12 @@ HEAVY = {
     "matplotlib",
     "monai",
     "nibabel",
+    "peft",
     "scipy",
     "sklearn",
     "timm",
     "torchvision",
+    "transformers",
 }
 
 

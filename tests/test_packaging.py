@@ -81,7 +81,8 @@ def test_what_the_package_imports_is_what_it_asks_pip_for():
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     asked = {
         re.match(r"[\w-]+", line)[0].lower().replace("-", "_")
-        for line in setup["options"]["install_requires"].split()
+        for part in (setup["options"]["install_requires"], setup["options.extras_require"]["peft"])
+        for line in part.split()
     }
     imported = set()
     for path in (ROOT / "sammed3d_backbone").rglob("*.py"):

@@ -39,12 +39,7 @@ class EncoderNetwork(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The encoder's depth groups under this network's names; the decoder follows them."""
-        return {
-            group: [(_under_encoder(pattern), rank) for pattern, rank in rules]
-            if isinstance(rules, list)
-            else _under_encoder(rules)
-            for group, rules in self.encoder.group_matcher(coarse).items()
-        }
+        return groups_under_encoder(self.encoder, coarse)
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """A block of the decoder, whose inner values are not kept if they are to be recomputed."""
@@ -53,6 +48,16 @@ class EncoderNetwork(nn.Module):
         else:
             out = block(*inputs)
         return out
+
+
+def groups_under_encoder(encoder: Encoder, coarse: bool) -> dict[str, Any]:
+    """An encoder's depth groups by the names that a module has for it that calls it `encoder`."""
+    return {
+        group: [(_under_encoder(pattern), rank) for pattern, rank in rules]
+        if isinstance(rules, list)
+        else _under_encoder(rules)
+        for group, rules in encoder.group_matcher(coarse).items()
+    }
 
 
 def spread_taps(encoder: Encoder, count: int) -> list[int]:

@@ -33,8 +33,8 @@ part. A key is padded if kd >= x or kh >= y or kw >= z, so with sums over kd, kh
     logit of the extra key = log sum_kw e^{T[i,kw]} M[d,h,kw]
 
 All terms are positive: computed with logsumexp and logaddexp nothing cancels. The key part b_k
-of the bias adds q(i)·b_k to every logit of row i, padded or not, and drops out of the softmax;
-it is left out everywhere. The textbook form on the padded window is in the tests.
+of the bias adds q(i)·b_k to every logit of row i, padded or not, so the extra key is b_k itself.
+The textbook form on the padded window is in the tests.
 """
 
 import itertools
@@ -110,15 +110,14 @@ class Attention(nn.Module):
         """
         batch, *extents, _ = x.shape
         grid = (extents[0], extents[1], extents[2])
-        q_bias, k_bias, v_bias = self.qkv.bias.chunk(3)
-        bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])
-        qkv = F.linear(x.flatten(1, 3), self.qkv.weight, bias)  # (B, N, 3 * E)
+        qkv = self.qkv(x.flatten(1, 3))  # (B, N, 3 * E)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, A, N, C)
         q, k, v = qkv.flatten(1, 2).unbind(0)  # (B * A, N, C)
-        b_q, b_v = (b.view(self.num_heads, 1, -1).repeat(batch, 1, 1) for b in (q_bias, v_bias))
+        heads = self.qkv.bias.view(3, self.num_heads, 1, -1)
+        b_q, b_k, b_v = heads.repeat(1, batch, 1, 1).unbind(0)  # (B * A, 1, C)
         terms = self._axial(q, grid) if self.rel_pos == "axial" else self._released(q, b_q, grid)
         if len(terms.keys) > q.shape[1]:
-            k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
+            k, v = torch.cat([k, b_k], dim=1), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
         # What differs between queries rides along in the matrix product, on indicator keys.
         q = torch.cat([q, terms.queries], dim=-1)
         k = torch.cat([k * self.scale, terms.keys.expand(k.shape[0], -1, -1)], dim=-1)
