@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.adapters.controls import ZeroedEncoder
+from sammed3d_backbone.adapters.lora import add_lora
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
@@ -51,6 +52,7 @@ from sammed3d_backbone.export import (
     Segmenter,
     adapters,
     build_network,
+    equipped,
     library_versions,
     save_model,
     segment_volume,
@@ -88,6 +90,10 @@ class Config:
     init: str | None = None  # fine-tuned model of the same classes to train on from
     scratch: bool = False  # the fair twin: no weights, its own learning rate, no layer decay
     rel_pos: Literal["released", "axial"] = "released"
+    channels: Literal["repeat", "shared"] = "repeat"  # see adapters/channels.py
+    channel_gains: tuple[float, ...] | None = None  # of repeat; None: the same for all
+    peft: Literal["none", "lora", "bottleneck"] = "none"  # all that learns in the encoder
+    peft_size: int = 8  # rank of LoRA, channels of bottlenecks
     feature_size: int = 16  # channels of the decoder at full resolution
     spacing_mm: tuple[float, float, float] | None = (1.5, 1.5, 1.5)  # None: each volume's own
     intensity: str = "zscore_positive"  # see data/intensity.py
@@ -139,10 +145,21 @@ class Config:
                 f"freeze={self.freeze}, freeze_steps={self.freeze_steps}, steps={self.steps}; "
                 "give decoder_first 1 or more freeze_steps, but fewer than steps, and others none"
             )
-        if self.model == "basicunet" and (self.checkpointing or self.freeze != "none"):
+        has_plan = self.checkpointing or self.freeze != "none" or self.channels == "shared"
+        if self.model == "basicunet" and has_plan:
             raise ValueError(
-                f"model={self.model} has no encoder to freeze or to recompute; "
-                "leave out freeze= and checkpointing=, or take model=unetr"
+                f"model={self.model} has no encoder to freeze, to recompute or to share; "
+                "leave out freeze=, checkpointing= and channels=, or take model=unetr"
+            )
+        given = not self.scratch and self.control == "none" and self.model != "basicunet"
+        if self.peft != "none" and (self.peft_size < 1 or self.freeze != "none" or not given):
+            raise ValueError(
+                f"peft={self.peft} freezes trained weights and learns beside them; give a "
+                "peft_size of 1 or more, and leave out freeze=, scratch=, control= and basicunet"
+            )
+        if self.peft == "lora" and self.init is not None:
+            raise ValueError(
+                "peft=lora begins at an encoder, not at a whole network; pass init= as weights="
             )
 
 
@@ -181,7 +198,9 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
         dataset, ids, card.preparation, cache=cache, progress=accelerator.is_main_process
     )
     train, val = prepared[: len(fold.train)], prepared[len(fold.train) :]
-    lr, decay = (cfg.scratch_lr, 1.0) if cfg.scratch else (cfg.lr, cfg.layer_decay)
+    lr = cfg.scratch_lr if cfg.scratch else cfg.lr
+    # Decay protects what was learned before; beside a frozen encoder all that learns is new.
+    decay = 1.0 if cfg.scratch or cfg.peft != "none" else cfg.layer_decay
     optimizer = optim.layer_decayed(network, lr, layer_decay=decay, weight_decay=cfg.weight_decay)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
     segmenter = Segmenter(ema.module, card)  # always the averaged weights
@@ -280,7 +299,8 @@ def choose_cases(cfg: Config) -> tuple[Dataset, Fold]:
 
 def make_card(cfg: Config, dataset: Dataset) -> Card:
     """What will travel with the weights."""
-    sizes: dict[str, Any] = {"in_chans": len(dataset.channels), "img_size": cfg.img_size}
+    in_chans = 1 if cfg.channels == "shared" else len(dataset.channels)
+    sizes: dict[str, Any] = {"in_chans": in_chans, "img_size": cfg.img_size}
     knobs: dict[str, Any] = {}
     if cfg.model not in ("linear_head", "basicunet"):
         knobs["feature_size"] = cfg.feature_size
@@ -297,6 +317,8 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
         intensity=cfg.intensity,
         crop_vox=cfg.img_size,
         overlap=cfg.overlap,
+        shared=cfg.channels == "shared",
+        bottleneck=cfg.peft_size if cfg.peft == "bottleneck" else 0,
         one_piece=cfg.one_piece,
         training={
             "config": {
@@ -315,7 +337,10 @@ def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, d
     if cfg.model != "basicunet":
         is_random = cfg.scratch or cfg.control == "zero_encoder"
         weights = "none" if is_random else cfg.weights
-        backbone = encoder(weights=weights, drop_path=cfg.drop_path, **card.encoder)
+        gains = cfg.channel_gains
+        backbone = encoder(
+            weights=weights, drop_path=cfg.drop_path, channel_gains=gains, **card.encoder
+        )
         record = backbone.pretrained_cfg
         start["weights"] = f"{cfg.variant}: random weights, as asked"
         if (report := backbone.load_report) is not None:
@@ -324,17 +349,25 @@ def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, d
             record = replace(record, name=without_folder(record.name))
         start["contamination"] = str(seen_in_pretraining(record, dataset_name))
         start["citations"] = [record.citation] if record and record.citation else []
+        if cfg.peft == "lora":
+            add_lora(backbone, rank=cfg.peft_size)
+        backbone = equipped(backbone, card)
         if cfg.control == "zero_encoder":
             backbone = ZeroedEncoder(backbone)
         model = adapters()[cfg.model](backbone, len(card.labels), **card.adapter)
         model.set_grad_checkpointing(cfg.checkpointing)
-        set_frozen(model.encoder, cfg.freeze == "encoder")
+        if cfg.freeze == "encoder":
+            set_frozen(model.encoder, True)
     else:
         model = build_network(card)
     parts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
-    start["parameters"] = {"all": sum(parts.values()), "encoder": parts.get("encoder", 0)}
+    start["parameters"] = {
+        "all": sum(parts.values()),
+        "encoder": parts.get("encoder", 0),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
     return model, start
 
 

@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.adapters.lora import merged
 from sammed3d_backbone.checkpoint import part_of, read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.pretrained import locate
 
 FORMAT = 1
@@ -38,6 +40,8 @@ class Card:
         network: A name in `adapters()`, or "basicunet".
         encoder: Arguments of `factory.encoder`, without weights; empty for a network without it.
         adapter: Arguments of the network's function, without encoder and classes.
+        shared: Whether each channel goes through the encoder by itself; see adapters/channels.py.
+        bottleneck: Channels of bottlenecks in the encoder, 0 for none; see adapters/bottleneck.py.
         labels: Class value -> name, background included.
         channels: Names of the input channels, in order.
         spacing_mm: Along R, A, S; None keeps each volume's own.
@@ -59,6 +63,8 @@ class Card:
     intensity: str
     crop_vox: int
     overlap: float = 0.5
+    shared: bool = False
+    bottleneck: int = 0
     one_piece: bool = False
     orientation: str = "RAS"
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +78,8 @@ class Card:
             "network": f"fine-tuned {self.network}",
             "encoder": _listed(self.encoder) or "none",
             "adapter": _listed(self.adapter) or "as by default",
+            "shared": self.shared,
+            "bottleneck": self.bottleneck or "none",
             "labels": _listed(self.labels),
             "channels": ", ".join(self.channels),
             "spacing_mm": " x ".join(map(str, spacing)) if spacing else "each volume's own",
@@ -208,8 +216,18 @@ def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn
         raise ValueError(
             f"unknown network {card.network!r}; this version knows {', '.join(known)}, basicunet"
         )
-    backbone = _build_encoder(card, part_of(tensors or {}, MODEL_ENCODER))
+    backbone = equipped(_build_encoder(card, part_of(tensors or {}, MODEL_ENCODER)), card)
     return known[card.network](backbone, len(card.labels), **card.adapter)
+
+
+def equipped(backbone: ImageEncoder3D, card: Card) -> Encoder:
+    """The encoder with all that the card puts into and around it."""
+    from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
+    from sammed3d_backbone.adapters.channels import SharedEncoder
+
+    if card.bottleneck:
+        add_bottlenecks(backbone, width=card.bottleneck)
+    return SharedEncoder(backbone, len(card.channels)) if card.shared else backbone
 
 
 def adapters() -> dict[str, Callable[..., nn.Module]]:
@@ -232,8 +250,11 @@ def adapters() -> dict[str, Callable[..., nn.Module]]:
 
 
 def save_model(path: Path, segmenter: Segmenter) -> None:
-    """Writes network and card as one safetensors file, complete or not at all."""
-    tensors = segmenter.model.state_dict()
+    """Writes network and card as one safetensors file, complete or not at all.
+
+    What LoRA has learned is added to the weights that it belongs to.
+    """
+    tensors = merged(segmenter.model).state_dict()
     write(path, tensors, {CARD_KEY: segmenter.card.to_json()}, overwrite=True)
 
 
@@ -341,9 +362,11 @@ def _listed(values: Mapping[Any, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
-def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> Encoder:
+def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> ImageEncoder3D:
     """The card's encoder with random weights, for the tensors that it will load, if any."""
     network = encoder(**card.encoder, weights="none")
+    if card.shared:
+        stored = part_of(stored, MODEL_ENCODER)
     if stored:
         kept = {name: value for name, value in card.encoder.items() if name != "img_size"}
         img_size = network.img_size

@@ -358,6 +358,13 @@ def _encoder_of_model(
             "with it use `sammed3d predict`, and as weights pass the file that a run of a network "
             "with an encoder wrote"
         )
+    if about.get("bottleneck"):
+        raise CheckpointError(
+            f"{record.name} has bottlenecks in an encoder that stayed as it was; pass the weights "
+            "that it began with, or train on from all of it with init="
+        )
+    if about.get("shared"):
+        mine = part_of(mine, MODEL_ENCODER)
     return dataclasses.replace(
         record,
         variant=about["encoder"]["variant"],

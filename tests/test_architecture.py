@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "factory": {"models", "variants", "pretrained", "checkpoint"},
     "selftest": {"models", "variants"},
     "predictor": {"models", "data", "factory", "checkpoint", "files"},
-    "export": {"checkpoint", "factory", "pretrained", "adapters", "data"},
+    "export": {"checkpoint", "factory", "pretrained", "adapters", "data", "models.image_encoder"},
     "publish": {"export", "pretrained"},
     "evaluation": {"data", "clicks", "files", "provenance"},
     "training": {"clicks", "config", "data", "evaluation", "files", "provenance"},

@@ -2,6 +2,7 @@
 
 import equality_check
 import pytest
+from derive_channels import derive_channels
 
 
 @pytest.fixture(scope="session")
@@ -9,6 +10,14 @@ def toy_data(tmp_path_factory):
     """Six volumes of boxes, a front and a back, in the Decathlon's layout."""
     folder = tmp_path_factory.mktemp("toy")
     equality_check.write_boxes(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_channels(toy_data, tmp_path_factory):
+    """The same volumes with their gradient as a second channel."""
+    folder = tmp_path_factory.mktemp("toy_channels")
+    derive_channels(toy_data, folder)
     return folder
 
 

@@ -186,6 +186,53 @@ def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatc
     assert all(encoder_stays) == kept
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"channel_gains": (1.0, 0.0)},
+        {"channels": "shared"},
+        {"peft": "lora", "peft_size": 2},
+        {"peft": "bottleneck", "channels": "shared"},
+    ],
+    ids=["gains", "shared", "lora", "bottleneck-shared"],
+)
+def test_a_model_of_two_channels_is_plain_to_read(
+    small, runs, two_channels, tiny_weights, monkeypatch, capsys, knobs
+):
+    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *given: given[3])
+    warm = {"scratch": False, "weights": tiny_weights, "data": str(two_channels), "steps": 2}
+    trained = main(Config(**small | warm | knobs))
+    image = Volume.load(two_channels / "imagesTr/case_0.nii.gz")
+    read = load_model(runs / "toy/last.safetensors")
+    assert not any("lora" in name for name in read.model.state_dict())
+    prepared, _ = read.card.preparation.image(image)
+    torch.testing.assert_close(read.logits(prepared), trained.logits(prepared))
+    parameters = read.card.training["start"]["parameters"]
+    assert (parameters["trained"] < parameters["all"]) == ("peft" in knobs)
+    assert "'trained': " in capsys.readouterr().out
+
+
+def test_the_encoder_of_a_shared_model_serves_as_weights(small, two_channels, tmp_path):
+    cfg = Config(**small | {"data": str(two_channels), "channels": "shared"})
+    card = make_card(cfg, read_dataset(two_channels))
+    network, _ = make_model(cfg, card, "Toy")
+    save_model(tmp_path / "shared.safetensors", Segmenter(network, card))
+    taken = encoder("tiny", weights=tmp_path / "shared.safetensors")
+    tensor = "blocks.3.attn.qkv.weight"
+    assert torch.equal(taken.state_dict()[tensor], network.encoder.encoder.state_dict()[tensor])
+
+
+def test_an_encoder_with_bottlenecks_is_no_weights(small, toy_data, tiny_weights, tmp_path):
+    knobs = {"scratch": False, "weights": tiny_weights, "peft": "bottleneck"}
+    cfg = Config(**small | knobs)
+    card = make_card(cfg, read_dataset(toy_data))
+    network, _ = make_model(cfg, card, "Toy")
+    save_model(tmp_path / "narrow.safetensors", Segmenter(network, card))
+    with pytest.raises(ValueError, match="pass the weights that it began with"):
+        encoder("tiny", weights=tmp_path / "narrow.safetensors")
+
+
 def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, tiny_weights):
     cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
     model, start = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy")
@@ -351,6 +398,11 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         ({"freeze_steps": 9}, "and others none"),
         ({"model": "basicunet", "freeze": "encoder"}, "take model=unetr"),
         ({"model": "basicunet", "checkpointing": True}, "take model=unetr"),
+        ({"model": "basicunet", "channels": "shared"}, "leave out .* channels="),
+        ({"peft": "lora", "peft_size": 0}, "give a peft_size of 1 or more"),
+        ({"peft": "lora", "freeze": "encoder"}, "leave out freeze="),
+        ({"peft": "bottleneck", "scratch": True}, "leave out freeze=, scratch="),
+        ({"peft": "lora", "init": "MODEL"}, "pass init= as weights="),
         ({"flip_axes": (3,)}, r"give axes among \[0, 1, 2\]"),
     ],
     ids=str,
