@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "export": {"checkpoint", "factory", "pretrained", "adapters", "data", "models.image_encoder"},
     "publish": {"export", "pretrained"},
     "evaluation": {"data", "clicks", "files", "provenance"},
-    "training": {"clicks", "config", "data", "evaluation", "files", "provenance"},
+    "training": {"clicks", "config", "data", "evaluation", "files", "models", "provenance"},
 }
 MAY_IMPORT["__init__"] = {"factory", "pretrained"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}

@@ -94,13 +94,26 @@ class Sam3D(nn.Module):
             embedding: (1 or P, F, x, y, z), the image encoder's output.
             returns: (P, 1, 4 x, 4 y, 4 z), to be fed back with the next click.
         """
+        return self.decode_and_rate(embedding, points, mask_logits)[0]
+
+    def decode_and_rate(
+        self, embedding: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What `decode` returns, and the network's own opinion of it.
+
+        The opinion means something where training taught it, which that of the released weights
+        did not.
+
+        Shapes:
+            returns: (P, 1, 4 x, 4 y, 4 z) and (P, 1).
+        """
         if mask_logits is None:
             mask_logits = embedding.new_zeros(1, 1, *self.prompt_encoder.mask_size)
         sparse, dense = self.prompt_encoder(points=points, masks=mask_logits)
-        logits: Tensor = self.mask_decoder(
+        answer: tuple[Tensor, Tensor] = self.mask_decoder(
             embedding, self.prompt_encoder.get_dense_pe(), sparse, dense
-        )[0]
-        return logits
+        )
+        return answer
 
     def upsample(self, low_res: Tensor) -> Tensor:
         """The decoder's logits on the input's voxels, trilinear between voxel centres.

@@ -62,6 +62,25 @@ class Schedule:
         return self.lr * optim.warmup_cosine(step - waited, self.steps - waited, self.warmup_steps)
 
 
+class Means:
+    """Figures of steps, averaged from one line of the log to the next."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._noted: list[Mapping[str, Tensor]] = []
+
+    def note(self, figures: Mapping[str, Tensor]) -> None:
+        """Takes the scalars of a step, the same ones every time."""
+        self._noted.append({name: value.detach() for name, value in figures.items()})
+
+    def taken(self) -> dict[str, float]:
+        """The means over all steps since the last call, and over all processes."""
+        noted, self._noted = self._noted, []
+        rows = torch.stack([torch.stack(list(figures.values())) for figures in noted])
+        means = self._accelerator.reduce(rows.mean(0), "mean")
+        return dict(zip(noted[0], means.tolist(), strict=True))
+
+
 def train(
     accelerator: Accelerator,
     step: Step,
@@ -73,6 +92,7 @@ def train(
     run: Run,
     schedule: Schedule,
     bar: tqdm[Any],
+    figures: Callable[[], Mapping[str, float]] = dict,
 ) -> None:
     """Trains on the given batches, and logs and saves on the way.
 
@@ -90,6 +110,7 @@ def train(
         run: Gets a line every `log_every` steps and a checkpoint every `save_every_s` seconds.
         schedule: The numbers of the whole run.
         bar: Advanced by one per step.
+        figures: What else a line of the log says; asked once per line.
     """
     model.train()
     stop = schedule.next_stop(progress.step)
@@ -141,6 +162,7 @@ def train(
                 memory_gib=round(gib, 3),
                 seconds=round(progress.seconds, 1),
                 cpu_seconds=round(progress.cpu_seconds, 1),
+                **figures(),
             )
             bar.set_postfix_str(
                 f"loss {mean:.3f}, Dice {_shown(progress.dice)}, lr {lr:.1e}, "

@@ -1,4 +1,4 @@
-"""AdamW with learning rates that fall from the head towards the first block, and their schedule.
+"""AdamW with learning rates by layer or by part, and their schedule.
 
 There is no scheduler object: `set_lr` computes every learning rate from the step number, so there
 is nothing to save, nothing for accelerate to step once too often, and timm's ``lr_scale`` (which
@@ -8,7 +8,7 @@ only timm's own schedulers apply) is applied here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -49,6 +49,34 @@ def layer_decayed(
             "pass layer_decay=1"
         )
     return AdamW([group | {"lr": lr * group.get("lr_scale", 1.0)} for group in groups], lr=lr)
+
+
+def part_scaled(
+    network: nn.Module, lr: float, scales: Mapping[str, float], *, weight_decay: float = 0.05
+) -> AdamW:
+    """AdamW over a network's trainable parameters, each part with a learning rate of its own.
+
+    Args:
+        network: Of named parts.
+        lr: Of a part with scale 1.
+        scales: Name of a part -> factor on `lr`; all parts have one.
+        weight_decay: Not applied to biases, norms, embeddings and what a part's own
+            ``no_weight_decay`` names.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, part in network.named_children():
+        named: Any = part
+        exempt = set(named.no_weight_decay()) if hasattr(part, "no_weight_decay") else set()
+        exempt |= {
+            f"{place}.weight" for place, m in part.named_modules() if isinstance(m, nn.Embedding)
+        }
+        groups += [
+            {**group, "lr_scale": scales[name], "lr": lr * scales[name]}
+            for group in timm.optim.param_groups_weight_decay(
+                part, weight_decay, no_weight_decay_list=exempt
+            )
+        ]
+    return AdamW(groups, lr=lr)
 
 
 def describe(model: nn.Module, optimizer: Optimizer) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sammed3d_backbone import encoder
+from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.training import optim
 
@@ -98,3 +98,18 @@ def test_a_run_shorter_than_its_warm_up_is_defined():
 
 def test_no_step_divides_by_zero():
     assert torch.isfinite(torch.tensor(optim.warmup_cosine(5, 5, 5)))
+
+
+def test_each_part_learns_at_its_own_rate_and_embeddings_do_not_decay():
+    network = sam("tiny", "none", img_size=16)
+    scales = {"image_encoder": 1.0, "prompt_encoder": 0.1, "mask_decoder": 0.5}
+    optimizer = optim.part_scaled(network, 1e-3, scales, weight_decay=0.05)
+    optim.set_lr(optimizer, 2e-3)
+    decoder = network.mask_decoder
+    assert lr_of(optimizer, network.image_encoder.pos_embed) == 2e-3
+    assert lr_of(optimizer, network.prompt_encoder.not_a_point_embed.weight) == pytest.approx(2e-4)
+    assert lr_of(optimizer, decoder.mask_tokens.weight) == 1e-3
+    still = {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    assert id(decoder.mask_tokens.weight) in still
+    assert id(decoder.iou_prediction_head.layers[0].weight) not in still
+    assert id(network.image_encoder.pos_embed) in still

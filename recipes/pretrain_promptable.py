@@ -1,0 +1,391 @@
+"""Train the promptable network by clicks: from scratch, or on from public weights on own data.
+
+    python recipes/pretrain_promptable.py recipes/configs/pretrain_tiny.yaml
+    accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
+
+A first click in the object, later ones where the mask is wrong, on one embedding per volume; large
+objects in simple volumes come first. The same command goes on where a stopped run was. Everything
+lies in SAMMED3D_RUNS/<name>; `last.safetensors` there loads as `sam(variant, weights=FILE)` and is
+written anew at every validation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from monai.transforms import (
+    Compose,
+    RandAdjustContrastd,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+)
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from sammed3d_backbone import config, sam
+from sammed3d_backbone.checkpoint import write
+from sammed3d_backbone.data.datasets import few_subjects, read_fold
+from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
+from sammed3d_backbone.data.objects import (
+    Curriculum,
+    MadeUp,
+    ObjectStream,
+    Scans,
+    Source,
+    read_scan,
+)
+from sammed3d_backbone.data.singles import DESCRIPTION
+from sammed3d_backbone.evaluation.clickbench.cases import ClickCase, read_click_set
+from sammed3d_backbone.export import library_versions, without_folder
+from sammed3d_backbone.models.sam import Sam3D
+from sammed3d_backbone.predictor.admission import intensity_of
+from sammed3d_backbone.pretrained import PretrainingSet, Weights, to_metadata
+from sammed3d_backbone.provenance import cores
+from sammed3d_backbone.training import engine, optim
+from sammed3d_backbone.training.interaction import Interaction, dice_per_click
+from sammed3d_backbone.training.runs import Progress, open_run
+from sammed3d_backbone.training.starts import start_afresh
+
+SYNTHETIC = "synthetic"  # the source that needs no files
+SCORED_CLICKS = (1, 3, 5)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The knobs."""
+
+    name: str  # of the run's folder below SAMMED3D_RUNS
+    sources: tuple[str, ...]  # "synthetic", and data sets or folders with a labels.json
+    shares: tuple[float, ...]  # of the samples, one for each source
+    exclude: tuple[str, ...] = ()  # sets that are refused and cases that are left out, by name
+    held_out_folds: tuple[int, ...] = ()  # whose validation cases stay out of everything
+    val_cases: int = 6  # subjects of each data set that are set apart to be scored
+    val_crops: int = 24  # crops that are scored
+    variant: str = "tiny"
+    weights: str = "none"  # random; or a name or file of whole promptable networks
+    rel_pos: Literal["released", "axial"] = "released"
+    positions: Literal["released", "consistent"] | None = None  # None: the variant's, the weights'
+    img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
+    spacing_mm: float = 1.5  # that the network is meant for
+    zoom: float = 2.0  # largest factor on the spacing, up and down
+    stretch: float = 1.15  # the same for each axis by itself
+    objects: int = 12  # of a volume
+    interactions: int = 4  # steps with each object
+    without_point: tuple[int, ...] = ()  # steps, counted from 0, that only refine the last mask
+    clicks: Literal["newest", "all"] = "newest"  # that a step is given
+    detach: bool = True  # no gradient through masks that are fed back
+    balance: float = 0.5  # 1: the voxels of an object weigh as much as all others; 0: as one each
+    quality_weight: float = 0.1  # of the predicted Dice in the loss
+    smallest_vox: tuple[int, int] = (2000, 200)  # of objects that are asked for, first and last
+    structures: tuple[int, int] = (5, 12)  # most in a made-up volume, first and last
+    curriculum_steps: int = 0  # from the first to the last of these; 0: all is as in the end
+    steps: int = 1000  # of the optimiser
+    batch: int = 1  # volumes per process and pass
+    accumulate: int = 1  # passes per step, whose gradients are averaged
+    lr: float = 5e-4  # of the image encoder
+    decoder_lr: float = 1.0  # of prompt encoder and mask decoder, as a factor on lr
+    weight_decay: float = 0.05
+    warmup_steps: int = 100
+    clip: float = 1.0  # of the gradient's norm
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "bf16"] = "no"
+    validate_every: int = 500  # steps
+    log_every: int = 10  # steps
+    save_every_s: float = 300.0  # seconds between checkpoints
+    workers: int = 0  # processes that make samples
+    threads: int = 0  # CPU threads per process; 0: all cores, shared by the processes
+    cpu: bool = False  # even where there is a GPU
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("objects", "interactions", "steps", "batch", "accumulate", "validate_every")
+        if low := [key for key in (*counts, "log_every") if getattr(self, key) < 1]:
+            raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
+        if late := [step for step in self.without_point if step >= self.interactions]:
+            raise ValueError(
+                f"without_point={list(self.without_point)} names step {late[0]}, but there are "
+                f"{self.interactions}, counted from 0; raise interactions= or leave it out"
+            )
+
+
+# Keys that may change when a run goes on: they say where and how fast, not what.
+FREE = ("threads", "workers", "cpu", "save_every_s")
+
+
+def main(cfg: Config) -> dict[str, float]:
+    """Trains or goes on; returns the scores of the last validation."""
+    accelerator = Accelerator(
+        mixed_precision=cfg.mixed_precision,
+        cpu=cfg.cpu,
+        gradient_accumulation_steps=cfg.accumulate,
+    )
+    torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
+    say = accelerator.print
+    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process)
+    say(f"{config.dump(cfg)}hash of what counts: {config.digest(cfg, leave_out=('name', *FREE))}")
+
+    torch.manual_seed(cfg.seed)
+    network = sam(
+        cfg.variant,
+        cfg.weights,
+        img_size=cfg.img_size,
+        rel_pos=cfg.rel_pos,
+        positions=cfg.positions,
+    )
+    if cfg.weights == "none":
+        start_afresh(network)
+    side_vox = network.img_size[0]
+    training, validation, seen = open_sources(cfg)
+    scales = {
+        "image_encoder": 1.0,
+        "prompt_encoder": cfg.decoder_lr,
+        "mask_decoder": cfg.decoder_lr,
+    }
+    interaction = Interaction(
+        network,
+        without_point=cfg.without_point,
+        clicks=cfg.clicks,
+        detach=cfg.detach,
+        balance=cfg.balance,
+        quality_weight=cfg.quality_weight,
+    )
+    optimizer = optim.part_scaled(network, cfg.lr, scales, weight_decay=cfg.weight_decay)
+    say(optim.describe(network, optimizer))
+    ema = ModelEmaV3(interaction, decay=cfg.ema_decay, use_warmup=True)
+    progress = Progress(accelerator.num_processes)
+    means = engine.Means(accelerator)
+    schedule = engine.Schedule(
+        steps=cfg.steps,
+        validate_every=cfg.validate_every,
+        lr=cfg.lr,
+        warmup_steps=cfg.warmup_steps,
+        clip=cfg.clip,
+        log_every=cfg.log_every,
+        save_every_s=cfg.save_every_s,
+        seed=cfg.seed,
+    )
+
+    def step(model: nn.Module, batch: engine.Batch) -> Tensor:
+        loss, figures = model(batch["image"], batch["objects"], batch["draws"])
+        means.note(figures)
+        total: Tensor = loss
+        return total
+
+    per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
+    stream = ObjectStream(
+        training,
+        cfg.shares,
+        side_vox,
+        Curriculum(cfg.smallest_vox, cfg.structures, cfg.curriculum_steps * per_step),
+        objects=cfg.objects,
+        steps=cfg.interactions,
+        samples=cfg.steps * per_step,
+        seed=(cfg.seed, 0),
+        augment=augmentation(),
+    )
+    scored = ObjectStream(
+        validation,
+        [1.0] * len(validation),
+        side_vox,
+        Curriculum(cfg.smallest_vox, cfg.structures, 0),
+        objects=4,
+        steps=1,
+        samples=cfg.val_crops,
+        seed=(cfg.seed, 1),
+    )
+
+    def batches_after(steps: int) -> Iterator[engine.Batch]:
+        rest = Subset(stream, range(steps * per_step, len(stream)))
+        return iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers)))
+
+    model, optimizer = accelerator.prepare(interaction, optimizer)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema, progress)
+    run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
+    accelerator.wait_for_everyone()
+    if run.resume(accelerator, progress):
+        say(f"going on after step {progress.step} of {cfg.steps}")
+    batches = batches_after(progress.step)
+    scores: dict[str, float] = {}
+    shown = accelerator.is_main_process
+    with tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=not shown) as bar:
+        while progress.step < cfg.steps:
+            steps = schedule.next_stop(progress.step) - progress.step
+            engine.train(
+                accelerator,
+                step,
+                model,
+                islice(batches, steps * cfg.accumulate),
+                optimizer,
+                ema,
+                progress,
+                run,
+                schedule,
+                bar,
+                means.taken,
+            )
+            averaged = ema.module.network
+            scores = validate(accelerator, averaged, scored)
+            bar.write(f"step {progress.step}: {scores}")
+            run.record(step=progress.step, **scores)
+            progress.scored(scores["mean_dice"])
+            if accelerator.is_main_process:
+                save_weights(
+                    run.folder / "last.safetensors", ema.module.network, cfg, seen, progress.step
+                )
+            run.save(accelerator, progress.step)
+    return scores
+
+
+def open_sources(cfg: Config) -> tuple[list[Source], list[Source], dict[str, list[str]]]:
+    """What to train on, what to score on, and by name the cases that are trained on.
+
+    Raises:
+        ValueError: If a source is excluded.
+    """
+    training: list[Source] = []
+    scored: list[Source] = []
+    seen: dict[str, list[str]] = {}
+    for source in cfg.sources:
+        if source == SYNTHETIC:
+            training.append(MadeUp())
+            scored.append(MadeUp())
+            seen[SYNTHETIC] = []
+            continue
+        name, mine, apart = choose_cases(cfg, source)
+        for cases, sources, zoom, stretch in (
+            (mine, training, cfg.zoom, cfg.stretch),
+            (apart, scored, 1.0, 1.0),
+        ):
+            scans = [read_scan(entry.case, intensity_of(entry.modality)) for entry in cases]
+            if scans:
+                sources.append(Scans(name, scans, cfg.spacing_mm, zoom=zoom, stretch=stretch))
+        seen[name] = [entry.case.id for entry in mine]
+    return training, scored, seen
+
+
+def choose_cases(cfg: Config, source: str) -> tuple[str, list[ClickCase], list[ClickCase]]:
+    """The name of a data set, its cases to train on, and those that are set apart to be scored.
+
+    Single volumes are all trained on. Scans of one person are never on both sides.
+    """
+    below = Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / source
+    folder = below if below.is_dir() else Path(source).expanduser()
+    found = read_click_set(folder)
+    banned = {name.lower() for name in cfg.exclude}
+    if hit := {found.name.lower(), *source.lower().split("/")} & banned:
+        raise ValueError(
+            f"{source} is refused, since exclude= names {min(hit)}; leave it out of sources="
+        )
+    cases = [c for c in found.cases if not {c.case.id.lower(), c.case.subject.lower()} & banned]
+    if (folder / DESCRIPTION).is_file():
+        return found.name, cases, []
+    dataset = read_dataset(folder)
+    held_out = {name for fold in cfg.held_out_folds for name in read_fold(dataset, fold).val}
+    cases = [c for c in cases if c.case.id not in held_out]
+    apart: set[str] = set()
+    if cfg.val_cases:
+        apart.update(few_subjects(dataset, [c.case.id for c in cases], cfg.val_cases, cfg.seed))
+    return (
+        found.name,
+        [c for c in cases if c.case.id not in apart],
+        [c for c in cases if c.case.id in apart],
+    )
+
+
+def augmentation() -> Compose:
+    """Random changes under which an object stays the object that it is."""
+    return Compose(
+        [
+            *(RandFlipd(["image", "label"], prob=0.5, spatial_axis=axis) for axis in range(3)),
+            RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.7), invert_image=True),
+            RandScaleIntensityd("image", prob=0.3, factors=0.3),
+            RandGaussianSmoothd("image", prob=0.15),
+            RandGaussianNoised("image", prob=0.3, std=0.2),
+        ]
+    )
+
+
+def validate(accelerator: Accelerator, network: nn.Module, crops: ObjectStream) -> dict[str, float]:
+    """Mean Dice after the scored clicks on objects of crops that stay the same, by source too."""
+    network.eval()
+    mine = []
+    for number in range(accelerator.process_index, len(crops), accelerator.num_processes):
+        crop = crops[number]
+        image, objects = (crop[key].to(accelerator.device) for key in ("image", "objects"))
+        with accelerator.autocast():
+            dice = dice_per_click(network, image, objects, max(SCORED_CLICKS))
+        mine.append((number, crops.sources[int(crop["source"])].name, dice.mean(0).tolist()))
+    rows = sorted(gather_object(mine))
+    scores = {}
+    for clicks in SCORED_CLICKS:
+        of = [(name, dice[clicks - 1]) for _, name, dice in rows]
+        scores[f"dice_{clicks}"] = float(np.mean([dice for _, dice in of]))
+        for name in sorted({name for name, _ in of}):
+            scores[f"dice_{clicks}_{name}"] = float(np.mean([d for n, d in of if n == name]))
+    return {"mean_dice": scores[f"dice_{max(SCORED_CLICKS)}"], **scores}
+
+
+def save_weights(
+    path: Path, network: Sam3D, cfg: Config, seen: Mapping[str, list[str]], steps: int
+) -> None:
+    """Writes the network as weights that `sam` and `encoder` load, with all that is known of it."""
+    start: Weights | None = network.pretrained_cfg
+    x, y, z = network.img_size
+    record = Weights(
+        name=cfg.name,
+        variant=cfg.variant,
+        filename=path.name,
+        rel_pos=cfg.rel_pos,
+        positions=network.prompt_encoder.positions,
+        spacing_mm=(cfg.spacing_mm,) * 3,
+        crop_vox=(x, y, z),
+        orientation="RAS",
+        normalisation=(
+            "CT clamped to [-1000, 1000] HU; then z-score with mean and deviation of the whole "
+            "volume's voxels above 0"
+        ),
+        pretraining=(
+            *(() if start is None else start.pretraining or ()),
+            *(PretrainingSet(name, (1,)) for name in seen),
+        ),
+        held_out=cfg.exclude,
+        undisclosed_sets=0 if start is None else start.undisclosed_sets,
+        status=f"trained by recipes/pretrain_promptable.py, {steps} steps",
+    )
+    training = {
+        "config": {
+            key: without_folder(value) if isinstance(value, str) else value
+            for key, value in dataclasses.asdict(cfg).items()
+        },
+        "cases": seen,
+        "steps": steps,
+        "began_with": "random values" if start is None else without_folder(start.name),
+        "versions": library_versions(),
+    }
+    entries = {**to_metadata(record), "training": json.dumps(training)}
+    write(path, network.state_dict(), entries, overwrite=True)
+
+
+if __name__ == "__main__":
+    try:
+        cfg, _ = config.parse(Config, description=__doc__)
+        main(cfg)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

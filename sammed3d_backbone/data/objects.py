@@ -1,0 +1,300 @@
+"""Labelled volumes of many kinds -> numbered crops, each with objects that can be clicked.
+
+`Scans` cuts crops out of real volumes at a random spacing, `MadeUp` makes volumes; `ObjectStream`
+mixes such sources and picks the objects. As in `crops`, sample number n of a run is a pure function
+of (seed, n), the random numbers of its clicks included, so that neither a kill nor another number
+of processes changes what is seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sammed3d_backbone.data.checks import pair_problems
+from sammed3d_backbone.data.crops import Augmentation
+from sammed3d_backbone.data.datasets import Case, DatasetError
+from sammed3d_backbone.data.geometry import Geometry, TripleMm
+from sammed3d_backbone.data.intensity import normalise
+from sammed3d_backbone.data.preparation import load_image, load_label
+from sammed3d_backbone.data.synthetic import Synthesis, synthetic_sample
+
+Crop = tuple[Tensor, Tensor]  # image and labels
+TRIES = 10  # crops of a source, until one holds an object that is large enough
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Large objects in simple volumes first: each knob as it is at first and in the end.
+
+    Args:
+        smallest_vox: Voxels of the smallest object that is asked for.
+        structures: Most structures in a made-up volume.
+        samples: After so many, all is as in the end.
+    """
+
+    smallest_vox: tuple[int, int]
+    structures: tuple[int, int]
+    samples: int
+
+    def at(self, number: int) -> tuple[int, int]:
+        """Smallest voxels and most structures of a sample, on a line of equal factors."""
+        share = 1.0 if self.samples == 0 else min(1.0, number / self.samples)
+        smallest, structures = (
+            round(first ** (1 - share) * last**share)
+            for first, last in (self.smallest_vox, self.structures)
+        )
+        return smallest, structures
+
+
+class Source(Protocol):
+    """Where crops come from."""
+
+    name: str
+
+    def draw(
+        self, rng: np.random.Generator, side_vox: int, smallest_vox: int, structures: int
+    ) -> Crop:
+        """A crop, of which an object of so many voxels may be asked for.
+
+        Shapes:
+            returns: image (1, S, S, S) float32 and labels (1, S, S, S) integers, 0 for no object.
+        """
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Made-up volumes, see `synthetic`."""
+
+    name: str = "synthetic"
+
+    def draw(
+        self, rng: np.random.Generator, side_vox: int, smallest_vox: int, structures: int
+    ) -> Crop:
+        """See `Source`."""
+        how = Synthesis(structures=(min(3, structures), structures), smallest_vox=smallest_vox)
+        return synthetic_sample(int(rng.integers(2**32)), side_vox, how)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One labelled volume on its own grid, axes towards R, A, S.
+
+    Shapes:
+        image: (1, X, Y, Z) float32, normalised.
+        labels: (1, X, Y, Z) integers.
+        zero: (1,), what a raw zero became; fills what lies outside.
+    """
+
+    image: Tensor
+    labels: Tensor
+    zero: Tensor
+    spacing_mm: TripleMm
+
+    def crop(self, centre_vox: Sequence[float], side_vox: int, spacing_mm: TripleMm) -> Crop:
+        """Image and labels of a cube around a place, (1, S, S, S) each."""
+        window, shape, start = [slice(None)], [], []
+        sides = zip(centre_vox, self.image.shape[1:], self.spacing_mm, spacing_mm, strict=True)
+        for centre, n, own, wanted in sides:
+            reach = side_vox * wanted / own / 2 + 1  # one more for the interpolation
+            low, high = max(0, math.floor(centre - reach)), min(n, math.ceil(centre + reach) + 1)
+            window.append(slice(low, high))
+            shape.append(high - low)
+            start.append((centre - low + 0.5) * own / wanted - side_vox / 2)
+        x, y, z = shape
+        geometry = Geometry.plan((x, y, z), np.diag([*self.spacing_mm, 1.0]), spacing_mm)
+        i, j, k = (round(place) for place in start)
+        geometry = geometry.boxed((i, j, k), (side_vox,) * 3)
+        place = tuple(window)
+        image = geometry.to_box(geometry.resample(self.image[place]), self.zero)
+        return image, geometry.to_box(geometry.resample_labels(self.labels[place]))
+
+
+def read_scan(case: Case, intensity: str) -> Scan:
+    """A case, opened and normalised; its labels keep the values of its file.
+
+    Raises:
+        DatasetError: If image and label do not lie on one grid.
+        ValueError: If a file cannot be read.
+    """
+    image, label = load_image(case), load_label(case)
+    if problems := pair_problems(case.label, label, case.images[0], image):
+        raise DatasetError(f"{case.id} cannot be used:", problems)
+    geometry = Geometry.plan(image.shape, image.affine)
+    normalised = normalise(geometry.resample(image.array), intensity)
+    return Scan(
+        normalised.image,
+        geometry.resample_labels(label.array),
+        normalised.zero,
+        geometry.spacing_mm,
+    )
+
+
+class Scans:
+    """Crops around the objects of real volumes, each volume and each of its objects as likely.
+
+    Args:
+        name: Of the source.
+        scans: At least one, each with an object.
+        spacing_mm: Of the crops, in the middle.
+        zoom: Largest factor on it, and one over the smallest. No crop is finer than half the
+            spacing of its scan: there is nothing more to be seen.
+        stretch: The same for each axis by itself.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scans: Sequence[Scan],
+        spacing_mm: float,
+        *,
+        zoom: float = 1.0,
+        stretch: float = 1.0,
+    ) -> None:
+        self.name = name
+        self.scans = scans
+        self.spacing_mm = spacing_mm
+        self.zoom = zoom
+        self.stretch = stretch
+        self._objects = [_objects(scan.labels) for scan in scans]
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        side_vox: int,
+        smallest_vox: int,
+        structures: int,  # noqa: ARG002 (a scan has those that it has)
+    ) -> Crop:
+        """See `Source`."""
+        which = int(rng.integers(len(self.scans)))
+        scan = self.scans[which]
+        factors = self.zoom ** rng.uniform(-1, 1) * self.stretch ** rng.uniform(-1, 1, 3)
+        x, y, z = (
+            max(float(factor) * self.spacing_mm, own / 2)
+            for factor, own in zip(factors, scan.spacing_mm, strict=True)
+        )
+        voxel_share = math.prod(scan.spacing_mm) / (x * y * z)
+        objects = self._objects[which]
+        fitting = [places for n, places in objects if n * voxel_share >= smallest_vox]
+        places = (fitting or [places for _, places in objects])[
+            int(rng.integers(len(fitting or objects)))
+        ]
+        centre = places[int(rng.integers(len(places)))]
+        # Off the middle, so that its place in the crop tells nothing about what is asked for.
+        reach = side_vox / 4 * np.array([x, y, z]) / scan.spacing_mm
+        return scan.crop(centre + rng.uniform(-reach, reach), side_vox, (x, y, z))
+
+
+class ObjectStream(Dataset[dict[str, Tensor]]):
+    """Training samples of a run, by number.
+
+    Shapes:
+        returns: ``image`` (1, S, S, S) float32; ``objects`` (P, S, S, S) bool, none of them empty;
+            ``draws`` (N, P) float32 from 0 to 1, for the clicks of N steps; ``source`` the number
+            of the source.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        shares: Sequence[float],
+        side_vox: int,
+        curriculum: Curriculum,
+        *,
+        objects: int,
+        steps: int,
+        samples: int,
+        seed: tuple[int, ...],
+        augment: Augmentation | None = None,
+    ) -> None:
+        """All samples of a run.
+
+        Args:
+            sources: To be mixed.
+            shares: Of each source, in any unit.
+            side_vox: Side of the crops.
+            curriculum: What is asked for when.
+            objects: Number P; where a crop holds fewer, they come several times.
+            steps: Number N of steps of an interaction.
+            samples: Of the whole run.
+            seed: Of the run; streams of other numbers see other samples.
+            augment: Applied to every crop, as ``image`` and ``label``.
+
+        Raises:
+            ValueError: If there is not one positive share for every source.
+        """
+        if len(shares) != len(sources) or not all(share > 0 for share in shares):
+            raise ValueError(
+                f"{len(sources)} sources with shares={list(shares)}; give each one a share above 0"
+            )
+        self.sources = sources
+        self.shares = np.array(shares) / sum(shares)
+        self.side_vox = side_vox
+        self.curriculum = curriculum
+        self.objects = objects
+        self.steps = steps
+        self.samples = samples
+        self.seed = seed
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((*self.seed, number))
+        which = int(rng.choice(len(self.sources), p=self.shares))
+        image, labels, values = self._crop_with_objects(rng, self.sources[which], number)
+        chosen = np.resize(rng.permutation(values), self.objects)
+        if self.augment is not None:
+            self.augment.set_random_state(seed=int(rng.integers(2**32)))
+            changed = self.augment({"image": image, "label": labels})
+            # MONAI gives its own subclass of tensors, which would slow down all that follows.
+            image, labels = (changed[key].as_subclass(Tensor) for key in ("image", "label"))
+        return {
+            "image": image.float().contiguous(),
+            "objects": torch.stack([labels[0] == value for value in chosen.tolist()]),
+            "draws": torch.from_numpy(rng.random((self.steps, self.objects), np.float32)),
+            "source": torch.tensor(which),
+        }
+
+    def _crop_with_objects(
+        self, rng: np.random.Generator, source: Source, number: int
+    ) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+        """A crop and the values of the objects in it that are large enough.
+
+        If none of several crops has one, it is the largest object of the last crop that has any.
+        """
+        smallest_vox, structures = self.curriculum.at(number)
+        fallback: tuple[Tensor, Tensor, NDArray[np.int64]] | None = None
+        for _ in range(TRIES):
+            image, labels = source.draw(rng, self.side_vox, smallest_vox, structures)
+            values, sizes = np.unique(labels.numpy(), return_counts=True)
+            values, sizes = values[values != 0].astype(np.int64), sizes[values != 0]
+            if (sizes >= smallest_vox).any():
+                return image, labels, values[sizes >= smallest_vox]
+            if len(values):
+                fallback = image, labels, values[[sizes.argmax()]]
+        if fallback is None:
+            raise ValueError(
+                f"{TRIES} crops of {source.name} hold no object; lower smallest_vox=, or leave the "
+                "source out"
+            )
+        return fallback
+
+
+def _objects(labels: Tensor, most: int = 1024) -> list[tuple[int, NDArray[np.int64]]]:
+    """Voxels of each object, and places of up to `most` of them, evenly picked, (N, 3)."""
+    found = []
+    for value in torch.unique(labels).tolist():
+        if value:
+            places = np.argwhere(labels[0].numpy() == value)
+            found.append((len(places), places[:: -(-len(places) // most)].copy()))
+    return found

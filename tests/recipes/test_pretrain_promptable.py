@@ -1,0 +1,155 @@
+"""Pretraining by clicks from sources to weights, on boxes and made-up volumes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pretrain_promptable
+import pytest
+import torch
+from pretrain_promptable import Config, choose_cases, main
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sammed3d_backbone import config, encoder, sam
+from sammed3d_backbone.training.runs import Run
+
+RECIPE = Path(pretrain_promptable.__file__)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The recipe sets the number of threads; what other tests see is put back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small(toy_data, runs):
+    return Config(
+        name="toy",
+        sources=("synthetic", str(toy_data)),
+        shares=(1, 1),
+        val_cases=2,
+        val_crops=2,
+        img_size=16,
+        objects=2,
+        interactions=2,
+        smallest_vox=(100, 50),
+        structures=(3, 4),
+        curriculum_steps=3,
+        steps=4,
+        warmup_steps=1,
+        validate_every=2,
+        log_every=1,
+        save_every_s=0.0,
+        threads=1,
+        cpu=True,
+    )
+
+
+def state(folder):
+    """What has to be equal after a kill."""
+    (checkpoint,) = Run(folder).checkpoints
+    return {
+        **load_file(checkpoint / "model.safetensors"),
+        **{f"out.{k}": v for k, v in load_file(folder / "last.safetensors").items()},
+    }
+
+
+def log(folder):
+    clocks = ("seconds", "cpu_seconds", "images_per_s", "memory_gib")
+    return [{k: v for k, v in r.items() if k not in clocks} for r in Run(folder).records()]
+
+
+@pytest.mark.integration
+def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
+    scores = main(small)
+    assert {"mean_dice", "dice_1", "dice_3", "dice_5", "dice_1_Toy"} <= set(scores)
+    path = runs / "toy/last.safetensors"
+    network = sam("tiny", weights=path)
+    record = network.pretrained_cfg
+    assert (record.positions, record.rel_pos, record.crop_vox) == (
+        "consistent",
+        "released",
+        (16, 16, 16),
+    )
+    assert [entry.name for entry in record.pretraining] == ["synthetic", "Toy"]
+    assert encoder("tiny", weights=path).img_size == (16, 16, 16)
+    lines = [line for line in log(runs / "toy") if "loss" in line]
+    assert len(lines) == 4
+    assert all(0 <= line["soft_dice_first"] <= 1 for line in lines)
+
+
+@pytest.mark.integration
+def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path):
+    main(small)
+    killed = replace(small, name="killed")
+    path = tmp_path / "killed.yaml"
+    path.write_text(config.dump(killed))
+    run = subprocess.Popen(
+        [sys.executable, str(RECIPE), str(path)],
+        env=os.environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while run.poll() is None and not Run(runs / "killed").checkpoints:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    main(killed)
+    whole, again = state(runs / "toy"), state(runs / "killed")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert log(runs / "toy") == log(runs / "killed")
+
+
+@pytest.mark.integration
+def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
+    main(replace(small, steps=2))
+    start = runs / "toy/last.safetensors"
+    main(replace(small, name="tuned", steps=2, weights=str(start), img_size=None, clicks="all"))
+    with safe_open(runs / "tuned/last.safetensors", "pt") as file:
+        training = json.loads(file.metadata()["training"])
+    assert training["began_with"] == "last.safetensors"
+    assert len(training["cases"]["Toy"]) == 4
+
+
+def test_excluded_sets_are_refused(small, toy_data):
+    with pytest.raises(ValueError, match="leave it out of sources="):
+        choose_cases(replace(small, exclude=("toy",)), str(toy_data))
+
+
+def test_excluded_and_held_out_cases_are_on_no_side(small, toy_data):
+    everything = choose_cases(small, str(toy_data))
+    ids = [[entry.case.id for entry in side] for side in everything[1:]]
+    assert [len(side) for side in ids] == [4, 2]
+    without = choose_cases(replace(small, exclude=(ids[0][0],)), str(toy_data))
+    assert ids[0][0] not in [entry.case.id for side in without[1:] for entry in side]
+    held = choose_cases(replace(small, held_out_folds=(0,), val_cases=0), str(toy_data))
+    assert len(held[1]) < 6
+    assert not held[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"objects": 0}, "objects=0; give 1 or more"),
+        ({"without_point": (4,)}, "raise interactions= or leave it out"),
+    ],
+)
+def test_impossible_knobs_are_refused(small, changes, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        replace(small, **changes)
+
+
+def test_the_configuration_for_two_cores_keeps_what_is_to_be_transferred_to_out():
+    cfg = config.load(Config, RECIPE.parent / "configs/pretrain_tiny.yaml")
+    assert set(cfg.exclude) == {"hippocampus", "voxelmorph_brain"}
+    assert cfg.held_out_folds == (0, 1)
+    assert not {source.split("/")[-1] for source in cfg.sources} & set(cfg.exclude)

@@ -1,0 +1,143 @@
+"""Click, look, click again as one loss."""
+
+import pytest
+import torch
+from torch import nn
+
+from sammed3d_backbone import sam
+from sammed3d_backbone.training.interaction import (
+    UNREAD,
+    Interaction,
+    dice_per_click,
+    next_points,
+)
+
+SIDE = 16
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return sam("tiny", "none", img_size=SIDE)
+
+
+def batch(volumes=1, objects=3, steps=3):
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.zeros(volumes, objects, SIDE, SIDE, SIDE, dtype=torch.bool)
+    for number in range(objects):
+        truth[:, number, 2 + number : 9 + number, 3:9, 4:10] = True
+    image = truth.any(1, keepdim=True) + 0.1 * torch.randn(
+        volumes, 1, SIDE, SIDE, SIDE, generator=generator
+    )
+    return image, truth, torch.rand(volumes, steps, objects, generator=generator)
+
+
+@pytest.mark.parametrize("clicks", ["newest", "all"])
+def test_the_loss_reaches_every_part_that_an_interaction_reads(network, clicks):
+    interaction = Interaction(network, without_point=[2], clicks=clicks)
+    loss, figures = interaction(*batch())
+    loss.backward()
+    for name, parameter in network.named_parameters():
+        is_unread = any(f".{part}." in f".{name}" for part in UNREAD)
+        assert parameter.requires_grad != is_unread, name
+        assert (parameter.grad is not None) != is_unread, name
+    for part in ("image_encoder.patch_embed", "prompt_encoder.mask_down", "mask_decoder.iou_pred"):
+        grads = [p.grad for n, p in network.named_parameters() if n.startswith(part)]
+        assert grads
+        assert all(grad.abs().max() > 0 for grad in grads)
+    assert set(figures) == {
+        "soft_dice_first",
+        "soft_dice_last",
+        "dice_first",
+        "dice_last",
+        "quality_error",
+    }
+
+
+def test_volumes_of_a_batch_do_not_mix(network):
+    image, truth, draws = batch(volumes=2)
+    interaction = Interaction(network)
+    with torch.no_grad():
+        both, _ = interaction(image, truth, draws)
+        each = [interaction(image[[i]], truth[[i]], draws[[i]])[0] for i in range(2)]
+    assert float(both) == pytest.approx(float(sum(each)) / 2, rel=1e-5)
+
+
+def test_the_encoder_runs_once_for_all_objects_and_steps(network):
+    shapes = []
+    network.image_encoder.register_forward_hook(lambda *call: shapes.append(call[1][0].shape))
+    Interaction(network)(*batch(objects=5, steps=4))
+    assert shapes == [(1, 1, SIDE, SIDE, SIDE)]
+
+
+def test_gradients_flow_through_fed_back_masks_only_if_asked(network):
+    def gradient(detach):
+        network.zero_grad()
+        Interaction(network, detach=detach)(*batch())[0].backward()
+        return network.mask_decoder.mask_tokens.weight.grad.clone()
+
+    assert not torch.allclose(gradient(True), gradient(False))
+
+
+def test_the_first_step_needs_a_point(network):
+    with pytest.raises(ValueError, match="give without_point= later steps"):
+        Interaction(network, without_point=[0])
+
+
+def test_clicks_fall_on_wrong_voxels_and_say_what_is_there():
+    truth = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    truth[:, 1:3, 1:3, 1:3] = True
+    mask = truth.clone()
+    mask[0, 0, 0, 0] = True  # one voxel too much
+    mask[1, 2, 2, 2] = False  # one voxel missed
+    points, labels = next_points(truth, mask, torch.tensor([0.999, 0.0]))
+    assert points.tolist() == [[[0, 0, 0]], [[2, 2, 2]]]
+    assert labels.tolist() == [[0], [1]]
+
+
+def test_where_nothing_is_wrong_the_object_is_clicked():
+    truth = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    truth[0, 3, 0, 1:3] = True
+    found = [next_points(truth, truth, torch.tensor([u])) for u in (0.0, 0.49, 0.51, 1.0)]
+    assert [points.tolist()[0][0] for points, _ in found] == [[3, 0, 1]] * 2 + [[3, 0, 2]] * 2
+    assert all(labels.tolist() == [[1]] for _, labels in found)
+
+
+def test_every_wrong_voxel_is_as_likely():
+    truth = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    shares = torch.arange(800) / 800
+    points, _ = next_points(
+        truth.expand(800, -1, -1, -1), torch.zeros(800, 2, 2, 2, dtype=torch.bool), shares
+    )
+    _, counts = torch.unique(points[:, 0], dim=0, return_counts=True)
+    assert counts.tolist() == [100] * 8
+
+
+class Oracle(nn.Module):
+    """Answers the object of a click exactly, from the second click on."""
+
+    def __init__(self, objects):
+        super().__init__()
+        self.objects = objects
+        self.calls = 0
+
+    def image_encoder(self, image):
+        return image
+
+    def decode(self, embedding, points, mask_logits):
+        self.calls += 1
+        self.seen = points
+        return self.objects[:, None].float() - 0.5 if self.calls > 1 else -torch.ones(2, 1, 4, 4, 4)
+
+    def upsample(self, low_res):
+        return low_res
+
+
+def test_validation_follows_the_clicks_and_stops_where_all_is_right():
+    objects = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    objects[0, 1:4, 1:4, 1:4] = True
+    objects[1, :2, :2, :2] = True
+    oracle = Oracle(objects)
+    dice = dice_per_click(oracle, torch.zeros(1, 4, 4, 4), objects, clicks=3)
+    assert dice.tolist() == [[0, 1, 1], [0, 1, 1]]
+    assert oracle.seen[1].tolist() == [[-1], [-1]]  # nothing left to click
