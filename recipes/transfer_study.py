@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import finetune_unetr
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -26,6 +27,7 @@ from sammed3d_backbone import config
 from sammed3d_backbone.evaluation.scores import Score, differences, read_scores
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.files import write_text
+from sammed3d_backbone.training.memory import forget_peak
 from sammed3d_backbone.training.runs import Run, runs_folder
 
 HERE = Path(__file__).parent
@@ -34,6 +36,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "scratch": ("scratch=true",),
     "zero_encoder": ("scratch=true", "control=zero_encoder"),
     "frozen": ("scratch=false", "freeze=encoder"),
+    "lora": ("scratch=false", "peft=lora"),
+    "bottleneck": ("scratch=false", "peft=bottleneck", "peft_size=32"),
+    "first_channel": ("scratch=false", "channel_gains=[1, 0]"),
+    "shared": ("scratch=false", "channels=shared"),
 }
 BASELINE = "scratch"
 # The scores last: a run that has them has all.
@@ -74,6 +80,7 @@ def main(cfg: Config, *, report: bool = False) -> None:
         refuse_other(out / row.name / "config.yaml", wanted)
     for row, wanted in configs.items():
         if not (out / row.name / "scores.csv").is_file():
+            forget_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             finetune_unetr.main(wanted)
             keep(runs_folder() / wanted.name, out / row.name)
             write_report(out, rows)
@@ -168,6 +175,7 @@ def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
         for metric in ("dice", "nsd"):
             line[metric] = interval({row: scores[row] for row in rows}, metric)
             line[f"{metric}_gain"] = interval(gains, metric)
+        line["cost"] = cost(out / rows[0].name / "scores.json")
         line["steps_to_scratch"] = [steps_to_twin(out, *pair) for pair in paired.items()]
         lines.append(line)
     return lines
@@ -183,6 +191,16 @@ def interval(scores: dict[Row, list[Score]], metric: str) -> list[float | None]:
         draws=[str(draw) for draw, _ in flat],
     )
     return [None if math.isnan(value) else round(value, 5) for value in found]
+
+
+def cost(path: Path) -> dict[str, float | None]:
+    """What a run's scores say it took, of one draw since all draws are alike."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "trained_parameters": about["parameters"].get("trained"),
+        "peak_memory_mb": about["peak_memory_mb"],
+        "seconds_per_step": round(about["seconds"] / about["steps"], 3),
+    }
 
 
 def steps_to_twin(out: Path, row: Row, twin: Row) -> tuple[int | None, int]:
@@ -201,8 +219,9 @@ def as_markdown(table: Sequence[dict[str, Any]]) -> str:
     head = (
         "Means with 95 % intervals (draws, then subjects within each); gains over scratch are\n"
         "paired, in points. Steps: where scratch's last validation Dice is reached, of all.\n"
-        "\n| task | labels | arm | draws | Dice | NSD | Dice gain | NSD gain | steps |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
+        "Cost: millions of trained parameters, peak memory in MB, seconds per step.\n"
+        "\n| task | labels | arm | draws | Dice | NSD | Dice gain | NSD gain | steps | cost |\n"
+        "|---|---|---|---|---|---|---|---|---|---|\n"
     )
     lines = []
     for line in table:
@@ -212,9 +231,17 @@ def as_markdown(table: Sequence[dict[str, Any]]) -> str:
             *(_shown(line[metric], 100, "") for metric in ("dice", "nsd")),
             *(_shown(line[f"{metric}_gain"], 100, "+") for metric in ("dice", "nsd")),
             ", ".join(reached),
+            _cost_shown(line["cost"]),
         ]
         lines.append(f"| {' | '.join(cells)} |\n")
     return head + "".join(lines)
+
+
+def _cost_shown(found: dict[str, float | None]) -> str:
+    """Parameters, memory, time."""
+    trained = found["trained_parameters"]
+    millions = "not kept" if trained is None else f"{trained / 1e6:.2f}"
+    return f"{millions}, {found['peak_memory_mb']}, {found['seconds_per_step']}"
 
 
 def _shown(found: Sequence[float | None], factor: float, sign: str) -> str:

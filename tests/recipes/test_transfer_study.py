@@ -29,10 +29,19 @@ def study(small, tmp_path):
 def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
     cfg = config.load(Config, root / "recipes/transfer_study.yaml", ["weights=FILE"])
     rows = list(rows_of(cfg))
-    assert {row.arm for row in rows[:4]} == {*transfer_study.ARMS}
+    assert {row.arm for row in rows[:4]} == {"pretrained", "scratch", "zero_encoder", "frozen"}
     assert {row.labels for row in rows[:12]} == {"8"}
     assert len({row.name for row in rows}) == len(rows) == 12 + 3 * 9 + 2 * 4
     assert all(run_config(row, cfg).seed == row.draw for row in rows)
+
+
+def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
+    cfg = config.load(Config, root / "recipes/adaptation_study.yaml", ["weights=FILE"])
+    made = {row.arm: run_config(row, cfg) for row in rows_of(cfg)}
+    assert made.keys() == transfer_study.ARMS.keys() - {"zero_encoder"}
+    assert (made["lora"].peft, made["bottleneck"].peft_size) == ("lora", 32)
+    assert made["first_channel"].channel_gains == (1.0, 0.0)
+    assert made["shared"].data == "hippocampus_channels"
 
 
 @pytest.mark.integration
@@ -67,6 +76,7 @@ def test_a_stopped_study_goes_on_and_ends_with_table_and_figure(study, tmp_path,
         pretrained["dice"][0] - scratch["dice"][0], abs=2e-5
     )
     assert [steps for _, steps in pretrained["steps_to_scratch"]] == [4, 4]
+    assert pretrained["cost"]["trained_parameters"] > 1e6
     assert "| boxes | 2 | pretrained | 2 |" in (tmp_path / "study/table.md").read_text()
     assert (tmp_path / "study/figure.png").read_bytes().startswith(b"\x89PNG")
 
