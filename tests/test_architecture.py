@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "predictor": {"models", "data", "factory", "checkpoint", "files"},
     "export": {"checkpoint", "factory", "pretrained", "adapters", "data", "models.image_encoder"},
     "publish": {"export", "pretrained"},
-    "evaluation": {"data", "clicks", "files", "provenance"},
+    "evaluation": {"adapters.contract", "data", "clicks", "files", "provenance"},
     "training": {"clicks", "config", "data", "evaluation", "files", "models", "provenance"},
 }
 MAY_IMPORT["__init__"] = {"factory", "pretrained"}

@@ -1,0 +1,141 @@
+"""How much a frozen encoder knows about classes: what a simple classifier makes of its features.
+
+A probe learns from voxels of some subjects, the bank, and names voxels of others. Every probe
+standardises each channel by the bank first, because raw tokens are dominated by a few channels.
+
+`knn` follows DINO (Caron et al., ICCV 2021): the nearest voxels of the bank by cosine vote, each
+with the weight exp(cosine / TEMPERATURE). `linear` is logistic regression, `prototype` the nearest
+mean of a class among unit vectors. Balanced accuracy by chance is one over the number of classes;
+the Dice of a guess depends on how it is skewed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import precision_recall_fscore_support
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True, eq=False)
+class Voxels:
+    """Labelled voxels with their features.
+
+    Shapes:
+        features: (N, E).
+        values: (N,) integers, the class of each.
+        subjects: (N,) names, whose voxel it is.
+    """
+
+    features: NDArray[Any]
+    values: NDArray[Any]
+    subjects: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.features), len(self.values), len(self.subjects))
+        if len(set(sizes)) > 1 or not sizes[0]:
+            raise ValueError(
+                f"{sizes[0]} features, {sizes[1]} classes and {sizes[2]} subjects; give one of "
+                "each for every voxel, and at least one voxel"
+            )
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """Scores of a probe over the subjects that it was asked about, with 95 % intervals.
+
+    Args:
+        dice: Per class without background, of the voxels asked about. Where equally many of every
+            class were drawn, it ranks features; in a segmentation background is more frequent.
+        mean_dice: Over these classes.
+        balanced_accuracy: Mean over all classes of the share of their voxels that is found.
+    """
+
+    dice: dict[str, Interval]
+    mean_dice: Interval
+    balanced_accuracy: Interval
+
+
+def probe(
+    kind: str, bank: Voxels, asked: Voxels, classes: Sequence[str], *, seed: int = 0
+) -> ProbeScores:
+    """What one classifier learns from the bank, scored on the voxels of other subjects.
+
+    Args:
+        kind: A name in `PROBES`.
+        bank: To learn from.
+        asked: To name.
+        classes: Names of the values 0, 1, ..., background first.
+        seed: Of the intervals; the probes themselves draw nothing.
+
+    Raises:
+        ValueError: If there is no such probe, a subject is on both sides, or the bank is too small.
+    """
+    if kind not in PROBES:
+        raise ValueError(f"unknown probe {kind!r}; choose one of {', '.join(PROBES)}")
+    if both := sorted({*bank.subjects.tolist()} & {*asked.subjects.tolist()}):
+        raise ValueError(
+            f"{len(both)} subjects are in the bank and asked about, {both[0]} for one; split by "
+            "subject, or the probe recognises the person"
+        )
+    known = np.unique(bank.values)
+    if len(bank.values) < NEIGHBOURS or len(known) < 2:
+        raise ValueError(
+            f"a bank of {len(bank.values)} voxels of {len(known)} classes; draw at least "
+            f"{NEIGHBOURS} voxels of two classes"
+        )
+    named = PROBES[kind]().fit(bank.features, bank.values).predict(asked.features)
+    return _scores(named, asked, classes, seed)
+
+
+def _scores(named: NDArray[Any], asked: Voxels, classes: Sequence[str], seed: int) -> ProbeScores:
+    """Scores per subject and class, and their means; a class that a subject lacks is left out."""
+    subjects, names, dice, found = [], [], [], []
+    for subject in np.unique(asked.subjects).tolist():
+        own = asked.subjects == subject
+        _, recall, f1, voxels = precision_recall_fscore_support(
+            asked.values[own], named[own], labels=range(len(classes)), zero_division=0
+        )
+        for value in np.flatnonzero(voxels).tolist():
+            subjects.append(subject)
+            names.append(classes[value])
+            dice.append(float(f1[value]))
+            found.append(float(recall[value]))
+
+    def mean_dice(of: Sequence[str]) -> Interval:
+        kept = [d if name in of else math.nan for name, d in zip(names, dice, strict=True)]
+        return bootstrap_interval(kept, subjects, classes=names, seed=seed)
+
+    return ProbeScores(
+        dice={name: mean_dice([name]) for name in classes[1:]},
+        mean_dice=mean_dice(classes[1:]),
+        balanced_accuracy=bootstrap_interval(found, subjects, classes=names, seed=seed),
+    )
+
+
+def _votes(distances: NDArray[Any]) -> NDArray[Any]:
+    """Weights of neighbours by the distance between unit vectors, whose square is 2 - 2 cosine."""
+    votes: NDArray[Any] = np.exp((1 - distances**2 / 2) / TEMPERATURE)
+    return votes
+
+
+PROBES: dict[str, Callable[[], Pipeline]] = {
+    "knn": lambda: make_pipeline(
+        StandardScaler(), Normalizer(), KNeighborsClassifier(NEIGHBOURS, weights=_votes)
+    ),
+    "linear": lambda: make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+    "prototype": lambda: make_pipeline(StandardScaler(), Normalizer(), NearestCentroid()),
+}
