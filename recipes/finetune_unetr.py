@@ -98,6 +98,7 @@ class Config:
     spacing_mm: tuple[float, float, float] | None = (1.5, 1.5, 1.5)  # None: each volume's own
     intensity: str = "zscore_positive"  # see data/intensity.py
     img_size: int = 64  # side of the crop in voxels
+    patch_size: int | None = None  # side of a token in voxels; None: the variant's
     on_foreground: float = 0.5  # share of crops centred on a labelled voxel
     foreground_weight: float = 1.0  # of a labelled voxel in the cross-entropy
     flip_axes: tuple[int, ...] = ()  # 0 left-right, 1 back-front, 2 feet-head
@@ -301,6 +302,8 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
     """What will travel with the weights."""
     in_chans = 1 if cfg.channels == "shared" else len(dataset.channels)
     sizes: dict[str, Any] = {"in_chans": in_chans, "img_size": cfg.img_size}
+    if cfg.patch_size is not None:
+        sizes["patch_size"] = cfg.patch_size
     knobs: dict[str, Any] = {}
     if cfg.model not in ("linear_head", "basicunet"):
         knobs["feature_size"] = cfg.feature_size

@@ -368,7 +368,8 @@ def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> ImageEncoder3D:
     if card.shared:
         stored = part_of(stored, MODEL_ENCODER)
     if stored:
-        kept = {name: value for name, value in card.encoder.items() if name != "img_size"}
+        told = ("img_size", "patch_size")  # by the tensors, or set below
+        kept = {name: value for name, value in card.encoder.items() if name not in told}
         img_size = network.img_size
         network = encoder_like(stored, **kept)
         network.set_input_size(img_size)

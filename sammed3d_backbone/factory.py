@@ -60,6 +60,7 @@ def encoder(
     *,
     in_chans: int = 1,
     img_size: int | Sequence[int] | None = None,
+    patch_size: int | None = None,
     rel_pos: RelPos = "released",
     drop_path: float = 0.0,
     channel_gains: Sequence[float] | None = None,
@@ -78,8 +79,10 @@ def encoder(
             did not read stay away and are listed in the report as missing.
         in_chans: Input channels. Kernels for one channel are repeated and divided by their
             number, so that equal channels give the response of one.
-        img_size: Input side in voxels, or three of them with axial positions; None for the size
-            that the weights were stored with. The position table is resampled.
+        img_size: Input side in voxels, or three of them with axial positions; None for the number
+            of tokens that the weights were stored with. The position table is resampled.
+        patch_size: Side of a patch in voxels; None for that of the weights. The filter is
+            resampled, exactly where patches grow.
         rel_pos: "released" as all public weights were trained; "axial" for the correct form,
             which needs fine-tuning when the weights were trained with the other.
         drop_path: Stochastic depth of the last block.
@@ -107,6 +110,7 @@ def encoder(
             raise ValueError(
                 "channel_gains adapt trained kernels; leave them out of a random start"
             )
+        sizes = _with_patch(sizes, patch_size)
         size = sizes.img_size if img_size is None else img_size
         network = _network(sizes, size, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path)
         return _with_provenance(network, None, None)
@@ -129,6 +133,8 @@ def encoder(
     )
     network.load_state_dict(state)
     report = _with_positions(_without(report, dropped), record, rel_pos)
+    if patch_size is not None:
+        report = _repatched(report, network, patch_size)
     if img_size is not None:
         report = _resized(report, network, img_size)
     return _with_provenance(network, dataclasses.replace(record, variant=variant), report)
@@ -225,8 +231,8 @@ def encoder_like(
     A network that was set to another input size keeps the relative tables it was built with, so
     the two kinds of tables can belong to different grids.
     """
-    sizes = variant_sizes(variant)
     stored = _without_prefix(tensors)
+    sizes = _with_patch(variant_sizes(variant), _patch(stored.get(STEM)))
     grid = _grid(stored.get("pos_embed")) or (sizes.img_size // sizes.patch_size,) * 3
     built = grid
     if sizes.global_attn_blocks:
@@ -267,6 +273,18 @@ def variant_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items()}
+
+
+def _patch(filters: Tensor | None) -> int | None:
+    return None if filters is None or filters.ndim != 5 else filters.shape[-1]
+
+
+def _with_patch(sizes: Variant, patch_size: int | None) -> Variant:
+    """A variant with patches of another side, and as many of them."""
+    if patch_size is None:
+        return sizes
+    grid = sizes.img_size // sizes.patch_size
+    return dataclasses.replace(sizes, patch_size=patch_size, img_size=grid * patch_size)
 
 
 def _grid(pos_embed: Tensor | None) -> tuple[int, ...] | None:
@@ -438,6 +456,17 @@ def _with_positions(report: LoadReport, record: Weights, rel_pos: RelPos) -> Loa
     )
     logger.warning("%s: %s", report.source, note)
     return dataclasses.replace(report, adapted=(*report.adapted, note))
+
+
+def _repatched(report: LoadReport, network: ImageEncoder3D, patch_size: int) -> LoadReport:
+    """Sets the patch size, and the report with the filter if that changed it."""
+    before = tuple(network.patch_embed.proj.weight.shape)
+    network.set_patch_size(patch_size)
+    after = tuple(network.patch_embed.proj.weight.shape)
+    if after == before:
+        return report
+    change = Change(STEM, str(before), str(after), "resampled by the pseudo-inverse")
+    return dataclasses.replace(report, reshaped=(*report.reshaped, change))
 
 
 def _resized(

@@ -274,6 +274,32 @@ def test_another_size_resamples_the_position_table_and_nothing_else(tmp_path, so
     assert torch.equal(network(volume(48)), source(volume(48)))
 
 
+def test_another_patch_resamples_the_filter_and_nothing_else(tmp_path, source):
+    path = save(source, tmp_path / "a.pth")
+    network = encoder("toy", weights=path, patch_size=16)
+    assert network.img_size == (64, 64, 64)
+    (change,) = network.load_report.reshaped
+    assert (change.name, change.rule) == (
+        "patch_embed.proj.weight",
+        "resampled by the pseudo-inverse",
+    )
+    same_volume = encoder("toy", weights=path, patch_size=16, img_size=32)
+    assert same_volume(volume(32)).shape == (1, 8, 2, 2, 2)
+
+
+def test_a_network_with_another_patch_is_stored_and_found_again(tmp_path, source):
+    source.set_patch_size(4)
+    path = save(source, tmp_path / "a.pth")
+    again = encoder("toy", weights=path).eval()
+    assert (again.patch_size, again.img_size) == (4, (16, 16, 16))
+    assert torch.equal(again(volume(16)), source(volume(16)))
+
+
+def test_a_random_start_may_have_another_patch():
+    network = encoder("toy", weights="none", patch_size=4, img_size=8)
+    assert network(torch.zeros(1, 1, 8, 8, 8)).shape == (1, 8, 2, 2, 2)
+
+
 def test_the_size_that_weights_were_stored_with_is_the_default(tmp_path, generator):
     bigger = filled(encoder("toy", weights="none", img_size=48), generator)
     network = encoder("toy", weights=save(bigger, tmp_path / "a.pth")).eval()

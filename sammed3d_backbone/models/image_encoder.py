@@ -132,6 +132,7 @@ class ImageEncoder3D(nn.Module):
                 f"embed_dim={embed_dim} does not split into {num_heads} heads; "
                 f"make embed_dim a multiple of num_heads"
             )
+        _require_patch(patch_size)
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.in_chans = in_chans
@@ -272,6 +273,28 @@ class ImageEncoder3D(nn.Module):
         table = resample_pos_embed(self.pos_embed.detach(), self.grid)
         self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
 
+    def set_patch_size(self, patch_size: int) -> None:
+        """Makes the encoder cut patches of another side, and as many of them as before.
+
+        The input's sides change with the patch; `set_input_size` gives them back for another
+        number of tokens. The filter is resampled, see `resample_patch_filter`.
+
+        Args:
+            patch_size: Side of a cubic patch in voxels.
+
+        Raises:
+            ValueError: If it is not positive.
+        """
+        _require_patch(patch_size)
+        x, y, z = self.grid
+        proj = self.patch_embed.proj
+        filters = resample_patch_filter(proj.weight.detach(), patch_size)
+        proj.weight = nn.Parameter(filters, requires_grad=proj.weight.requires_grad)
+        proj.kernel_size = proj.stride = (patch_size, patch_size, patch_size)
+        self.patch_size = patch_size
+        self.img_size = (x * patch_size, y * patch_size, z * patch_size)
+        self.feature_info = [{**info, "reduction": patch_size} for info in self.feature_info]
+
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = None, *, prune_norm: bool = False
     ) -> list[int]:
@@ -378,6 +401,34 @@ class ImageEncoder3D(nn.Module):
                 f"volume of {sides} voxels, but the encoder is set to {self.img_size}; "
                 f"crop or pad it, or call set_input_size({size}) once"
             )
+
+
+def _require_patch(patch_size: int) -> None:
+    if patch_size < 1:
+        raise ValueError(f"patch_size={patch_size}; give a side in voxels, 1 or more")
+
+
+def resample_patch_filter(filters: Tensor, patch_size: int) -> Tensor:
+    """Filters for patches of another side, which answer to a resampled patch as these to the patch.
+
+    For larger patches the answer is exactly the same. For smaller ones, which have lost something,
+    it is as near as can be in the mean square over patches of white noise.
+
+    Source: Beyer et al., FlexiViT: one model for all patch sizes, CVPR 2023: the pseudo-inverse
+        of the resampling. Trilinear resampling is one matrix per axis, and so is its inverse.
+
+    Shapes:
+        filters: (E, C, p, p, p).
+        returns: (E, C, q, q, q), q = `patch_size`.
+    """
+    if filters.shape[-1] == patch_size:
+        return filters.clone()
+    units = torch.eye(filters.shape[-1], dtype=torch.float64, device=filters.device)
+    resampling = F.interpolate(units[None], size=patch_size, mode="linear")[0]  # (p, q)
+    inverse = torch.linalg.pinv(resampling)  # (q, p)
+    axes = "ecxyz,ax,by,dz->ecabd"
+    resampled = torch.einsum(axes, filters.double(), inverse, inverse, inverse)
+    return resampled.to(filters.dtype).contiguous()
 
 
 def resample_pos_embed(table: Tensor, grid: Grid) -> Tensor:

@@ -6,10 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from parity import Case, compare, pair, relative_error
 from torch import nn
 
-from sammed3d_backbone.models.image_encoder import ImageEncoder3D, resample_pos_embed
+from sammed3d_backbone.models.image_encoder import (
+    ImageEncoder3D,
+    resample_patch_filter,
+    resample_pos_embed,
+)
 from sammed3d_backbone.variants import VARIANTS, variant
 
 
@@ -209,6 +214,52 @@ def test_a_linear_position_table_is_resampled_between_token_centres():
     table = torch.arange(4.0).view(1, 4, 1, 1, 1).expand(1, 4, 4, 4, 2)
     resampled = resample_pos_embed(table, (2, 4, 4))
     assert torch.equal(resampled[0, :, 0, 0, 0], torch.tensor([0.5, 2.5]))
+
+
+@pytest.mark.parametrize("patch_size", [5, 8, 12])
+def test_larger_patches_answer_to_a_magnified_patch_as_before(generator, patch_size):
+    filters = torch.randn(3, 2, 4, 4, 4, generator=generator, dtype=torch.float64)
+    patch = torch.randn(1, 2, 4, 4, 4, generator=generator, dtype=torch.float64)
+    magnified = F.interpolate(patch, size=(patch_size,) * 3, mode="trilinear")
+    resampled = resample_patch_filter(filters, patch_size)
+    torch.testing.assert_close(F.conv3d(magnified, resampled), F.conv3d(patch, filters))
+
+
+def test_smaller_patches_answer_as_nearly_as_can_be(generator):
+    filters = torch.randn(1, 1, 4, 4, 4, generator=generator, dtype=torch.float64)
+    patches = torch.eye(64, dtype=torch.float64).view(64, 1, 4, 4, 4)  # as many as white noise has
+    small = F.interpolate(patches, size=(2, 2, 2), mode="trilinear")
+    want = F.conv3d(patches, filters).flatten()
+    best = torch.linalg.lstsq(small.flatten(1), want[:, None]).solution.flatten()
+    torch.testing.assert_close(resample_patch_filter(filters, 2).flatten(), best)
+
+
+def test_filters_of_the_same_patch_stay_as_they_are(generator):
+    filters = torch.randn(3, 1, 4, 4, 4, generator=generator)
+    assert torch.equal(resample_patch_filter(filters, 4), filters)
+
+
+def test_other_patches_keep_the_number_of_tokens_and_all_tables(encoder, volume):
+    before = encoder.state_dict()
+    want, sides, grid = encoder(volume), encoder.img_size, encoder.grid
+    encoder.set_patch_size(8)
+    assert encoder.img_size == tuple(2 * n for n in sides)
+    assert encoder.grid == grid
+    assert {info["reduction"] for info in encoder.feature_info} == {8}
+    changed = [n for n, t in encoder.state_dict().items() if not torch.equal(t, before[n])]
+    assert changed == ["patch_embed.proj.weight"]
+    # Enlarged patch by patch, so that nothing is mixed across borders.
+    cubes = volume.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4)
+    b, c, x, y, z = cubes.shape[:5]
+    large = F.interpolate(cubes.reshape(b, -1, 4, 4, 4), size=(8, 8, 8), mode="trilinear")
+    large = large.view(b, c, x, y, z, 8, 8, 8).permute(0, 1, 2, 5, 3, 6, 4, 7)
+    large = large.reshape(b, c, *encoder.img_size)
+    torch.testing.assert_close(encoder(large), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_of_nothing_is_refused(encoder):
+    with pytest.raises(ValueError, match="a side in voxels, 1 or more"):
+        encoder.set_patch_size(0)
 
 
 def test_another_size_names_the_call_that_sets_it(encoder, generator):

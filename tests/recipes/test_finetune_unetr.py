@@ -192,10 +192,11 @@ def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatc
     [
         {"channel_gains": (1.0, 0.0)},
         {"channels": "shared"},
+        {"patch_size": 4},
         {"peft": "lora", "peft_size": 2},
         {"peft": "bottleneck", "channels": "shared"},
     ],
-    ids=["gains", "shared", "lora", "bottleneck-shared"],
+    ids=["gains", "shared", "patch", "lora", "bottleneck-shared"],
 )
 def test_a_model_of_two_channels_is_plain_to_read(
     small, runs, two_channels, tiny_weights, monkeypatch, capsys, knobs
