@@ -1,6 +1,6 @@
 """Train the promptable network by clicks: from scratch, or on from public weights on own data.
 
-    python recipes/pretrain_promptable.py recipes/configs/pretrain_tiny.yaml
+    python recipes/pretrain_promptable.py recipes/pretrain_tiny.yaml
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
 A first click in the object, later ones where the mask is wrong, on one embedding per volume; large

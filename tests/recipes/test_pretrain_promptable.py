@@ -149,7 +149,7 @@ def test_impossible_knobs_are_refused(small, changes, remedy):
 
 
 def test_the_configuration_for_two_cores_keeps_what_is_to_be_transferred_to_out():
-    cfg = config.load(Config, RECIPE.parent / "configs/pretrain_tiny.yaml")
+    cfg = config.load(Config, RECIPE.parent / "pretrain_tiny.yaml")
     assert set(cfg.exclude) == {"hippocampus", "voxelmorph_brain"}
     assert cfg.held_out_folds == (0, 1)
     assert not {source.split("/")[-1] for source in cfg.sources} & set(cfg.exclude)
