@@ -33,8 +33,8 @@ part. A key is padded if kd >= x or kh >= y or kw >= z, so with sums over kd, kh
     logit of the extra key = log sum_kw e^{T[i,kw]} M[d,h,kw]
 
 All terms are positive: computed with logsumexp and logaddexp nothing cancels. The key part b_k
-of the bias adds q(i)·b_k to every logit of row i, padded or not, so the extra key is b_k itself.
-The textbook form on the padded window is in the tests.
+of the bias adds q(i)·b_k to every logit of row i, padded or not, and drops out of the softmax;
+it is left out everywhere. The textbook form on the padded window is in the tests.
 """
 
 import itertools
@@ -48,6 +48,23 @@ from torch import Tensor, nn
 RelPos = Literal["released", "axial"]
 Grid = tuple[int, int, int]  # tokens per axis
 CACHED_LOGITS = 2**18  # attention logits of a group of heads that a CPU works on at once
+
+
+class Projection(nn.Linear):
+    """Tokens -> queries, keys and values, without the key part of the bias.
+
+    That part changes no output, so its gradient is 0. Summed up in floats it would be noise, which
+    an optimiser that scales gradients by their size makes as large as any step. A module of its
+    own, so that what wraps linear layers (LoRA) finds one.
+
+    Shapes:
+        x: (..., E).
+        returns: (..., 3 E).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        q_bias, k_bias, v_bias = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat([q_bias, torch.zeros_like(k_bias), v_bias]))
 
 
 class Attention(nn.Module):
@@ -81,7 +98,7 @@ class Attention(nn.Module):
         self.rel_pos = rel_pos
         head_dim = embed_dim // num_heads
         self.scale = head_dim**-0.5
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.qkv = Projection(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
         if window_size:
             table_grid = (window_size, window_size, window_size)
@@ -114,10 +131,10 @@ class Attention(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, A, N, C)
         q, k, v = qkv.flatten(1, 2).unbind(0)  # (B * A, N, C)
         heads = self.qkv.bias.view(3, self.num_heads, 1, -1)
-        b_q, b_k, b_v = heads.repeat(1, batch, 1, 1).unbind(0)  # (B * A, 1, C)
+        b_q, _, b_v = heads.repeat(1, batch, 1, 1).unbind(0)  # (B * A, 1, C)
         terms = self._axial(q, grid) if self.rel_pos == "axial" else self._released(q, b_q, grid)
         if len(terms.keys) > q.shape[1]:
-            k, v = torch.cat([k, b_k], dim=1), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
+            k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
         # What differs between queries rides along in the matrix product, on indicator keys.
         q = torch.cat([q, terms.queries], dim=-1)
         k = torch.cat([k * self.scale, terms.keys.expand(k.shape[0], -1, -1)], dim=-1)
