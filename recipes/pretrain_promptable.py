@@ -246,9 +246,7 @@ def main(cfg: Config) -> dict[str, float]:
             run.record(step=progress.step, **scores)
             progress.scored(scores["mean_dice"])
             if accelerator.is_main_process:
-                save_weights(
-                    run.folder / "last.safetensors", ema.module.network, cfg, seen, progress.step
-                )
+                save_weights(run.folder / "last.safetensors", averaged, cfg, seen, progress.step)
             run.save(accelerator, progress.step)
     return scores
 

@@ -348,13 +348,12 @@ def _largest_parts(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]
         labels: (X, Y, Z), 0 is background.
         returns: (X, Y, Z) of the same type.
     """
-    from scipy import ndimage
+    from sammed3d_backbone.data.curation.rules import labelled_parts
 
     kept = np.zeros_like(labels)
     for value in np.unique(labels[labels > 0]):
-        parts, _ = ndimage.label(labels == value, structure=np.ones((3, 3, 3)))
-        largest = np.bincount(parts[parts > 0]).argmax()
-        kept[parts == largest] = value
+        parts, sizes = labelled_parts(labels == value)
+        kept[parts == 1 + sizes.argmax()] = value
     return kept
 
 

@@ -15,8 +15,7 @@ from sammed3d_backbone.models.sam import Sam3D
 def start_afresh(network: Sam3D) -> None:
     """Sines and cosines as position table, and Xavier's values in linear layers and the stem.
 
-    The table of zeros that the released code begins with, and torch's own values, kept a small
-    network on the plateau where every click gets the same blob.
+    The released code begins with a table of zeros, in which tokens do not know their place yet.
 
     Args:
         network: Promptable.
