@@ -1,4 +1,4 @@
-"""Another encoder under the same UNETR decoder: here MONAI's ViT, given the contract's names.
+"""Another encoder under every decoder: here MONAI's ViT, given the contract's names.
 
 python examples/use_your_own_encoder.py   (MONAI's ViT needs einops)
 """
@@ -7,17 +7,18 @@ import torch
 from monai.networks.nets import ViT
 
 from sammed3d_backbone.adapters.contract import check_encoder
-from sammed3d_backbone.adapters.unetr import unetr
+from sammed3d_backbone.export import adapters
 
 
 class MonaiViT(ViT):
     """MONAI's vision transformer with what adapters.contract.Encoder asks for."""
 
-    in_chans, img_size, patch_size, embed_dim = 1, (32, 32, 32), 8, 48
-    out_chans = embed_dim  # it has no neck: the final map is as wide as the tokens
+    patch_size = 8
+    embed_dim = out_chans = 48  # it has no neck: the final map is as wide as the tokens
 
-    def __init__(self):
-        super().__init__(1, 32, 8, hidden_size=48, mlp_dim=96, num_layers=6, num_heads=4)
+    def __init__(self, in_chans=1, img_size=(32, 32, 32)):
+        super().__init__(in_chans, img_size, 8, 48, mlp_dim=96, num_layers=6, num_heads=4)
+        self.in_chans, self.img_size = in_chans, img_size
         for block in self.blocks:  # built for cross-attention, which this network has not
             block.norm_cross_attn = torch.nn.Identity()
 
@@ -27,8 +28,8 @@ class MonaiViT(ViT):
 
     def forward_intermediates(self, x, indices=None, *, intermediates_only=False):
         final, hidden = self(x)
-        maps = [self._to_map(tokens) for tokens in hidden]
-        maps = maps if indices is None else [maps[i] for i in indices]
+        chosen = range(self.depth) if indices is None else indices
+        maps = [self._to_map(hidden[i]) for i in chosen]
         return maps if intermediates_only else (self._to_map(final), maps)
 
     def prune_intermediate_layers(self, indices=None, *, prune_norm=False):
@@ -38,8 +39,7 @@ class MonaiViT(ViT):
         return list(indices)
 
     def set_grad_checkpointing(self, enable=True):
-        if enable:
-            raise ValueError("MONAI's ViT has no gradient checkpointing; train it without")
+        assert not enable, "MONAI's ViT has no gradient checkpointing; train it without"
 
     def no_weight_decay(self):
         return {"patch_embedding.position_embeddings"}
@@ -49,10 +49,11 @@ class MonaiViT(ViT):
         return {"stem": r"^patch_embedding", "blocks": blocks}
 
     def _to_map(self, tokens):
-        return tokens.mT.unflatten(-1, (4, 4, 4))  # (B, E, x, y, z)
+        return tokens.mT.unflatten(-1, [n // 8 for n in self.img_size])  # (B, E, x, y, z)
 
 
-vit = MonaiViT()
-check_encoder(vit)
-network = unetr(vit, out_channels=2)
-print("logits", tuple(network(torch.randn(1, 1, 32, 32, 32)).shape))
+if __name__ == "__main__":
+    check_encoder(MonaiViT())
+    for name, adapter in adapters().items():
+        logits = adapter(MonaiViT(), out_channels=2).eval()(torch.randn(1, 1, 32, 32, 32))
+        print(f"{name}: logits {tuple(logits.shape)}")

@@ -92,9 +92,9 @@ def check_encoder(encoder: Encoder) -> None:
     generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
     volume = torch.randn(2, encoder.in_chans, *encoder.img_size, generator=generator).to(device)
-    copied = copy.deepcopy(encoder).eval()
-    _check_maps(copied, volume)
-    _check_pruning(copied, volume)
+    _check_maps(copy.deepcopy(encoder).eval(), volume)
+    for index in sorted({0, encoder.depth - 1}):
+        _check_pruning(copy.deepcopy(encoder).eval(), volume, index)
 
 
 def _check_groups(encoder: Encoder) -> None:
@@ -126,20 +126,20 @@ def _check_maps(encoder: Encoder, volume: Tensor) -> None:
         )
 
 
-def _check_pruning(encoder: Encoder, volume: Tensor) -> None:
-    """After pruning, every parameter has to get a gradient from the maps that stay."""
+def _check_pruning(encoder: Encoder, volume: Tensor, index: int) -> None:
+    """After pruning, every parameter has to get a gradient from the map that stays."""
     module = cast("nn.Module", encoder)
     module.requires_grad_()
-    encoder.prune_intermediate_layers([0], prune_norm=True)
-    (first,) = encoder.forward_intermediates(volume, indices=[0], intermediates_only=True)
-    if first.requires_grad:
-        first.square().mean().backward()
+    encoder.prune_intermediate_layers([index], prune_norm=True)
+    (kept,) = encoder.forward_intermediates(volume, indices=[index], intermediates_only=True)
+    if kept.requires_grad:
+        kept.square().mean().backward()
     idle = [name for name, p in module.named_parameters() if p.grad is None]
     if idle:
         raise ValueError(
-            f"after prune_intermediate_layers([0], prune_norm=True) {len(idle)} parameters get no "
-            f"gradient, {idle[0]} for one, which stalls multi-process training; remove there what "
-            f"the chosen maps do not need"
+            f"after prune_intermediate_layers([{index}], prune_norm=True) {len(idle)} parameters "
+            f"get no gradient, {idle[0]} for one, which stalls multi-process training; remove "
+            f"there what the chosen maps do not need"
         )
 
 

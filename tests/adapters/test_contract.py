@@ -66,6 +66,23 @@ def test_pruning_that_leaves_idle_parameters_is_told():
         check_encoder(Hoarder())
 
 
+def test_what_makes_only_maps_that_are_not_read_is_told_too():
+    class Scaled(ConvEncoder):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))  # of the first block's map
+
+        def forward_intermediates(self, x, indices=None, *, intermediates_only=False):
+            found = super().forward_intermediates(x, indices, intermediates_only=intermediates_only)
+            maps = found if intermediates_only else found[1]
+            if indices is None or 0 in indices:
+                maps[0] = maps[0] * self.scale
+            return found
+
+    with pytest.raises(ValueError, match=r"layers\(\[5\].* 1 parameters get no gradient, scale"):
+        check_encoder(Scaled())
+
+
 def test_a_missing_name_is_named():
     with pytest.raises(TypeError, match=r"Identity lacks .*'forward_intermediates'.*contract"):
         check_encoder(nn.Identity())

@@ -1,0 +1,25 @@
+"""Every encoder under every adapter: the pairs and checks of recipes/check_adapters.py."""
+
+import pytest
+import torch
+from check_adapters import CHECKS, CUBE, ENCODERS, NETWORKS, NOTES, PYRAMIDS, Pair
+
+from sammed3d_backbone.adapters.contract import check_encoder
+from sammed3d_backbone.export import adapters
+
+
+@pytest.mark.parametrize("source", ENCODERS.values(), ids=ENCODERS)
+def test_the_encoder_fulfils_the_contract(source):
+    check_encoder(source.make(source.channels, CUBE))
+
+
+@pytest.mark.parametrize("adapter", [*PYRAMIDS, *NETWORKS])
+@pytest.mark.parametrize("source", ENCODERS.values(), ids=ENCODERS)
+def test_a_pair_passes_every_check(source, adapter):
+    torch.manual_seed(0)
+    assert Pair(source, adapter).failed() == []
+
+
+def test_every_network_that_a_card_can_name_is_paired_and_every_check_explained():
+    assert NETWORKS.keys() == adapters().keys()
+    assert NOTES.keys() == CHECKS.keys()
