@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from sammed3d_backbone.training.memory import forget_peak
 from sammed3d_backbone.training.runs import Run, runs_folder
 
 HERE = Path(__file__).parent
+DECODERS = ("flexible_unet", "segresnet", "linear_head", "expanding_head")  # scratch is UNETR
 ARMS: dict[str, tuple[str, ...]] = {
     "pretrained": ("scratch=false",),
     "scratch": ("scratch=true",),
@@ -40,6 +41,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bottleneck": ("scratch=false", "peft=bottleneck", "peft_size=32"),
     "first_channel": ("scratch=false", "channel_gains=[1, 0]"),
     "shared": ("scratch=false", "channels=shared"),
+    **{model: ("scratch=true", f"model={model}") for model in DECODERS},
 }
 BASELINE = "scratch"
 # The scores last: a run that has them has all.
@@ -50,7 +52,9 @@ FILES = ("config.yaml", "metrics.jsonl", "results/scores.json", "results/scores.
 class Config:
     """The study."""
 
-    blocks: tuple[str, ...]  # "TASK LABELS DRAWS ARM,ARM", most telling first; LABELS may be all
+    # "TASK LABELS DRAWS ARM,ARM key=value ...", most telling first; LABELS may be all, and what
+    # follows the arms is set for their runs only.
+    blocks: tuple[str, ...]
     weights: str = "none"  # file or name of the pretrained arms
     out: str = "results/transfer_study"  # seen from recipes/
     settings: tuple[str, ...] = ()  # key=value of the fine-tuning recipe, for every run
@@ -64,6 +68,7 @@ class Row:
     labels: str
     draw: int  # seed of the drawn subjects and of the training
     arm: str
+    settings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:
@@ -95,13 +100,14 @@ def rows_of(cfg: Config) -> Iterator[Row]:
     """
     for block in cfg.blocks:
         try:
-            task, labels, draws, arms = block.split()
+            task, labels, draws, arms, *settings = block.split()
             numbers = range(int(draws))
         except ValueError:
             raise ValueError(f"block {block!r}; write it as TASK LABELS DRAWS ARM,ARM") from None
         if unknown := set(arms.split(",")) - ARMS.keys():
             raise ValueError(f"block {block!r} has arms {sorted(unknown)}; choose among {[*ARMS]}")
-        yield from (Row(task, labels, n, arm) for n in numbers for arm in arms.split(","))
+        for n in numbers:
+            yield from (Row(task, labels, n, arm, tuple(settings)) for arm in arms.split(","))
 
 
 def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
@@ -116,6 +122,7 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
     here = HERE / "configs" / f"{row.task}.yaml"
     overrides = [
         *cfg.settings,
+        *row.settings,
         *ARMS[row.arm],
         f"weights={'none' if is_random else cfg.weights}",
         f"labels={'null' if row.labels == 'all' else row.labels}",

@@ -38,10 +38,34 @@ def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
 def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
     cfg = config.load(Config, root / "recipes/adaptation_study.yaml", ["weights=FILE"])
     made = {row.arm: run_config(row, cfg) for row in rows_of(cfg)}
-    assert made.keys() == transfer_study.ARMS.keys() - {"zero_encoder"}
+    assert made.keys() == transfer_study.ARMS.keys() - {"zero_encoder", *transfer_study.DECODERS}
     assert (made["lora"].peft, made["bottleneck"].peft_size) == ("lora", 32)
     assert made["first_channel"].channel_gains == (1.0, 0.0)
     assert made["shared"].data == "hippocampus_channels"
+
+
+def test_the_study_of_decoders_has_two_draws_of_each_with_steps_of_its_own(root):
+    cfg = config.load(Config, root / "recipes/decoder_study.yaml")
+    made = {row: run_config(row, cfg) for row in rows_of(cfg)}
+    assert len(made) == 2 * (1 + len(transfer_study.DECODERS))
+    steps = {run.model: run.steps for run in made.values()}
+    assert steps["unetr"] > steps["segresnet"] > steps["flexible_unet"]
+    assert all(run.steps == 4 * run.validate_every for run in made.values())
+    assert all(run.scratch and run.labels is None for run in made.values())
+
+
+@pytest.mark.integration
+def test_arms_with_settings_of_their_own_are_compared_draw_by_draw(study, tmp_path):
+    task = tmp_path / "boxes.yaml"
+    blocks = (f"{task} all 1 scratch", f"{task} all 1 segresnet steps=2")
+    main(replace(study, blocks=blocks))
+    unetr, segresnet = json.loads((tmp_path / "study/table.json").read_text())
+    assert (unetr["paired_draws"], segresnet["paired_draws"]) == (0, 1)
+    assert segresnet["dice_gain"][0] is not None
+    kept = config.load(
+        finetune_unetr.Config, tmp_path / "study/boxes_all_draw0_segresnet/config.yaml"
+    )
+    assert (kept.model, kept.steps) == ("segresnet", 2)
 
 
 @pytest.mark.integration
