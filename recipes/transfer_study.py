@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import finetune_unetr
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -27,7 +26,6 @@ from sammed3d_backbone import config
 from sammed3d_backbone.evaluation.scores import Score, differences, read_scores
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.training.memory import forget_peak
 from sammed3d_backbone.training.runs import Run, runs_folder
 
 HERE = Path(__file__).parent
@@ -85,7 +83,6 @@ def main(cfg: Config, *, report: bool = False) -> None:
         refuse_other(out / row.name / "config.yaml", wanted)
     for row, wanted in configs.items():
         if not (out / row.name / "scores.csv").is_file():
-            forget_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             finetune_unetr.main(wanted)
             keep(runs_folder() / wanted.name, out / row.name)
             write_report(out, rows)
