@@ -27,6 +27,7 @@ from sammed3d_backbone.checkpoint import (
     part_of,
     read,
 )
+from sammed3d_backbone.inflation import Request, inflate, request_in
 from sammed3d_backbone.models.attention import RelPos
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.prompt_encoder import Positions
@@ -76,7 +77,9 @@ def encoder(
             `repo_id@revision:file` on the Hub; "none" for random values; None for the variant's
             default, which for `vit_b` downloads the released file once. From a fine-tuned
             network comes its encoder, as pruned as it is there: blocks and neck that its decoder
-            did not read stay away and are listed in the report as missing.
+            did not read stay away and are listed in the report as missing. "sam2d:PLACE" inflates
+            the weights of a 2-D SAM encoder to axial positions and a random neck, see
+            `inflation.py`; PLACE is hub for timm's, a file or `repo_id:file`.
         in_chans: Input channels. Kernels for one channel are repeated and divided by their
             number, so that equal channels give the response of one.
         img_size: Input side in voxels, or three of them with axial positions; None for the number
@@ -114,6 +117,17 @@ def encoder(
         size = sizes.img_size if img_size is None else img_size
         network = _network(sizes, size, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path)
         return _with_provenance(network, None, None)
+    if (request := request_in(weights)) is not None:
+        return _inflated(
+            variant,
+            request,
+            in_chans=in_chans,
+            img_size=img_size,
+            patch_size=patch_size,
+            rel_pos=rel_pos,
+            drop_path=drop_path,
+            channel_gains=channel_gains,
+        )
     record, path, tensors, metadata = _opened(weights, variant, "encoder")
     is_model = CARD_KEY in metadata
     if is_model:
@@ -138,6 +152,51 @@ def encoder(
     if img_size is not None:
         report = _resized(report, network, img_size)
     return _with_provenance(network, dataclasses.replace(record, variant=variant), report)
+
+
+def _inflated(
+    variant: str,
+    request: Request,
+    *,
+    in_chans: int,
+    img_size: int | Sequence[int] | None,
+    patch_size: int | None,
+    rel_pos: RelPos,
+    drop_path: float,
+    channel_gains: Sequence[float] | None,
+) -> ImageEncoder3D:
+    """An encoder with the values of a 2-D one, all but its neck."""
+    if rel_pos != "axial":
+        raise ValueError(
+            f"{request.place} is to be inflated from 2-D, where positions are per axis; "
+            "pass rel_pos='axial'"
+        )
+    record, path, tensors, metadata = _opened(request.place, variant, "encoder")
+    stored = _patch(_without_prefix(tensors).get(STEM))
+    sizes = _with_patch(variant_sizes(variant), patch_size or stored)
+    network = _network(
+        sizes,
+        sizes.img_size if img_size is None else img_size,
+        in_chans=in_chans,
+        rel_pos=rel_pos,
+        drop_path=drop_path,
+    )
+    if stored is not None:
+        network.set_patch_size(stored)  # and back again once it is filled
+    empty = network.state_dict()
+    state, report = inflate(
+        tensors,
+        {name: tuple(tensor.shape) for name, tensor in empty.items()},
+        depth_filter=request.depth_filter,
+        channel_gains=channel_gains,
+        source=str(path),
+        layout=metadata["layout"],
+    )
+    network.load_state_dict({**empty, **state})
+    report = _repatched(report, network, sizes.patch_size)
+    logger.warning("%s: %s", report.source, report.adapted[-1])  # of the random neck
+    record = dataclasses.replace(record, variant=variant, rel_pos=rel_pos)
+    return _with_provenance(network, record, report)
 
 
 def sam(
@@ -183,6 +242,11 @@ def sam(
         sizes = {**vars(decoder), "positions": positions or decoder.positions}
         network = Sam3D.around(image_encoder, **sizes)
         return _with_provenance(network, None, None)
+    if request_in(weights) is not None:
+        raise ValueError(
+            f"weights={weights!r} inflate an image encoder only; pass weights of a whole 3-D "
+            f"network, or call encoder({variant!r}, weights={weights!r}, rel_pos='axial')"
+        )
     record, path, tensors, metadata = _opened(weights, variant, "sam")
     _require_all_parts(path, tensors, metadata)
     _require_fit(record, path, tensors, variant, rel_pos, "sam")
@@ -276,7 +340,7 @@ def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _patch(filters: Tensor | None) -> int | None:
-    return None if filters is None or filters.ndim != 5 else filters.shape[-1]
+    return None if filters is None or filters.ndim < 4 else filters.shape[-1]
 
 
 def _with_patch(sizes: Variant, patch_size: int | None) -> Variant:
@@ -435,6 +499,12 @@ def _require_fit(
     if record.rel_pos == "axial" and rel_pos == "released":
         raise ValueError(
             f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
+        )
+    stem = _without_prefix(tensors).get(STEM)
+    if stem is not None and stem.ndim == 4:
+        raise CheckpointError(
+            f"{path} is of a 2-D network; to inflate a 2-D SAM encoder call "
+            f"encoder({variant!r}, weights='sam2d:{path}', rel_pos='axial')"
         )
     found = variant_of(tensors)
     if found not in (None, variant):

@@ -184,6 +184,24 @@ def _challenge(name: str, filename: str, data: str) -> Weights:
     )
 
 
+# Source: huggingface.co/timm/samvit_base_patch16.sa1b. SAM itself began with MAE weights, whose
+# images the card does not name. Of a 2-D network: `inflation.py` makes it fit.
+_SAM2D = Weights(
+    name="sam2d:hub",
+    variant="vit_b",
+    repo_id="timm/samvit_base_patch16.sa1b",
+    filename="model.safetensors",
+    revision="main",
+    licence="Apache-2.0 by its model card",
+    rel_pos="axial",
+    normalisation=(
+        "2-D: RGB minus ImageNet's mean over its deviation; volumes come z-scored, as one colour"
+    ),
+    pretraining=(PretrainingSet("SA-1B", (1,)),),
+    citation="Kirillov et al., Segment Anything, ICCV 2023, arXiv:2304.02643",
+    status=LISTED,
+)
+
 WEIGHTS: dict[str, Weights] = {
     "turbo": _TURBO,
     "turbo_bbox_init": dataclasses.replace(
@@ -195,6 +213,7 @@ WEIGHTS: dict[str, Weights] = {
     "cvpr_alldata": _challenge(
         "cvpr_alldata", "sam_med3d_turbo_cvpr_alldata.pth", "CVPR 2025 challenge, all data"
     ),
+    "sam2d:hub": _SAM2D,
 }
 
 # What `encoder(variant)` loads when it is not told.
