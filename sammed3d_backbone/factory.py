@@ -451,6 +451,7 @@ def _encoder_of_model(
         record,
         variant=about["encoder"]["variant"],
         rel_pos=about["encoder"].get("rel_pos", "released"),
+        spacing_mm=None if about["spacing_mm"] is None else tuple(about["spacing_mm"]),
         status=f"{record.status}, encoder of a fine-tuned {about['network']}",
     ), mine
 

@@ -133,6 +133,48 @@ def test_features_are_token_maps_with_their_affine(scan, tmp_path, capsys):
     assert "neck: 64 x 16 x 16 x 16" in capsys.readouterr().out
 
 
+def test_features_are_drawn_without_a_file_of_them(scan, tmp_path, capsys):
+    out = tmp_path / "new" / "fig.png"
+    command = ["features", scan, "--png", str(out), "--variant", "tiny", "--weights", "none"]
+    assert main([*command, "--block", "3", "--modality", "mr"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in out.parent.iterdir()] == ["fig.png"]
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+
+
+def test_a_fine_tuned_encoder_gives_its_blocks_at_its_spacing(scan, tmp_path, fine_tuned, capsys):
+    out, figure = tmp_path / "maps.safetensors", tmp_path / "fig.png"
+    command = ["features", scan, str(out), "--variant", "tiny", "--weights", fine_tuned()]
+    assert main([*command, "--blocks", "2,5", "--png", str(figure)]) == 0
+    tensors, metadata = read(out)
+    assert set(tensors) == {"block_2", "block_5", "affine"}
+    assert metadata["spacing_mm"] == "(2.0, 2.0, 2.0)"
+    assert figure.is_file()
+    assert "spacing" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("outputs", "remedy"),
+    [
+        ((), "give OUT.safetensors or --png FIG.png"),
+        (("--png", "fig.jpg"), "choose such a name"),
+        (("maps.pt",), "give it the ending .safetensors"),
+        (("--png", "precious.png"), "pass --force"),
+        (("--png", "fig.png", "--block", "12"), "give block numbers from -12 to 11"),
+        (("maps.safetensors", "--block", "12"), "give block numbers from -12 to 11"),
+    ],
+)
+def test_features_that_cannot_be_written_are_refused(
+    scan, tmp_path, monkeypatch, capsys, outputs, remedy
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious.png").write_text("precious")
+    assert main(["features", scan, *outputs, "--variant", "tiny", "--weights", "none"]) == 2
+    assert remedy in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"in.nii.gz", "precious.png"}
+    assert (tmp_path / "precious.png").read_text() == "precious"
+
+
 def test_a_token_lies_where_its_affine_says(scan):
     torch.manual_seed(0)
     array = Volume.load(scan).array[:, :50, :50]

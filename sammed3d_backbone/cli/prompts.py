@@ -10,7 +10,9 @@ from sammed3d_backbone.cli.checks import on_device, opened, require_free
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
+    from sammed3d_backbone.data.geometry import TripleMm
     from sammed3d_backbone.data.volume import Volume
+    from sammed3d_backbone.models.image_encoder import ImageEncoder3D
     from sammed3d_backbone.predictor import Prediction, Predictor
     from sammed3d_backbone.predictor.merging import Labels
 
@@ -97,8 +99,7 @@ def _run_segment(args: argparse.Namespace) -> int:
     # What can be wrong is found before minutes of work.
     clicks = _clicks(args)
     require_nifti_name(args.target)
-    if args.png is not None and args.png.suffix != ".png":
-        raise ValueError(f"{args.png} is not named .png; choose such a name")
+    _require_png_name(args.png)
     require_free((args.target, args.png, args.save_clicks), args.source, force=args.force)
     volume = opened(args.source, args.channel)
     _require_places(volume, clicks, args.points)
@@ -214,16 +215,18 @@ def add_features(commands: "Commands") -> None:
     """Declares `sammed3d features`."""
     parser = commands.add_parser(
         "features",
-        help="write the encoder's token maps of a NIfTI volume",
+        help="write or draw the encoder's token maps of a NIfTI volume",
         description=(
             "Tensors (F, x, y, z) with axes towards R, A, S, and `affine`: token index -> RAS+ mm "
-            "of the token's centre."
+            "of the token's centre. The picture shows each block, or the last, on the volume's own "
+            "grid, alike features in alike colours; for it, windows overlap and share one scale."
         ),
     )
-    _add_files(parser, "OUT.safetensors")
+    _add_files(parser, "OUT.safetensors", is_optional=True)
     parser.add_argument(
         "--blocks", type=_blocks, default=(), metavar="N,N", help="outputs of these blocks too"
     )
+    parser.add_argument("--png", type=Path, metavar="FIG.png", help="principal parts as colours")
     add_network(parser)
     parser.set_defaults(run=_run_features)
 
@@ -244,38 +247,60 @@ def _run_features(args: argparse.Namespace) -> int:
     from sammed3d_backbone.predictor.admission import spacing_of
     from sammed3d_backbone.predictor.features import token_maps
 
-    if args.target.suffix != ".safetensors":
+    if args.target is None and args.png is None:
+        raise ValueError("nothing would be written; give OUT.safetensors or --png FIG.png")
+    if args.target is not None and args.target.suffix != ".safetensors":
         raise ValueError(f"{args.target} would hold safetensors; give it the ending .safetensors")
-    require_free((args.target,), args.source, force=args.force)
+    _require_png_name(args.png)
+    require_free((args.target, args.png), args.source, force=args.force)
     volume = opened(args.source, args.channel)
     network = on_device(encoder(args.variant, args.weights), args.device)
     spacing_mm, notes = spacing_of(network)
-    found = token_maps(
-        network,
-        volume,
-        spacing_mm=spacing_mm,
-        modality=args.modality,
-        blocks=args.blocks,
-        progress=True,
-    )
-    tensors = {**found.maps, "affine": torch.from_numpy(found.affine)}
-    metadata = {"volume": args.source.name, "spacing_mm": str(spacing_mm), "axes": "F, R, A, S"}
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    write(args.target, tensors, metadata, overwrite=args.force)
-    for name, part in found.maps.items():
-        print(f"{name}: {' x '.join(map(str, part.shape))}")
+    if args.target is not None:
+        found = token_maps(
+            network,
+            volume,
+            spacing_mm=spacing_mm,
+            modality=args.modality,
+            blocks=args.blocks,
+            progress=True,
+        )
+        tensors = {**found.maps, "affine": torch.from_numpy(found.affine)}
+        metadata = {"volume": args.source.name, "spacing_mm": str(spacing_mm), "axes": "F, R, A, S"}
+        args.target.parent.mkdir(parents=True, exist_ok=True)
+        write(args.target, tensors, metadata, overwrite=args.force)
+        for name, part in found.maps.items():
+            print(f"{name}: {' x '.join(map(str, part.shape))}")
+    if args.png is not None:
+        _draw_features(args, network.eval(), volume, spacing_mm)
     for note in notes:
         print(f"note: {note}")
-    print(args.target)
+    for path in filter(None, (args.target, args.png)):
+        print(path)
     return 0
+
+
+def _draw_features(
+    args: argparse.Namespace, network: "ImageEncoder3D", volume: "Volume", spacing_mm: "TripleMm"
+) -> None:
+    from sammed3d_backbone.data.preparation import Preparation
+    from sammed3d_backbone.evaluation.figures import features_figure
+    from sammed3d_backbone.evaluation.voxel_features import feature_grid
+    from sammed3d_backbone.predictor.admission import intensity_of
+
+    preparation = Preparation(spacing_mm, intensity_of(args.modality), network.img_size[0])
+    image, geometry = preparation.image(volume)
+    blocks = args.blocks or [network.depth - 1]
+    maps, affine = feature_grid(network, image, geometry, blocks, progress=True)
+    features_figure(args.png, volume, {f"block {b}": maps[b] for b in blocks}, affine)
 
 
 # --- both --------------------------------------------------------------------------------------
 
 
-def _add_files(parser: argparse.ArgumentParser, target: str) -> None:
+def _add_files(parser: argparse.ArgumentParser, target: str, *, is_optional: bool = False) -> None:
     parser.add_argument("source", metavar="IN.nii.gz", type=Path)
-    parser.add_argument("target", metavar=target, type=Path)
+    parser.add_argument("target", metavar=target, type=Path, nargs="?" if is_optional else None)
     parser.add_argument("--channel", type=int, metavar="N", help="of a 4-D file, counted from 0")
     parser.add_argument("--modality", choices=("ct", "mr", "us"), help="ct is clamped to HU")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
@@ -287,3 +312,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     network.add_argument("--variant", default="vit_b", help="vit_b when left out")
     network.add_argument("--weights", help="a name, a file or repo_id:file; the variant's own")
     network.add_argument("--device", default="cpu", help="such as cuda; cpu when left out")
+
+
+def _require_png_name(path: Path | None) -> None:
+    if path is not None and path.suffix != ".png":
+        raise ValueError(f"{path} is not named .png; choose such a name")

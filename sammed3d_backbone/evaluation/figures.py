@@ -1,4 +1,4 @@
-"""Pictures of a run: contours on three planes of some cases, and the curves of training."""
+"""Pictures: contours, clicks and features on three planes, and the curves of training."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any, Literal
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
+from nibabel.affines import apply_affine
 
 from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.voxel_features import pca_colours, sampled
 
 PLANES = ("sagittal", "coronal", "axial")
 MARGIN_MM = 8.0  # around what is drawn
@@ -159,6 +162,54 @@ def clicks_figure(path: Path, image: Volume, shown: Sequence[Clicked]) -> None:
     figure.savefig(path, dpi=110)
 
 
+def features_figure(
+    path: Path,
+    image: Volume,
+    maps: Mapping[str, torch.Tensor],
+    affine: np.ndarray[Any, Any],
+) -> None:
+    """Writes a PNG: the image on three planes through its middle, and below it each map in colours.
+
+    Maps are drawn on the image's own grid. Equal colours mean alike tokens within one row only.
+
+    Args:
+        path: Of the PNG.
+        image: One channel.
+        maps: Name -> tokens, drawn from top to bottom.
+        affine: (4, 4), token index -> RAS+ mm of the token's centre.
+
+    Shapes:
+        maps: (E, x, y, z), axes towards R, A, S.
+    """
+    figure = Figure(figsize=(9, 0.5 + 3.0 * (1 + len(maps))), layout="constrained")
+    FigureCanvasAgg(figure)
+    geometry = Geometry.plan(image.shape, image.affine)
+    oriented = geometry.oriented(image.array)
+    centre = [n // 2 for n in oriented.shape]
+    view = [(0, n) for n in oriented.shape]
+    window = np.percentile(oriented, [1, 99])
+    coloured = {name: pca_colours(tokens) for name, tokens in maps.items()}
+    for plane in range(3):
+        ranges = [np.arange(n) for n in oriented.shape]
+        ranges[plane] = np.array([centre[plane]])
+        voxels = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).squeeze(plane)
+        tokens_at = torch.from_numpy(apply_affine(np.linalg.inv(affine) @ geometry.affine, voxels))
+        drawn = {"image": oriented.take(centre[plane], axis=plane)}
+        for name, colours in coloured.items():
+            flat = sampled(colours, tokens_at.reshape(-1, 3))
+            drawn[name] = flat.clamp(0, 1).reshape(voxels.shape).numpy()
+        for row, (name, values) in enumerate(drawn.items()):
+            axes = figure.add_subplot(len(drawn), 3, 3 * row + plane + 1)
+            background = values.swapaxes(0, 1)
+            _show_slice(axes, background, window, plane, geometry.spacing_mm, view)
+            if row == 0:
+                axes.set_title(PLANES[plane], fontsize=10)
+            if plane == 0:
+                axes.set_ylabel(name, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def curves_svg(records: Sequence[Mapping[str, Any]]) -> str:
     """Loss, Dice of every class and learning rate over the steps, as an SVG element.
 
@@ -219,7 +270,7 @@ def _show_slice(
     spacing_mm: TripleMm,
     view: Sequence[tuple[int, int]],
 ) -> None:
-    """One slice, (Y, X), in its true proportions, without ticks."""
+    """One slice, (Y, X) or in colours (Y, X, 3), in its true proportions, without ticks."""
     across, up = (axis for axis in range(3) if axis != plane)
     axes.imshow(
         background,

@@ -28,8 +28,9 @@ class TokenMaps:
     """Token maps of a whole volume on one grid.
 
     Shapes:
-        maps: name -> (F, x, y, z) float32, axes towards R, A, S; "neck" is what the mask decoder
-            reads, "block_2" what comes out of transformer block 2.
+        maps: name -> (F, x, y, z) float32, axes towards R, A, S; "block_2" is what comes out of
+            transformer block 2, "neck" what the mask decoder reads: the encoder of a fine-tuned
+            network may have none.
         affine: (4, 4), token index -> RAS+ mm of the token's centre.
     """
 
@@ -87,5 +88,10 @@ def _maps_of(encoder: ImageEncoder3D, image: Tensor, blocks: Sequence[int]) -> d
     with torch.inference_mode():
         if not blocks:
             return {"neck": encoder(image)}
-        neck, parts = encoder.forward_intermediates(image, indices=blocks)
-    return {"neck": neck, **{f"block_{b}": part for b, part in zip(blocks, parts, strict=True)}}
+        if encoder.neck is None:
+            maps = {}
+            parts = encoder.forward_intermediates(image, indices=blocks, intermediates_only=True)
+        else:
+            neck, parts = encoder.forward_intermediates(image, indices=blocks)
+            maps = {"neck": neck}
+    return maps | {f"block_{b}": part for b, part in zip(blocks, parts, strict=True)}

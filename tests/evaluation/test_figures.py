@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from sammed3d_backbone.data.volume import Volume
@@ -108,6 +109,39 @@ def test_the_figure_of_cases_has_three_planes_each_and_names_the_classes(tmp_pat
     )
     figures.cases_figure(tmp_path / "new/cases.png", [shown, shown], ("head", "tail"))
     assert (tmp_path / "new/cases.png").read_bytes().startswith(b"\x89PNG")
+
+
+def drawn_features(monkeypatch, path, image, maps, affine):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **given: kept.append(self))
+    figures.features_figure(path, image, maps, affine)
+    return kept[0].axes
+
+
+@pytest.mark.parametrize("axes", [[0, 1, 2], [2, 0, 1]])
+def test_features_are_drawn_on_the_grid_of_the_image(tmp_path, monkeypatch, rng, axes):
+    image = Volume(rng.normal(size=(8, 12, 16)), np.diag([2.0, 1.5, 1, 1])[[*axes, 3]])
+    size = [(8, 12, 16)[axis] for axis in np.argsort(axes).argsort()]
+    tokens = torch.randn(5, 4, 4, 4)
+    drawn = drawn_features(monkeypatch, tmp_path / "f.png", image, {"block 3": tokens}, np.eye(4))
+    assert len(drawn) == 6
+    assert [axis.get_ylabel() for axis in drawn] == ["image", "block 3", "", "", "", ""]
+    for number, axis in enumerate(drawn):
+        across, up = (n for i, n in enumerate(size) if i != number // 2)
+        assert axis.images[0].get_array().shape[:2] == (up, across)
+
+
+def test_features_lie_where_their_affine_says(tmp_path, monkeypatch, generator):
+    image = Volume(np.indices((20, 20, 20)).sum(0).astype(float), np.diag([-1.0, -1, 1, 1]))
+    tokens = 0.1 * torch.randn(6, 5, 5, 5, generator=generator)
+    tokens[:, 2, :, 0] += 3  # one column of tokens is unlike all others
+    affine = np.array([[4.0, 0, 0, -17.5], [0, 4, 0, -17.5], [0, 0, 4, 1.5], [0, 0, 0, 1]])
+    drawn = drawn_features(monkeypatch, tmp_path / "f.png", image, {"block 3": tokens}, affine)
+    coronal = np.asarray(drawn[3].images[0].get_array())  # (Z, X, 3), X from left to right in RAS
+    unlike = np.abs(coronal - np.median(coronal, axis=(0, 1))).sum(-1)
+    z, x = np.unravel_index(unlike.argmax(), unlike.shape)
+    assert z < 4
+    assert 8 <= x < 12
 
 
 def test_curves_are_one_svg_with_a_line_per_class():

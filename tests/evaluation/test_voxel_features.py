@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from sammed3d_backbone import encoder
+from sammed3d_backbone.data.preparation import Preparation
+from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.voxel_features import (
     draw_voxels,
+    feature_grid,
     features_at,
     pca_colours,
     sampled,
@@ -78,6 +81,20 @@ def test_an_image_smaller_than_the_input_is_refused():
         features_at(Averages(), torch.zeros(1, 8, 7, 8), [[0, 0, 0]], [0])
 
 
+def test_a_grid_of_features_covers_the_volume_and_knows_its_place(rng):
+    affine = np.array([[0, -2.0, 0, 9], [1, 0, 0, -4], [0, 0, -1.5, 30], [0, 0, 0, 1]])
+    array = rng.normal(size=(11, 5, 9)).astype(np.float32)
+    preparation = Preparation((2.0, 1.0, 1.5), "zscore", 8)
+    image, geometry = preparation.image(Volume(array, affine))
+    maps, to_mm = feature_grid(Averages(), image, geometry, [0, 1])
+    assert {block: tuple(m.shape) for block, m in maps.items()} == dict.fromkeys(
+        (0, 1), (1, 3, 6, 5)
+    )
+    corners = np.array([[-0.5, -0.5, -0.5, 1], [2.5, 5.5, 4.5, 1]]) @ to_mm.T
+    voxels = np.array([[-0.5, -0.5, -0.5, 1], [10.5, 4.5, 8.5, 1]]) @ affine.T
+    assert np.sort(corners, axis=0) == pytest.approx(np.sort(voxels, axis=0))
+
+
 def test_sampling_hits_tokens_and_stays_at_the_border(generator):
     tokens = torch.rand(5, 2, 3, 4, generator=generator)
     places = torch.tensor([[1.0, 2, 3], [0, 1, 2], [-4, 1, 9], [0.5, 1, 2]])
@@ -112,7 +129,7 @@ def test_draws_depend_on_the_seed_only():
 
 def test_colours_follow_the_largest_differences(generator):
     tokens = 0.01 * torch.randn(10, 4, 4, 4, generator=generator)
-    tokens[7, :2] += 5  # the halves differ in one channel, and in hardly anything else
+    tokens[:6, :2] += 5  # the halves differ in most channels, and in hardly anything else
     red = pca_colours(tokens)[0]
     assert red.min() >= 0
     assert red.max() <= 1
@@ -126,6 +143,13 @@ def test_colours_do_not_depend_on_the_order_of_tokens_or_on_chance(generator):
     torch.manual_seed(2)
     assert torch.equal(colours, pca_colours(tokens))
     assert torch.allclose(colours.flip(1), pca_colours(tokens.flip(1)), atol=1e-5)
+
+
+def test_colours_do_not_depend_on_the_scale_of_channels(generator):
+    tokens = torch.randn(10, 4, 4, 4, generator=generator, dtype=torch.float64)
+    scaled = tokens.clone()
+    scaled[3] = 1e4 * scaled[3] + 1e5
+    assert torch.allclose(pca_colours(tokens), pca_colours(scaled), atol=1e-5)
 
 
 def test_three_colours_need_three_channels():
