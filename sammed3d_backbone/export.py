@@ -26,6 +26,7 @@ from sammed3d_backbone.checkpoint import part_of, read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
+from sammed3d_backbone.inflation import DEPTH_FILTERS
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.pretrained import locate
 
@@ -287,7 +288,13 @@ def load_model(path: str | Path) -> Segmenter:
 
 
 def without_folder(text: str) -> str:
-    """The last part of an absolute path, any other text as it is: cards travel, folders do not."""
+    """The last part of an absolute path, any other text as it is: cards travel, folders do not.
+
+    A path may stand behind the prefix that asks for inflation, which is kept.
+    """
+    prefix, _, place = text.partition(":")
+    if prefix in DEPTH_FILTERS:
+        return f"{prefix}:{without_folder(place)}"
     return Path(text).name if Path(text).is_absolute() else text
 
 

@@ -21,6 +21,7 @@ from sammed3d_backbone.export import (
     load_model,
     save_model,
     segment_volume,
+    without_folder,
 )
 from sammed3d_backbone.factory import encoder
 
@@ -177,6 +178,22 @@ def test_an_empty_volume_gives_labels(segmenter):
 def test_an_unknown_network_names_the_known_ones():
     with pytest.raises(ValueError, match=r"this version knows unetr, flexible_unet, .*, basicunet"):
         build_network(card(network="transformer"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("/home/me/own.pth", "own.pth"),
+        ("sam2d:/home/me/own.pth", "sam2d:own.pth"),
+        ("sam2d-mean:/home/me/a:b.pth", "sam2d-mean:a:b.pth"),
+        ("sam2d:hub", "sam2d:hub"),
+        ("sam2d:org/net@main:x.safetensors", "sam2d:org/net@main:x.safetensors"),
+        ("runs/own.pth", "runs/own.pth"),
+        ("https://host/x.pth", "https://host/x.pth"),
+    ],
+)
+def test_cards_hold_no_folders_of_the_machine_that_trained(text, kept):
+    assert without_folder(text) == kept
 
 
 def test_a_file_without_a_card_is_refused(tmp_path):
