@@ -35,6 +35,7 @@ from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.report import About, write_report, write_results
 from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
 from sammed3d_backbone.export import Card, load_model, segment_volume
+from sammed3d_backbone.inflation import request_in
 from sammed3d_backbone.pretrained import (
     DEFAULT_WEIGHTS,
     WEIGHTS,
@@ -201,9 +202,11 @@ def from_model(
 def pretraining_statement(card: Card, dataset_name: str) -> str:
     """Whether the weights that a model was fine-tuned from saw a data set."""
     config = card.training.get("config", {})
-    name = config.get("weights") or DEFAULT_WEIGHTS.get(card.encoder.get("variant", ""))
-    record = WEIGHTS.get(name) or Weights(name=name or "the first weights")
-    is_random = not card.encoder or config.get("scratch")
+    default = DEFAULT_WEIGHTS.get(card.encoder.get("variant", ""), "the first weights")
+    name = config.get("weights") or default
+    request = request_in(name)
+    record = WEIGHTS.get(request.place if request else name) or Weights(name=name)
+    is_random = not card.encoder or config.get("scratch") or name == "none"
     return str(seen_in_pretraining(None if is_random else record, dataset_name))
 
 

@@ -70,13 +70,21 @@ def test_predictions_of_another_tool_are_scored_as_they_are(toy_data, tmp_path, 
     assert "evaluate.py" in summary["command"]
 
 
-def test_the_weights_a_model_began_with_are_named(model):
+@pytest.mark.parametrize(
+    ("began", "said"),
+    [
+        ({}, "random start"),
+        ({"scratch": False, "weights": "none"}, "random start"),
+        ({"scratch": False, "weights": "turbo"}, "AMOS22 was in the pretraining data of turbo"),
+        ({"scratch": False, "weights": "sam2d-mean:hub"}, "not in the published pretraining data"),
+        ({"scratch": False, "weights": "sam2d:own.pth"}, "data of sam2d:own.pth are not known"),
+        ({"scratch": False, "weights": "/home/me/own.pth"}, "not known"),
+    ],
+)
+def test_the_weights_a_model_began_with_are_named(model, began, said):
     card = evaluate.load_model(model).card
-    assert "random start" in evaluate.pretraining_statement(card, "AMOS22")
-    card.training["config"].update(scratch=False, weights="turbo")
-    assert "AMOS22 was in the pretraining" in evaluate.pretraining_statement(card, "AMOS22")
-    card.training["config"].update(weights="/home/me/own.pth")
-    assert "not known" in evaluate.pretraining_statement(card, "AMOS22")
+    card.training["config"].update(began)
+    assert said in evaluate.pretraining_statement(card, "AMOS22")
 
 
 @pytest.mark.parametrize(
