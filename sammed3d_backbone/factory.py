@@ -27,7 +27,7 @@ from sammed3d_backbone.checkpoint import (
     part_of,
     read,
 )
-from sammed3d_backbone.inflation import Request, inflate, request_in
+from sammed3d_backbone.inflation import Request, inflate, is_flat, request_in
 from sammed3d_backbone.models.attention import RelPos
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.prompt_encoder import Positions
@@ -317,20 +317,25 @@ def encoder_like(
 
 
 def variant_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The variant whose sizes stored tensors have; None if there is none, or parts are missing."""
+    """The variant whose sizes stored tensors have; None if there is none, or parts are missing.
+
+    Of a 2-D encoder it is the one that these inflate to, whose neck has a width of its own.
+    """
     stored = _without_prefix(tensors)
     try:
         seen = (
             stored[STEM].shape[2],
             stored[STEM].shape[0],
             len({name.split(".")[1] for name in stored if name.startswith("blocks.")}),
-            stored[STEM].shape[0] // stored["blocks.0.attn.rel_pos_d"].shape[1],
+            stored[STEM].shape[0] // stored["blocks.0.attn.rel_pos_h"].shape[1],
             stored["neck.0.weight"].shape[0],
         )
     except (KeyError, IndexError):
         return None
+    told = seen[:-1] if is_flat(tensors) else seen
     for name, v in VARIANTS.items():
-        if seen == (v.patch_size, v.embed_dim, v.depth, v.num_heads, v.out_chans):
+        sizes = (v.patch_size, v.embed_dim, v.depth, v.num_heads, v.out_chans)
+        if told == sizes[: len(told)]:
             return name
     return None
 
@@ -501,8 +506,7 @@ def _require_fit(
         raise ValueError(
             f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
         )
-    stem = _without_prefix(tensors).get(STEM)
-    if stem is not None and stem.ndim == 4:
+    if is_flat(tensors):
         raise CheckpointError(
             f"{path} is of a 2-D network; to inflate a 2-D SAM encoder call "
             f"encoder({variant!r}, weights='sam2d:{path}', rel_pos='axial')"

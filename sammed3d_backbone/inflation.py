@@ -53,6 +53,12 @@ TABLES = {
 LAYERS = {"mlp.fc1": "mlp.lin1", "mlp.fc2": "mlp.lin2"}
 
 
+def is_flat(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors are those of a 2-D network, which its patch filters tell."""
+    filters = tensors.get(STEM, tensors.get(f"{ENCODER}{STEM}"))
+    return filters is not None and filters.ndim == 4
+
+
 class Request(NamedTuple):
     """Weights of a 2-D network that are to be inflated.
 

@@ -13,6 +13,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
 from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, write
+from sammed3d_backbone.cli import main
 from sammed3d_backbone.inflation import Request, inflate, request_in
 from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining, to_metadata
 from sammed3d_backbone.variants import VARIANTS, Variant
@@ -304,6 +305,45 @@ def test_a_frozen_inflated_encoder_learns_beside_itself(file, generator):
     learns = {name for name, p in network.named_parameters() if p.grad is not None}
     assert learns
     assert all(".bottleneck." in name for name in learns)
+
+
+# --- what the command line says of a 2-D file -------------------------------------------------
+
+
+def verdict(file, capsys, *options):
+    code = main(["verify", str(file), *options])
+    return code, *capsys.readouterr().out.splitlines()[-1].split(None, 1)
+
+
+def test_a_2d_file_verifies_as_what_it_is_and_says_how_to_use_it(file, capsys):
+    assert verdict(file, capsys) == (
+        0,
+        "ok",
+        "a 2-D SAM encoder, which fills 48 of the 54 tensors of toy, all but the neck: "
+        f"encoder('toy', weights='sam2d:{file}', rel_pos='axial') inflates it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("lost", "options", "said"),
+    [
+        ("blocks.1.mlp.fc1.bias", (), "missing (blocks.1.mlp.lin1.bias)"),
+        ("blocks.0.attn.rel_pos_h", (), "2-D network with the sizes of no known variant; name one"),
+        ("blocks.0.attn.rel_pos_h", ("--variant", "toy"), "missing (blocks.0.attn.rel_pos_d)"),
+    ],
+)
+def test_a_2d_file_with_a_hole_fails_and_says_where(flat, tmp_path, lost, options, said, capsys):
+    tensors = flat.state_dict()
+    del tensors[lost]
+    torch.save(tensors, tmp_path / "a.pth")
+    code, mark, sentence = verdict(tmp_path / "a.pth", capsys, *options)
+    assert (code, mark) == (1, "WRONG")
+    assert said in sentence
+
+
+def test_info_names_the_variant_that_a_2d_file_inflates_to(file, capsys):
+    assert main(["info", str(file)]) == 0
+    assert "variant: toy" in capsys.readouterr().out
 
 
 # --- refusals --------------------------------------------------------------------------------

@@ -143,6 +143,7 @@ def add_verify(commands: "Commands") -> None:
 def _run_verify(args: argparse.Namespace) -> int:
     from sammed3d_backbone.checkpoint import content_sha256
     from sammed3d_backbone.factory import CARD_KEY
+    from sammed3d_backbone.inflation import is_flat
 
     record, tensors, metadata = opened_weights(args.file)
     findings = [hash_finding(record)]
@@ -152,6 +153,8 @@ def _run_verify(args: argparse.Namespace) -> int:
     findings.append(_finite_finding(tensors))
     if CARD_KEY in metadata:
         findings.append(_model_finding(args.file))
+    elif is_flat(tensors):
+        findings.append(_flat_finding(tensors, args.variant or record.variant, args.file))
     else:
         findings.append(_network_finding(tensors, args.variant or record.variant))
     for right, sentence in findings:
@@ -209,6 +212,33 @@ def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
     rest += f", {len(report.unexpected)} unexpected" if report.unexpected else ""
     what = "promptable network" if is_promptable else "encoder"
     return True, f"the {len(report.matched)} tensors of the {variant} {what} are there{rest}"
+
+
+def _flat_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: str) -> Finding:
+    """Whether the encoder of a 2-D file can be inflated, and how to."""
+    import torch
+
+    from sammed3d_backbone.checkpoint import CheckpointError
+    from sammed3d_backbone.factory import encoder_like
+    from sammed3d_backbone.inflation import inflate
+
+    if variant is None:
+        return False, (
+            "a 2-D network with the sizes of no known variant; name one with --variant to see what "
+            "differs"
+        )
+    with torch.device("meta"):
+        network = encoder_like(tensors, variant, rel_pos="axial")
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    try:
+        _, report = inflate(tensors, shapes, depth_filter="centre", source="the 2-D file")
+    except CheckpointError as error:
+        return False, str(error)
+    return True, (
+        f"a 2-D SAM encoder, which fills {len(report.matched)} of the {len(shapes)} tensors of "
+        f"{variant}, all but the neck: encoder({variant!r}, weights='sam2d:{file}', "
+        "rel_pos='axial') inflates it"
+    )
 
 
 def _model_finding(file: str) -> Finding:
