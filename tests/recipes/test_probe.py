@@ -1,0 +1,161 @@
+"""The probe of frozen encoders: its voxels, its order, its table."""
+
+import json
+from dataclasses import replace
+
+import equality_check
+import finetune_unetr
+import numpy as np
+import probe
+import pytest
+from probe import Config, main, voxels_of
+
+from sammed3d_backbone import config, encoder
+from sammed3d_backbone.checkpoint import write
+from sammed3d_backbone.data.folders import read_dataset
+from sammed3d_backbone.data.preparation import Preparation
+from sammed3d_backbone.evaluation.probes import PROBES
+from sammed3d_backbone.export import Segmenter, build_network, save_model
+
+
+@pytest.fixture
+def make_run(small, runs):
+    """Writes what a run leaves that the recipe reads, without training; returns its folder."""
+
+    def make(**changes):
+        cfg = finetune_unetr.Config(**small | changes)
+        dataset, _ = finetune_unetr.choose_cases(cfg)
+        card = finetune_unetr.make_card(cfg, dataset)
+        folder = runs / cfg.name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(config.dump(cfg))
+        save_model(folder / "last.safetensors", Segmenter(build_network(card), card))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def cfg(make_run, tmp_path, monkeypatch):
+    """A probe of seconds: few voxels of boxes, with pretrained weights."""
+    monkeypatch.setattr(probe, "PROBES", {kind: PROBES[kind] for kind in ("knn", "prototype")})
+    make_run()
+    weights = tmp_path / "tiny.safetensors"
+    write(weights, encoder("tiny", weights="none", img_size=16).state_dict(), {})
+    return Config("toy", str(weights), per_class=10, out=str(tmp_path / "out"), threads=1)
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """Whose voxels are computed, in order, two blocks of them; the fourth time, all is stopped."""
+    seen, real = [], probe.voxels_of
+
+    def noted(*args, desc):
+        if len(seen) == 3:
+            seen.append("stopped")
+            raise KeyboardInterrupt
+        seen.append(desc)
+        found = real(*args, desc=desc)
+        return {block: found[block] for block in (0, 1)}
+
+    monkeypatch.setattr(probe, "voxels_of", noted)
+    return seen
+
+
+def test_a_stopped_probe_goes_on_and_ends_with_table_and_figure(cfg, probed, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg)
+    partial = json.loads((tmp_path / "out/table.json").read_text())
+    assert [*partial["encoders"]] == ["random"]
+    main(cfg)
+    main(replace(cfg, weights=None))
+    assert probed[4:] == [
+        "scratch, bank",
+        "scratch, asked",
+        "pretrained, bank",
+        "pretrained, asked",
+    ]
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert [*table["encoders"]] == ["random", "scratch", "pretrained"]
+    assert not {*table["about"]["bank"]} & {*table["about"]["asked"]}
+    for entry in table["encoders"].values():
+        mean, low, high = entry["blocks"][0]["knn"]["balanced_accuracy"]
+        assert low <= mean <= high
+        assert mean > 0.6  # boxes differ in brightness, which any tokens tell
+    assert "| pretrained | 1 |" in (tmp_path / "out/table.md").read_text()
+    assert (tmp_path / "out/figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_weights_are_probed_again_and_other_voxels_begin_anew(cfg, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(probe, "voxels_of", lambda *_, desc: calls.append(desc) or {})
+    monkeypatch.setattr(probe, "draw_figure", lambda *_: None)
+    main(cfg)
+    write(
+        tmp_path / "tiny.safetensors",
+        encoder("tiny", weights="none", img_size=16).state_dict(),
+        {},
+        overwrite=True,
+    )
+    main(cfg)
+    assert calls[6:] == ["pretrained, bank", "pretrained, asked"]
+    main(replace(cfg, per_class=11))
+    assert len(calls) == 8 + 6
+
+
+def test_every_encoder_is_asked_about_the_same_voxels(toy_data):
+    dataset, cfg = read_dataset(toy_data), Config("toy", per_class=5)
+    preparation = Preparation((1.5, 1.5, 1.5), "zscore_positive", 16)
+    one, other = (
+        voxels_of(
+            encoder("tiny", weights="none", img_size=16).eval(),
+            dataset.cases[:2],
+            dataset,
+            preparation,
+            cfg,
+            desc="",
+        )
+        for _ in range(2)
+    )
+    assert len(one) == 12
+    assert np.array_equal(one[0].values, other[11].values)
+    assert np.array_equal(one[0].values, np.tile(np.repeat([0, 1, 2], 5), 2))
+    assert (
+        one[0].subjects.tolist() == np.repeat([c.subject for c in dataset.cases[:2]], 15).tolist()
+    )
+    assert not np.array_equal(one[0].features, other[0].features)
+
+
+def test_what_was_not_looked_for_does_not_pass_for_background(tmp_path):
+    equality_check.write_boxes(tmp_path, cases=2, partly=True)
+    dataset = read_dataset(tmp_path)
+    network = encoder("tiny", weights="none", img_size=16).eval()
+    preparation = Preparation(None, "zscore_positive", 16)
+    found = voxels_of(
+        network, dataset.cases, dataset, preparation, Config("toy", per_class=5), desc=""
+    )
+    whole, partly = (found[0].values[found[0].subjects == c.subject] for c in dataset.cases)
+    assert {*whole.tolist()} == {0, 1, 2}
+    assert {*partly.tolist()} == {1}
+
+
+def test_a_run_that_has_not_ended_is_refused(runs):
+    with pytest.raises(FileNotFoundError, match="let the run end, or pass run=NAME"):
+        main(Config("toy"))
+
+
+def test_a_run_from_trained_weights_is_refused(make_run):
+    make_run(scratch=False)
+    with pytest.raises(ValueError, match="pass one with scratch=true"):
+        main(Config("toy"))
+
+
+def test_wrong_weights_are_refused_before_anything_is_probed(cfg, probed):
+    with pytest.raises(ValueError, match="unknown weights 'nowhere'"):
+        main(replace(cfg, weights="nowhere"))
+    assert not probed
+
+
+def test_the_committed_probe_can_be_read(root):
+    cfg = config.load(Config, root / "recipes/probe_hippocampus.yaml", ["weights=FILE"])
+    assert (cfg.run, cfg.weights) == ("hippocampus_8_seed0", "FILE")
