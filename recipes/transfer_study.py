@@ -179,7 +179,9 @@ def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
         for metric in ("dice", "nsd"):
             line[metric] = interval({row: scores[row] for row in rows}, metric)
             line[f"{metric}_gain"] = interval(gains, metric)
-        line["cost"] = cost(out / rows[0].name / "scores.json")
+        about = json.loads((out / rows[0].name / "scores.json").read_text(encoding="utf-8"))
+        line["cost"] = cost(about)
+        line["origin"] = origin(about)
         line["steps_to_scratch"] = [steps_to_twin(out, *pair) for pair in paired.items()]
         lines.append(line)
     return lines
@@ -197,13 +199,29 @@ def interval(scores: dict[Row, list[Score]], metric: str) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 5) for value in found]
 
 
-def cost(path: Path) -> dict[str, float | None]:
+def cost(about: dict[str, Any]) -> dict[str, float | None]:
     """What a run's scores say it took, of one draw since all draws are alike."""
-    about = json.loads(path.read_text(encoding="utf-8"))
     return {
         "trained_parameters": about["parameters"].get("trained"),
+        "parameters": about["parameters"]["all"],
         "peak_memory_mb": about["peak_memory_mb"],
         "seconds_per_step": round(about["seconds"] / about["steps"], 3),
+        "cpu_seconds_per_step": round(about["cpu_seconds"] / about["steps"], 3),
+    }
+
+
+def origin(about: dict[str, Any]) -> dict[str, str]:
+    """What a run's scores say it began with, and what made them."""
+    made = about["provenance"]
+    return {
+        "start": about["weights"],
+        "contamination": about["contamination"],
+        "training": f"{about['steps']} steps; {about['split']}",
+        "command": about["command"],
+        "made": (
+            f"{made['date']}, commit {made['commit']}, {made['processor']}, "
+            f"accelerator {made['accelerator']}, threads {made['threads']}, torch {made['torch']}"
+        ),
     }
 
 
@@ -223,7 +241,8 @@ def as_markdown(table: Sequence[dict[str, Any]]) -> str:
     head = (
         "Means with 95 % intervals (draws, then subjects within each); gains over scratch are\n"
         "paired, in points. Steps: where scratch's last validation Dice is reached, of all.\n"
-        "Cost: millions of trained parameters, peak memory in MB, seconds per step.\n"
+        "Cost: millions of trained parameters and of all, peak memory in MB, seconds per step on\n"
+        "the clock and of CPU.\n"
         "\n| task | labels | arm | draws | Dice | NSD | Dice gain | NSD gain | steps | cost |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )
@@ -238,14 +257,33 @@ def as_markdown(table: Sequence[dict[str, Any]]) -> str:
             _cost_shown(line["cost"]),
         ]
         lines.append(f"| {' | '.join(cells)} |\n")
-    return head + "".join(lines)
+    return head + "".join(lines) + _origins_shown(table)
+
+
+def _origins_shown(table: Sequence[dict[str, Any]]) -> str:
+    """What the arms began with and what made their figures, each start said once."""
+    text = (
+        "\n## What the arms began with\n\n"
+        "Decoders read the maps of an encoder's blocks: its neck is removed, whatever it held.\n"
+    )
+    firsts: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in table:
+        firsts.setdefault((line["arm"], line["origin"]["start"]), line)
+    for line in firsts.values():
+        rows = (f"{key}: {value}" for key, value in line["origin"].items())
+        where = f"{line['task']}, labels {line['labels']}"
+        text += "\n".join([f"\n### {line['arm']} ({where})\n", "```text", *rows, "```\n"])
+    return text
 
 
 def _cost_shown(found: dict[str, float | None]) -> str:
     """Parameters, memory, time."""
-    trained = found["trained_parameters"]
-    millions = "not kept" if trained is None else f"{trained / 1e6:.2f}"
-    return f"{millions}, {found['peak_memory_mb']}, {found['seconds_per_step']}"
+    trained, every = (
+        "not kept" if number is None else f"{number / 1e6:.2f}"
+        for number in (found["trained_parameters"], found["parameters"])
+    )
+    seconds = f"{found['seconds_per_step']} / {found['cpu_seconds_per_step']}"
+    return f"{trained} of {every}, {found['peak_memory_mb']}, {seconds}"
 
 
 def _shown(found: Sequence[float | None], factor: float, sign: str) -> str:

@@ -14,6 +14,7 @@ from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
 from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, write
 from sammed3d_backbone.cli import main
+from sammed3d_backbone.export import adapters
 from sammed3d_backbone.inflation import Request, inflate, request_in
 from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining, to_metadata
 from sammed3d_backbone.variants import VARIANTS, Variant
@@ -305,6 +306,16 @@ def test_a_frozen_inflated_encoder_learns_beside_itself(file, generator):
     learns = {name for name, p in network.named_parameters() if p.grad is not None}
     assert learns
     assert all(".bottleneck." in name for name in learns)
+
+
+@pytest.mark.parametrize("name", adapters())
+def test_no_decoder_of_the_recipe_reads_the_random_neck(file, generator, name):
+    network = inflated(file)
+    add_bottlenecks(network, width=2)
+    model = adapters()[name](network, 2)
+    assert model.encoder.neck is None
+    logits = model(torch.randn(1, 1, 16, 16, 16, generator=generator))
+    assert (logits[0] if isinstance(logits, list) else logits).shape == (1, 2, 16, 16, 16)
 
 
 # --- what the command line says of a 2-D file -------------------------------------------------

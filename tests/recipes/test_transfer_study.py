@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import finetune_unetr
 import pytest
+import torch
 import transfer_study
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from transfer_study import Config, main, rows_of, run_config
 
 from sammed3d_backbone import config, encoder
-from sammed3d_backbone.checkpoint import write
+from sammed3d_backbone.checkpoint import read, write
 
 
 @pytest.fixture
@@ -52,6 +54,61 @@ def test_the_study_of_decoders_has_two_draws_of_each_with_steps_of_its_own(root)
     assert steps["unetr"] > steps["segresnet"] > steps["flexible_unet"]
     assert all(run.steps == 4 * run.validate_every for run in made.values())
     assert all(run.scratch and run.labels is None for run in made.values())
+
+
+def test_the_strategies_begin_as_the_paper_says_with_one_epoch_each(root):
+    cfg = config.load(Config, root / "recipes/strategies.yaml")
+    frozen, tuned, scratch = (run_config(row, cfg) for row in rows_of(cfg))
+    assert (frozen.peft, tuned.peft, scratch.peft) == ("bottleneck", "none", "none")
+    assert [run.weights for run in (frozen, tuned, scratch)] == ["sam2d:hub", "sam2d:hub", "none"]
+    for run in (frozen, tuned, scratch):
+        assert (run.variant, run.rel_pos, run.batch, run.steps) == ("vit_b", "axial", 1, 49)
+
+
+@pytest.mark.integration
+def test_the_strategies_run_side_by_side_and_the_table_says_what_each_began_with(
+    study, tmp_path, runs
+):
+    flat = VisionTransformerSAM(
+        img_size=32,
+        patch_size=8,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        global_attn_indexes=tuple(range(12)),
+        use_rel_pos=True,
+        num_classes=0,
+    ).state_dict()
+    write(tmp_path / "flat.safetensors", flat, {})
+    task = tmp_path / "boxes.yaml"
+    study = replace(
+        study,
+        blocks=(f"{task} all 1 bottleneck,pretrained,scratch",),
+        weights=f"sam2d:{tmp_path / 'flat.safetensors'}",
+        settings=("rel_pos=axial", "steps=2"),
+    )
+    main(study)
+    text = (tmp_path / "study/table.md").read_text()
+    frozen, tuned, scratch = json.loads((tmp_path / "study/table.json").read_text())
+    for line in (frozen, tuned):
+        start = line["origin"]["start"]
+        assert start.startswith("weights from flat.safetensors")
+        assert "patch_embed.proj.weight: (192, 3, 8, 8) -> (192, 1, 8, 8, 8), summed" in start
+        assert "neck.*: 2-D, 256 channels -> random values" in start
+        assert start in text
+    assert scratch["origin"]["start"] == "tiny: random weights, as asked"
+    assert text.count("### ") == 3
+    assert "2 steps; fold 0" in frozen["origin"]["training"]
+    costs = [line["cost"] for line in (frozen, tuned, scratch)]
+    assert costs[0]["trained_parameters"] < costs[1]["trained_parameters"]
+    assert costs[1]["trained_parameters"] == costs[1]["parameters"] == costs[2]["parameters"]
+    name = "blocks.3.attn.qkv.weight"
+    kept = [
+        torch.equal(read(path)[0][f"encoder.{name}"], flat[name])
+        for arm in ("bottleneck", "pretrained")
+        for path in runs.glob(f"study/*_{arm}/last.safetensors")
+    ]
+    assert kept == [True, False]
 
 
 @pytest.mark.integration
