@@ -125,7 +125,7 @@ class WatchedStream(CropStream):
 
 
 def start(cfg: finetune_unetr.Config, processes: int = 1) -> list[BaseProcess]:
-    """Starts a run in as many processes as asked, as `accelerate launch` would."""
+    """Starts a run in as many processes as asked, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -4,7 +4,8 @@
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
 A first click in the object, later ones where the mask is wrong, on one embedding per volume; large
-objects in simple volumes come first. The same command goes on where a stopped run was. Everything
+objects in simple volumes come first. Or hidden patches are told from the rest of a volume, instead
+or beside it (objective=). The same command goes on where a stopped run was. Everything
 lies in SAMMED3D_RUNS/<name>; `last.safetensors` there loads as `sam(variant, weights=FILE)` and is
 written anew at every validation.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -59,6 +61,7 @@ from sammed3d_backbone.pretrained import PretrainingSet, Weights, to_metadata
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.interaction import Interaction, dice_per_click
+from sammed3d_backbone.training.reconstruction import Objective, Reconstruction
 from sammed3d_backbone.training.runs import Progress, open_run
 from sammed3d_backbone.training.starts import start_afresh
 
@@ -92,6 +95,9 @@ class Config:
     detach: bool = True  # no gradient through masks that are fed back
     balance: float = 0.5  # 1: the voxels of an object weigh as much as all others; 0: as one each
     quality_weight: float = 0.1  # of the predicted Dice in the loss
+    objective: Literal["clicks", "reconstruction", "both"] = "clicks"
+    hidden_share: float = 0.6  # of the patches, where those are told from the rest
+    reconstruction_weight: float = 1.0  # beside the clicks
     smallest_vox: tuple[int, int] = (2000, 200)  # of objects that are asked for, first and last
     structures: tuple[int, int] = (5, 12)  # most in a made-up volume, first and last
     curriculum_steps: int = 0  # from the first to the last of these; 0: all is as in the end
@@ -156,6 +162,7 @@ def main(cfg: Config) -> dict[str, float]:
         "image_encoder": 1.0,
         "prompt_encoder": cfg.decoder_lr,
         "mask_decoder": cfg.decoder_lr,
+        "reconstruction": 1.0,
     }
     interaction = Interaction(
         network,
@@ -165,9 +172,21 @@ def main(cfg: Config) -> dict[str, float]:
         balance=cfg.balance,
         quality_weight=cfg.quality_weight,
     )
-    optimizer = optim.part_scaled(network, cfg.lr, scales, weight_decay=cfg.weight_decay)
-    say(optim.describe(network, optimizer))
-    ema = ModelEmaV3(interaction, decay=cfg.ema_decay, use_warmup=True)
+    patches = math.prod(network.image_encoder.grid)
+    reconstruction: Reconstruction | None = None
+    parts = nn.ModuleDict(dict(network.named_children()))
+    if cfg.objective != "clicks":
+        reconstruction = Reconstruction(network.image_encoder, cfg.hidden_share)
+        parts["reconstruction"] = reconstruction
+    objective = Objective(
+        interaction,
+        reconstruction,
+        with_clicks=cfg.objective != "reconstruction",
+        weight=cfg.reconstruction_weight,
+    )
+    optimizer = optim.part_scaled(parts, cfg.lr, scales, weight_decay=cfg.weight_decay)
+    say(optim.describe(parts, optimizer))
+    ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
     progress = Progress(accelerator.num_processes)
     means = engine.Means(accelerator)
     schedule = engine.Schedule(
@@ -182,7 +201,7 @@ def main(cfg: Config) -> dict[str, float]:
     )
 
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
-        loss, figures = model(batch["image"], batch["objects"], batch["draws"])
+        loss, figures = model(*(batch[k] for k in ("image", "objects", "draws", "hidden")))
         means.note(figures)
         total: Tensor = loss
         return total
@@ -198,6 +217,7 @@ def main(cfg: Config) -> dict[str, float]:
         samples=cfg.steps * per_step,
         seed=(cfg.seed, 0),
         augment=augmentation(),
+        patches=patches,
     )
     scored = ObjectStream(
         validation,
@@ -208,13 +228,14 @@ def main(cfg: Config) -> dict[str, float]:
         steps=1,
         samples=cfg.val_crops,
         seed=(cfg.seed, 1),
+        patches=patches,
     )
 
     def batches_after(steps: int) -> Iterator[engine.Batch]:
         rest = Subset(stream, range(steps * per_step, len(stream)))
         return iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers)))
 
-    model, optimizer = accelerator.prepare(interaction, optimizer)
+    model, optimizer = accelerator.prepare(objective, optimizer)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema, progress)
     run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
@@ -240,13 +261,13 @@ def main(cfg: Config) -> dict[str, float]:
                 bar,
                 means.taken,
             )
-            averaged = ema.module.network
-            scores = validate(accelerator, averaged, scored)
+            scores = validate(accelerator, ema.module, scored)
             bar.write(f"step {progress.step}: {scores}")
             run.record(step=progress.step, **scores)
             progress.scored(scores["mean_dice"])
             if accelerator.is_main_process:
-                save_weights(run.folder / "last.safetensors", averaged, cfg, seen, progress.step)
+                averaged, volumes = ema.module.network, progress.step * per_step
+                save_weights(run.folder / "last.safetensors", averaged, cfg, seen, volumes)
             run.save(accelerator, progress.step)
     return scores
 
@@ -320,30 +341,51 @@ def augmentation() -> Compose:
     )
 
 
-def validate(accelerator: Accelerator, network: nn.Module, crops: ObjectStream) -> dict[str, float]:
-    """Mean Dice after the scored clicks on objects of crops that stay the same, by source too."""
-    network.eval()
+def validate(
+    accelerator: Accelerator, objective: Objective, crops: ObjectStream
+) -> dict[str, float]:
+    """Mean Dice after the scored clicks on objects of crops that stay the same, by source too.
+
+    And the error of hidden patches, where those are told.
+    """
+    objective.eval()
+    network = objective.network
     mine = []
     for number in range(accelerator.process_index, len(crops), accelerator.num_processes):
-        crop = crops[number]
-        image, objects = (crop[key].to(accelerator.device) for key in ("image", "objects"))
-        with accelerator.autocast():
-            dice = dice_per_click(network, image, objects, max(SCORED_CLICKS))
-        mine.append((number, crops.sources[int(crop["source"])].name, dice.mean(0).tolist()))
+        crop = {key: value.to(accelerator.device) for key, value in crops[number].items()}
+        errors = {}
+        with accelerator.autocast(), torch.no_grad():
+            dice = dice_per_click(network, crop["image"], crop["objects"], max(SCORED_CLICKS))
+            if objective.reconstruction is not None:
+                image, hidden = crop["image"][None], crop["hidden"][None]
+                error = objective.reconstruction(network.image_encoder, image, hidden)
+                errors["patch_error"] = float(error)
+        name = crops.sources[int(crop["source"])].name
+        mine.append((number, name, dice.mean(0).tolist(), errors))
     rows = sorted(gather_object(mine))
     scores = {}
     for clicks in SCORED_CLICKS:
-        of = [(name, dice[clicks - 1]) for _, name, dice in rows]
+        of = [(name, dice[clicks - 1]) for _, name, dice, _ in rows]
         scores[f"dice_{clicks}"] = float(np.mean([dice for _, dice in of]))
         for name in sorted({name for name, _ in of}):
             scores[f"dice_{clicks}_{name}"] = float(np.mean([d for n, d in of if n == name]))
+    for name in rows[0][3]:
+        scores[name] = float(np.mean([errors[name] for *_, errors in rows]))
     return {"mean_dice": scores[f"dice_{max(SCORED_CLICKS)}"], **scores}
 
 
 def save_weights(
-    path: Path, network: Sam3D, cfg: Config, seen: Mapping[str, list[str]], steps: int
+    path: Path, network: Sam3D, cfg: Config, seen: Mapping[str, list[str]], volumes: int
 ) -> None:
-    """Writes the network as weights that `sam` and `encoder` load, with all that is known of it."""
+    """Writes the network as weights that `sam` and `encoder` load, with all that is known of it.
+
+    Args:
+        path: Of the file.
+        network: To be written.
+        cfg: Of the run.
+        seen: Names of the cases by data set.
+        volumes: That were drawn for training, crops of cases and made-up ones.
+    """
     start: Weights | None = network.pretrained_cfg
     x, y, z = network.img_size
     record = Weights(
@@ -365,7 +407,7 @@ def save_weights(
         ),
         held_out=cfg.exclude,
         undisclosed_sets=0 if start is None else start.undisclosed_sets,
-        status=f"trained by recipes/pretrain_promptable.py, {steps} steps",
+        status=f"trained by recipes/pretrain_promptable.py on {volumes} crops",
     )
     training = {
         "config": {
@@ -373,7 +415,9 @@ def save_weights(
             for key, value in dataclasses.asdict(cfg).items()
         },
         "cases": seen,
-        "steps": steps,
+        "crops": volumes,
+        "objects": volumes * cfg.objects,
+        "clicks": volumes * cfg.objects * (cfg.interactions - len(cfg.without_point)),
         "began_with": "random values" if start is None else without_folder(start.name),
         "versions": library_versions(),
     }

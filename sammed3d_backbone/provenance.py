@@ -52,8 +52,12 @@ def cores() -> int:
 
 
 def command_line(processes: int) -> str:
-    """What starts this recipe again, from the root of a checkout."""
-    start = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
+    """What starts this recipe again, from the root of a checkout.
+
+    torchrun starts as many processes on GPUs and on CPUs; accelerate's launcher starts one on CPUs,
+    whatever number it is given, unless there is MPI.
+    """
+    start = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
     return shlex.join([*start.split(), f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 

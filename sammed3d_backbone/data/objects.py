@@ -198,8 +198,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
 
     Shapes:
         returns: ``image`` (1, S, S, S) float32; ``objects`` (P, S, S, S) bool, none of them empty;
-            ``draws`` (N, P) float32 from 0 to 1, for the clicks of N steps; ``source`` the number
-            of the source.
+            ``draws`` (N, P) float32 from 0 to 1, for the clicks of N steps; ``hidden`` (T,), too,
+            for T patches that may be hidden; ``source`` the number of the source.
     """
 
     def __init__(
@@ -214,6 +214,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         samples: int,
         seed: tuple[int, ...],
         augment: Augmentation | None = None,
+        patches: int = 0,
     ) -> None:
         """All samples of a run.
 
@@ -227,6 +228,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             samples: Of the whole run.
             seed: Of the run; streams of other numbers see other samples.
             augment: Applied to every crop, as ``image`` and ``label``.
+            patches: Number T of the patches of a crop.
 
         Raises:
             ValueError: If there is not one positive share for every source.
@@ -244,6 +246,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         self.samples = samples
         self.seed = seed
         self.augment = augment
+        self.patches = patches
 
     def __len__(self) -> int:
         return self.samples
@@ -262,6 +265,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             "image": image.float().contiguous(),
             "objects": torch.stack([labels[0] == value for value in chosen.tolist()]),
             "draws": torch.from_numpy(rng.random((self.steps, self.objects), np.float32)),
+            "hidden": torch.from_numpy(rng.random(self.patches, np.float32)),
             "source": torch.tensor(which),
         }
 

@@ -93,7 +93,7 @@ class Interaction(nn.Module):
         mask = torch.zeros_like(truth)
         share_inside = truth.float().mean((1, 2, 3, 4), keepdim=True)
         weight = (1 / share_inside - 1) ** self.balance
-        losses, soft, hard, misjudged = [], [], [], []
+        losses, soft, hard, off = [], [], [], []
         for step, share in enumerate(draws.unbind(1)):  # (B, P)
             if step in self.without_point:
                 given = None
@@ -107,10 +107,11 @@ class Interaction(nn.Module):
             dice = _dice(mask, truth)  # (Q, 1)
             not_dice = self.dice_loss(logits, truth)
             wrong = F.binary_cross_entropy_with_logits(logits, truth.float(), pos_weight=weight)
-            misjudged.append(F.mse_loss(quality.float(), dice))
-            losses.append(not_dice + wrong + self.quality_weight * misjudged[-1])
+            misjudged = F.mse_loss(quality.float(), dice)
+            losses.append(not_dice + wrong + self.quality_weight * misjudged)
             soft.append(1 - not_dice)
             hard.append(dice.mean())
+            off.append((quality.detach() - dice).abs().mean())
             if self.detach:
                 low_res = low_res.detach()
         return torch.stack(losses).sum(), {
@@ -118,7 +119,7 @@ class Interaction(nn.Module):
             "soft_dice_last": soft[-1],
             "dice_first": hard[0],
             "dice_last": hard[-1],
-            "quality_error": torch.stack(misjudged).mean().sqrt(),
+            "quality_error": torch.stack(off).mean(),
         }
 
 

@@ -139,7 +139,7 @@ class Run:
         if progress.processes != processes:
             raise ValueError(
                 f"{self.folder} was trained by {progress.processes} processes, and {processes} "
-                f"would see other samples; go on with accelerate launch --num_processes "
+                f"would see other samples; go on with torchrun --nproc_per_node "
                 f"{progress.processes}, or pass another name="
             )
         if self.writes:

@@ -33,17 +33,35 @@ def test_a_launch_file_says_how_to_start(path):
 
 
 @pytest.mark.integration
-def test_two_processes_are_launched_by_the_file_for_cpus(small, runs, tmp_path, root):
+def test_the_file_for_cpus_launches(small, runs, tmp_path, root):
+    launch = ["accelerate.commands.launch", "--config_file", str(FOLDER / "cpu.yaml")]
+    said = launched(launch, small, tmp_path, root)
+    assert said.count("mean Dice") == 1
+    assert random_states(runs) == 1
+
+
+@pytest.mark.integration
+def test_torchrun_starts_as_many_processes_on_a_cpu_as_it_is_told(small, runs, tmp_path, root):
+    said = launched(["torch.distributed.run", "--nproc_per_node", "2"], small, tmp_path, root)
+    assert said.count("mean Dice") == 1  # one process speaks
+    assert random_states(runs) == 2
+    assert json.loads((runs / "toy/results/scores.json").read_text())["cases"] == 2
+
+
+def launched(launch, small, tmp_path, root):
+    """What a training says that a launcher has started."""
     path = tmp_path / "small.yaml"
     path.write_text(config.dump(Config(**small | {"steps": 2})))
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    how = ["--config_file", FOLDER / "cpu.yaml", "--num_processes", "2"]
     done = subprocess.run(
-        [*launch, *how, root / "recipes/finetune_unetr.py", path],
+        [sys.executable, "-m", *launch, root / "recipes/finetune_unetr.py", path],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mean Dice") == 1  # one process speaks
-    assert json.loads((runs / "toy/results/scores.json").read_text())["cases"] == 2
+    return done.stdout
+
+
+def random_states(runs):
+    """Each process saves its own with a checkpoint."""
+    return len([*runs.glob("toy/checkpoints/*/random_states_*.pkl")])

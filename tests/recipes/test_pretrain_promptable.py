@@ -110,6 +110,31 @@ def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("objective", ["clicks", "both"])
+def test_two_processes_and_accumulation_train_as_one_process_does(small, runs, tmp_path, objective):
+    small = replace(small, steps=3, validate_every=3, objective=objective)
+    main(replace(small, batch=2))
+    main(replace(small, name="accumulated", accumulate=2))
+    path = tmp_path / "two.yaml"
+    path.write_text(config.dump(replace(small, name="two")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, RECIPE, path],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    whole = log(runs / "toy")
+    for other in ("two", "accumulated"):
+        for ours, theirs in zip(log(runs / other), whole, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        again = load_file(runs / other / "last.safetensors")
+        for name, value in load_file(runs / "toy/last.safetensors").items():
+            torch.testing.assert_close(again[name], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.integration
 def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
     main(replace(small, steps=2))
     start = runs / "toy/last.safetensors"
@@ -118,6 +143,17 @@ def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
         training = json.loads(file.metadata()["training"])
     assert training["began_with"] == "last.safetensors"
     assert len(training["cases"]["Toy"]) == 4
+    assert (training["crops"], training["objects"], training["clicks"]) == (2, 4, 8)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("objective", ["reconstruction", "both"])
+def test_hidden_patches_can_be_told_instead_of_clicks_or_beside_them(small, runs, objective):
+    scores = main(replace(small, objective=objective, steps=2))
+    assert scores["patch_error"] > 0
+    encoder("tiny", weights=runs / "toy/last.safetensors")
+    lines = [line for line in log(runs / "toy") if "loss" in line]
+    assert all(("soft_dice_first" in line) == (objective == "both") for line in lines)
 
 
 def test_excluded_sets_are_refused(small, toy_data):

@@ -1,0 +1,118 @@
+"""Hidden patches, told from what an encoder makes of the rest of a volume.
+
+Hidden patches are 0, the mean of a normalised volume, so that the encoder needs no token for them
+and keeps its form (as in SimMIM: Xie et al., CVPR 2022). What is to be told is each patch with its
+own mean and deviation taken away (as in MAE: He et al., CVPR 2022): its structure, not how bright
+it is. Letters: B volumes, S voxels a side, p those of a patch, T patches of a volume.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+from sammed3d_backbone.models.sam import Sam3D
+from sammed3d_backbone.training.interaction import Interaction
+
+
+class Reconstruction(nn.Module):
+    """The voxels of hidden patches as a linear function of the encoder's map.
+
+    Args:
+        encoder: Of one channel; what makes the map is given to `forward` again, so that this module
+            holds its own parameters only.
+        hidden_share: Of the patches.
+
+    Shapes:
+        image: (B, 1, S, S, S).
+        draws: (B, T), from 0 to 1, decide which patches are hidden.
+        returns: a scalar, the mean squared error; 1 is what the mean of each patch would get.
+
+    Raises:
+        ValueError: If nothing or everything would be hidden.
+    """
+
+    def __init__(self, encoder: ImageEncoder3D, hidden_share: float = 0.6) -> None:
+        super().__init__()
+        if not 0 < hidden_share < 1:
+            raise ValueError(f"hidden_share={hidden_share}; give a share between 0 and 1")
+        self.hidden_share = hidden_share
+        self.patch_size = encoder.patch_size
+        self.to_voxels = nn.Linear(encoder.out_chans, encoder.patch_size**3)
+
+    def forward(self, encoder: nn.Module, image: Tensor, draws: Tensor) -> Tensor:
+        """The loss over hidden patches."""
+        patches = self._patches(image)  # (B, x, y, z, p ** 3)
+        hidden = (draws < self.hidden_share).view(patches.shape[:-1])
+        covered = hidden
+        for axis in (1, 2, 3):
+            covered = covered.repeat_interleave(self.patch_size, dim=axis)  # (B, S, S, S)
+        seen = image.masked_fill(covered.unsqueeze(1), 0.0)
+        told = self.to_voxels(encoder(seen).movedim(1, -1))
+        truth = F.layer_norm(patches, patches.shape[-1:])
+        error = (told.float() - truth).square().mean(-1)  # (B, x, y, z)
+        # A mean over volumes, so that halves of a batch, on two processes, make up the whole.
+        per_volume = (error * hidden).flatten(1).sum(1) / hidden.flatten(1).sum(1).clamp(min=1)
+        loss: Tensor = per_volume.mean()
+        return loss
+
+    def _patches(self, image: Tensor) -> Tensor:
+        p = self.patch_size
+        cut = image[:, 0].unflatten(3, (-1, p)).unflatten(2, (-1, p)).unflatten(1, (-1, p))
+        patches: Tensor = cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+        return patches
+
+
+class Objective(nn.Module):
+    """What a training step minimises, as one forward pass: clicks, hidden patches, or both.
+
+    Args:
+        interaction: With the network under training.
+        reconstruction: Of hidden patches; None for clicks only.
+        with_clicks: Whether the loss of the clicks counts. If not, only the encoder is trained.
+        weight: Of the reconstruction beside the clicks.
+
+    Shapes:
+        image, objects, draws: See `Interaction`.
+        hidden: (B, T), see `Reconstruction`.
+        returns: a scalar, and scalars by name.
+    """
+
+    def __init__(
+        self,
+        interaction: Interaction,
+        reconstruction: Reconstruction | None = None,
+        *,
+        with_clicks: bool = True,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.interaction = interaction
+        self.reconstruction = reconstruction
+        self.with_clicks = with_clicks
+        self.weight = weight
+        if not with_clicks:
+            # Without a gradient, wrappers that average over processes would wait for them.
+            self.network.prompt_encoder.requires_grad_(False)
+            self.network.mask_decoder.requires_grad_(False)
+
+    @property
+    def network(self) -> Sam3D:
+        """The promptable network."""
+        return self.interaction.network
+
+    def forward(
+        self, image: Tensor, objects: Tensor, draws: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and figures of it."""
+        loss = torch.zeros((), device=image.device)
+        figures: dict[str, Tensor] = {}
+        if self.with_clicks:
+            loss, figures = self.interaction(image, objects, draws)
+        if self.reconstruction is not None:
+            error = self.reconstruction(self.network.image_encoder, image, hidden)
+            figures = {**figures, "patch_error": error}
+            loss = loss + self.weight * error
+        return loss, figures
