@@ -292,7 +292,15 @@ def _draw_features(
     image, geometry = preparation.image(volume)
     blocks = args.blocks or [network.depth - 1]
     maps, affine = feature_grid(network, image, geometry, blocks, progress=True)
-    features_figure(args.png, volume, {f"block {b}": maps[b] for b in blocks}, affine)
+    record = vars(network)["pretrained_cfg"]
+    source = "random values" if record is None else Path(record.name).name
+    features_figure(
+        args.png,
+        volume,
+        {f"block {b}": maps[b] for b in blocks},
+        affine,
+        title=f"{args.source.name} through {args.variant}, {source}",
+    )
 
 
 # --- both --------------------------------------------------------------------------------------

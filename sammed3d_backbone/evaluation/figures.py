@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from nibabel.affines import apply_affine
 
 from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
@@ -23,6 +24,8 @@ from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.voxel_features import pca_colours, sampled
 
 PLANES = ("sagittal", "coronal", "axial")
+LEVELS = 63  # of a colour of features
+ENDS = ("LR", "PA", "IS")  # of the axes, as letters
 MARGIN_MM = 8.0  # around what is drawn
 LINES = ("reference", "prediction")  # solid and dotted
 FEW = 20  # points of a curve that are marked
@@ -167,6 +170,8 @@ def features_figure(
     image: Volume,
     maps: Mapping[str, torch.Tensor],
     affine: np.ndarray[Any, Any],
+    *,
+    title: str,
 ) -> None:
     """Writes a PNG: the image on three planes through its middle, and below it each map in colours.
 
@@ -177,14 +182,25 @@ def features_figure(
         image: One channel.
         maps: Name -> tokens, drawn from top to bottom.
         affine: (4, 4), token index -> RAS+ mm of the token's centre.
+        title: First line of the figure.
 
     Shapes:
         maps: (E, x, y, z), axes towards R, A, S.
     """
-    figure = Figure(figsize=(9, 0.5 + 3.0 * (1 + len(maps))), layout="constrained")
-    FigureCanvasAgg(figure)
     geometry = Geometry.plan(image.shape, image.affine)
     oriented = geometry.oriented(image.array)
+    x_mm, y_mm, z_mm = np.multiply(oriented.shape, geometry.spacing_mm)
+    widths = (y_mm, x_mm, x_mm)  # one scale for all planes, so that their structures line up
+    height = 7.8 * max(y_mm, z_mm) / sum(widths)
+    figure = Figure(figsize=(8, 0.9 + height * (1 + len(maps))), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(
+        "red, green, blue: the three principal parts of a block's tokens; rows have colours of "
+        "their own",
+        fontsize=9,
+    )
+    grid = figure.add_gridspec(1 + len(maps), 3, width_ratios=widths)
     centre = [n // 2 for n in oriented.shape]
     view = [(0, n) for n in oriented.shape]
     window = np.percentile(oriented, [1, 99])
@@ -197,17 +213,19 @@ def features_figure(
         drawn = {"image": oriented.take(centre[plane], axis=plane)}
         for name, colours in coloured.items():
             flat = sampled(colours, tokens_at.reshape(-1, 3))
-            drawn[name] = flat.clamp(0, 1).reshape(voxels.shape).numpy()
+            # Fewer levels than a screen has are not seen, and halve the file.
+            drawn[name] = (flat.reshape(voxels.shape) * LEVELS).round().numpy() / LEVELS
         for row, (name, values) in enumerate(drawn.items()):
-            axes = figure.add_subplot(len(drawn), 3, 3 * row + plane + 1)
+            axes = figure.add_subplot(grid[row, plane])
             background = values.swapaxes(0, 1)
             _show_slice(axes, background, window, plane, geometry.spacing_mm, view)
+            axes.set_anchor("N")
             if row == 0:
                 axes.set_title(PLANES[plane], fontsize=10)
             if plane == 0:
                 axes.set_ylabel(name, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def curves_svg(records: Sequence[Mapping[str, Any]]) -> str:
@@ -270,7 +288,7 @@ def _show_slice(
     spacing_mm: TripleMm,
     view: Sequence[tuple[int, int]],
 ) -> None:
-    """One slice, (Y, X) or in colours (Y, X, 3), in its true proportions, without ticks."""
+    """One slice, (Y, X) or in colours (Y, X, 3), in its true proportions, letters for ticks."""
     across, up = (axis for axis in range(3) if axis != plane)
     axes.imshow(
         background,
@@ -278,12 +296,31 @@ def _show_slice(
         vmin=window[0],
         vmax=window[1],
         origin="lower",
+        interpolation="nearest" if background.ndim == 3 else None,
         aspect=spacing_mm[up] / spacing_mm[across],
     )
     axes.set_xlim(view[across][0] - 0.5, view[across][1] - 0.5)
     axes.set_ylim(view[up][0] - 0.5, view[up][1] - 0.5)
     axes.set_xticks([])
     axes.set_yticks([])
+    edged = [withStroke(linewidth=2, foreground="black")]  # readable on any colour
+    for letter, place, sides in (
+        (ENDS[across][0], (0.02, 0.5), ("left", "center")),
+        (ENDS[across][1], (0.98, 0.5), ("right", "center")),
+        (ENDS[up][0], (0.5, 0.02), ("center", "bottom")),
+        (ENDS[up][1], (0.5, 0.98), ("center", "top")),
+    ):
+        axes.annotate(
+            letter,
+            place,
+            xycoords="axes fraction",
+            ha=sides[0],
+            va=sides[1],
+            color="white",
+            fontsize=8,
+            weight="bold",
+            path_effects=edged,
+        )
 
 
 def _outline(axes: Axes, labels: np.ndarray[Any, Any], style: str) -> None:

@@ -114,7 +114,7 @@ def test_the_figure_of_cases_has_three_planes_each_and_names_the_classes(tmp_pat
 def drawn_features(monkeypatch, path, image, maps, affine):
     kept = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **given: kept.append(self))
-    figures.features_figure(path, image, maps, affine)
+    figures.features_figure(path, image, maps, affine, title="a volume")
     return kept[0].axes
 
 
@@ -129,6 +129,8 @@ def test_features_are_drawn_on_the_grid_of_the_image(tmp_path, monkeypatch, rng,
     for number, axis in enumerate(drawn):
         across, up = (n for i, n in enumerate(size) if i != number // 2)
         assert axis.images[0].get_array().shape[:2] == (up, across)
+        letters = "".join(text.get_text() for text in axis.texts)
+        assert letters == ("PAIS", "LRIS", "LRPA")[number // 2]
 
 
 def test_features_lie_where_their_affine_says(tmp_path, monkeypatch, generator):
