@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from nibabel.affines import apply_affine
 from tqdm import tqdm
 
@@ -39,6 +40,7 @@ from sammed3d_backbone.data.preparation import (
     load_label,
 )
 from sammed3d_backbone.evaluation.probes import PROBES, Voxels, probe
+from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.evaluation.voxel_features import draw_voxels, features_at
 from sammed3d_backbone.export import without_folder
 from sammed3d_backbone.files import write_text
@@ -47,8 +49,9 @@ from sammed3d_backbone.provenance import cores, provenance
 from sammed3d_backbone.training.runs import runs_folder
 
 HERE = Path(__file__).parent
+BASELINE = "random"
 # One of Okabe and Ito's colours for each encoder, in the order of the legend.
-COLOURS = {"random": "#999999", "scratch": "#E69F00", "pretrained": "#0072B2"}
+COLOURS = {BASELINE: "#999999", "scratch": "#E69F00", "pretrained": "#0072B2"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def main(cfg: Config) -> None:
     dataset, fold = finetune_unetr.choose_cases(trained)
     card = finetune_unetr.make_card(trained, dataset)
     torch.manual_seed(cfg.seed)
-    sources = {"random": "none", "scratch": str(model), "pretrained": cfg.weights}
+    sources = {BASELINE: "none", "scratch": str(model), "pretrained": cfg.weights}
     networks = {  # all before the first is probed, so that a wrong file costs no work
         name: encoder(weights=weights, **card.encoder).eval()
         for name, weights in sources.items()
@@ -172,43 +175,79 @@ def voxels_of(
 
 
 def scores_of(bank: Voxels, asked: Voxels, classes: Sequence[str]) -> dict[str, Any]:
-    """Balanced accuracy and mean Dice of every probe, with their bounds."""
+    """Balanced accuracy and mean Dice of every probe, with their bounds, and of every subject."""
     found = {kind: probe(kind, bank, asked, classes) for kind in PROBES}
     return {
         kind: {
-            metric: [None if math.isnan(v) else round(v, 5) for v in getattr(scores, metric)]
-            for metric in ("balanced_accuracy", "mean_dice")
+            "balanced_accuracy": rounded(scores.balanced_accuracy),
+            "mean_dice": rounded(scores.mean_dice),
+            "by_subject": {subject: round(v, 4) for subject, v in scores.by_subject.items()},
         }
         for kind, scores in found.items()
     }
 
 
+def rounded(interval: Interval) -> list[float | None]:
+    """For a file to be read."""
+    return [None if math.isnan(value) else round(value, 5) for value in interval]
+
+
 def write_report(out: Path, table: dict[str, Any]) -> None:
-    """Writes the scores, the table for people and the figure."""
-    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
+    """Writes the scores, the tables for people and the figure."""
+    write_text(out / "table.json", json.dumps(table) + "\n")
     write_text(out / "table.md", as_markdown(table))
     draw_figure(out / "figure.png", table)
 
 
 def as_markdown(table: dict[str, Any]) -> str:
-    """A line per encoder and block."""
-    about, kinds = table["about"], [*PROBES]
+    """Two tables with a line per encoder and block: accuracies, and gains over random."""
+    about, encoders = table["about"], table["encoders"]
+    accuracies = {
+        name: [
+            {kind: scores["balanced_accuracy"] for kind, scores in block.items()}
+            for block in entry["blocks"]
+        ]
+        for name, entry in encoders.items()
+    }
     lines = [
         f"Balanced accuracy in %, with 95 % intervals over {len(about['asked'])} subjects of "
         f"{about['dataset']};",
-        f"bank: the voxels of {len(about['bank'])} other subjects, "
-        f"{about['per_class']} per class and case. Chance is {chance(table):.1f}.",
+        f"bank: the voxels of {len(about['bank'])} other subjects, {about['per_class']} per class "
+        f"and case. Chance is {chance(table):.1f}.",
         "",
-        *(f"- {name}: {entry['contamination']}" for name, entry in table["encoders"].items()),
+        *(f"- {name}: {entry['contamination']}" for name, entry in encoders.items()),
         "",
-        f"| encoder | block | {' | '.join(kinds)} |",
-        f"|---|---|{'---|' * len(kinds)}",
+        *_rows(accuracies, ""),
+        "",
+        "Gain over the random encoder after the same block, paired by subject, in points:",
+        "",
+        *_rows({name: gains(table, name) for name in encoders if name != BASELINE}, "+"),
     ]
-    for name, entry in table["encoders"].items():
-        for block, scores in enumerate(entry["blocks"]):
-            cells = (_shown(scores[kind]["balanced_accuracy"]) for kind in kinds)
-            lines.append(f"| {name} | {block} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def gains(table: dict[str, Any], name: str) -> list[dict[str, list[float | None]]]:
+    """What an encoder has over the random one, per block and probe, paired by subject."""
+    ours, theirs = (table["encoders"][of]["blocks"] for of in (name, BASELINE))
+    return [
+        {kind: rounded(bootstrap_interval(paired(block[kind], other[kind]))) for kind in block}
+        for block, other in zip(ours, theirs, strict=False)  # pruned ones have fewer blocks
+    ]
+
+
+def paired(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
+    """Differences subject by subject."""
+    return [value - theirs["by_subject"][s] for s, value in ours["by_subject"].items()]
+
+
+def _rows(found: dict[str, list[dict[str, list[float | None]]]], sign: str) -> Iterator[str]:
+    """A table of intervals."""
+    yield f"| encoder | block | {' | '.join(PROBES)} |"
+    yield f"|---|---|{'---|' * len(PROBES)}"
+    for name, blocks in found.items():
+        for number, block in enumerate(blocks):
+            cells = (_shown(block[kind], sign) for kind in PROBES)
+            yield f"| {name} | {number} | {' | '.join(cells)} |"
 
 
 def chance(table: dict[str, Any]) -> float:
@@ -216,9 +255,9 @@ def chance(table: dict[str, Any]) -> float:
     return 100 / len(table["about"]["classes"])
 
 
-def _shown(found: Sequence[float | None]) -> str:
+def _shown(found: Sequence[float | None], sign: str) -> str:
     """Mean (low to high), as far as they are known."""
-    mean, *bounds = (None if v is None else f"{100 * v:.1f}" for v in found)
+    mean, *bounds = (None if v is None else f"{100 * v:{sign}.1f}" for v in found)
     return str(mean) if None in bounds else f"{mean} ({' to '.join(map(str, bounds))})"
 
 
@@ -243,7 +282,7 @@ def draw_figure(path: Path, table: dict[str, Any]) -> None:
         axes.axhline(chance(table), color="black", linestyle=":", linewidth=1, label="chance")
         axes.set_title(kind)
         axes.set_xlabel("after block")
-        axes.set_xticks(blocks)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("balanced accuracy (%), 95 % interval")
     panels[0].legend(fontsize=8)

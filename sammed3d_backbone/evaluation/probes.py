@@ -62,11 +62,13 @@ class ProbeScores:
             class were drawn, it ranks features; in a segmentation background is more frequent.
         mean_dice: Over these classes.
         balanced_accuracy: Mean over all classes of the share of their voxels that is found.
+        by_subject: The same of every subject alone, for paired comparisons.
     """
 
     dice: dict[str, Interval]
     mean_dice: Interval
     balanced_accuracy: Interval
+    by_subject: dict[str, float]
 
 
 def probe(
@@ -104,11 +106,13 @@ def probe(
 def _scores(named: NDArray[Any], asked: Voxels, classes: Sequence[str], seed: int) -> ProbeScores:
     """Scores per subject and class, and their means; a class that a subject lacks is left out."""
     subjects, names, dice, found = [], [], [], []
+    by_subject = {}
     for subject in np.unique(asked.subjects).tolist():
         own = asked.subjects == subject
         _, recall, f1, voxels = precision_recall_fscore_support(
             asked.values[own], named[own], labels=range(len(classes)), zero_division=0
         )
+        by_subject[subject] = float(recall[voxels > 0].mean())
         for value in np.flatnonzero(voxels).tolist():
             subjects.append(subject)
             names.append(classes[value])
@@ -123,6 +127,7 @@ def _scores(named: NDArray[Any], asked: Voxels, classes: Sequence[str], seed: in
         dice={name: mean_dice([name]) for name in classes[1:]},
         mean_dice=mean_dice(classes[1:]),
         balanced_accuracy=bootstrap_interval(found, subjects, classes=names, seed=seed),
+        by_subject=by_subject,
     )
 
 

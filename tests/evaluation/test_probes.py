@@ -59,7 +59,9 @@ def test_near_neighbours_win_over_many(made):
 def test_a_class_that_a_subject_lacks_is_left_out(made):
     whole, part = made(["c", "d"]), made(["e"], values=(0, 2))
     asked = Voxels(*(np.concatenate([getattr(v, n) for v in (whole, part)]) for n in vars(whole)))
-    assert probe("knn", made(["a"]), asked, CLASSES).mean_dice == (1, 1, 1)
+    scores = probe("knn", made(["a"]), asked, CLASSES)
+    assert scores.mean_dice == (1, 1, 1)
+    assert scores.by_subject == {"c": 1, "d": 1, "e": 1}
 
 
 def test_dice_and_accuracy_are_those_of_a_confusion_by_hand(made):
@@ -71,6 +73,7 @@ def test_dice_and_accuracy_are_those_of_a_confusion_by_hand(made):
     assert scores.dice["head"].mean == pytest.approx(2 * 8 / (10 + 8))
     assert scores.dice["tail"].mean == pytest.approx(2 * 10 / (10 + 12))
     assert scores.balanced_accuracy.mean == pytest.approx((1 + 0.8 + 1) / 3)
+    assert scores.by_subject == pytest.approx({"b": (1 + 0.8 + 1) / 3, "c": (1 + 0.8 + 1) / 3})
 
 
 def test_one_subject_alone_has_no_interval(made):

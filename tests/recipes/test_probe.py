@@ -82,7 +82,10 @@ def test_a_stopped_probe_goes_on_and_ends_with_table_and_figure(cfg, probed, tmp
         mean, low, high = entry["blocks"][0]["knn"]["balanced_accuracy"]
         assert low <= mean <= high
         assert mean > 0.6  # boxes differ in brightness, which any tokens tell
-    assert "| pretrained | 1 |" in (tmp_path / "out/table.md").read_text()
+    accuracies, gains = (tmp_path / "out/table.md").read_text().split("Gain over the random")
+    assert "| random | 1 |" in accuracies
+    assert "| random | 1 |" not in gains
+    assert "| pretrained | 1 | +" in gains.replace("| -", "| +")
     assert (tmp_path / "out/figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -101,6 +104,14 @@ def test_other_weights_are_probed_again_and_other_voxels_begin_anew(cfg, monkeyp
     assert calls[6:] == ["pretrained, bank", "pretrained, asked"]
     main(replace(cfg, per_class=11))
     assert len(calls) == 8 + 6
+
+
+def test_gains_are_paired_by_subject():
+    def entry(a, b):
+        return {"blocks": [{"knn": {"by_subject": {"a": a, "b": b}}}]}
+
+    table = {"encoders": {"random": entry(0.4, 0.8), "scratch": entry(0.5, 0.9)}}
+    assert probe.gains(table, "scratch") == [{"knn": [0.1, 0.1, 0.1]}]
 
 
 def test_every_encoder_is_asked_about_the_same_voxels(toy_data):
