@@ -305,10 +305,12 @@ def draw_figure(path: Path, table: Sequence[dict[str, Any]]) -> None:
             {line["labels"] for line in lines},
             key=lambda labels: math.inf if labels == "all" else int(labels),
         )
-        for shift, arm in enumerate(ARMS):
+        arms = [*dict.fromkeys(line["arm"] for line in lines)]
+        for number, arm in enumerate(arms):
+            shift = 0.06 * (number - (len(arms) - 1) / 2)  # centred on the tick
             own = [line for line in lines if line["arm"] == arm]
             own.sort(key=lambda line: numbers.index(line["labels"]))
-            places = [numbers.index(line["labels"]) + 0.06 * shift for line in own]
+            places = [numbers.index(line["labels"]) + shift for line in own]
             means = [100 * line["dice"][0] for line in own]
             ends = [
                 [100 * (v if v is not None else line["dice"][0]) for v in line["dice"][1:]]
@@ -318,9 +320,9 @@ def draw_figure(path: Path, table: Sequence[dict[str, Any]]) -> None:
                 [m - low for m, (low, _) in zip(means, ends, strict=True)],
                 [high - m for m, (_, high) in zip(means, ends, strict=True)],
             ]
-            if own:
-                axes.errorbar(places, means, sides, marker="o", capsize=3, label=arm)
+            axes.errorbar(places, means, sides, marker="o", capsize=3, label=arm)
         axes.set_xticks(range(len(numbers)), numbers)
+        axes.set_xlim(-0.5, len(numbers) - 0.5)  # also where there is one number alone
         axes.set_title(task)
         axes.set_xlabel("labelled subjects")
         axes.set_ylabel("Dice (%), 95 % interval")
