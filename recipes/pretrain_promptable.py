@@ -63,7 +63,7 @@ from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.interaction import Interaction, dice_per_click
 from sammed3d_backbone.training.reconstruction import Objective, Reconstruction
 from sammed3d_backbone.training.runs import Progress, open_run
-from sammed3d_backbone.training.starts import start_afresh
+from sammed3d_backbone.training.starts import rehearse_places, start_afresh
 
 SYNTHETIC = "synthetic"  # the source that needs no files
 SCORED_CLICKS = (1, 3, 5)
@@ -82,6 +82,7 @@ class Config:
     val_crops: int = 24  # crops that are scored
     variant: str = "tiny"
     weights: str = "none"  # random; or a name or file of whole promptable networks
+    rehearsal_steps: int = 0  # of a random decoder, before all others: a click means a place
     rel_pos: Literal["released", "axial"] = "released"
     positions: Literal["released", "consistent"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
@@ -156,6 +157,9 @@ def main(cfg: Config) -> dict[str, float]:
     )
     if cfg.weights == "none":
         start_afresh(network)
+        if cfg.rehearsal_steps and not run.checkpoints:
+            soft_dice = rehearse_places(network, cfg.rehearsal_steps)
+            say(f"balls around clicks after the rehearsal: soft Dice {soft_dice:.3f}")
     side_vox = network.img_size[0]
     training, validation, seen = open_sources(cfg)
     scales = {

@@ -1,30 +1,46 @@
-"""Random values that a transformer trains well from, put into a network that is to begin anew."""
+"""Random values that a transformer trains well from, put into a network that is to begin anew.
+
+With torch's own values, training by clicks stays for hundreds of steps where every click gets the
+same answer: what a click says is drowned on its way to the mask. `start_afresh` lets it through,
+and after `rehearse_places` it means a place.
+"""
 
 from __future__ import annotations
 
 import warnings
 
 import torch
+import torch.nn.functional as F
+from monai.losses import DiceLoss
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
-from torch import nn
+from torch import Tensor, nn
 
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.models.two_way import PromptAttention
+from sammed3d_backbone.training.optim import set_lr, warmup_cosine
+
+# Chosen by how soon a decoder on random embeddings answered a click with a ball around it.
+GAIN = 1.7  # of queries and keys
+QUIET = 0.25  # of the image beside its position code, whose numbers have this size, too
+WARMUP = 20  # a part of the rehearsal
 
 
 @torch.no_grad()
 def start_afresh(network: Sam3D) -> None:
-    """Sines and cosines as position table, Xavier's values in linear layers and the stem.
+    """Values for a network without any.
 
-    The released code begins with a table of zeros, in which tokens do not know their place yet.
-    Where prompts and image read each other, queries and keys begin with one projection, so that
-    from the first step on a click attends to what carries its own position code. That helps with
-    consistent positions only: released ones give a click and its place different codes.
+    - The position table of the encoder holds sines and cosines; the released code begins with
+      zeros, in which tokens do not know their place.
+    - Linear layers and the stem have Xavier's values.
+    - Where prompts and image read each other, queries and keys begin with one projection, values
+      come through as they are, and the image and the kinds of clicks are quiet beside the position
+      codes: a click attends to its own place, and its place to the click. It helps with consistent
+      positions only; released ones give a click and its place different codes.
 
     Args:
         network: Promptable.
     """
-    encoder = network.image_encoder
+    encoder, decoder = network.image_encoder, network.mask_decoder
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # MONAI's call of it
         table = build_sincos_position_embedding(list(encoder.grid), encoder.embed_dim)
@@ -35,7 +51,73 @@ def start_afresh(network: Sam3D) -> None:
             weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
             nn.init.xavier_uniform_(weight.flatten(1))  # a view: the stem is linear in its patch
             nn.init.zeros_(bias)
-    for name, module in network.mask_decoder.named_modules():
-        if isinstance(module, PromptAttention) and not name.endswith("self_attn"):
-            nn.init.orthogonal_(module.q_proj.weight)
+    for module in decoder.modules():
+        if isinstance(module, PromptAttention):
+            nn.init.orthogonal_(module.q_proj.weight, gain=GAIN)
             module.k_proj.load_state_dict(module.q_proj.state_dict())
+            nn.init.orthogonal_(module.v_proj.weight)
+            module.out_proj.weight.copy_(module.v_proj.weight.T)
+    neck = encoder.neck or ()
+    for norm in (*neck[-1:], *(layer.norm4 for layer in decoder.transformer.layers)):
+        nn.init.constant_(norm.get_parameter("weight"), QUIET)
+    for kind in network.prompt_encoder.point_embeddings:
+        nn.init.normal_(kind.get_parameter("weight"), std=0.02)
+
+
+def rehearse_places(network: Sam3D, steps: int, *, objects: int = 12, lr: float = 3e-3) -> float:
+    """Teaches prompts and decoder, without any image, that a click means what is around it.
+
+    Clicks in the middle of balls are to be answered with the balls, on random numbers in place of
+    an embedding. Training by clicks then begins with a ball around each click.
+
+    Args:
+        network: Promptable, after `start_afresh`.
+        steps: Of the optimiser, 1 or more.
+        objects: Balls of a step, P.
+        lr: Largest learning rate; it goes down to 0 along a cosine.
+
+    Returns:
+        The soft Dice of the balls in the last step.
+    """
+    balls = _Balls(network)
+    parts = nn.ModuleList([network.prompt_encoder, network.mask_decoder])
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=lr)
+    dice_loss = DiceLoss(sigmoid=True)
+    soft_dice = 0.0
+    for step in range(steps):
+        points, truth = balls.draw(objects)
+        embedding = QUIET * torch.randn(balls.embedding_shape)
+        clicks = torch.ones(objects, 1, dtype=torch.long)
+        logits = network.decode(embedding, (points.unsqueeze(1), clicks))
+        weight = (1 / truth.mean() - 1) ** 0.7  # a ball is small; see Interaction's balance
+        not_dice = dice_loss(logits, truth)
+        wrong = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight)
+        optimizer.zero_grad()
+        (not_dice + wrong).backward()
+        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        set_lr(optimizer, lr * warmup_cosine(step, steps, steps // WARMUP))
+        optimizer.step()
+        soft_dice = 1 - float(not_dice.detach())
+    optimizer.zero_grad()
+    return soft_dice
+
+
+class _Balls:
+    """Balls of a fifth of the crop's side in radius, on the grid of the decoder's masks."""
+
+    def __init__(self, network: Sam3D) -> None:
+        encoder = network.image_encoder
+        self.sides = network.img_size
+        self.radius = min(self.sides) / 5
+        self.embedding_shape = (1, encoder.out_chans, *encoder.grid)
+        axes = [
+            (torch.arange(4 * tokens) + 0.5) * side / (4 * tokens) - 0.5  # middles, in voxels
+            for tokens, side in zip(encoder.grid, self.sides, strict=True)
+        ]
+        self.places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+    def draw(self, number: int) -> tuple[Tensor, Tensor]:
+        """Middles in voxels, (P, 3), and which parts of the mask are inside, (P, 1, x, y, z)."""
+        middles = torch.stack([torch.randint(side, (number,)) for side in self.sides], dim=-1)
+        squares = (self.places - middles.view(-1, 1, 1, 1, 3)).square().sum(-1)
+        return middles, (squares < self.radius**2).unsqueeze(1).float()

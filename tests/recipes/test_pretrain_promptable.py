@@ -147,6 +147,14 @@ def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
 
 
 @pytest.mark.integration
+def test_a_network_from_scratch_can_rehearse_places_first(small, runs, capsys):
+    main(replace(small, rehearsal_steps=2, steps=2))
+    assert "balls around clicks after the rehearsal: soft Dice 0." in capsys.readouterr().out
+    main(replace(small, rehearsal_steps=2, steps=2))
+    assert "rehearsal: soft" not in capsys.readouterr().out  # what goes on has begun before
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize("objective", ["reconstruction", "both"])
 def test_hidden_patches_can_be_told_instead_of_clicks_or_beside_them(small, runs, objective):
     scores = main(replace(small, objective=objective, steps=2))

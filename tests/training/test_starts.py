@@ -3,7 +3,7 @@
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.training.starts import start_afresh
+from sammed3d_backbone.training.starts import rehearse_places, start_afresh
 
 
 def test_places_are_told_apart_and_linear_layers_keep_the_scale():
@@ -30,3 +30,24 @@ def test_a_click_attends_to_its_own_place_before_any_training():
         attention = layer.cross_attn_token_to_image
         scores = attention.q_proj(code) @ attention.k_proj(code).T  # (N, N)
         assert (scores.argmax(1) == torch.arange(len(code))).float().mean() > 0.99
+
+
+def test_after_a_rehearsal_clicks_far_apart_get_masks_apart():
+    torch.manual_seed(0)
+    network = sam("tiny", "none", img_size=32)
+    start_afresh(network)
+    places = torch.tensor([[[6, 6, 6]], [[26, 26, 26]]])
+    embedding = torch.zeros(1, 64, 4, 4, 4)
+
+    def favour():
+        """How far each click's own place is above that of the other, in logits."""
+        with torch.no_grad():
+            one, other = network.decode(embedding, (places, torch.ones(2, 1)))[:, 0]
+        here, there = (3, 3, 3), (13, 13, 13)
+        return float(min(one[here] - one[there], other[there] - other[here]))
+
+    before = favour()
+    soft_dice = rehearse_places(network, 200)
+    assert favour() > max(1.0, 5 * before)
+    assert soft_dice > 0.1
+    assert all(parameter.grad is None for parameter in network.parameters())
