@@ -188,7 +188,7 @@ def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def interval(scores: dict[Row, list[Score]], metric: str) -> list[float | None]:
-    """Mean and bounds, drawing the draws first and then the subjects within each."""
+    """Mean and bounds, drawing draws and subjects, each independently of the other."""
     flat = [(row.draw, score) for row, of_run in scores.items() for score in of_run]
     found: Interval = bootstrap_interval(
         [getattr(score, metric) for _, score in flat],
@@ -239,7 +239,7 @@ def steps_to_twin(out: Path, row: Row, twin: Row) -> tuple[int | None, int]:
 def as_markdown(table: Sequence[dict[str, Any]]) -> str:
     """The table for people; all in points, hundredths."""
     head = (
-        "Means with 95 % intervals (draws, then subjects within each); gains over scratch are\n"
+        "Means with 95 % intervals (over draws and subjects); gains over scratch are\n"
         "paired, in points. Steps: where scratch's last validation Dice is reached, of all.\n"
         "Cost: millions of trained parameters and of all, peak memory in MB, seconds per step on\n"
         "the clock and of CPU.\n"

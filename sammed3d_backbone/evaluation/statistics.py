@@ -40,7 +40,9 @@ def bootstrap_interval(
         classes: What each value is about; the mean is then that of the classes' means, so that
             a class with few values counts like the others. None: one class.
         draws: Which repetition of an experiment each value is from, such as the draw of training
-            cases: repetitions are drawn first, then groups within each. None: one repetition.
+            cases. Repetitions and groups are drawn independently, and what belongs to a drawn
+            repetition and a drawn group counts: a person who is hard is hard in all repetitions.
+            None: one repetition.
         seed: Of the draws.
         confidence: Share of the resampled means between the bounds.
         resamples: Number of draws.
@@ -50,35 +52,32 @@ def bootstrap_interval(
     if not known.any():
         return Interval(math.nan, math.nan, math.nan)
     draw = _numbered([""] * len(given) if draws is None else draws, known)
-    group = _numbered(range(len(given)) if groups is None else groups, known)
-    pairs, group = np.unique(np.stack([draw, group]), axis=1, return_inverse=True)
-    group = group.reshape(-1)
+    person = _numbered(range(len(given)) if groups is None else groups, known)
+    cells, cell = np.unique(np.stack([draw, person]), axis=1, return_inverse=True)
+    cell = cell.reshape(-1)
     kind = _numbered([""] * len(given) if classes is None else classes, known)
-    sums = np.zeros((group.max() + 1, kind.max() + 1))  # (G, K)
+    sums = np.zeros((cell.max() + 1, kind.max() + 1))  # (C, K)
     counts = np.zeros_like(sums)
-    np.add.at(sums, (group, kind), given[known])
-    np.add.at(counts, (group, kind), 1)
-    members = len(sums)
+    np.add.at(sums, (cell, kind), given[known])
+    np.add.at(counts, (cell, kind), 1)
 
     def mean(drawn: NDArray[Any]) -> NDArray[np.float64]:
-        """Mean over classes for each row of how often every group was drawn, (R, G) -> (R,)."""
-        with np.errstate(invalid="ignore"):  # a class that no drawn group has is left out
+        """Mean over classes for each row of how often every cell was drawn, (R, C) -> (R,)."""
+        with np.errstate(invalid="ignore"):  # a class that no drawn cell has is left out
             means: NDArray[np.float64] = np.nanmean((drawn @ sums) / (drawn @ counts), axis=1)
             return means
 
-    (centre,) = mean(np.ones((1, members)))
-    sizes = np.bincount(pairs[0])  # groups of every repetition
-    if sizes.max() < 2:
+    (centre,) = mean(np.ones((1, len(sums))))
+    people = person.max() + 1
+    if people < 2:
         return Interval(float(centre), math.nan, math.nan)
     rng = np.random.default_rng(seed)
-    times = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=resamples)
-    drawn = np.concatenate(
-        [
-            rng.multinomial(count * size, np.full(size, 1 / size))
-            for size, count in zip(sizes, times.T, strict=True)
-        ],
-        axis=1,
+    of_draw, of_person = (
+        rng.multinomial(number, np.full(number, 1 / number), size=resamples)
+        for number in (draw.max() + 1, people)
     )
+    drawn = of_draw[:, cells[0]] * of_person[:, cells[1]]  # (R, C)
+    drawn = drawn[drawn.any(axis=1)]  # repetitions that share nobody may leave nothing of a row
     tail = (1 - confidence) / 2
     low, high = np.quantile(mean(drawn), [tail, 1 - tail])
     return Interval(float(centre), float(low), float(high))

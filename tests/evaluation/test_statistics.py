@@ -74,3 +74,21 @@ def test_repetitions_that_disagree_are_less_certain_than_those_that_agree():
 def test_one_repetition_is_the_plain_interval():
     values, people = [1, 2, 5, 9], list("abcd")
     assert bootstrap_interval(values, people, draws=["x"] * 4) == bootstrap_interval(values, people)
+
+
+def test_who_is_hard_in_every_repetition_keeps_the_mean_as_uncertain_as_one_repetition_does():
+    rng = np.random.default_rng(4)
+    people = [str(i) for i in range(12)]
+    one = rng.normal(0, 1, 12)
+    alone = bootstrap_interval(one, people)
+    thrice = bootstrap_interval(np.tile(one, 3), people * 3, draws=list(np.repeat([*"abc"], 12)))
+    strangers = bootstrap_interval(np.tile(one, 3), [f"{i}" for i in range(36)])
+    assert thrice.high - thrice.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    assert strangers.high - strangers.low < 0.7 * (thrice.high - thrice.low)
+
+
+def test_repetitions_without_a_common_person_have_an_interval():
+    values, people = [0.1, 0.2, 0.7, 0.8], list("abcd")
+    mean, low, high = bootstrap_interval(values, people, draws=list("xxyy"))
+    assert mean == pytest.approx(0.45)
+    assert 0.1 <= low < mean < high <= 0.8
