@@ -1,0 +1,45 @@
+"""A finished pretraining becomes weights of the package."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from publish_weights import main
+
+from sammed3d_backbone.checkpoint import read, write
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tensors = {"image_encoder.pos_embed": torch.ones(1, 2, 2, 2, 6)}
+    write(folder / "last.safetensors", tensors, {"training": "{}"})
+    (folder / "config.yaml").write_text("name: toy\n")
+    lines = [
+        {"step": 1, "loss": 2.0, "dice_first": 0.1, "dice_last": 0.2, "patch_error": 0.9},
+        {"step": 1, "mean_dice": 0.2, "dice_1_synthetic": 0.1},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_weights_sums_and_curve_lie_where_they_belong(run, tmp_path):
+    weights, results = tmp_path / "weights", tmp_path / "results"
+    weights.mkdir()
+    digest = main(run, "toy", weights, results)
+    content = (weights / "toy.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == digest
+    assert (weights / "SHA256SUMS").read_text() == f"{digest}  toy.safetensors\n"
+    assert read(weights / "toy.safetensors")[1]["training"] == "{}"
+    assert {path.name for path in results.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "curve.png",
+    }
+
+
+def test_a_run_without_weights_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="let the pretraining get there"):
+        main(tmp_path, "toy", tmp_path, tmp_path)
