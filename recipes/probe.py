@@ -6,12 +6,14 @@
 Simple classifiers (evaluation/probes.py) learn from voxels of the subjects whose labels a run of
 finetune_unetr.py was trained on, and name voxels of its validation subjects; the run's own encoder
 is the one trained from scratch. So no encoder has seen a label that its probe does not have, nor
-a subject that it is asked about. Encoders whose scores are there are skipped, unless their weights
+a subject that it is asked about. `placed` is the random one with sines and cosines as position
+table: what place alone tells. Encoders whose scores are there are skipped, unless their weights
 have changed; table.json, table.md and figure.png in OUT are written after each.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -47,11 +49,12 @@ from sammed3d_backbone.files import write_text
 from sammed3d_backbone.pretrained import Weights, seen_in_pretraining
 from sammed3d_backbone.provenance import cores, provenance
 from sammed3d_backbone.training.runs import runs_folder
+from sammed3d_backbone.training.starts import give_places
 
 HERE = Path(__file__).parent
 BASELINE = "random"
 # One of Okabe and Ito's colours for each encoder, in the order of the legend.
-COLOURS = {BASELINE: "#999999", "scratch": "#E69F00", "pretrained": "#0072B2"}
+COLOURS = {BASELINE: "#999999", "placed": "#009E73", "scratch": "#E69F00", "pretrained": "#0072B2"}
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,13 @@ def main(cfg: Config) -> None:
     dataset, fold = finetune_unetr.choose_cases(trained)
     card = finetune_unetr.make_card(trained, dataset)
     torch.manual_seed(cfg.seed)
-    sources = {BASELINE: "none", "scratch": str(model), "pretrained": cfg.weights}
-    networks = {  # all before the first is probed, so that a wrong file costs no work
-        name: encoder(weights=weights, **card.encoder).eval()
-        for name, weights in sources.items()
-        if weights is not None
-    }
+    # All before the first is probed, so that a wrong file costs no work.
+    networks = {BASELINE: encoder(weights="none", **card.encoder).eval()}
+    networks["placed"] = copy.deepcopy(networks[BASELINE])
+    give_places(networks["placed"])
+    for name, weights in {"scratch": model, "pretrained": cfg.weights}.items():
+        if weights is not None:
+            networks[name] = encoder(weights=weights, **card.encoder).eval()
     cases = {case.id: case for case in dataset.cases}
     sides = {
         side: [cases[name] for name in ids]
@@ -123,6 +127,8 @@ def main(cfg: Config) -> None:
             "cpu_seconds": round(time.process_time() - started, 1),
             **provenance(HERE),
         }
+        # As the legend has them, whichever was probed first.
+        table["encoders"] = {k: table["encoders"][k] for k in COLOURS if k in table["encoders"]}
         write_report(out, table)
     write_report(out, table)
 

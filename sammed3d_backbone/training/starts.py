@@ -15,6 +15,7 @@ from monai.losses import DiceLoss
 from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
 from torch import Tensor, nn
 
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.models.two_way import PromptAttention
 from sammed3d_backbone.training.optim import set_lr, warmup_cosine
@@ -23,6 +24,15 @@ from sammed3d_backbone.training.optim import set_lr, warmup_cosine
 GAIN = 1.7  # of queries and keys
 QUIET = 0.25  # of the image beside its position code, whose numbers have this size, too
 WARMUP = 20  # a part of the rehearsal
+
+
+@torch.no_grad()
+def give_places(encoder: ImageEncoder3D) -> None:
+    """Puts sines and cosines into the position table, so that tokens know their place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # MONAI's call of it
+        table = build_sincos_position_embedding(list(encoder.grid), encoder.embed_dim)
+    encoder.pos_embed.copy_(table.view_as(encoder.pos_embed))
 
 
 @torch.no_grad()
@@ -41,10 +51,7 @@ def start_afresh(network: Sam3D) -> None:
         network: Promptable.
     """
     encoder, decoder = network.image_encoder, network.mask_decoder
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # MONAI's call of it
-        table = build_sincos_position_embedding(list(encoder.grid), encoder.embed_dim)
-    encoder.pos_embed.copy_(table.view_as(encoder.pos_embed))
+    give_places(encoder)
     stem = encoder.patch_embed.proj
     for module in (stem, *network.modules()):
         if module is stem or isinstance(module, nn.Linear):

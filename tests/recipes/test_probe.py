@@ -69,14 +69,10 @@ def test_a_stopped_probe_goes_on_and_ends_with_table_and_figure(cfg, probed, tmp
     assert [*partial["encoders"]] == ["random"]
     main(cfg)
     main(replace(cfg, weights=None))
-    assert probed[4:] == [
-        "scratch, bank",
-        "scratch, asked",
-        "pretrained, bank",
-        "pretrained, asked",
-    ]
+    rest = ("placed", "scratch", "pretrained")
+    assert probed[4:] == [f"{name}, {side}" for name in rest for side in ("bank", "asked")]
     table = json.loads((tmp_path / "out/table.json").read_text())
-    assert [*table["encoders"]] == ["random", "scratch", "pretrained"]
+    assert [*table["encoders"]] == ["random", *rest]
     assert not {*table["about"]["bank"]} & {*table["about"]["asked"]}
     for entry in table["encoders"].values():
         mean, low, high = entry["blocks"][0]["knn"]["balanced_accuracy"]
@@ -101,9 +97,9 @@ def test_other_weights_are_probed_again_and_other_voxels_begin_anew(cfg, monkeyp
         overwrite=True,
     )
     main(cfg)
-    assert calls[6:] == ["pretrained, bank", "pretrained, asked"]
+    assert calls[8:] == ["pretrained, bank", "pretrained, asked"]
     main(replace(cfg, per_class=11))
-    assert len(calls) == 8 + 6
+    assert len(calls) == 10 + 8
 
 
 def test_gains_are_paired_by_subject():
