@@ -51,3 +51,15 @@ def test_after_a_rehearsal_clicks_far_apart_get_masks_apart():
     assert favour() > max(1.0, 5 * before)
     assert soft_dice > 0.1
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_the_rehearsal_needs_the_start():
+    learned = []
+    for start in (lambda _: None, start_afresh):
+        torch.manual_seed(0)
+        network = sam("tiny", "none", img_size=32)
+        start(network)
+        learned.append(rehearse_places(network, 200))
+    without, after = learned
+    assert without < 0.08
+    assert after > 2 * without
