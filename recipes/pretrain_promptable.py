@@ -413,6 +413,7 @@ def save_weights(
         undisclosed_sets=0 if start is None else start.undisclosed_sets,
         status=f"trained by recipes/pretrain_promptable.py on {volumes} crops",
     )
+    objects = 0 if cfg.objective == "reconstruction" else volumes * cfg.objects
     training = {
         "config": {
             key: without_folder(value) if isinstance(value, str) else value
@@ -420,8 +421,8 @@ def save_weights(
         },
         "cases": seen,
         "crops": volumes,
-        "objects": volumes * cfg.objects,
-        "clicks": volumes * cfg.objects * (cfg.interactions - len(cfg.without_point)),
+        "objects": objects,
+        "clicks": objects * (cfg.interactions - len(cfg.without_point)),
         "began_with": "random values" if start is None else without_folder(start.name),
         "versions": library_versions(),
     }

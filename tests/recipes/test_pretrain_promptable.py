@@ -160,6 +160,10 @@ def test_hidden_patches_can_be_told_instead_of_clicks_or_beside_them(small, runs
     scores = main(replace(small, objective=objective, steps=2))
     assert scores["patch_error"] > 0
     encoder("tiny", weights=runs / "toy/last.safetensors")
+    with safe_open(runs / "toy/last.safetensors", "pt") as file:
+        training = json.loads(file.metadata()["training"])
+    clicks = 8 if objective == "both" else 0
+    assert (training["crops"], training["clicks"]) == (2, clicks)
     lines = [line for line in log(runs / "toy") if "loss" in line]
     assert all(("soft_dice_first" in line) == (objective == "both") for line in lines)
 
