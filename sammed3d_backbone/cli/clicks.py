@@ -12,8 +12,7 @@ from sammed3d_backbone.cli.prompts import add_network
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
-    from sammed3d_backbone.evaluation.clickbench.cases import ClickSet
-    from sammed3d_backbone.evaluation.clickbench.protocol import Promptable, Rules
+    from sammed3d_backbone.evaluation.clickbench.protocol import Promptable
 
 CHECKED_TARGETS = 3  # that are played again by --check-determinism
 
@@ -63,7 +62,7 @@ def _run_clicks(args: argparse.Namespace) -> int:
         return _compare(*args.compare)
     if args.data is None:
         raise ValueError("no data set; name a folder, or two results with --compare")
-    from sammed3d_backbone.evaluation.clickbench.bench import first_difference, run
+    from sammed3d_backbone.evaluation.clickbench.bench import first_difference, header_of, run
     from sammed3d_backbone.evaluation.clickbench.cases import read_click_set
     from sammed3d_backbone.evaluation.clickbench.journal import Journal, read_journal
     from sammed3d_backbone.evaluation.clickbench.presets import rules_of
@@ -86,7 +85,7 @@ def _run_clicks(args: argparse.Namespace) -> int:
     machine = provenance(Path(__file__).parent)
     model, about = _model(args, click_set.name)
     header = {
-        **_header(rules, click_set, args.classes, tracks),
+        **header_of(rules, click_set, tracks, classes=args.classes),
         **about,
         "subjects": "of the data set" if args.subjects is None else args.subjects.name,
         **{name: machine.pop(name) for name in ("commit", "python", "torch", "monai", "numpy")},
@@ -138,26 +137,6 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dic
         "told": f"{clicks} clicks",
         "follow": not args.no_follow,
         "pretraining": str(seen_in_pretraining(record, dataset)),
-    }
-
-
-def _header(
-    rules: "Rules", click_set: "ClickSet", classes: list[str], tracks: list[str]
-) -> dict[str, Any]:
-    """What the lines of a result depend on, apart from model and versions."""
-    return {
-        "protocol": rules.name,
-        "source": rules.source,
-        "oracle": rules.oracle,
-        "differs": rules.differs,
-        "steps": rules.steps,
-        "starts": tracks,
-        "dataset": click_set.name,
-        "dataset_sha256": click_set.content_sha256(),
-        "note": click_set.note,
-        "cases": len(click_set.cases),
-        "classes": classes or "all",
-        "instances": click_set.instances,
     }
 
 

@@ -36,16 +36,18 @@ class Promptable(Protocol):
 
     image_encoder: Any
 
-    def decode(
+    def decode_and_rate(
         self, embedding: Tensor, points: tuple[Tensor, Tensor] | None, mask_logits: Tensor | None
-    ) -> Tensor:
-        """Logits of a pass. Without points it goes by the mask alone, without a mask by zeros.
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of a pass, and the Dice that the network expects of them.
+
+        Without points it goes by the mask alone, without a mask by zeros.
 
         Shapes:
             embedding: (1, F, g, g, g), the image encoder's output.
             points: voxel indices (1, N, 3) of the window and labels (1, N), 1 inside, 0 outside.
             mask_logits: (1, 1, s, s, s) of an earlier pass; s = 4 * g.
-            returns: (1, 1, s, s, s).
+            returns: (1, 1, s, s, s) and (1, 1).
         """
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -133,8 +135,8 @@ class Network:
 
     def decode(
         self, windows: Windows, start: Triple, points: Sequence[Point], prior: Tensor | None
-    ) -> Tensor:
-        """One pass of prompt encoder and decoder.
+    ) -> tuple[Tensor, float]:
+        """One pass of prompt encoder and decoder: logits, and the network's opinion of them.
 
         Args:
             windows: Of the volume.
@@ -154,8 +156,8 @@ class Network:
             prompts = (index.to(self.device), labels.to(self.device))
         mask_logits = None if prior is None else prior[None, None].to(embedding)
         with self.watch.of("decode"), torch.inference_mode():
-            logits = self.model.decode(embedding, prompts, mask_logits)
-        return logits[0, 0].float().cpu()
+            logits, rating = self.model.decode_and_rate(embedding, prompts, mask_logits)
+        return logits[0, 0].float().cpu(), float(rating)
 
     def embedding(self, windows: Windows, start: Triple) -> Tensor:
         """The encoder's map of a window, (1, F, g, g, g), from memory where possible."""

@@ -25,6 +25,9 @@ class Prediction:
         clicks: On this object.
         clicks_agreed: Clicks with which the network's own mask agreed.
         windows: In how many windows the object was looked for.
+        predicted_dice: The Dice that the network expects of its own mask in the window around the
+            newest click; None where that lies in no window of the object. It means something where
+            training taught it, which that of the released weights did not.
         notes: What the reader has to know before believing it.
         seconds: Since the last prediction: "image" (resampling, normalisation), "encode",
             "decode" and "mask" (the way back to the volume's grid).
@@ -39,6 +42,7 @@ class Prediction:
     clicks: int
     clicks_agreed: int
     windows: int
+    predicted_dice: float | None
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     logits: Field = field(repr=False)

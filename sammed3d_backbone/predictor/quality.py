@@ -1,8 +1,8 @@
 """How far an answer can be trusted: does it stand when the clicks fall a little elsewhere?
 
-The network's own quality output got no training signal, so it is not used. Instead the same object
-is segmented again with every click moved by a few millimetres, as a second person would click; only
-the decoder runs.
+The network's own quality output (`Prediction.predicted_dice`) got no training signal in the
+released weights, so it is not used here. Instead the same object is segmented again with every
+click moved by a few millimetres, as a second person would click; only the decoder runs.
 """
 
 from __future__ import annotations

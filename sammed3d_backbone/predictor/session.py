@@ -257,6 +257,7 @@ class Predictor:
             clicks=len(clicks),
             clicks_agreed=agreed,
             windows=len(state.answers),
+            predicted_dice=self._tracer.rating(state, self._of(name)[-1]),
             notes=(
                 *self._setup_notes,
                 *self._notes,

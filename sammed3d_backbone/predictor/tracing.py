@@ -40,6 +40,7 @@ class Answer:
     """
 
     logits: Tensor
+    rating: float  # the Dice that the network expects of it
     points: tuple[Point, ...]
     seed: Place | None = None  # the opening click, where no user's click opened the window
 
@@ -93,6 +94,24 @@ class Tracer:
             return State(roots)
         return self._followed(roots, answers, clicks, prior)
 
+    def rating(self, state: State, newest: Prompt) -> float | None:
+        """The network's opinion of its answer in the window around an object's newest prompt.
+
+        A correction asks for no window: of those that it lies in, it is the one whose middle is
+        nearest. None where it lies in none.
+        """
+        if isinstance(newest, MaskPrompt):
+            return state.answers[newest.window].rating
+        place = self.windows.place(newest.point_vox)
+        middle = (self.windows.side_vox - 1) / 2
+        away = {
+            start: max(abs(s + middle - p) for s, p in zip(start, place, strict=True))
+            for start in state.answers
+            if self.windows.inside(start, place) is not None
+        }
+        around = newest.window or min(away, key=lambda start: away[start], default=None)
+        return None if around is None else state.answers[around].rating
+
     def _clicked(
         self, before: Mapping[Triple, Answer], clicks: Sequence[Click], prior: MaskPrompt | None
     ) -> dict[Triple, Answer]:
@@ -112,16 +131,18 @@ class Tracer:
 
     def _told(
         self, start: Triple, logits: Tensor | None, told: tuple[Point, ...], new: Sequence[Point]
-    ) -> tuple[Tensor, tuple[Point, ...]]:
-        """The logits after one pass for each new click, and all that the window was told."""
+    ) -> tuple[Tensor, float, tuple[Point, ...]]:
+        """Logits and rating after one pass for each new click, and all that the window was told."""
+        rating: float | None = None
         if not new:
-            logits = self.network.decode(self.windows, start, (), logits)
+            logits, rating = self.network.decode(self.windows, start, (), logits)
         for point in new:
             told = (*told, point)
             given = told if self.clicks == "all" else (point,)
-            logits = self.network.decode(self.windows, start, given, logits)
+            logits, rating = self.network.decode(self.windows, start, given, logits)
         assert logits is not None  # there was a pass
-        return logits, told
+        assert rating is not None
+        return logits, rating, told
 
     def _open(
         self,

@@ -98,9 +98,9 @@ class StandIn(nn.Module):
         self.mask_decoder = Component()
         self.mask_decoder.side_vox = side_vox
 
-    def decode(self, embedding, points=None, mask_logits=None):
+    def decode_and_rate(self, embedding, points=None, mask_logits=None):
         """As of `Sam3D`."""
         if mask_logits is None:
             mask_logits = torch.zeros(1, 1, 32, 32, 32)
         sparse, dense = self.prompt_encoder(points=points, boxes=None, masks=mask_logits)
-        return self.mask_decoder(embedding, None, sparse, dense, False)[0]
+        return self.mask_decoder(embedding, None, sparse, dense, False)

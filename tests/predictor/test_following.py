@@ -128,9 +128,9 @@ def test_what_the_network_sees_in_padding_is_not_followed():
     class Misled(StandIn):
         """Holds padding before the first voxel for part of the object."""
 
-        def decode(self, embedding, points=None, mask_logits=None):
-            logits = super().decode(embedding, points, mask_logits)
-            return torch.where(torch.arange(32)[:, None, None] < 10, 8.0, logits)
+        def decode_and_rate(self, embedding, points=None, mask_logits=None):
+            logits, rating = super().decode_and_rate(embedding, points, mask_logits)
+            return torch.where(torch.arange(32)[:, None, None] < 10, 8.0, logits), rating
 
     x, y, z = np.ogrid[:90, :90, :90]
     ball = (x - 9) ** 2 + (y - 45) ** 2 + (z - 45) ** 2 < 8**2

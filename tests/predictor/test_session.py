@@ -257,3 +257,44 @@ def test_oblique_and_anisotropic_objects_keep_place_and_size(predictor, axes, de
     assert dice(mask, ball) > 0.93
     moved_mm = places_mm[mask].mean(axis=0) - places_mm[ball].mean(axis=0)
     assert np.linalg.norm(moved_mm) < 0.3
+
+
+# --- the network's own opinion ------------------------------------------------------------------
+
+
+class Counting(StandIn):
+    """Rates its answers 1, 2, 3, ... in the order of its passes."""
+
+    def decode_and_rate(self, embedding, points=None, mask_logits=None):
+        """As of `Sam3D`."""
+        logits, _ = super().decode_and_rate(embedding, points, mask_logits)
+        return logits, torch.full((1, 1), float(self.mask_decoder.passes))
+
+
+def test_the_opinion_is_of_the_window_around_the_newest_click():
+    bar = np.full((64, 64, 200), 50, np.int16)
+    bar[26:38, 24:40, 8:192] = 200
+    predictor = Predictor(Counting())
+    predictor.set_volume(bar, np.diag([1.5, 1.5, 1.5, 1.0]))
+    predictor.click((32, 32, 60))
+    found = predictor.predict()
+    assert found.windows > 3
+    assert found.predicted_dice == 1  # its neighbours came later
+    predictor.click((32, 32, 180))
+    predictor.predict()
+    before = predictor._network.model.mask_decoder.passes
+    predictor.click((40, 32, 60), positive=False)
+    found = predictor.predict()
+    assert found.predicted_dice > before
+
+
+def test_there_is_no_opinion_where_the_newest_click_lies_in_no_window(balls):
+    volume, *_ = balls
+    predictor = Predictor(Counting(), follow=False)
+    predictor.set_volume(volume)
+    predictor.click((22, 40, 36))
+    predictor.click((89, 40, 36), positive=False)
+    found = predictor.predict()
+    assert (found.windows, found.predicted_dice) == (1, None)
+    predictor.undo()
+    assert predictor.predict().predicted_dice == 1

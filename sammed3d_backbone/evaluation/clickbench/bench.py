@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +17,33 @@ from sammed3d_backbone.evaluation.clickbench.journal import Journal, Line, key_o
 from sammed3d_backbone.evaluation.clickbench.protocol import Player, Promptable, Rules, Step
 from sammed3d_backbone.evaluation.clickbench.scoring import plain, score
 from sammed3d_backbone.provenance import resident_bytes
+
+
+def header_of(
+    rules: Rules, click_set: ClickSet, tracks: Iterable[str], *, classes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the lines of a result depend on, apart from model and versions.
+
+    Args:
+        rules: That are played by.
+        click_set: That is played on.
+        tracks: Of the rules, those that are played.
+        classes: Those that the set was narrowed to; none: all.
+    """
+    return {
+        "protocol": rules.name,
+        "source": rules.source,
+        "oracle": rules.oracle,
+        "differs": rules.differs,
+        "steps": rules.steps,
+        "starts": list(tracks),
+        "dataset": click_set.name,
+        "dataset_sha256": click_set.content_sha256(),
+        "note": click_set.note,
+        "cases": len(click_set.cases),
+        "classes": list(classes) or "all",
+        "instances": click_set.instances,
+    }
 
 
 def run(
@@ -72,9 +100,10 @@ def played(
         before = step
         number = len(lines) + 1
         clicks = [_clicked(click, step) for click in step.clicks]
-        lines.append(
-            {**about, "step": number, "clicks": clicks, **figures, "failure": step.failure}
-        )
+        line = {**about, "step": number, "clicks": clicks, **figures, "failure": step.failure}
+        if step.predicted_dice is not None:
+            line["predicted_dice"] = plain(step.predicted_dice)
+        lines.append(line)
         seconds = {part: round(value, 4) for part, value in step.seconds.items()}
         peak_mib = round(resident_bytes("VmHWM") / 2**20, 1)  # of the process so far
         times.append({**about, "step": number, "seconds": seconds, "peak_rss_mib": peak_mib})

@@ -30,7 +30,7 @@ class Prediction(Protocol):
     """What an object answers.
 
     It may also have ``seconds``, a mapping such as ``{"encode": 1.2, "decode": 0.03}``, which is
-    recorded as it is.
+    recorded as it is, and ``predicted_dice``, its own opinion of the mask, or None.
     """
 
     @property
@@ -74,6 +74,7 @@ class Step:
     kept: tuple[bool, ...]  # the same for all clicks so far
     failure: str = ""  # the type of what the object raised
     seconds: Mapping[str, float] = field(default_factory=dict)
+    predicted_dice: float | None = None  # the object's own opinion
 
     @property
     def spacing_mm(self) -> TripleMm:
@@ -101,6 +102,20 @@ class Rules:
     spacing_is_xyz: bool = False  # how spacings of npz files are read
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What came back after a click.
+
+    Shapes:
+        mask: (X, Y, Z) bool, of the volume that was set.
+    """
+
+    mask: Mask
+    seconds: Mapping[str, float]  # by part
+    failure: str = ""  # the type of what the object raised
+    predicted_dice: float | None = None
+
+
 class Player:
     """An object under test, the volume it was given last, and how long its answers take."""
 
@@ -125,8 +140,8 @@ class Player:
         else:
             self._shown = volume
 
-    def answer(self, click: Click, shape: Triple) -> tuple[Mask, str, dict[str, float]]:
-        """The mask after one more click, the type of what was raised, and seconds by part.
+    def answer(self, click: Click, shape: Triple) -> Answer:
+        """What the object says after one more click.
 
         Raises:
             ValueError: If the mask is not of the volume's shape.
@@ -134,7 +149,7 @@ class Player:
         seconds, self._seconds = self._seconds, {}
         nothing = np.zeros(shape, dtype=bool)
         if self._refused:
-            return nothing, self._refused, seconds
+            return Answer(nothing, seconds, self._refused)
         start = time.perf_counter()
         try:
             self.model.click(click.point_vox, click.positive)
@@ -142,7 +157,7 @@ class Player:
         except Exception as error:
             log.exception(FAILED)
             self._shown = None  # set anew before the next target
-            return nothing, type(error).__name__, seconds
+            return Answer(nothing, seconds, type(error).__name__)
         seconds["click"] = time.perf_counter() - start
         seconds.update(getattr(prediction, "seconds", {}))
         mask = np.asarray(prediction.mask)
@@ -151,7 +166,7 @@ class Player:
                 f"the object answered {mask.shape} voxels to a volume of {shape}; its mask has to "
                 "be on the grid of the volume"
             )
-        return mask > 0, "", seconds
+        return Answer(mask > 0, seconds, predicted_dice=getattr(prediction, "predicted_dice", None))
 
 
 def interact(
@@ -189,7 +204,8 @@ def interact(
                 yield from [carried] * (steps - number)
             return
         clicked.append(click)
-        mask, failure, seconds = player.answer(click, volume.shape)
+        answer = player.answer(click, volume.shape)
+        mask = answer.mask
         kept = tuple(bool(mask[c.point_vox]) == c.positive for c in clicked)
         step = Step(
             mask=mask,
@@ -199,7 +215,8 @@ def interact(
             clicked_affine=volume.affine,
             honoured=kept[-1:],
             kept=kept,
-            failure=failure,
-            seconds=seconds,
+            failure=answer.failure,
+            seconds=answer.seconds,
+            predicted_dice=answer.predicted_dice,
         )
         yield step

@@ -80,3 +80,21 @@ def test_failures_are_written(finished, tmp_path, caplog):
     assert {(line["step"], line["dice"], line["failure"]) for line in failed} == {
         (2, 0, "RuntimeError")
     }
+
+
+class Rating(Sphere):
+    """Knows what it thinks of its first answer only."""
+
+    def predict(self):
+        answer = super().predict()
+        answer.predicted_dice = 0.1234567 if len(self.clicks) == 1 else None
+        return answer
+
+
+def test_an_opinion_is_written_where_there_is_one(finished, tmp_path, lines):
+    _, rated = read_journal(played_into(tmp_path / "rated", Rating(4.0), finished[0]))
+    said = [(line["step"], line.get("predicted_dice")) for line in rated if "step" in line]
+    assert said[:3] == [(1, 0.123457), (2, None), (3, None)]
+    for line in rated:
+        line.pop("predicted_dice", None)
+    assert rated == lines

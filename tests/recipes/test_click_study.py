@@ -1,0 +1,280 @@
+"""The study of clicks: whom it refuses, its ball, its figures, and that it goes on."""
+
+import json
+from dataclasses import replace
+
+import click_study
+import numpy as np
+import pytest
+import torch
+from click_study import Ball, Config, main, make_table, mean_volumes_mm3, read_rows, trained_cases
+from standins import Sphere
+
+from sammed3d_backbone import config, sam
+from sammed3d_backbone.checkpoint import write
+from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.folders import read_dataset
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.clickbench.cases import ClickCase
+from sammed3d_backbone.pretrained import Weights, to_metadata
+
+TURNED = np.array([[0, 0, -2.0, 5], [-3.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1]])  # mm
+
+
+@pytest.fixture
+def make_weights(tmp_path):
+    """Writes a small promptable network that says what it was trained on; returns the file."""
+
+    def make(training, name="small.safetensors"):
+        torch.manual_seed(7)
+        network = sam("tiny", "none", img_size=16)
+        record = Weights("small", variant="tiny", rel_pos="released", spacing_mm=(1.5, 1.5, 1.5))
+        entries = {**to_metadata(record), "training": json.dumps(training)}
+        write(tmp_path / name, network.state_dict(), entries)
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def cfg(toy_data, runs, make_weights, tmp_path):
+    """One volume of two boxes, two clicks each."""
+    weights = make_weights({"cases": {"Toy": ["case_x"]}})
+    return Config(
+        weights,
+        data=str(toy_data),
+        cases=1,
+        clicks=(1, 2),
+        out=str(tmp_path / "out"),
+        threads=1,
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Names what is played, in order; `asked.limit` calls later, all is stopped."""
+    real = click_study.run
+
+    class Asked(list):
+        limit = 10**6
+
+    seen = Asked()
+
+    def noted(model, rules, click_set, journal, tracks):
+        if len(seen) == seen.limit:
+            raise KeyboardInterrupt
+        seen.append(journal.folder.name)
+        real(model, rules, click_set, journal, tracks, progress=False)
+
+    monkeypatch.setattr(click_study, "run", noted)
+    return seen
+
+
+# --- who is refused -----------------------------------------------------------------------------
+
+
+def test_cases_of_any_stage_of_the_training_are_found():
+    first = {"cases": {"Toy": ["a"], "synthetic": []}, "crops": 3}
+    training = {"cases": {"Toy": ["b", "c"]}, "before": {"cases": {"Else": ["d"]}, "before": first}}
+    found = trained_cases({"training": json.dumps(training), "format": "pt"})
+    assert found == {"Toy": {"a", "b", "c"}, "Else": {"d"}, "synthetic": set()}
+    assert trained_cases({"format": "pt"}) == {}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_cases_that_the_weights_were_trained_on_are_refused(cfg, make_weights, runs, nested):
+    stage = {"cases": {"Toy": [case.id for case in read_dataset(cfg.data).cases]}}
+    training = {"cases": {"Toy": []}, "before": stage} if nested else stage
+    weights = make_weights(training, "met.safetensors")
+    with pytest.raises(ValueError, match=r"trained on 1 of the 1 cases of Toy \(case_\d\); pass"):
+        main(replace(cfg, weights=weights))
+    assert not runs.exists()
+
+
+def test_random_values_are_no_weights():
+    with pytest.raises(ValueError, match="pass weights=FILE"):
+        main(Config())
+
+
+@pytest.mark.parametrize("clicks", [(), (0, 1), (3, 1), (1, 1), (11,)])
+def test_impossible_numbers_of_clicks_are_refused(clicks):
+    with pytest.raises(ValueError, match="give numbers from 1 to 10, the smallest first"):
+        Config(clicks=clicks)
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="leave out --report to make them"):
+        main(Config(out=str(tmp_path)), report=True)
+
+
+def test_the_committed_study_can_be_read(root):
+    cfg = config.load(Config, root / "recipes/click_study.yaml", ["weights=FILE"])
+    assert (cfg.weights, cfg.cases, cfg.clicks) == ("FILE", None, (1, 3, 5, 10))
+
+
+# --- the ball -----------------------------------------------------------------------------------
+
+
+def test_a_class_has_the_mean_volume_of_the_cases_that_have_it(tmp_path):
+    cases = []
+    for number, voxels in enumerate([(10, 4), (20, 0)]):
+        label = np.zeros((5, 6, 7), np.uint8)
+        label.reshape(-1)[: sum(voxels)] = np.repeat([1, 2], voxels)
+        path = tmp_path / f"{number}.nii.gz"
+        Volume(label, TURNED).save(path)
+        cases.append(ClickCase(Case(str(number), (path,), path), {1: "a", 2: "b", 3: "nowhere"}))
+    assert mean_volumes_mm3(cases) == {"a": pytest.approx(15 * 9), "b": pytest.approx(4 * 9)}
+
+
+def test_a_ball_has_its_volume_whatever_the_grid():
+    ball = Ball(volume_mm3=40_000.0)
+    ball.set_volume(Volume(np.zeros((30, 40, 60), np.float32), TURNED), modality="ct")
+    ball.reset()
+    ball.click((14, 20, 30))
+    mask = ball.predict().mask
+    assert mask.sum() * 9 == pytest.approx(40_000, rel=0.01)
+    assert np.argwhere(mask).mean(0) == pytest.approx((14, 20, 30))
+    sides_mm = np.ptp(np.argwhere(mask), axis=0) * [3.0, 1.5, 2.0]
+    assert np.abs(sides_mm - 2 * ball.radius_mm).max() < 2 * 3.0  # a voxel at both ends
+
+
+def test_a_ball_stays_where_it_is_and_inside_the_volume():
+    ball = Ball(volume_mm3=4_000.0)
+    ball.set_volume(Volume(np.zeros((30, 40, 60), np.float32), np.eye(4)))
+    ball.reset()
+    ball.click((0, 20, 30))
+    first = ball.predict().mask
+    ball.click((20, 20, 30))
+    ball.click((1, 20, 30), False)
+    assert np.array_equal(ball.predict().mask, first)
+    assert first.shape == (30, 40, 60)
+    assert not first[15:].any()  # nothing comes in from the other side
+    assert 0.5 < first.sum() / 4_000 < 0.6  # a half, and the layer that it is cut through
+    ball.reset()
+    ball.click((20, 20, 30))
+    assert ball.predict().mask[20, 20, 30]
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+def test_a_stopped_study_goes_on_and_plays_nothing_twice(cfg, asked, runs, tmp_path):
+    out = tmp_path / "out"
+    asked.limit = 2
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg)
+    assert [*json.loads((out / "table.json").read_text())["players"]] == ["newest", "all"]
+    asked.limit = 10**6
+    main(cfg)
+    # The ball is played class by class.
+    assert asked == ["newest", "all", "untrained", "sphere", "sphere"]
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    main(cfg)
+    main(cfg, report=True)
+    assert len(asked) == 5
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+
+    table = json.loads((out / "table.json").read_text())
+    assert [*table["players"]] == ["newest", "all", "untrained", "sphere"]
+    assert [*table["differences"]] == ["newest - untrained", "newest - sphere", "all - newest"]
+    assert table["about"]["newest"]["header"]["trained_on"].startswith("1 cases of Toy, none of")
+    assert {"date", "commit", "processor"} <= table["about"]["sphere"]["provenance"].keys()
+    text = (out / "table.md").read_text()
+    assert "| all - newest | NSD at 2 mm |" in text
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+    rows = {name: read_rows(out / name / "scores.csv") for name in table["players"]}
+    for name, of in rows.items():
+        assert [(row["class"], row["step"]) for row in of] == [
+            ("front", 1),
+            ("front", 2),
+            ("back", 1),
+            ("back", 2),
+        ]
+        assert np.isfinite([row["predicted_dice"] for row in of]).all() == (name != "sphere")
+    lines = (runs / "out" / "newest" / "clicks.jsonl").read_text().splitlines()[1:]
+    said = [json.loads(line)["predicted_dice"] for line in lines]
+    assert said == [row["predicted_dice"] for row in rows["newest"]]
+    assert said[0] != said[1]
+    # All lies in one window: nothing tells the two ways apart before the second click.
+    assert rows["newest"][0] == rows["all"][0] != rows["untrained"][0]
+    assert rows["newest"][1] != rows["all"][1]
+    assert rows["sphere"][0]["dice"] > 0.7  # boxes, all of one size
+
+
+def test_results_of_another_study_are_not_taken_for_this_one(cfg, monkeypatch):
+    monkeypatch.setattr(click_study, "Predictor", _stand_in)
+    monkeypatch.setattr(click_study, "write_report", lambda *_: None)
+    main(cfg)
+    with pytest.raises(ValueError, match=r"holds results of other .*fold; pass another out="):
+        main(replace(cfg, fold=1))
+
+
+def _stand_in(network, **_):
+    """Plays at once, with any network."""
+    standin = Sphere()
+    standin.spacing_mm = (1.0, 1.0, 1.0)
+    return standin
+
+
+# --- the figures --------------------------------------------------------------------------------
+
+
+def rows_of(dice, predicted=None):
+    """Rows after one click from {(case, class): Dice}; NSD is half of it."""
+    return [
+        {
+            "case": case,
+            "subject": case,
+            "class": name,
+            "step": 1,
+            "dice": value,
+            "nsd_2mm": value / 2,
+            "predicted_dice": np.nan if predicted is None else predicted[case, name],
+        }
+        for (case, name), value in dice.items()
+    ]
+
+
+ONE = {("a", "x"): 0.2, ("b", "x"): 0.4, ("b", "y"): 0.8}
+OTHER = {("a", "x"): 0.1, ("b", "x"): 0.4, ("b", "y"): 0.5, ("c", "y"): 1.0}
+
+
+def test_every_class_counts_alike_and_pairs_are_of_the_same_targets():
+    table = make_table({"newest": rows_of(ONE), "untrained": rows_of(OTHER)}, [1])
+    newest = table["players"]["newest"]
+    assert (newest["targets"], newest["subjects"]) == (3, 2)
+    # x: (0.2 + 0.4) / 2, y: 0.8. Drawing a alone leaves x at 0.2, b alone x at 0.4 and y at 0.8.
+    assert newest["dice"]["1"] == [0.55, 0.2, 0.6]
+    assert newest["nsd_2mm"]["1"][0] == 0.275
+    assert table["classes"]["newest"]["x"] == {
+        "targets": 2,
+        "dice": {"1": [0.3, 0.2, 0.4]},
+        "nsd_2mm": {"1": [0.15, 0.1, 0.2]},
+    }
+    assert table["classes"]["newest"]["y"]["dice"]["1"] == [0.8, None, None]  # one subject
+    gain = table["differences"]["newest - untrained"]
+    assert gain["targets"] == 3
+    # x: (0.1 + 0) / 2, y: 0.3.
+    assert gain["dice"]["1"][0] == pytest.approx(0.175)
+
+
+def test_what_is_predicted_is_compared_with_what_is_true():
+    dice = dict(zip([(c, "x") for c in "abcdef"], [0.1, 0.3, 0.2, 0.5, 0.6, 0.9], strict=True))
+    predicted = dict(zip(dice, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7], strict=True))
+    table = make_table({"newest": rows_of(dice, predicted), "sphere": rows_of(dice)}, [1])
+    (found,) = table["opinions"].values()
+    found = found["1"]
+    assert found["targets"] == 6
+    # Ranks differ by 1 in two places: 1 - 6 * 2 / (6 * 35).
+    assert found["spearman"] == pytest.approx(1 - 12 / 210, abs=1e-5)
+    assert found["absolute_error"][0] == pytest.approx((0.1 + 0.2 + 0.2) / 6, abs=1e-5)
+    assert found["signed_error"][0] == pytest.approx((0.1 + 0.2 - 0.2) / 6, abs=1e-5)
+    assert [group["targets"] for group in found["bins"]] == [2, 1, 1, 1, 1]
+    assert found["bins"][0] == {"targets": 2, "predicted": 0.25, "true": 0.2}
+
+
+def test_one_opinion_on_everything_has_no_rank():
+    predicted = dict.fromkeys(ONE, 0.5)
+    found = make_table({"newest": rows_of(ONE, predicted)}, [1])["opinions"]["newest"]["1"]
+    assert found["spearman"] is None
