@@ -151,8 +151,10 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
         ValueError: If a pretrained arm has no weights.
     """
     is_random = "scratch=true" in ARMS[row.arm]
-    key = "reconstruction_weights" if row.arm == "reconstruction" else "weights"
-    weights = "none" if is_random else getattr(cfg, key)
+    if row.arm == "reconstruction":
+        key, weights = "reconstruction_weights", cfg.reconstruction_weights
+    else:
+        key, weights = "weights", "none" if is_random else cfg.weights
     if not is_random and weights == "none":
         raise ValueError(f"arm {row.arm} needs trained weights; pass {key}=FILE")
     here = HERE / "configs" / f"{row.task}.yaml"

@@ -29,7 +29,8 @@ def study(small, tmp_path):
 
 
 def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
-    cfg = config.load(Config, root / "recipes/transfer_study.yaml", ["weights=FILE"])
+    cfg = config.load(Config, root / "recipes/transfer_study.yaml")
+    assert cfg.weights == "tiny"
     rows = list(rows_of(cfg))
     assert {row.arm for row in rows[:4]} == {"pretrained", "scratch", "zero_encoder", "frozen"}
     assert {row.labels for row in rows[:12]} == {"8"}
@@ -40,7 +41,11 @@ def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
 def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
     cfg = config.load(Config, root / "recipes/adaptation_study.yaml", ["weights=FILE"])
     made = {row.arm: run_config(row, cfg) for row in rows_of(cfg)}
-    assert made.keys() == transfer_study.ARMS.keys() - {"zero_encoder", *transfer_study.DECODERS}
+    assert made.keys() == transfer_study.ARMS.keys() - {
+        "zero_encoder",
+        "reconstruction",
+        *transfer_study.DECODERS,
+    }
     assert (made["lora"].peft, made["bottleneck"].peft_size) == ("lora", 32)
     assert made["first_channel"].channel_gains == (1.0, 0.0)
     assert made["shared"].data == "hippocampus_channels"
@@ -160,6 +165,48 @@ def test_a_stopped_study_goes_on_and_ends_with_table_and_figure(study, tmp_path,
     assert pretrained["cost"]["trained_parameters"] > 1e6
     assert "| boxes | 2 | pretrained | 2 |" in (tmp_path / "study/table.md").read_text()
     assert (tmp_path / "study/figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.integration
+def test_every_arm_takes_the_rate_that_is_best_on_a_fold_that_is_not_reported(study, tmp_path):
+    task = tmp_path / "boxes.yaml"
+    rates = (1e-9, 1e-2)
+    study = replace(
+        study, blocks=(f"{task} 2 1 scratch,zero_encoder",), rates=rates, tuning_labels="2"
+    )
+    main(study)
+    done = {path.name for path in (tmp_path / "study").iterdir() if path.is_dir()}
+    arms = ("scratch", "zero_encoder")
+    assert done == {
+        f"boxes_2_draw0_{arm}{tried}" for arm in arms for tried in ("", "_lr1e-09", "_lr0.01")
+    }
+
+    def kept(name):
+        return config.load(finetune_unetr.Config, tmp_path / "study" / name / "config.yaml")
+
+    text = (tmp_path / "study/table.md").read_text()
+    for arm in arms:
+        trials = [kept(f"boxes_2_draw0_{arm}_lr{rate:g}") for rate in rates]
+        assert [run.fold for run in trials] == [1, 1]
+        assert tuple(run.scratch_lr for run in trials) == rates
+        dice = [
+            json.loads((tmp_path / f"study/boxes_2_draw0_{arm}_lr{rate:g}/scores.json").read_text())
+            for rate in rates
+        ]
+        best = max(rates, key=lambda rate: dice[rates.index(rate)]["mean_dice"])
+        reported = kept(f"boxes_2_draw0_{arm}")
+        assert (reported.fold, reported.scratch_lr, reported.lr) == (0, best, best)
+        shown = " | ".join(f"{100 * scores['mean_dice']:.2f}" for scores in dice)
+        assert f"| boxes | {arm} | {shown} |" in text
+    main(study)  # what is there is not another study's
+
+
+def test_the_arm_of_another_pretraining_has_weights_of_its_own():
+    block = "hippocampus 8 1 reconstruction"
+    with pytest.raises(ValueError, match="pass reconstruction_weights=FILE"):
+        [run_config(row, Config((block,))) for row in rows_of(Config((block,)))]
+    cfg = Config((block,), weights="tiny", reconstruction_weights="other.safetensors")
+    assert [run_config(row, cfg).weights for row in rows_of(cfg)] == ["other.safetensors"]
 
 
 @pytest.mark.parametrize(
