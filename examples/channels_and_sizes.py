@@ -19,10 +19,10 @@ torch.manual_seed(0)
 
 # Several sequences of one patient. Weights of one channel are repeated and divided, so that four
 # equal channels give what the single one gave.
-show("four channels", encoder("tiny", weights="none", in_chans=4), torch.randn(1, 4, 64, 64, 64))
+show("four channels", encoder("tiny", in_chans=4), torch.randn(1, 4, 64, 64, 64))
 
 # A larger cube, chosen when building or later: the position table is resampled trilinearly.
-network = encoder("tiny", weights="none", img_size=80)
+network = encoder("tiny", img_size=80)
 show("a larger cube", network, torch.randn(1, 1, 80, 80, 80))
 network.set_input_size(72)
 show("another cube, same network", network, torch.randn(1, 1, 72, 72, 72))

@@ -20,7 +20,7 @@ else:  # a bright ball in a volume with thick slices, axes towards L, P, S
     scan = Volume(np.where(ball, 200.0, 50.0).astype(np.float32), np.diag([-1.2, -1.2, 5, 1]))
 
 # 1.5 mm, axes towards R, A, S, z-scored, padded: what the released weights were trained on.
-network = encoder("tiny", weights="none").eval()
+network = encoder("tiny").eval()
 image, geometry = Preparation((1.5, 1.5, 1.5), "zscore_positive", network.img_size[0]).image(scan)
 
 # One window around the middle; a larger volume needs several.

@@ -13,7 +13,7 @@ torch.manual_seed(0)
 scan = torch.randn(1, 1, 64, 64, 64)  # (B, C, X, Y, Z)
 labels = (scan > 1).long()  # (B, 1, X, Y, Z), class 0 is background
 
-backbone = encoder("tiny", weights="none")  # or encoder(), the released network, for 128³ crops
+backbone = encoder("tiny")  # or encoder(), the released network, for 128³ crops
 network = unetr(backbone, out_channels=2)
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
 loss = DiceCELoss(to_onehot_y=True, softmax=True)(network(scan), labels)

@@ -56,7 +56,7 @@ def test_the_note_says_what_the_demo_does_not_show(data):
 def test_without_arguments_the_data_are_written_once(runs, written):
     cfg = demo.configure({})
     assert written == [runs / "demo_data"]
-    assert (cfg.data, cfg.scratch, cfg.variant) == (str(runs / "demo_data"), True, "tiny")
+    assert (cfg.data, cfg.scratch, cfg.variant) == (str(runs / "demo_data"), False, "tiny")
     (runs / "demo_data").mkdir(parents=True)
     (runs / "demo_data/dataset.json").write_text("{}")
     demo.configure({})
@@ -122,5 +122,13 @@ def test_the_demo_ends_with_a_figure(runs, toy_data, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["demo.py", f"data={toy_data}", "threads=1", *small])
     demo.main()
     figure = runs / "demo_Toy/results/figure.png"
-    assert str(figure) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(figure) in printed
+    ours, theirs = (
+        json.loads((runs / name / "results/scores.json").read_text())["mean_dice"]
+        for name in ("demo_Toy", "demo_Toy_scratch")
+    )
+    assert f"{ours:.3f} from the weights of tiny, {theirs:.3f} from random values" in printed
+    page = (runs / "demo_Toy/results/report.html").read_text()
+    assert "Against the baseline" in page
     assert np.frombuffer(figure.read_bytes()[:4], np.uint8)[1:].tobytes() == b"PNG"

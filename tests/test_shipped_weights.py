@@ -1,0 +1,92 @@
+"""Weights that install with the package: what the table, the file and its sums say is one thing."""
+
+import json
+
+import pytest
+import torch
+
+from sammed3d_backbone import encoder, sam
+from sammed3d_backbone.checkpoint import read
+from sammed3d_backbone.data.datasets import read_fold
+from sammed3d_backbone.data.folders import read_dataset
+from sammed3d_backbone.pretrained import (
+    WEIGHTS,
+    Weights,
+    describe,
+    from_metadata,
+    locate,
+    seen_in_pretraining,
+)
+
+SHIPPED = sorted(name for name, record in WEIGHTS.items() if record.repo_id is None)
+LARGEST_MB = 24
+
+
+def stages_of(metadata):
+    """What a file says of its training, the last stage first."""
+    stage = json.loads(metadata["training"])
+    while stage is not None:
+        yield stage
+        stage = stage.get("before")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_file_is_small_and_stands_in_the_sums(name, root):
+    record, path = locate(name)
+    assert path.stat().st_size < LARGEST_MB * 1e6
+    assert f"{record.sha256}  {path.name}\n" in (root / "weights/SHA256SUMS").read_text()
+    assert (root / "weights" / f"{name}.md").is_file()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_table_says_of_a_file_what_it_says_of_itself(name):
+    record, path = locate(name)
+    inner = from_metadata(Weights(name="file"), read(path)[1])
+    for field in (
+        "variant",
+        "rel_pos",
+        "positions",
+        "spacing_mm",
+        "crop_vox",
+        "orientation",
+        "normalisation",
+        "pretraining",
+        "held_out",
+        "undisclosed_sets",
+    ):
+        assert getattr(record, field) == getattr(inner, field), field
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_is_what_its_variant_starts_from_whole_and_exact(name, caplog):
+    variant = WEIGHTS[name].variant
+    tensors, _ = read(locate(name)[1])
+    network = sam(variant)
+    assert all(torch.equal(value, tensors[key]) for key, value in network.state_dict().items())
+    assert network.load_report.missing == ()
+    assert network.pretrained_cfg == WEIGHTS[name]
+    image_encoder = encoder(variant)
+    assert image_encoder.pretrained_cfg == WEIGHTS[name]
+    kept = network.image_encoder.state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in image_encoder.state_dict().items())
+    assert not caplog.records
+
+
+def test_a_copy_of_the_file_is_known_by_its_content(tmp_path):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(locate("tiny")[1].read_bytes())
+    record = sam("tiny", copy).pretrained_cfg
+    assert record.licence == WEIGHTS["tiny"].licence
+    assert record.status == describe(copy).status == "local file with the hash of tiny"
+
+
+def test_what_is_to_be_transferred_to_was_not_seen(shared_data):
+    record = WEIGHTS["tiny"]
+    assert seen_in_pretraining(record, "hippocampus").verdict == "held out"
+    dataset = read_dataset(shared_data / "headneck_ct")
+    unseen = {case for fold in (0, 1) for case in read_fold(dataset, fold).val}
+    for stage in stages_of(read(locate("tiny")[1])[1]):
+        cases = stage["cases"]
+        assert not {name.lower() for name in cases} & {"hippocampus", "voxelmorph_brain"}
+        assert not unseen & set(cases["HeadNeckCT"])
+        assert not any("hippocampus" in case.lower() for names in cases.values() for case in names)
