@@ -24,7 +24,17 @@ from sammed3d_backbone.pretrained import sha256_of
 from sammed3d_backbone.training.runs import Run
 
 HERE = Path(__file__).parent
-WINDOW = 5  # lines of the log that make a point of the curve
+WINDOW = 10  # lines of the log that make a point of the curve
+PANELS = {  # label -> keys of the log, and what they are
+    "Dice": {
+        "dice_first": "first click",
+        "dice_last": "last click",
+        "dice_1": "one click",
+        "dice_5": "five clicks",
+    },
+    "error of hidden patches": {"patch_error": "1: each patch's mean"},
+    "places whose nearest is of their object": {"nearest_same": "share"},
+}
 
 
 def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str:
@@ -46,57 +56,66 @@ def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str
         folder = results / f"stage{number}"
         folder.mkdir(parents=True, exist_ok=True)
         for kept in ("config.yaml", "metrics.jsonl"):
-            write_text(folder / kept, (run / kept).read_text(encoding="utf-8"))
-    draw_curve(results / "curve.png", joined([Run(run).records() for run in stages]))
+            text = (run / kept).read_text(encoding="utf-8")
+            # The weights that a later stage began with, without the folder of this machine's runs.
+            write_text(folder / kept, text.replace(f"{run.parent}/", ""))
+    logs = [Run(run).records() for run in stages]
+    draw_curve(results / "curve.png", *joined(logs))
     return sha256_of(path)
 
 
-def joined(logs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The logs of all stages as one, their steps counted on."""
+def joined(logs: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The logs of all stages as one, their steps counted on, and where later stages begin."""
     lines: list[dict[str, Any]] = []
+    begins = []
     for log in logs:
         done = lines[-1]["step"] if lines else 0
+        begins.append(done)
         lines += [{**line, "step": done + line["step"]} for line in log]
-    return lines
+    return lines, begins[1:]
 
 
-def draw_curve(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes a PNG: Dice of training steps and of the click protocol, and the error of patches."""
-    steps = [line for line in records if "loss" in line]
-    scores = [line for line in records if "mean_dice" in line]
-    panels = ["Dice"] + ["error of hidden patches"] * ("patch_error" in steps[0])
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+def draw_curve(path: Path, records: Sequence[dict[str, Any]], begins: Sequence[int] = ()) -> None:
+    """Writes a PNG: Dice of training steps and of the click protocol, and the other objectives.
+
+    Args:
+        path: Of the picture.
+        records: Lines of the log.
+        begins: Steps after which a later stage began.
+    """
+    panels = {
+        label: keys for label, keys in PANELS.items() if any(k in r for r in records for k in keys)
+    }
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, label in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, keys) in zip(all_axes, panels.items(), strict=True):
+        for key, whose in keys.items():
+            trained = [
+                (line["step"], line[key]) for line in records if key in line and "loss" in line
+            ]
+            scored = [
+                (line["step"], line[key]) for line in records if key in line and "loss" not in line
+            ]
+            if trained:
+                axes.plot(*_smoothed(trained), alpha=0.7, label=f"training, {whose}")
+            if scored:
+                axes.plot(*zip(*scored, strict=True), marker="o", label=f"set apart, {whose}")
+        for step in begins:
+            axes.axvline(step, color="grey", linestyle=":")
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if label == "Dice":
-            shown = {"dice_first": "training, first click", "dice_last": "training, last click"}
-            for key in sorted(scores[0] if scores else ()):
-                if key.startswith("dice_1_"):
-                    set_apart = [line[key] for line in scores]
-                    axes.plot(
-                        [line["step"] for line in scores],
-                        set_apart,
-                        marker="o",
-                        label=f"one click, {key.removeprefix('dice_1_')}, set apart",
-                    )
-        else:
-            shown = {"patch_error": "training"}
-        for key, whose in shown.items():
-            if key in steps[0]:
-                axes.plot(*_smoothed(steps, key), alpha=0.7, label=whose)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def _smoothed(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and means over a few lines of the log each."""
-    groups = [lines[i : i + WINDOW] for i in range(0, len(lines), WINDOW)]
+def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Last steps and means of a few points each."""
+    groups = [points[i : i + WINDOW] for i in range(0, len(points), WINDOW)]
     return (
-        [group[-1]["step"] for group in groups],
-        [sum(line[key] for line in group) / len(group) for group in groups],
+        [group[-1][0] for group in groups],
+        [sum(value for _, value in group) / len(group) for group in groups],
     )
 
 

@@ -16,10 +16,10 @@ def run(tmp_path):
     folder.mkdir()
     tensors = {"image_encoder.pos_embed": torch.ones(1, 2, 2, 2, 6)}
     write(folder / "last.safetensors", tensors, {"training": "{}"})
-    (folder / "config.yaml").write_text("name: toy\n")
+    (folder / "config.yaml").write_text(f"weights: {folder}/last.safetensors\n")
     lines = [
         {"step": 1, "loss": 2.0, "dice_first": 0.1, "dice_last": 0.2, "patch_error": 0.9},
-        {"step": 1, "mean_dice": 0.2, "dice_1_synthetic": 0.1},
+        {"step": 1, "mean_dice": 0.2, "dice_1": 0.1},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -37,11 +37,10 @@ def test_weights_sums_and_curve_lie_where_they_belong(run, tmp_path):
         *(f"stage{n}/{name}" for n in (1, 2) for name in ("config.yaml", "metrics.jsonl")),
         "curve.png",
     }
-    assert [line["step"] for line in joined([[{"step": 2}, {"step": 4}], [{"step": 2}]])] == [
-        2,
-        4,
-        6,
-    ]
+    told = (results / "stage2/config.yaml").read_text()
+    assert told == "weights: run/last.safetensors\n"
+    lines, begins = joined([[{"step": 2}, {"step": 4}], [{"step": 2}]])
+    assert ([line["step"] for line in lines], begins) == ([2, 4, 6], [4])
 
 
 def test_a_run_without_weights_is_refused(tmp_path):
