@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.checkpoint import read
 from sammed3d_backbone.data.datasets import read_fold
 from sammed3d_backbone.data.folders import read_dataset
+from sammed3d_backbone.data.objects import Curriculum, ObjectStream, Scans, read_scan
 from sammed3d_backbone.pretrained import (
     WEIGHTS,
     Weights,
@@ -17,6 +19,7 @@ from sammed3d_backbone.pretrained import (
     locate,
     seen_in_pretraining,
 )
+from sammed3d_backbone.training.interaction import dice_per_click
 
 SHIPPED = sorted(name for name, record in WEIGHTS.items() if record.repo_id is None)
 LARGEST_MB = 24
@@ -90,3 +93,30 @@ def test_what_is_to_be_transferred_to_was_not_seen(shared_data):
         assert not {name.lower() for name in cases} & {"hippocampus", "voxelmorph_brain"}
         assert not unseen & set(cases["HeadNeckCT"])
         assert not any("hippocampus" in case.lower() for names in cases.values() for case in names)
+
+
+def test_a_click_finds_more_of_an_organ_of_an_unseen_patient_than_before_training(shared_data):
+    dataset = read_dataset(shared_data / "headneck_ct")
+    unseen = read_fold(dataset, 0).val[:1]
+    scans = [read_scan(case, "ct") for case in dataset.cases if case.id in unseen]
+    crops = ObjectStream(
+        [Scans("HeadNeckCT", scans, 1.5)],
+        [1.0],
+        64,
+        Curriculum((1000, 1000), (1, 1), 0),
+        objects=4,
+        steps=1,
+        samples=2,
+        seed=(7,),
+    )
+    torch.manual_seed(0)
+    dice = {}
+    for weights in ("tiny", "none"):
+        network = sam("tiny", weights).eval()
+        with torch.no_grad():
+            found = [
+                dice_per_click(network, crop["image"], crop["objects"], 1)
+                for crop in map(crops.__getitem__, range(len(crops)))
+            ]
+        dice[weights] = float(np.mean(found))
+    assert dice["tiny"] > dice["none"] + 0.1, dice
