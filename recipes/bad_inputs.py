@@ -400,7 +400,7 @@ ROWS = (
     # weights
     Row("misspelt weights", _says("scratch=false", "weights=turbos")),
     Row("weights that are not there", _says("scratch=false", "weights=/nowhere/w.pth")),
-    Row("a variant without weights", _says("scratch=false")),
+    Row("a variant without weights", _says("scratch=false", "variant=vit_l_256")),
     Row(
         "weights of another network",
         lambda p: ["scratch=false", f"weights={p.weights({'fc.weight': torch.ones(4)})}"],
