@@ -134,7 +134,8 @@ def next_points(truth: Tensor, mask: Tensor, share: Tensor) -> tuple[Tensor, Ten
     wrong = truth ^ mask
     is_right = ~wrong.flatten(1).any(1)
     region = torch.where(is_right.view(-1, 1, 1, 1), truth, wrong).flatten(1)  # (Q, S ** 3)
-    upto = region.cumsum(1)  # voxels of the region up to each one
+    # Voxels of the region up to each one; the default, int64, takes five times as long.
+    upto = region.cumsum(1, dtype=torch.int32)
     count = upto[:, -1]
     number = torch.minimum((share * count).long(), count - 1)
     place = torch.searchsorted(upto, number.unsqueeze(1), right=True)  # (Q, 1)
@@ -199,4 +200,5 @@ def _joined(before: Points, newest: Points) -> Points:
 def _dice(mask: Tensor, truth: Tensor) -> Tensor:
     """Dice of masks over the last three axes; the truth is not empty."""
     last = (-3, -2, -1)
-    return 2 * (mask & truth).sum(last) / (mask.sum(last) + truth.sum(last))
+    ours, theirs = mask.float(), truth.float()  # sums of bool go through int64 and take longer
+    return 2 * (ours * theirs).sum(last) / (ours.sum(last) + theirs.sum(last))
