@@ -5,7 +5,8 @@
 
 Runs that have results are skipped and a stopped one goes on, so the same command finishes the
 study; --report only writes table and figure. A run's scores, log and configuration lie in OUT/RUN;
-table.md, table.json and figure.png in OUT are made of them again after every run.
+table.md, table.json and figure.png in OUT are made of them again after every run. With rates=, an
+arm first tries each learning rate on a fold that is not reported, and takes the best.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ HERE = Path(__file__).parent
 DECODERS = ("flexible_unet", "segresnet", "linear_head", "expanding_head")  # scratch is UNETR
 ARMS: dict[str, tuple[str, ...]] = {
     "pretrained": ("scratch=false",),
+    "reconstruction": ("scratch=false",),  # of the other weights
     "scratch": ("scratch=true",),
     "zero_encoder": ("scratch=true", "control=zero_encoder"),
     "frozen": ("scratch=false", "freeze=encoder"),
@@ -54,6 +56,12 @@ class Config:
     # follows the arms is set for their runs only.
     blocks: tuple[str, ...]
     weights: str = "none"  # file or name of the pretrained arms
+    reconstruction_weights: str = "none"  # of the arm that bears their name
+    rates: tuple[
+        float, ...
+    ] = ()  # learning rates to choose among for every arm; (): the task's own
+    tuning_fold: int = 1  # that they are compared on, with one draw
+    tuning_labels: str = "8"
     out: str = "results/transfer_study"  # seen from recipes/
     settings: tuple[str, ...] = ()  # key=value of the fine-tuning recipe, for every run
 
@@ -67,26 +75,30 @@ class Row:
     draw: int  # seed of the drawn subjects and of the training
     arm: str
     settings: tuple[str, ...] = field(default=(), compare=False)
+    rate: float | None = None  # that is tried; None: the run is reported
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{Path(self.task).stem}_{self.labels}_draw{self.draw}_{self.arm}"
+        tried = "" if self.rate is None else f"_lr{self.rate:g}"
+        return f"{Path(self.task).stem}_{self.labels}_draw{self.draw}_{self.arm}{tried}"
 
 
 def main(cfg: Config, *, report: bool = False) -> None:
     """Makes the runs that are missing, then table and figure."""
     out = HERE / cfg.out
     rows = list(rows_of(cfg))
-    configs = {} if report else {row: run_config(row, cfg) for row in rows}
-    for row, wanted in configs.items():
-        refuse_other(out / row.name / "config.yaml", wanted)
-    for row, wanted in configs.items():
-        if not (out / row.name / "scores.csv").is_file():
-            finetune_unetr.main(wanted)
-            keep(runs_folder() / wanted.name, out / row.name)
-            write_report(out, rows)
-    write_report(out, rows)
+    if not report:
+        in_order = [each for row in rows for each in (*trials_of(row, cfg), row)]
+        for row in in_order:  # before anything is trained
+            refuse_other(out / row.name / "config.yaml", run_config(row, cfg))
+        for row in in_order:
+            if not is_done(out, row):
+                wanted = run_config(row, cfg)
+                finetune_unetr.main(wanted)
+                keep(runs_folder() / wanted.name, out / row.name)
+                write_report(out, rows, cfg)
+    write_report(out, rows, cfg)
 
 
 def rows_of(cfg: Config) -> Iterator[Row]:
@@ -107,6 +119,31 @@ def rows_of(cfg: Config) -> Iterator[Row]:
             yield from (Row(task, labels, n, arm, tuple(settings)) for arm in arms.split(","))
 
 
+def trials_of(row: Row, cfg: Config) -> list[Row]:
+    """The runs that choose the learning rate of a row: one draw, a fold that is not reported."""
+    first = replace(row, labels=cfg.tuning_labels, draw=0)
+    return [replace(first, rate=rate) for rate in cfg.rates]
+
+
+def chosen_rate(row: Row, cfg: Config) -> float | None:
+    """With the best mean Dice on the tuning fold; None: not all of them have been tried."""
+    out = HERE / cfg.out
+    trials = trials_of(row, cfg)
+    if not trials or not all(is_done(out, trial) for trial in trials):
+        return None
+    return max(trials, key=lambda trial: mean_dice(out, trial)).rate
+
+
+def is_done(out: Path, row: Row) -> bool:
+    """Whether a run has results."""
+    return (out / row.name / "scores.csv").is_file()
+
+
+def mean_dice(out: Path, row: Row) -> float:
+    """Of a run's last averaged weights, over classes and cases."""
+    return interval({row: read_scores(out / row.name / "scores.csv")}, "dice")[0] or 0.0
+
+
 def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
     """What the fine-tuning recipe is asked for.
 
@@ -114,17 +151,22 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
         ValueError: If a pretrained arm has no weights.
     """
     is_random = "scratch=true" in ARMS[row.arm]
-    if not is_random and cfg.weights == "none":
-        raise ValueError(f"arm {row.arm} needs trained weights; pass weights=FILE")
+    key = "reconstruction_weights" if row.arm == "reconstruction" else "weights"
+    weights = "none" if is_random else getattr(cfg, key)
+    if not is_random and weights == "none":
+        raise ValueError(f"arm {row.arm} needs trained weights; pass {key}=FILE")
     here = HERE / "configs" / f"{row.task}.yaml"
+    rate = chosen_rate(row, cfg) if row.rate is None else row.rate
     overrides = [
         *cfg.settings,
         *row.settings,
         *ARMS[row.arm],
-        f"weights={'none' if is_random else cfg.weights}",
+        f"weights={weights}",
         f"labels={'null' if row.labels == 'all' else row.labels}",
         f"seed={row.draw}",
         f"name={Path(cfg.out).name}/{row.name}",
+        *([] if rate is None else [f"lr={rate}", f"scratch_lr={rate}"]),
+        *([] if row.rate is None else [f"fold={cfg.tuning_fold}"]),
     ]
     path = here if here.is_file() else Path(row.task)
     return config.load(finetune_unetr.Config, path, overrides)
@@ -149,14 +191,18 @@ def keep(run: Path, folder: Path) -> None:
         write_text(folder / Path(name).name, (run / name).read_text(encoding="utf-8"))
 
 
-def write_report(out: Path, rows: Sequence[Row]) -> None:
+def write_report(out: Path, rows: Sequence[Row], cfg: Config) -> None:
     """Writes table and figure of the runs that have results."""
-    table = make_table(out, [row for row in rows if (out / row.name / "scores.csv").is_file()])
-    if not table:
+    table = make_table(out, [row for row in rows if is_done(out, row)])
+    trials = dict.fromkeys(trial for row in rows for trial in trials_of(row, cfg))
+    tried = {row: mean_dice(out, row) for row in trials if is_done(out, row)}
+    if not table and not tried:
         return
     write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
-    write_text(out / "table.md", as_markdown(table))
-    draw_figure(out / "figure.png", table)
+    text = as_markdown(table) + trials_shown(tried, cfg) + origins_shown(table)
+    write_text(out / "table.md", text)
+    if table:
+        draw_figure(out / "figure.png", table)
 
 
 def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
@@ -257,10 +303,27 @@ def as_markdown(table: Sequence[dict[str, Any]]) -> str:
             _cost_shown(line["cost"]),
         ]
         lines.append(f"| {' | '.join(cells)} |\n")
-    return head + "".join(lines) + _origins_shown(table)
+    return head + "".join(lines)
 
 
-def _origins_shown(table: Sequence[dict[str, Any]]) -> str:
+def trials_shown(tried: Mapping[Row, float], cfg: Config) -> str:
+    """How each arm's learning rate was chosen."""
+    if not tried:
+        return ""
+    text = (
+        f"\n## Learning rates\n\nDice on fold {cfg.tuning_fold}, {cfg.tuning_labels} labels, one "
+        "draw; the best was taken for all runs of\nthe arm on that task.\n\n"
+        f"| task | arm | {' | '.join(f'{rate:g}' for rate in cfg.rates)} |\n"
+        f"|---|---|{'---|' * len(cfg.rates)}\n"
+    )
+    for task, arm in dict.fromkeys((row.task, row.arm) for row in tried):
+        dice = {row.rate: d for row, d in tried.items() if (row.task, row.arm) == (task, arm)}
+        cells = (f"{100 * dice[rate]:.2f}" if rate in dice else "" for rate in cfg.rates)
+        text += f"| {Path(task).stem} | {arm} | {' | '.join(cells)} |\n"
+    return text
+
+
+def origins_shown(table: Sequence[dict[str, Any]]) -> str:
     """What the arms began with and what made their figures, each start said once."""
     text = (
         "\n## What the arms began with\n\n"
