@@ -1,6 +1,7 @@
 """Train the promptable network by clicks: from scratch, or on from public weights on own data.
 
     python recipes/pretrain_promptable.py recipes/pretrain_tiny.yaml
+    python recipes/pretrain_promptable.py recipes/pretrain_tiny_stage2.yaml weights=FILE
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
 A first click in the object, later ones where the mask is wrong, on one embedding per volume; large
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config, sam
-from sammed3d_backbone.checkpoint import write
+from sammed3d_backbone.checkpoint import read, write
 from sammed3d_backbone.data.datasets import few_subjects, read_fold
 from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
 from sammed3d_backbone.data.objects import (
@@ -57,7 +58,7 @@ from sammed3d_backbone.evaluation.clickbench.cases import ClickCase, read_click_
 from sammed3d_backbone.export import library_versions, without_folder
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.predictor.admission import intensity_of
-from sammed3d_backbone.pretrained import PretrainingSet, Weights, to_metadata
+from sammed3d_backbone.pretrained import PretrainingSet, Weights, locate, to_metadata
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.interaction import Interaction, dice_per_click
@@ -161,7 +162,8 @@ def main(cfg: Config) -> dict[str, float]:
             soft_dice = rehearse_places(network, cfg.rehearsal_steps)
             say(f"balls around clicks after the rehearsal: soft Dice {soft_dice:.3f}")
     side_vox = network.img_size[0]
-    training, validation, seen = open_sources(cfg)
+    before = trained_before(cfg.weights)
+    training, validation, seen = open_sources(cfg, before)
     scales = {
         "image_encoder": 1.0,
         "prompt_encoder": cfg.decoder_lr,
@@ -271,16 +273,28 @@ def main(cfg: Config) -> dict[str, float]:
             progress.scored(scores["mean_dice"])
             if accelerator.is_main_process:
                 averaged, volumes = ema.module.network, progress.step * per_step
-                save_weights(run.folder / "last.safetensors", averaged, cfg, seen, volumes)
+                path = run.folder / "last.safetensors"
+                save_weights(path, averaged, cfg, seen, volumes, before)
             run.save(accelerator, progress.step)
     return scores
 
 
-def open_sources(cfg: Config) -> tuple[list[Source], list[Source], dict[str, list[str]]]:
+def trained_before(weights: str) -> dict[str, Any] | None:
+    """What an earlier run of this recipe says of itself in its weights; None: nothing does."""
+    if weights == "none":
+        return None
+    _, metadata = read(locate(weights)[1])
+    before: dict[str, Any] | None = json.loads(metadata.get("training", "null"))
+    return before
+
+
+def open_sources(
+    cfg: Config, before: Mapping[str, Any] | None
+) -> tuple[list[Source], list[Source], dict[str, list[str]]]:
     """What to train on, what to score on, and by name the cases that are trained on.
 
     Raises:
-        ValueError: If a source is excluded.
+        ValueError: If a source is excluded, or a case that was trained on before is to be scored.
     """
     training: list[Source] = []
     scored: list[Source] = []
@@ -292,6 +306,11 @@ def open_sources(cfg: Config) -> tuple[list[Source], list[Source], dict[str, lis
             seen[SYNTHETIC] = []
             continue
         name, mine, apart = choose_cases(cfg, source)
+        if known := {entry.case.id for entry in apart} & cases_before(before, name):
+            raise ValueError(
+                f"{min(known)} of {name} is set apart to be scored, but the weights were trained "
+                "on it; give seed=, val_cases= and held_out_folds= of their run"
+            )
         for cases, sources, zoom, stretch in (
             (mine, training, cfg.zoom, cfg.stretch),
             (apart, scored, 1.0, 1.0),
@@ -301,6 +320,15 @@ def open_sources(cfg: Config) -> tuple[list[Source], list[Source], dict[str, lis
                 sources.append(Scans(name, scans, cfg.spacing_mm, zoom=zoom, stretch=stretch))
         seen[name] = [entry.case.id for entry in mine]
     return training, scored, seen
+
+
+def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
+    """Of a data set, the cases that any earlier stage was trained on."""
+    found: set[str] = set()
+    while before is not None:
+        found.update(before.get("cases", {}).get(name, ()))
+        before = before.get("before")
+    return found
 
 
 def choose_cases(cfg: Config, source: str) -> tuple[str, list[ClickCase], list[ClickCase]]:
@@ -379,9 +407,17 @@ def validate(
 
 
 def save_weights(
-    path: Path, network: Sam3D, cfg: Config, seen: Mapping[str, list[str]], volumes: int
+    path: Path,
+    network: Sam3D,
+    cfg: Config,
+    seen: Mapping[str, list[str]],
+    volumes: int,
+    before: Mapping[str, Any] | None,
 ) -> None:
     """Writes the network as weights that `sam` and `encoder` load, with all that is known of it.
+
+    What was kept out of pretraining is what its first stage kept out; sets that a later one adds
+    count as seen all the same.
 
     Args:
         path: Of the file.
@@ -389,8 +425,13 @@ def save_weights(
         cfg: Of the run.
         seen: Names of the cases by data set.
         volumes: That were drawn for training, crops of cases and made-up ones.
+        before: What the weights that it began with say of their training.
     """
     start: Weights | None = network.pretrained_cfg
+    stages = {entry.name: entry.stages for entry in (start and start.pretraining) or ()}
+    stage = 1 + max((max(numbers) for numbers in stages.values()), default=0)
+    for name in seen:
+        stages[name] = (*stages.get(name, ()), stage)
     x, y, z = network.img_size
     record = Weights(
         name=cfg.name,
@@ -405,11 +446,8 @@ def save_weights(
             "CT clamped to [-1000, 1000] HU; then z-score with mean and deviation of the whole "
             "volume's voxels above 0"
         ),
-        pretraining=(
-            *(() if start is None else start.pretraining or ()),
-            *(PretrainingSet(name, (1,)) for name in seen),
-        ),
-        held_out=cfg.exclude,
+        pretraining=tuple(PretrainingSet(name, numbers) for name, numbers in stages.items()),
+        held_out=cfg.exclude if start is None else start.held_out,
         undisclosed_sets=0 if start is None else start.undisclosed_sets,
         status=f"trained by recipes/pretrain_promptable.py on {volumes} crops",
     )
@@ -424,6 +462,7 @@ def save_weights(
         "objects": objects,
         "clicks": objects * (cfg.interactions - len(cfg.without_point)),
         "began_with": "random values" if start is None else without_folder(start.name),
+        "before": before,
         "versions": library_versions(),
     }
     entries = {**to_metadata(record), "training": json.dumps(training)}

@@ -1,10 +1,11 @@
 """Put the weights of a finished pretraining into the package, with their curve and their sums.
 
-    python recipes/publish_weights.py RUN NAME
+    python recipes/publish_weights.py NAME RUN [RUN ...]
 
-RUN is a folder that pretrain_promptable.py has filled. NAME.safetensors and SHA256SUMS go to
-weights/, configuration, log and curve to recipes/results/NAME. The record in
-`sammed3d_backbone/pretrained.py` and the card weights/NAME.md are written by hand.
+A RUN is a folder that pretrain_promptable.py has filled; several are the stages in their order, and
+the last one's weights count. NAME.safetensors and SHA256SUMS go to weights/, configuration and log
+of each stage and one curve to recipes/results/NAME. The record in `sammed3d_backbone/pretrained.py`
+and the card weights/NAME.md are written by hand.
 """
 
 from __future__ import annotations
@@ -26,24 +27,37 @@ HERE = Path(__file__).parent
 WINDOW = 5  # lines of the log that make a point of the curve
 
 
-def main(run: Path, name: str, weights: Path, results: Path) -> str:
+def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str:
     """Copies what belongs together; returns the hash of the file.
 
     Raises:
-        FileNotFoundError: If the run is not finished.
+        FileNotFoundError: If a run is not finished.
     """
-    source = run / "last.safetensors"
-    if not source.is_file():
-        raise FileNotFoundError(f"{run} holds no last.safetensors; let the pretraining get there")
+    for run in stages:
+        if not (run / "last.safetensors").is_file():
+            raise FileNotFoundError(
+                f"{run} holds no last.safetensors; let the pretraining get there"
+            )
     path = weights / f"{name}.safetensors"
-    path.write_bytes(source.read_bytes())
+    path.write_bytes((stages[-1] / "last.safetensors").read_bytes())
     files = sorted(weights.glob("*.safetensors"))
     write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(f)}  {f.name}\n" for f in files))
-    results.mkdir(parents=True, exist_ok=True)
-    for kept in ("config.yaml", "metrics.jsonl"):
-        write_text(results / kept, (run / kept).read_text(encoding="utf-8"))
-    draw_curve(results / "curve.png", Run(run).records())
+    for number, run in enumerate(stages, start=1):
+        folder = results / f"stage{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for kept in ("config.yaml", "metrics.jsonl"):
+            write_text(folder / kept, (run / kept).read_text(encoding="utf-8"))
+    draw_curve(results / "curve.png", joined([Run(run).records() for run in stages]))
     return sha256_of(path)
+
+
+def joined(logs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The logs of all stages as one, their steps counted on."""
+    lines: list[dict[str, Any]] = []
+    for log in logs:
+        done = lines[-1]["step"] if lines else 0
+        lines += [{**line, "step": done + line["step"]} for line in log]
+    return lines
 
 
 def draw_curve(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -90,10 +104,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("name", metavar="NAME")
+    parser.add_argument("stages", type=Path, nargs="+", metavar="RUN")
     args = parser.parse_args()
     try:
-        print(main(args.run, args.name, HERE.parent / "weights", HERE / "results" / args.name))
+        print(main(args.stages, args.name, HERE.parent / "weights", HERE / "results" / args.name))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -144,6 +144,23 @@ def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
     assert training["began_with"] == "last.safetensors"
     assert len(training["cases"]["Toy"]) == 4
     assert (training["crops"], training["objects"], training["clicks"]) == (2, 4, 8)
+    assert training["before"]["began_with"] == "random values"
+    record = sam("tiny", weights=runs / "tuned/last.safetensors").pretrained_cfg
+    assert {entry.name: entry.stages for entry in record.pretraining} == {
+        "synthetic": (1, 2),
+        "Toy": (1, 2),
+    }
+
+
+@pytest.mark.integration
+def test_a_later_stage_scores_no_case_that_an_earlier_one_trained_on(small, runs):
+    main(replace(small, steps=1, exclude=("hippocampus",), seed=1))
+    weights = str(runs / "toy/last.safetensors")
+    with pytest.raises(ValueError, match="is set apart to be scored, but the weights were"):
+        main(replace(small, name="later", weights=weights, img_size=None, val_cases=4))
+    main(replace(small, name="later", weights=weights, img_size=None, steps=1, seed=1))
+    record = sam("tiny", weights=runs / "later/last.safetensors").pretrained_cfg
+    assert record.held_out == ("hippocampus",)
 
 
 @pytest.mark.integration
@@ -196,8 +213,9 @@ def test_impossible_knobs_are_refused(small, changes, remedy):
         replace(small, **changes)
 
 
-def test_the_configuration_for_two_cores_keeps_what_is_to_be_transferred_to_out():
-    cfg = config.load(Config, RECIPE.parent / "pretrain_tiny.yaml")
+@pytest.mark.parametrize("stage", ["pretrain_tiny", "pretrain_tiny_stage2"])
+def test_the_configuration_for_two_cores_keeps_what_is_to_be_transferred_to_out(stage):
+    cfg = config.load(Config, RECIPE.parent / f"{stage}.yaml")
     assert set(cfg.exclude) == {"hippocampus", "voxelmorph_brain"}
     assert cfg.held_out_folds == (0, 1)
     assert not {source.split("/")[-1] for source in cfg.sources} & set(cfg.exclude)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from publish_weights import main
+from publish_weights import joined, main
 
 from sammed3d_backbone.checkpoint import read, write
 
@@ -28,18 +28,22 @@ def run(tmp_path):
 def test_weights_sums_and_curve_lie_where_they_belong(run, tmp_path):
     weights, results = tmp_path / "weights", tmp_path / "results"
     weights.mkdir()
-    digest = main(run, "toy", weights, results)
+    digest = main([run, run], "toy", weights, results)
     content = (weights / "toy.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == digest
     assert (weights / "SHA256SUMS").read_text() == f"{digest}  toy.safetensors\n"
     assert read(weights / "toy.safetensors")[1]["training"] == "{}"
-    assert {path.name for path in results.iterdir()} == {
-        "config.yaml",
-        "metrics.jsonl",
+    assert {str(path.relative_to(results)) for path in results.rglob("*.*")} == {
+        *(f"stage{n}/{name}" for n in (1, 2) for name in ("config.yaml", "metrics.jsonl")),
         "curve.png",
     }
+    assert [line["step"] for line in joined([[{"step": 2}, {"step": 4}], [{"step": 2}]])] == [
+        2,
+        4,
+        6,
+    ]
 
 
 def test_a_run_without_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="let the pretraining get there"):
-        main(tmp_path, "toy", tmp_path, tmp_path)
+        main([tmp_path], "toy", tmp_path, tmp_path)
