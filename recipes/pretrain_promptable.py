@@ -5,10 +5,10 @@
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
 A first click in the object, later ones where the mask is wrong, on one embedding per volume; large
-objects in simple volumes come first. Or hidden patches are told from the rest of a volume, instead
-or beside it (objective=). The same command goes on where a stopped run was. Everything
-lies in SAMMED3D_RUNS/<name>; `last.safetensors` there loads as `sam(variant, weights=FILE)` and is
-written anew at every validation.
+objects in simple volumes come first. Hidden patches are told from the rest of a volume, and places
+of one object from all others, instead of clicks or beside them (objectives=). The same command goes
+on where a stopped run was. Everything lies in SAMMED3D_RUNS/<name>; `last.safetensors` there loads
+as `sam(variant, weights=FILE)` and is written anew at every validation.
 """
 
 from __future__ import annotations
@@ -61,13 +61,16 @@ from sammed3d_backbone.predictor.admission import intensity_of
 from sammed3d_backbone.pretrained import PretrainingSet, Weights, locate, to_metadata
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, optim
+from sammed3d_backbone.training.contrast import Contrast
 from sammed3d_backbone.training.interaction import Interaction, dice_per_click
-from sammed3d_backbone.training.reconstruction import Objective, Reconstruction
+from sammed3d_backbone.training.objective import Objective
+from sammed3d_backbone.training.reconstruction import Reconstruction
 from sammed3d_backbone.training.runs import Progress, open_run
 from sammed3d_backbone.training.starts import rehearse_places, start_afresh
 
 SYNTHETIC = "synthetic"  # the source that needs no files
 SCORED_CLICKS = (1, 3, 5)
+OTHER_FIGURES = {"patch_error", "nearest_same"}  # of objectives beside the clicks
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,10 @@ class Config:
     detach: bool = True  # no gradient through masks that are fed back
     balance: float = 0.5  # 1: the voxels of an object weigh as much as all others; 0: as one each
     quality_weight: float = 0.1  # of the predicted Dice in the loss
-    objective: Literal["clicks", "reconstruction", "both"] = "clicks"
+    objectives: tuple[Literal["clicks", "reconstruction", "contrast"], ...] = ("clicks",)
     hidden_share: float = 0.6  # of the patches, where those are told from the rest
     reconstruction_weight: float = 1.0  # beside the clicks
+    contrast_weight: float = 1.0  # beside the clicks
     smallest_vox: tuple[int, int] = (2000, 200)  # of objects that are asked for, first and last
     structures: tuple[int, int] = (5, 12)  # most in a made-up volume, first and last
     curriculum_steps: int = 0  # from the first to the last of these; 0: all is as in the end
@@ -169,27 +173,13 @@ def main(cfg: Config) -> dict[str, float]:
         "prompt_encoder": cfg.decoder_lr,
         "mask_decoder": cfg.decoder_lr,
         "reconstruction": 1.0,
+        "contrast": 1.0,
     }
-    interaction = Interaction(
-        network,
-        without_point=cfg.without_point,
-        clicks=cfg.clicks,
-        detach=cfg.detach,
-        balance=cfg.balance,
-        quality_weight=cfg.quality_weight,
-    )
-    patches = math.prod(network.image_encoder.grid)
-    reconstruction: Reconstruction | None = None
+    objective = make_objective(cfg, network)
     parts = nn.ModuleDict(dict(network.named_children()))
-    if cfg.objective != "clicks":
-        reconstruction = Reconstruction(network.image_encoder, cfg.hidden_share)
-        parts["reconstruction"] = reconstruction
-    objective = Objective(
-        interaction,
-        reconstruction,
-        with_clicks=cfg.objective != "reconstruction",
-        weight=cfg.reconstruction_weight,
-    )
+    for name in scales.keys() - parts.keys():
+        if (part := getattr(objective, name)) is not None:
+            parts[name] = part
     optimizer = optim.part_scaled(parts, cfg.lr, scales, weight_decay=cfg.weight_decay)
     say(optim.describe(parts, optimizer))
     ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
@@ -207,11 +197,12 @@ def main(cfg: Config) -> dict[str, float]:
     )
 
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
-        loss, figures = model(*(batch[k] for k in ("image", "objects", "draws", "hidden")))
+        loss, figures = model(batch)
         means.note(figures)
         total: Tensor = loss
         return total
 
+    patches = math.prod(network.image_encoder.grid)
     per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
     stream = ObjectStream(
         training,
@@ -277,6 +268,31 @@ def main(cfg: Config) -> dict[str, float]:
                 save_weights(path, averaged, cfg, seen, volumes, before)
             run.save(accelerator, progress.step)
     return scores
+
+
+def make_objective(cfg: Config, network: Sam3D) -> Objective:
+    """The losses that are asked for."""
+    image_encoder = network.image_encoder
+    interaction = Interaction(
+        network,
+        without_point=cfg.without_point,
+        clicks=cfg.clicks,
+        detach=cfg.detach,
+        balance=cfg.balance,
+        quality_weight=cfg.quality_weight,
+    )
+    return Objective(
+        network,
+        interaction=interaction if "clicks" in cfg.objectives else None,
+        reconstruction=(
+            Reconstruction(image_encoder, cfg.hidden_share)
+            if "reconstruction" in cfg.objectives
+            else None
+        ),
+        contrast=Contrast(image_encoder) if "contrast" in cfg.objectives else None,
+        reconstruction_weight=cfg.reconstruction_weight,
+        contrast_weight=cfg.contrast_weight,
+    )
 
 
 def trained_before(weights: str) -> dict[str, Any] | None:
@@ -378,20 +394,17 @@ def validate(
 ) -> dict[str, float]:
     """Mean Dice after the scored clicks on objects of crops that stay the same, by source too.
 
-    And the error of hidden patches, where those are told.
+    And the figures of the other objectives.
     """
     objective.eval()
     network = objective.network
     mine = []
     for number in range(accelerator.process_index, len(crops), accelerator.num_processes):
         crop = {key: value.to(accelerator.device) for key, value in crops[number].items()}
-        errors = {}
         with accelerator.autocast(), torch.no_grad():
             dice = dice_per_click(network, crop["image"], crop["objects"], max(SCORED_CLICKS))
-            if objective.reconstruction is not None:
-                image, hidden = crop["image"][None], crop["hidden"][None]
-                error = objective.reconstruction(network.image_encoder, image, hidden)
-                errors["patch_error"] = float(error)
+            _, figures = objective({key: value[None] for key, value in crop.items()})
+            errors = {key: float(figures[key]) for key in OTHER_FIGURES & figures.keys()}
         name = crops.sources[int(crop["source"])].name
         mine.append((number, name, dice.mean(0).tolist(), errors))
     rows = sorted(gather_object(mine))
@@ -451,7 +464,7 @@ def save_weights(
         undisclosed_sets=0 if start is None else start.undisclosed_sets,
         status=f"trained by recipes/pretrain_promptable.py on {volumes} crops",
     )
-    objects = 0 if cfg.objective == "reconstruction" else volumes * cfg.objects
+    objects = volumes * cfg.objects if "clicks" in cfg.objectives else 0
     training = {
         "config": {
             key: without_folder(value) if isinstance(value, str) else value

@@ -28,6 +28,7 @@ from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.synthetic import Synthesis, synthetic_sample
 
 Crop = tuple[Tensor, Tensor]  # image and labels
+PARTS_OF_PATCH = 8
 TRIES = 10  # crops of a source, until one holds an object that is large enough
 
 
@@ -199,7 +200,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
     Shapes:
         returns: ``image`` (1, S, S, S) float32; ``objects`` (P, S, S, S) bool, none of them empty;
             ``draws`` (N, P) float32 from 0 to 1, for the clicks of N steps; ``hidden`` (T,), too,
-            for T patches that may be hidden; ``source`` the number of the source.
+            for T patches that may be hidden; ``labels`` (S, S, S) int16 and ``places`` (8 T,) from
+            0 to 1, for places of objects; ``source`` the number of the source.
     """
 
     def __init__(
@@ -266,6 +268,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             "objects": torch.stack([labels[0] == value for value in chosen.tolist()]),
             "draws": torch.from_numpy(rng.random((self.steps, self.objects), np.float32)),
             "hidden": torch.from_numpy(rng.random(self.patches, np.float32)),
+            "labels": labels[0].to(torch.int16),
+            "places": torch.from_numpy(rng.random(PARTS_OF_PATCH * self.patches, np.float32)),
             "source": torch.tensor(which),
         }
 

@@ -84,8 +84,13 @@ class Interaction(nn.Module):
         self, image: Tensor, objects: Tensor, draws: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of all steps together, and figures of them."""
+        return self.on_embedding(self.network.image_encoder(image), objects, draws)
+
+    def on_embedding(
+        self, embedding: Tensor, objects: Tensor, draws: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same from what the encoder has made of the volumes, (B, F, x, y, z)."""
         truth = objects.flatten(0, 1).unsqueeze(1)  # (Q, 1, S, S, S)
-        embedding = self.network.image_encoder(image)  # (B, F, x, y, z)
         if len(embedding) > 1:
             embedding = embedding.repeat_interleave(objects.shape[1], dim=0)
         low_res: Tensor | None = None

@@ -8,13 +8,10 @@ it is. Letters: B volumes, S voxels a side, p those of a patch, T patches of a v
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.models.sam import Sam3D
-from sammed3d_backbone.training.interaction import Interaction
 
 
 class Reconstruction(nn.Module):
@@ -63,56 +60,3 @@ class Reconstruction(nn.Module):
         cut = image[:, 0].unflatten(3, (-1, p)).unflatten(2, (-1, p)).unflatten(1, (-1, p))
         patches: Tensor = cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
         return patches
-
-
-class Objective(nn.Module):
-    """What a training step minimises, as one forward pass: clicks, hidden patches, or both.
-
-    Args:
-        interaction: With the network under training.
-        reconstruction: Of hidden patches; None for clicks only.
-        with_clicks: Whether the loss of the clicks counts. If not, only the encoder is trained.
-        weight: Of the reconstruction beside the clicks.
-
-    Shapes:
-        image, objects, draws: See `Interaction`.
-        hidden: (B, T), see `Reconstruction`.
-        returns: a scalar, and scalars by name.
-    """
-
-    def __init__(
-        self,
-        interaction: Interaction,
-        reconstruction: Reconstruction | None = None,
-        *,
-        with_clicks: bool = True,
-        weight: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.interaction = interaction
-        self.reconstruction = reconstruction
-        self.with_clicks = with_clicks
-        self.weight = weight
-        if not with_clicks:
-            # Without a gradient, wrappers that average over processes would wait for them.
-            self.network.prompt_encoder.requires_grad_(False)
-            self.network.mask_decoder.requires_grad_(False)
-
-    @property
-    def network(self) -> Sam3D:
-        """The promptable network."""
-        return self.interaction.network
-
-    def forward(
-        self, image: Tensor, objects: Tensor, draws: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and figures of it."""
-        loss = torch.zeros((), device=image.device)
-        figures: dict[str, Tensor] = {}
-        if self.with_clicks:
-            loss, figures = self.interaction(image, objects, draws)
-        if self.reconstruction is not None:
-            error = self.reconstruction(self.network.image_encoder, image, hidden)
-            figures = {**figures, "patch_error": error}
-            loss = loss + self.weight * error
-        return loss, figures

@@ -110,9 +110,11 @@ def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("objective", ["clicks", "both"])
-def test_two_processes_and_accumulation_train_as_one_process_does(small, runs, tmp_path, objective):
-    small = replace(small, steps=3, validate_every=3, objective=objective)
+@pytest.mark.parametrize("objectives", [("clicks",), ("clicks", "reconstruction", "contrast")])
+def test_two_processes_and_accumulation_train_as_one_process_does(
+    small, runs, tmp_path, objectives
+):
+    small = replace(small, steps=3, validate_every=3, objectives=objectives)
     main(replace(small, batch=2))
     main(replace(small, name="accumulated", accumulate=2))
     path = tmp_path / "two.yaml"
@@ -172,17 +174,26 @@ def test_a_network_from_scratch_can_rehearse_places_first(small, runs, capsys):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("objective", ["reconstruction", "both"])
-def test_hidden_patches_can_be_told_instead_of_clicks_or_beside_them(small, runs, objective):
-    scores = main(replace(small, objective=objective, steps=2))
-    assert scores["patch_error"] > 0
+@pytest.mark.parametrize(
+    ("objectives", "figure"),
+    [
+        (("reconstruction",), "patch_error"),
+        (("contrast",), "nearest_same"),
+        (("clicks", "reconstruction"), "patch_error"),
+        (("clicks", "contrast"), "nearest_same"),
+    ],
+)
+def test_other_objectives_stand_instead_of_clicks_or_beside_them(small, runs, objectives, figure):
+    scores = main(replace(small, objectives=objectives, steps=2))
+    assert scores[figure] >= 0
     encoder("tiny", weights=runs / "toy/last.safetensors")
     with safe_open(runs / "toy/last.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
-    clicks = 8 if objective == "both" else 0
+    clicks = 8 if "clicks" in objectives else 0
     assert (training["crops"], training["clicks"]) == (2, clicks)
     lines = [line for line in log(runs / "toy") if "loss" in line]
-    assert all(("soft_dice_first" in line) == (objective == "both") for line in lines)
+    assert all(figure in line for line in lines)
+    assert all(("soft_dice_first" in line) == ("clicks" in objectives) for line in lines)
 
 
 def test_excluded_sets_are_refused(small, toy_data):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.training.interaction import Interaction
-from sammed3d_backbone.training.reconstruction import Objective, Reconstruction
+from sammed3d_backbone.training.reconstruction import Reconstruction
 
 
 @pytest.fixture
@@ -87,21 +86,3 @@ def test_a_few_steps_lower_the_error(network, volumes, draws):
 def test_hiding_nothing_or_everything_is_refused(network, share):
     with pytest.raises(ValueError, match="give a share between 0 and 1"):
         Reconstruction(network.image_encoder, share)
-
-
-@pytest.mark.parametrize("with_clicks", [True, False])
-def test_every_trainable_parameter_of_an_objective_gets_a_gradient(
-    network, volumes, draws, with_clicks
-):
-    objective = Objective(
-        Interaction(network), Reconstruction(network.image_encoder), with_clicks=with_clicks
-    )
-    objects = torch.zeros(2, 1, 16, 16, 16, dtype=torch.bool)
-    objects[..., 2:9, 2:9, 2:9] = True
-    loss, figures = objective(volumes, objects, torch.rand(2, 2, 1), draws)
-    loss.backward()
-    assert ("soft_dice_first" in figures) == with_clicks
-    assert "patch_error" in figures
-    idle = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
-    assert idle == []
-    assert network.mask_decoder.mask_tokens.weight.requires_grad == with_clicks

@@ -1,0 +1,89 @@
+"""Losses side by side: what is asked for is learned, and nothing else waits for a gradient."""
+
+import pytest
+import torch
+
+from sammed3d_backbone import sam
+from sammed3d_backbone.training.contrast import Contrast
+from sammed3d_backbone.training.interaction import Interaction
+from sammed3d_backbone.training.objective import Objective
+from sammed3d_backbone.training.reconstruction import Reconstruction
+
+SIDE = 16
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return sam("tiny", "none", img_size=SIDE)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.zeros(2, SIDE, SIDE, SIDE, dtype=torch.int16)
+    labels[:, 2:11, 2:11, 2:11] = 1
+    return {
+        "image": torch.randn(2, 1, SIDE, SIDE, SIDE, generator=generator),
+        "objects": (labels == 1).unsqueeze(1),
+        "draws": torch.rand(2, 2, 1, generator=generator),
+        "hidden": torch.rand(2, 8, generator=generator),
+        "labels": labels,
+        "places": torch.rand(2, 64, generator=generator),
+    }
+
+
+def losses_of(network, *names):
+    made = {
+        "interaction": lambda: Interaction(network),
+        "reconstruction": lambda: Reconstruction(network.image_encoder),
+        "contrast": lambda: Contrast(network.image_encoder),
+    }
+    return {name: made[name]() for name in names}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("interaction",),
+        ("reconstruction",),
+        ("contrast",),
+        ("interaction", "reconstruction", "contrast"),
+    ],
+)
+def test_every_trainable_parameter_gets_a_gradient(network, batch, names):
+    objective = Objective(network, **losses_of(network, *names))
+    loss, figures = objective(batch)
+    loss.backward()
+    said = {
+        "interaction": "soft_dice_first",
+        "reconstruction": "patch_error",
+        "contrast": "contrast",
+    }
+    assert {name for name, figure in said.items() if figure in figures} == set(names)
+    idle = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == []
+    assert network.mask_decoder.mask_tokens.weight.requires_grad == ("interaction" in names)
+
+
+def test_losses_add_up_with_their_weights(network, batch):
+    parts = losses_of(network, "interaction", "reconstruction", "contrast")
+    network.eval()
+    with torch.no_grad():
+        alone = {name: Objective(network, **{name: part})(batch)[0] for name, part in parts.items()}
+        weights = {"reconstruction_weight": 0.5, "contrast_weight": 2.0}
+        total, _ = Objective(network, **parts, **weights)(batch)
+    wanted = alone["interaction"] + 0.5 * alone["reconstruction"] + 2 * alone["contrast"]
+    torch.testing.assert_close(total, wanted)
+
+
+def test_clicks_and_places_share_a_pass_of_the_encoder(network, batch):
+    passes = []
+    network.image_encoder.register_forward_hook(lambda *_: passes.append(1))
+    Objective(network, **losses_of(network, "interaction", "contrast"))(batch)
+    assert len(passes) == 1
+
+
+def test_nothing_to_learn_is_refused(network):
+    with pytest.raises(ValueError, match="give clicks, reconstruction or contrast"):
+        Objective(network)
