@@ -282,8 +282,8 @@ def make_objective(cfg: Config, network: Sam3D) -> Objective:
         quality_weight=cfg.quality_weight,
     )
     return Objective(
-        network,
-        interaction=interaction if "clicks" in cfg.objectives else None,
+        interaction,
+        with_clicks="clicks" in cfg.objectives,
         reconstruction=(
             Reconstruction(image_encoder, cfg.hidden_share)
             if "reconstruction" in cfg.objectives

@@ -23,8 +23,8 @@ class Objective(nn.Module):
     """A promptable network with the losses that train it; at least one.
 
     Args:
-        network: To be trained. Without clicks, only its encoder is.
-        interaction: With the same network; None for no clicks.
+        interaction: With the network that is to be trained.
+        with_clicks: Whether the loss of the clicks counts. If not, only the encoder is trained.
         reconstruction: Of hidden patches; None for none.
         contrast: Of places of objects; None for none.
         reconstruction_weight: Beside the clicks.
@@ -41,36 +41,41 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        network: Sam3D,
+        interaction: Interaction,
         *,
-        interaction: Interaction | None = None,
+        with_clicks: bool = True,
         reconstruction: Reconstruction | None = None,
         contrast: Contrast | None = None,
         reconstruction_weight: float = 1.0,
         contrast_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if interaction is None and reconstruction is None and contrast is None:
+        if not with_clicks and reconstruction is None and contrast is None:
             raise ValueError("nothing to learn; give clicks, reconstruction or contrast")
-        self.network = network
         self.interaction = interaction
+        self.with_clicks = with_clicks
         self.reconstruction = reconstruction
         self.contrast = contrast
         self.reconstruction_weight = reconstruction_weight
         self.contrast_weight = contrast_weight
-        if interaction is None:
+        if not with_clicks:
             # Without a gradient, wrappers that average over processes would wait for them.
-            network.prompt_encoder.requires_grad_(False)
-            network.mask_decoder.requires_grad_(False)
+            self.network.prompt_encoder.requires_grad_(False)
+            self.network.mask_decoder.requires_grad_(False)
+
+    @property
+    def network(self) -> Sam3D:
+        """The promptable network."""
+        return self.interaction.network
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and figures of it."""
         image = batch["image"]
         loss = torch.zeros((), device=image.device)
         figures: dict[str, Tensor] = {}
-        if self.interaction is not None or self.contrast is not None:
+        if self.with_clicks or self.contrast is not None:
             embedding = self.network.image_encoder(image)
-        if self.interaction is not None:
+        if self.with_clicks:
             loss, figures = self.interaction.on_embedding(
                 embedding, batch["objects"], batch["draws"]
             )

@@ -33,57 +33,57 @@ def batch():
     }
 
 
-def losses_of(network, *names):
-    made = {
-        "interaction": lambda: Interaction(network),
-        "reconstruction": lambda: Reconstruction(network.image_encoder),
-        "contrast": lambda: Contrast(network.image_encoder),
-    }
-    return {name: made[name]() for name in names}
+def objective_of(network, *names, **weights):
+    image_encoder = network.image_encoder
+    return Objective(
+        Interaction(network),
+        with_clicks="clicks" in names,
+        reconstruction=Reconstruction(image_encoder) if "reconstruction" in names else None,
+        contrast=Contrast(image_encoder) if "contrast" in names else None,
+        **weights,
+    )
 
 
 @pytest.mark.parametrize(
     "names",
-    [
-        ("interaction",),
-        ("reconstruction",),
-        ("contrast",),
-        ("interaction", "reconstruction", "contrast"),
-    ],
+    [("clicks",), ("reconstruction",), ("contrast",), ("clicks", "reconstruction", "contrast")],
 )
 def test_every_trainable_parameter_gets_a_gradient(network, batch, names):
-    objective = Objective(network, **losses_of(network, *names))
+    objective = objective_of(network, *names)
     loss, figures = objective(batch)
     loss.backward()
-    said = {
-        "interaction": "soft_dice_first",
-        "reconstruction": "patch_error",
-        "contrast": "contrast",
-    }
+    said = {"clicks": "soft_dice_first", "reconstruction": "patch_error", "contrast": "contrast"}
     assert {name for name, figure in said.items() if figure in figures} == set(names)
     idle = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []
-    assert network.mask_decoder.mask_tokens.weight.requires_grad == ("interaction" in names)
+    assert network.mask_decoder.mask_tokens.weight.requires_grad == ("clicks" in names)
 
 
 def test_losses_add_up_with_their_weights(network, batch):
-    parts = losses_of(network, "interaction", "reconstruction", "contrast")
-    network.eval()
+    names = ("clicks", "reconstruction", "contrast")
+    weights = {"reconstruction_weight": 0.5, "contrast_weight": 2.0}
+    objective = objective_of(network, *names, **weights)
     with torch.no_grad():
-        alone = {name: Objective(network, **{name: part})(batch)[0] for name, part in parts.items()}
-        weights = {"reconstruction_weight": 0.5, "contrast_weight": 2.0}
-        total, _ = Objective(network, **parts, **weights)(batch)
-    wanted = alone["interaction"] + 0.5 * alone["reconstruction"] + 2 * alone["contrast"]
+        total, figures = objective(batch)
+        clicks, _ = objective_of(network, "clicks")(batch)
+    wanted = clicks + 0.5 * figures["patch_error"] + 2 * figures["contrast"]
     torch.testing.assert_close(total, wanted)
 
 
 def test_clicks_and_places_share_a_pass_of_the_encoder(network, batch):
     passes = []
     network.image_encoder.register_forward_hook(lambda *_: passes.append(1))
-    Objective(network, **losses_of(network, "interaction", "contrast"))(batch)
+    objective_of(network, "clicks", "contrast")(batch)
     assert len(passes) == 1
+
+
+def test_no_tensor_is_held_twice(network):
+    tensors = objective_of(network, "clicks", "reconstruction", "contrast").state_dict(
+        keep_vars=True
+    )
+    assert len({id(tensor) for tensor in tensors.values()}) == len(tensors)
 
 
 def test_nothing_to_learn_is_refused(network):
     with pytest.raises(ValueError, match="give clicks, reconstruction or contrast"):
-        Objective(network)
+        objective_of(network)
