@@ -177,7 +177,8 @@ def main(cfg: Config) -> dict[str, float]:
     }
     objective = make_objective(cfg, network)
     parts = nn.ModuleDict(dict(network.named_children()))
-    for name in scales.keys() - parts.keys():
+    # In one order always: a checkpoint knows the optimiser's parameters by their numbers.
+    for name in ("reconstruction", "contrast"):
         if (part := getattr(objective, name)) is not None:
             parts[name] = part
     optimizer = optim.part_scaled(parts, cfg.lr, scales, weight_decay=cfg.weight_decay)

@@ -57,9 +57,8 @@ class Config:
     blocks: tuple[str, ...]
     weights: str = "none"  # file or name of the pretrained arms
     reconstruction_weights: str = "none"  # of the arm that bears their name
-    rates: tuple[
-        float, ...
-    ] = ()  # learning rates to choose among for every arm; (): the task's own
+    # Learning rates to choose among for every arm; (): the task's own.
+    rates: tuple[float, ...] = ()
     tuning_fold: int = 1  # that they are compared on, with one draw
     tuning_labels: str = "8"
     out: str = "results/transfer_study"  # seen from recipes/

@@ -88,7 +88,9 @@ def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
 
 
 @pytest.mark.integration
-def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path):
+@pytest.mark.parametrize("objectives", [("clicks",), ("clicks", "reconstruction", "contrast")])
+def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path, objectives):
+    small = replace(small, objectives=objectives)
     main(small)
     killed = replace(small, name="killed")
     path = tmp_path / "killed.yaml"
