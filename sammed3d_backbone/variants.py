@@ -65,7 +65,8 @@ class Variant:
 # `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
 # `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
 # with all blocks global, since 512 tokens need no windows. Nothing was trained in its size before,
-# so its decoder begins with the consistent form of positions.
+# so its decoder begins with the consistent form of positions. The released form splits the neck's
+# width into three waves, which 64 does not divide into: `tiny_96` takes both forms, to compare them.
 VARIANTS: dict[str, Variant] = {
     "tiny": Variant(
         img_size=64,
@@ -75,6 +76,18 @@ VARIANTS: dict[str, Variant] = {
         num_heads=3,
         global_attn_blocks=tuple(range(12)),
         out_chans=64,
+        decoder=DecoderSizes(
+            num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, positions="consistent"
+        ),
+    ),
+    "tiny_96": Variant(
+        img_size=64,
+        patch_size=8,
+        embed_dim=192,
+        depth=12,
+        num_heads=3,
+        global_attn_blocks=tuple(range(12)),
+        out_chans=96,
         decoder=DecoderSizes(
             num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, positions="consistent"
         ),

@@ -137,7 +137,9 @@ def test_weights_that_lack_a_tensor_fail(tmp_path, small, capsys):
 def test_weights_that_overflow_fail(tmp_path, small, capsys):
     network = sam("small", weights="none")
     with torch.no_grad():
+        # What is multiplied at the very end, so that no random weight makes it small.
         network.mask_decoder.output_upscaling[3].bias.fill_(3e38)
+        network.mask_decoder.output_hypernetworks_mlps[0].layers[-1].bias.fill_(3e38)
     torch.save(network.state_dict(), tmp_path / "a.pth")
     assert main(["selftest", "--weights", str(tmp_path / "a.pth")]) == 1
     assert verdicts(capsys)[-2] == ["WRONG", "mask logits of a click on a phantom: not finite"]
