@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -217,17 +217,7 @@ def main(cfg: Config) -> dict[str, float]:
         augment=augmentation(),
         patches=patches,
     )
-    scored = ObjectStream(
-        validation,
-        [1.0] * len(validation),
-        side_vox,
-        Curriculum(cfg.smallest_vox, cfg.structures, 0),
-        objects=4,
-        steps=1,
-        samples=cfg.val_crops,
-        seed=(cfg.seed, 1),
-        patches=patches,
-    )
+    scored = scored_stream(cfg, validation, network)
 
     def batches_after(steps: int) -> Iterator[engine.Batch]:
         rest = Subset(stream, range(steps * per_step, len(stream)))
@@ -269,6 +259,30 @@ def main(cfg: Config) -> dict[str, float]:
                 save_weights(path, averaged, cfg, seen, volumes, before)
             run.save(accelerator, progress.step)
     return scores
+
+
+def scored_stream(
+    cfg: Config, apart: Sequence[Source], network: Sam3D, *, part: int = 1
+) -> ObjectStream:
+    """The crops of cases set apart that a network is scored on.
+
+    Args:
+        cfg: Of the run.
+        apart: Its sources, one as likely as another.
+        network: To be scored.
+        part: Other numbers give other crops; 0 is the training's.
+    """
+    return ObjectStream(
+        apart,
+        [1.0] * len(apart),
+        network.img_size[0],
+        Curriculum(cfg.smallest_vox, cfg.structures, 0),
+        objects=4,
+        steps=1,
+        samples=cfg.val_crops,
+        seed=(cfg.seed, part),
+        patches=math.prod(network.image_encoder.grid),
+    )
 
 
 def make_objective(cfg: Config, network: Sam3D) -> Objective:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import finetune_unetr
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,11 +29,13 @@ from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.training.runs import Run, runs_folder
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 HERE = Path(__file__).parent
 DECODERS = ("flexible_unet", "segresnet", "linear_head", "expanding_head")  # scratch is UNETR
 ARMS: dict[str, tuple[str, ...]] = {
     "pretrained": ("scratch=false",),
-    "reconstruction": ("scratch=false",),  # of the other weights
     "scratch": ("scratch=true",),
     "zero_encoder": ("scratch=true", "control=zero_encoder"),
     "frozen": ("scratch=false", "freeze=encoder"),
@@ -56,7 +58,8 @@ class Config:
     # follows the arms is set for their runs only.
     blocks: tuple[str, ...]
     weights: str = "none"  # file or name of the pretrained arms
-    reconstruction_weights: str = "none"  # of the arm that bears their name
+    # "ARM FILE" for arms that begin with other weights; files are seen from SAMMED3D_RUNS.
+    more_weights: tuple[str, ...] = ()
     # Learning rates to choose among for every arm; (): the task's own.
     rates: tuple[float, ...] = ()
     tuning_fold: int = 1  # that they are compared on, with one draw
@@ -90,12 +93,13 @@ def main(cfg: Config, *, report: bool = False) -> None:
     if not report:
         in_order = [each for row in rows for each in (*trials_of(row, cfg), row)]
         for row in in_order:  # before anything is trained
-            refuse_other(out / row.name / "config.yaml", run_config(row, cfg))
+            wanted = run_config(row, cfg)
+            refuse_other(out / row.name / "config.yaml", wanted, finetune_unetr.FREE)
         for row in in_order:
             if not is_done(out, row):
                 wanted = run_config(row, cfg)
                 finetune_unetr.main(wanted)
-                keep(runs_folder() / wanted.name, out / row.name)
+                keep(runs_folder() / wanted.name, out / row.name, FILES)
                 write_report(out, rows, cfg)
     write_report(out, rows, cfg)
 
@@ -112,10 +116,29 @@ def rows_of(cfg: Config) -> Iterator[Row]:
             numbers = range(int(draws))
         except ValueError:
             raise ValueError(f"block {block!r}; write it as TASK LABELS DRAWS ARM,ARM") from None
-        if unknown := set(arms.split(",")) - ARMS.keys():
-            raise ValueError(f"block {block!r} has arms {sorted(unknown)}; choose among {[*ARMS]}")
+        known = [*ARMS, *other_starts(cfg)]
+        if unknown := set(arms.split(",")) - {*known}:
+            raise ValueError(
+                f"block {block!r} has arms {sorted(unknown)}; choose among {known}, or give their "
+                "weights by more_weights=['ARM FILE']"
+            )
         for n in numbers:
             yield from (Row(task, labels, n, arm, tuple(settings)) for arm in arms.split(","))
+
+
+def other_starts(cfg: Config) -> dict[str, Path]:
+    """The weights of the arms that begin with others than the study's, by arm.
+
+    Raises:
+        ValueError: If an entry cannot be read, or an arm means something else.
+    """
+    found: dict[str, Path] = {}
+    for entry in cfg.more_weights:
+        arm, _, file = entry.partition(" ")
+        if not file or arm in ARMS:
+            raise ValueError(f"more_weights={entry!r}; write it as ARM FILE, ARM none of {[*ARMS]}")
+        found[arm] = runs_folder() / file.strip()
+    return found
 
 
 def trials_of(row: Row, cfg: Config) -> list[Row]:
@@ -149,19 +172,17 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
     Raises:
         ValueError: If a pretrained arm has no weights.
     """
-    is_random = "scratch=true" in ARMS[row.arm]
-    if row.arm == "reconstruction":
-        key, weights = "reconstruction_weights", cfg.reconstruction_weights
-    else:
-        key, weights = "weights", "none" if is_random else cfg.weights
+    means = ARMS.get(row.arm, ARMS["pretrained"])
+    is_random = "scratch=true" in means
+    weights = str(other_starts(cfg).get(row.arm, "none" if is_random else cfg.weights))
     if not is_random and weights == "none":
-        raise ValueError(f"arm {row.arm} needs trained weights; pass {key}=FILE")
+        raise ValueError(f"arm {row.arm} needs trained weights; pass weights=FILE")
     here = HERE / "configs" / f"{row.task}.yaml"
     rate = chosen_rate(row, cfg) if row.rate is None else row.rate
     overrides = [
         *cfg.settings,
         *row.settings,
-        *ARMS[row.arm],
+        *means,
         f"weights={weights}",
         f"labels={'null' if row.labels == 'all' else row.labels}",
         f"seed={row.draw}",
@@ -173,22 +194,27 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
     return config.load(finetune_unetr.Config, path, overrides)
 
 
-def refuse_other(kept: Path, wanted: finetune_unetr.Config) -> None:
-    """Results of other weights or settings must not pass for those of this study.
+def refuse_other(kept: Path, wanted: DataclassInstance, free: Collection[str]) -> None:
+    """Results of other weights or settings must not pass for those of a study.
+
+    Args:
+        kept: The configuration of results, if there are any.
+        wanted: The configuration that is asked for.
+        free: Keys that do not count.
 
     Raises:
-        ValueError: If the kept configuration differs in what counts.
+        ValueError: If they differ in what counts.
     """
     if kept.is_file():
-        found = config.differences(config.load(finetune_unetr.Config, kept), wanted)
-        if changed := sorted(found.keys() - {*finetune_unetr.FREE}):
+        found = config.differences(config.load(type(wanted), kept), wanted)
+        if changed := sorted(found.keys() - {*free}):
             raise ValueError(f"{kept.parent} is of other values of {changed}; give another out=")
 
 
-def keep(run: Path, folder: Path) -> None:
-    """Copies what the comparison needs; each file is whole at any moment."""
+def keep(run: Path, folder: Path, files: Sequence[str]) -> None:
+    """Copies what a comparison needs; each file is whole at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    for name in files:
         write_text(folder / Path(name).name, (run / name).read_text(encoding="utf-8"))
 
 

@@ -66,7 +66,7 @@ class Variant:
 # `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
 # with all blocks global, since 512 tokens need no windows. Nothing was trained in its size before,
 # so its decoder begins with the consistent form of positions. The released form splits the neck's
-# width into three waves, which 64 does not divide into: `tiny_96` takes both forms, to compare them.
+# width into three waves, and 64 is no multiple of 3: `tiny_96` takes both forms, to compare them.
 VARIANTS: dict[str, Variant] = {
     "tiny": Variant(
         img_size=64,

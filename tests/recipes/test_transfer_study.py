@@ -43,7 +43,6 @@ def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
     made = {row.arm: run_config(row, cfg) for row in rows_of(cfg)}
     assert made.keys() == transfer_study.ARMS.keys() - {
         "zero_encoder",
-        "reconstruction",
         *transfer_study.DECODERS,
     }
     assert (made["lora"].peft, made["bottleneck"].peft_size) == ("lora", 32)
@@ -201,12 +200,21 @@ def test_every_arm_takes_the_rate_that_is_best_on_a_fold_that_is_not_reported(st
     main(study)  # what is there is not another study's
 
 
-def test_the_arm_of_another_pretraining_has_weights_of_its_own():
-    block = "hippocampus 8 1 reconstruction"
-    with pytest.raises(ValueError, match="pass reconstruction_weights=FILE"):
-        [run_config(row, Config((block,))) for row in rows_of(Config((block,)))]
-    cfg = Config((block,), weights="tiny", reconstruction_weights="other.safetensors")
-    assert [run_config(row, cfg).weights for row in rows_of(cfg)] == ["other.safetensors"]
+def test_arms_of_other_pretrainings_have_weights_of_their_own(runs):
+    blocks = ("hippocampus 8 1 reconstruction,pretrained",)
+    weights = ("reconstruction other/last.safetensors",)
+    cfg = Config(blocks, weights="tiny", more_weights=weights)
+    other, own = (run_config(row, cfg) for row in rows_of(cfg))
+    assert (other.weights, own.weights) == (str(runs / "other/last.safetensors"), "tiny")
+    assert not other.scratch
+    with pytest.raises(ValueError, match=r"or give their weights by more_weights="):
+        list(rows_of(replace(cfg, more_weights=())))
+
+
+@pytest.mark.parametrize("entry", ["reconstruction", "frozen other.safetensors"])
+def test_weights_of_no_arm_and_of_an_arm_that_has_some_are_refused(entry):
+    with pytest.raises(ValueError, match="write it as ARM FILE, ARM none of"):
+        list(rows_of(Config(("hippocampus 8 1 scratch",), more_weights=(entry,))))
 
 
 @pytest.mark.parametrize(
