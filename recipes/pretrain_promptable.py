@@ -418,8 +418,10 @@ def validate(
         crop = {key: value.to(accelerator.device) for key, value in crops[number].items()}
         with accelerator.autocast(), torch.no_grad():
             dice = dice_per_click(network, crop["image"], crop["objects"], max(SCORED_CLICKS))
-            _, figures = objective({key: value[None] for key, value in crop.items()})
-            errors = {key: float(figures[key]) for key in OTHER_FIGURES & figures.keys()}
+            errors: dict[str, float] = {}
+            if objective.reconstruction is not None or objective.contrast is not None:
+                _, figures = objective({key: value[None] for key, value in crop.items()})
+                errors = {key: float(figures[key]) for key in OTHER_FIGURES & figures.keys()}
         name = crops.sources[int(crop["source"])].name
         mine.append((number, name, dice.mean(0).tolist(), errors))
     rows = sorted(gather_object(mine))

@@ -33,8 +33,8 @@ def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
     assert cfg.weights == "tiny"
     rows = list(rows_of(cfg))
     assert {row.arm for row in rows[:4]} == {"pretrained", "scratch", "zero_encoder", "frozen"}
-    assert {row.labels for row in rows[:12]} == {"8"}
-    assert len({row.name for row in rows}) == len(rows) == 12 + 3 * 9 + 2 * 4
+    assert {row.labels for row in rows[:18]} == {"8"}
+    assert len({row.name for row in rows}) == len(rows) == 18 + 3 * 9 + 2 * 4
     assert all(run_config(row, cfg).seed == row.draw for row in rows)
 
 
