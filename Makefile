@@ -18,7 +18,7 @@ demo: $(INSTALLED)  ## fine-tune, score and draw; DATA=folder WEIGHTS=turbo for 
 
 .PHONY: test
 test: $(INSTALLED)  ## the whole default suite; real volumes from SAMMED3D_DATA
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: check
 check: $(INSTALLED)  ## lint, format, types, repeats, import directions, unused code

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from sammed3d_backbone.provenance import cores
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure():
+    """Workers that run side by side share out the cores."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        torch.set_num_threads(max(1, cores() // workers))
 
 
 def pytest_runtest_setup(item):
