@@ -38,6 +38,16 @@ def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
     assert all(run_config(row, cfg).seed == row.draw for row in rows)
 
 
+def test_the_long_study_differs_from_the_short_one_in_steps_and_takes_its_rates(root):
+    short, long = (
+        config.load(Config, root / f"recipes/transfer_study{which}.yaml") for which in ("", "_long")
+    )
+    for row in rows_of(long):
+        ours, theirs = run_config(row, long), run_config(row, short)
+        assert set(config.differences(ours, theirs)) == {"name", "steps", "validate_every"}
+        assert ours.steps == 6 * theirs.steps
+
+
 def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
     cfg = config.load(Config, root / "recipes/adaptation_study.yaml", ["weights=FILE"])
     made = {row.arm: run_config(row, cfg) for row in rows_of(cfg)}
