@@ -30,6 +30,7 @@ from sammed3d_backbone.export import (
     take_over,
 )
 from sammed3d_backbone.training import engine
+from sammed3d_backbone.training.runs import Run
 from sammed3d_backbone.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +185,35 @@ def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatc
         if name.startswith("encoder.")
     ]
     assert all(encoder_stays) == kept
+
+
+def test_a_run_goes_on_with_channels_last_in_memory_and_differs_by_rounding(
+    small, runs, monkeypatch
+):
+    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    main(Config(**small))
+    save, network = Run.save, []
+
+    def stop(run, *args):
+        save(run, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(Config(**small | {"name": "last"}))
+    monkeypatch.setattr(
+        finetune_unetr, "save_model", lambda _, segmenter: network.append(segmenter.model)
+    )
+    main(Config(**small | {"name": "last", "channels_last": True}))
+    kernels = [p for p in network[-1].parameters() if p.dim() == 5 and p.shape[1] > 1]
+    assert any(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+    losses = [
+        [line["loss"] for line in Run(runs / name).records() if "loss" in line]
+        for name in ("toy", "last")
+    ]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.integration
