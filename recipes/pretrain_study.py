@@ -220,8 +220,8 @@ def draw_figure(path: Path, logs: Mapping[str, Sequence[dict[str, Any]]]) -> Non
             )
             times = [minutes[line["step"]] for line in trained[width - 1 :]]
             training.plot(times, means, color=colour, label=name)
-    for axes, whose in ((apart, "crops set apart"), (training, "crops trained on")):
-        axes.set_title(f"One click, {whose}")
+    for axes, whose in ((apart, "set apart"), (training, "trained on: objects get smaller")):
+        axes.set_title(f"One click, crops {whose}")
         axes.set_xlabel("CPU minutes")
         axes.set_ylabel("Dice (%)")
         axes.grid(alpha=0.3)
