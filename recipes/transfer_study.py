@@ -207,7 +207,12 @@ def refuse_other(kept: Path, wanted: DataclassInstance, free: Collection[str]) -
     """
     if kept.is_file():
         found = config.differences(config.load(type(wanted), kept), wanted)
-        if changed := sorted(found.keys() - {*free}):
+        changed = sorted(
+            key
+            for key, (a, b) in found.items()
+            if key not in free and without_runs(str(a)) != without_runs(str(b))
+        )
+        if changed:
             raise ValueError(f"{kept.parent} is of other values of {changed}; give another out=")
 
 
@@ -215,7 +220,13 @@ def keep(run: Path, folder: Path, files: Sequence[str]) -> None:
     """Copies what a comparison needs; each file is whole at any moment."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in files:
-        write_text(folder / Path(name).name, (run / name).read_text(encoding="utf-8"))
+        text = (run / name).read_text(encoding="utf-8")
+        write_text(folder / Path(name).name, without_runs(text))
+
+
+def without_runs(text: str) -> str:
+    """Paths in it as seen from SAMMED3D_RUNS, so that a study goes on where that lies elsewhere."""
+    return text.replace(f"{runs_folder()}/", "")
 
 
 def write_report(out: Path, rows: Sequence[Row], cfg: Config) -> None:

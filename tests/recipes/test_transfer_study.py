@@ -221,6 +221,22 @@ def test_arms_of_other_pretrainings_have_weights_of_their_own(runs):
         list(rows_of(replace(cfg, more_weights=())))
 
 
+def test_results_stay_those_of_the_study_where_runs_lie_elsewhere(runs, tmp_path, monkeypatch):
+    blocks = ("hippocampus 8 1 reconstruction",)
+    cfg = Config(blocks, more_weights=("reconstruction other/last.safetensors",))
+    (row,) = rows_of(cfg)
+    (runs / "one").mkdir(parents=True)
+    (runs / "one/config.yaml").write_text(config.dump(run_config(row, cfg)))
+    kept = tmp_path / "kept/config.yaml"
+    transfer_study.keep(runs / "one", kept.parent, ["config.yaml"])
+    assert str(runs) not in kept.read_text()
+    monkeypatch.setenv("SAMMED3D_RUNS", str(tmp_path / "elsewhere"))
+    transfer_study.refuse_other(kept, run_config(row, cfg), finetune_unetr.FREE)
+    changed = replace(cfg, more_weights=("reconstruction new/last.safetensors",))
+    with pytest.raises(ValueError, match=r"other values of \['weights'\]"):
+        transfer_study.refuse_other(kept, run_config(row, changed), finetune_unetr.FREE)
+
+
 @pytest.mark.parametrize("entry", ["reconstruction", "frozen other.safetensors"])
 def test_weights_of_no_arm_and_of_an_arm_that_has_some_are_refused(entry):
     with pytest.raises(ValueError, match="write it as ARM FILE, ARM none of"):
