@@ -5,7 +5,7 @@ spacing and with which normalisation, is a matter of the weights: `pretrained.py
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -61,37 +61,26 @@ class Variant:
         return {name: value for name, value in vars(self).items() if name != "decoder"}
 
 
-# `vit_b` is the reference's `vit_b_ori`, the only size with public weights; the reference's own
-# `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
 # `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
 # with all blocks global, since 512 tokens need no windows. Nothing was trained in its size before,
-# so its decoder begins with the consistent form of positions. The released form splits the neck's
-# width into three waves, and 64 is no multiple of 3: `tiny_96` takes both forms, to compare them.
+# so its decoder begins with the consistent form of positions.
+TINY = Variant(
+    img_size=64,
+    patch_size=8,
+    embed_dim=192,
+    depth=12,
+    num_heads=3,
+    global_attn_blocks=tuple(range(12)),
+    out_chans=64,
+    decoder=DecoderSizes(num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, positions="consistent"),
+)
+# `vit_b` is the reference's `vit_b_ori`, the only size with public weights; the reference's own
+# `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
+# The released form of positions splits the neck's width into three waves, and 64 is no multiple of
+# 3: `tiny_96` takes both forms, to compare them.
 VARIANTS: dict[str, Variant] = {
-    "tiny": Variant(
-        img_size=64,
-        patch_size=8,
-        embed_dim=192,
-        depth=12,
-        num_heads=3,
-        global_attn_blocks=tuple(range(12)),
-        out_chans=64,
-        decoder=DecoderSizes(
-            num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, positions="consistent"
-        ),
-    ),
-    "tiny_96": Variant(
-        img_size=64,
-        patch_size=8,
-        embed_dim=192,
-        depth=12,
-        num_heads=3,
-        global_attn_blocks=tuple(range(12)),
-        out_chans=96,
-        decoder=DecoderSizes(
-            num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, positions="consistent"
-        ),
-    ),
+    "tiny": TINY,
+    "tiny_96": replace(TINY, out_chans=96),
     "vit_b": Variant(
         img_size=128,
         patch_size=16,
