@@ -65,6 +65,11 @@ def main(cfg: Config, *, report: bool = False) -> None:
     runs = {name: run_config(name, cfg) for name in arms_of(cfg)}
     for name, wanted in runs.items():  # before anything is trained
         refuse_other(out / name / "config.yaml", wanted, pretrain_promptable.FREE)
+        kept = out / name / "scores.csv"
+        if kept.is_file() and (found := len({s.crop for s in read_scores(kept)})) != cfg.crops:
+            raise ValueError(
+                f"{kept} is of {found} crops, not {cfg.crops}; give another out=, or crops={found}"
+            )
     for name, wanted in runs.items():
         if not report and not (out / name / "scores.csv").is_file():
             pretrain_promptable.main(wanted)

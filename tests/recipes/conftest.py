@@ -2,6 +2,7 @@
 
 import equality_check
 import pytest
+import torch
 from derive_channels import derive_channels
 
 
@@ -47,3 +48,30 @@ def small(toy_data, runs):
         "threads": 1,
         "cpu": True,
     }
+
+
+@pytest.fixture
+def small_pretraining(toy_data, runs):
+    """Arguments of a pretraining of a few steps; the threads that it sets are put back."""
+    before = torch.get_num_threads()
+    yield {
+        "name": "toy",
+        "sources": ("synthetic", str(toy_data)),
+        "shares": (1, 1),
+        "val_cases": 2,
+        "val_crops": 2,
+        "img_size": 16,
+        "objects": 2,
+        "interactions": 2,
+        "smallest_vox": (100, 50),
+        "structures": (3, 4),
+        "curriculum_steps": 3,
+        "steps": 4,
+        "warmup_steps": 1,
+        "validate_every": 2,
+        "log_every": 1,
+        "save_every_s": 0.0,
+        "threads": 1,
+        "cpu": True,
+    }
+    torch.set_num_threads(before)

@@ -22,36 +22,9 @@ from sammed3d_backbone.training.runs import Run
 RECIPE = Path(pretrain_promptable.__file__)
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """The recipe sets the number of threads; what other tests see is put back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def small(toy_data, runs):
-    return Config(
-        name="toy",
-        sources=("synthetic", str(toy_data)),
-        shares=(1, 1),
-        val_cases=2,
-        val_crops=2,
-        img_size=16,
-        objects=2,
-        interactions=2,
-        smallest_vox=(100, 50),
-        structures=(3, 4),
-        curriculum_steps=3,
-        steps=4,
-        warmup_steps=1,
-        validate_every=2,
-        log_every=1,
-        save_every_s=0.0,
-        threads=1,
-        cpu=True,
-    )
+def small(small_pretraining):
+    return Config(**small_pretraining)
 
 
 def state(folder):

@@ -5,41 +5,15 @@ from dataclasses import replace
 import pretrain_promptable
 import pretrain_study
 import pytest
-import torch
 from pretrain_study import Config, Score, as_markdown, main, read_scores, run_config
 
 from sammed3d_backbone import config
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """The recipe sets the number of threads; what other tests see is put back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def study(toy_data, runs, tmp_path):
+def study(small_pretraining, tmp_path):
     """Two arms, in seconds."""
-    base = pretrain_promptable.Config(
-        name="base",
-        sources=("synthetic", str(toy_data)),
-        shares=(1, 1),
-        val_cases=2,
-        val_crops=2,
-        img_size=16,
-        objects=2,
-        interactions=2,
-        smallest_vox=(100, 50),
-        structures=(3, 4),
-        steps=2,
-        warmup_steps=1,
-        validate_every=1,
-        log_every=1,
-        threads=1,
-        cpu=True,
-    )
+    base = pretrain_promptable.Config(**small_pretraining | {"steps": 2, "validate_every": 1})
     (tmp_path / "base.yaml").write_text(config.dump(base))
     return Config(
         base=str(tmp_path / "base.yaml"),
@@ -81,6 +55,8 @@ def test_arms_are_trained_once_and_scored_on_the_same_crops(study, tmp_path, mon
     main(study)
     with pytest.raises(ValueError, match=r"other values of \['lr'\]; give another out="):
         main(replace(study, settings=("lr=0.5",)))
+    with pytest.raises(ValueError, match="is of 4 crops, not 5; give another out="):
+        main(replace(study, crops=5))
     (out / "hidden/scores.csv").unlink()
     main(study, report=True)
     assert "| hidden |" not in (out / "table.md").read_text()
