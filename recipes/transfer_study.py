@@ -39,6 +39,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "scratch": ("scratch=true",),
     "zero_encoder": ("scratch=true", "control=zero_encoder"),
     "frozen": ("scratch=false", "freeze=encoder"),
+    "frozen_random": ("scratch=true", "freeze=encoder"),
     "lora": ("scratch=false", "peft=lora"),
     "bottleneck": ("scratch=false", "peft=bottleneck", "peft_size=32"),
     "first_channel": ("scratch=false", "channel_gains=[1, 0]"),
@@ -84,6 +85,9 @@ class Row:
         """Of its folder."""
         tried = "" if self.rate is None else f"_lr{self.rate:g}"
         return f"{Path(self.task).stem}_{self.labels}_draw{self.draw}_{self.arm}{tried}"
+
+
+Scores = Mapping[Row, Sequence[Score]]  # of runs
 
 
 def main(cfg: Config, *, report: bool = False) -> None:
@@ -237,7 +241,9 @@ def write_report(out: Path, rows: Sequence[Row], cfg: Config) -> None:
     if not table and not tried:
         return
     write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
-    text = as_markdown(table) + trials_shown(tried, cfg) + origins_shown(table)
+    text = "".join(
+        (as_markdown(table), classes_shown(table), trials_shown(tried, cfg), origins_shown(table))
+    )
     write_text(out / "table.md", text)
     if table:
         draw_figure(out / "figure.png", table)
@@ -263,6 +269,7 @@ def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
         for metric in ("dice", "nsd"):
             line[metric] = interval({row: scores[row] for row in rows}, metric)
             line[f"{metric}_gain"] = interval(gains, metric)
+        line["classes"] = by_class({row: scores[row] for row in rows}, gains)
         about = json.loads((out / rows[0].name / "scores.json").read_text(encoding="utf-8"))
         line["cost"] = cost(about)
         line["origin"] = origin(about)
@@ -271,7 +278,7 @@ def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
     return lines
 
 
-def interval(scores: dict[Row, list[Score]], metric: str) -> list[float | None]:
+def interval(scores: Scores, metric: str) -> list[float | None]:
     """Mean and bounds, drawing draws and subjects, each independently of the other."""
     flat = [(row.draw, score) for row, of_run in scores.items() for score in of_run]
     found: Interval = bootstrap_interval(
@@ -281,6 +288,30 @@ def interval(scores: dict[Row, list[Score]], metric: str) -> list[float | None]:
         draws=[str(draw) for draw, _ in flat],
     )
     return [None if math.isnan(value) else round(value, 5) for value in found]
+
+
+def by_class(scores: Scores, gains: Scores) -> dict[str, dict[str, Any]]:
+    """Dice and its gain for every class, without the structures that the volume cuts off."""
+
+    def only(of_runs: Scores, name: str) -> Scores:
+        return {
+            row: [
+                score
+                for score in of_run
+                if score.name == name and not score.truncated and not math.isnan(score.dice)
+            ]
+            for row, of_run in of_runs.items()
+        }
+
+    found = {}
+    for name in dict.fromkeys(score.name for of_run in scores.values() for score in of_run):
+        own = only(scores, name)
+        found[name] = {
+            "cases": len({score.case for of_run in own.values() for score in of_run}),
+            "dice": interval(own, "dice"),
+            "dice_gain": interval(only(gains, name), "dice"),
+        }
+    return found
 
 
 def cost(about: dict[str, Any]) -> dict[str, float | None]:
@@ -342,6 +373,27 @@ def as_markdown(table: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |\n")
     return head + "".join(lines)
+
+
+def classes_shown(table: Sequence[dict[str, Any]]) -> str:
+    """The table class by class."""
+    text = (
+        "\n## By class\n\nDice as above, only of structures that lie wholly in the volume; cases: "
+        "that have one.\n\n| task | labels | class | cases | arm | Dice | Dice gain |\n"
+        "|---|---|---|---|---|---|---|\n"
+    )
+    for task, labels in dict.fromkeys((line["task"], line["labels"]) for line in table):
+        arms = [line for line in table if (line["task"], line["labels"]) == (task, labels)]
+        for name in arms[0]["classes"]:
+            for line in arms:
+                own = line["classes"][name]
+                cells = [
+                    *(task, labels, name, str(own["cases"]), line["arm"]),
+                    _shown(own["dice"], 100, ""),
+                    _shown(own["dice_gain"], 100, "+"),
+                ]
+                text += f"| {' | '.join(cells)} |\n"
+    return text
 
 
 def trials_shown(tried: Mapping[Row, float], cfg: Config) -> str:

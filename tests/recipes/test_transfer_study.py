@@ -1,6 +1,7 @@
 """The study of transfer: its order, its runs, its table."""
 
 import json
+import math
 from dataclasses import replace
 
 import finetune_unetr
@@ -8,10 +9,11 @@ import pytest
 import torch
 import transfer_study
 from timm.models.vision_transformer_sam import VisionTransformerSAM
-from transfer_study import Config, main, rows_of, run_config
+from transfer_study import Config, Row, main, rows_of, run_config
 
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.checkpoint import read, write
+from sammed3d_backbone.evaluation.scores import Score, differences
 
 
 @pytest.fixture
@@ -32,9 +34,10 @@ def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
     cfg = config.load(Config, root / "recipes/transfer_study.yaml")
     assert cfg.weights == "tiny"
     rows = list(rows_of(cfg))
-    assert {row.arm for row in rows[:4]} == {"pretrained", "scratch", "zero_encoder", "frozen"}
-    assert {row.labels for row in rows[:18]} == {"8"}
-    assert len({row.name for row in rows}) == len(rows) == 18 + 3 * 9 + 2 * 4
+    controls = {"zero_encoder", "frozen", "frozen_random"}
+    assert {row.arm for row in rows[:5]} == {"pretrained", "scratch", *controls}
+    assert {row.labels for row in rows[:21]} == {"8"}
+    assert len({row.name for row in rows}) == len(rows) == 21 + 3 * 9 + 2 * 4
     assert all(run_config(row, cfg).seed == row.draw for row in rows)
 
 
@@ -53,6 +56,7 @@ def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
     made = {row.arm: run_config(row, cfg) for row in rows_of(cfg)}
     assert made.keys() == transfer_study.ARMS.keys() - {
         "zero_encoder",
+        "frozen_random",
         *transfer_study.DECODERS,
     }
     assert (made["lora"].peft, made["bottleneck"].peft_size) == ("lora", 32)
@@ -208,6 +212,26 @@ def test_every_arm_takes_the_rate_that_is_best_on_a_fold_that_is_not_reported(st
         shown = " | ".join(f"{100 * scores['mean_dice']:.2f}" for scores in dice)
         assert f"| boxes | {arm} | {shown} |" in text
     main(study)  # what is there is not another study's
+
+
+def test_classes_are_compared_where_the_volume_holds_them_whole():
+    def run_of(row, *dice):
+        return {row: [Score(f"case {n}", f"person {n}", *each) for n, each in enumerate(dice)]}
+
+    ours, twin = Row("boxes", "2", 0, "pretrained"), Row("boxes", "2", 0, "scratch")
+    cut = replace(Score("case 9", "person 9", "cord", 0.1), truncated=True)
+    scores = run_of(ours, ("cord", 0.9), ("cord", 0.7), ("lens", math.nan))
+    baseline = run_of(twin, ("cord", 0.6), ("cord", 0.6), ("lens", math.nan))
+    scores[ours].append(cut)
+    gains = {ours: differences(scores[ours], [*baseline[twin], replace(cut, dice=0.9)])}
+    found = transfer_study.by_class(scores, gains)
+    assert (found["cord"]["cases"], found["cord"]["dice"][0]) == (2, 0.8)
+    assert found["cord"]["dice_gain"][0] == pytest.approx(0.2)
+    assert found["lens"] == {"cases": 0, "dice": [None] * 3, "dice_gain": [None] * 3}
+    line = {"task": "boxes", "labels": "2", "arm": "pretrained", "classes": found}
+    text = transfer_study.classes_shown([line])
+    assert "| boxes | 2 | cord | 2 | pretrained | 80.00 (" in text
+    assert "| boxes | 2 | lens | 0 | pretrained |  |  |" in text
 
 
 def test_arms_of_other_pretrainings_have_weights_of_their_own(runs):
