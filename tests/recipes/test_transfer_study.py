@@ -8,6 +8,7 @@ import finetune_unetr
 import pytest
 import torch
 import transfer_study
+import yaml
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from transfer_study import Config, Row, main, rows_of, run_config
 
@@ -81,6 +82,14 @@ def test_the_strategies_begin_as_the_paper_says_with_one_epoch_each(root):
     assert [run.weights for run in (frozen, tuned, scratch)] == ["sam2d:hub", "sam2d:hub", "none"]
     for run in (frozen, tuned, scratch):
         assert (run.variant, run.rel_pos, run.batch, run.steps) == ("vit_b", "axial", 1, 49)
+
+
+def test_committed_results_name_no_folder_of_the_machine_that_made_them(root):
+    found = {path: path.read_text() for path in root.glob("recipes/results/**/config*.yaml")}
+    assert found
+    for path, text in found.items():
+        values = yaml.safe_load(text).values()
+        assert not [value for value in values if str(value).startswith("/")], path
 
 
 @pytest.mark.integration
