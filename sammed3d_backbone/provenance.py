@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 LIBRARIES = ("torch", "monai", "timm", "accelerate", "numpy")
+RESULTS = "recipes/results"  # kept results, seen from a checkout's root
 
 
 def provenance(repository: Path) -> dict[str, object]:
@@ -62,12 +63,22 @@ def command_line(processes: int) -> str:
 
 
 def _commit(repository: Path) -> str:
-    """The commit, marked where the work tree differs from it."""
-    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    """The commit, marked where the work tree differs from it in more than kept results.
+
+    A study rewrites its committed table after every run, and no figure comes from that table.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(repository), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("describe", "--always", "--abbrev=12")
+        where = ("--", ":/", f":(top,exclude){RESULTS}")
+        changed = git("status", "--porcelain", "--untracked-files=no", *where)
     except (OSError, subprocess.CalledProcessError):
         return "not a git checkout"
+    return f"{commit}-dirty" if changed else commit
 
 
 def _processor() -> str:
