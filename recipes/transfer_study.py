@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import finetune_unetr
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -273,7 +274,10 @@ def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
         about = json.loads((out / rows[0].name / "scores.json").read_text(encoding="utf-8"))
         line["cost"] = cost(about)
         line["origin"] = origin(about)
-        line["steps_to_scratch"] = [steps_to_twin(out, *pair) for pair in paired.items()]
+        line["curves"] = [curve(out, row) for row in rows]
+        line["steps_to_scratch"] = [
+            steps_to_reach(curve(out, row), curve(out, twin)) for row, twin in paired.items()
+        ]
         lines.append(line)
     return lines
 
@@ -340,15 +344,20 @@ def origin(about: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def steps_to_twin(out: Path, row: Row, twin: Row) -> tuple[int | None, int]:
-    """The first step at which a run is as good as its twin at its end, and the twin's steps."""
-    ours, theirs = (
-        [line for line in Run(out / one.name).records() if line.get("mean_dice") is not None]
-        for one in (row, twin)
-    )
-    last = theirs[-1]
-    reached = (line["step"] for line in ours if line["mean_dice"] >= last["mean_dice"])
-    return next(reached, None), last["step"]
+def curve(out: Path, row: Row) -> list[tuple[int, float]]:
+    """Steps of a run and the mean validation Dice at each."""
+    lines = Run(out / row.name).records()
+    return [
+        (line["step"], line["mean_dice"]) for line in lines if line.get("mean_dice") is not None
+    ]
+
+
+def steps_to_reach(
+    ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]
+) -> tuple[int | None, int]:
+    """The first step at which one curve is as high as another at its end, and the other's steps."""
+    steps, last = theirs[-1]
+    return next((step for step, dice in ours if dice >= last), None), steps
 
 
 def as_markdown(table: Sequence[dict[str, Any]]) -> str:
@@ -448,40 +457,71 @@ def _shown(found: Sequence[float | None], factor: float, sign: str) -> str:
 
 
 def draw_figure(path: Path, table: Sequence[dict[str, Any]]) -> None:
-    """Writes a PNG: Dice of every arm against the number of labelled subjects, a panel per task."""
+    """Writes a PNG with a column per task.
+
+    Above the Dice of every arm against the number of labelled subjects, below the validation Dice
+    against steps, at the number of labels that the study begins with.
+    """
     tasks = [*dict.fromkeys(line["task"] for line in table)]
-    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(tasks), 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    for column, task in zip(figure.subplots(2, len(tasks), squeeze=False).T, tasks, strict=True):
         lines = [line for line in table if line["task"] == task]
-        numbers = sorted(
-            {line["labels"] for line in lines},
-            key=lambda labels: math.inf if labels == "all" else int(labels),
-        )
         arms = [*dict.fromkeys(line["arm"] for line in lines)]
-        for number, arm in enumerate(arms):
-            shift = 0.06 * (number - (len(arms) - 1) / 2)  # centred on the tick
-            own = [line for line in lines if line["arm"] == arm]
-            own.sort(key=lambda line: numbers.index(line["labels"]))
-            places = [numbers.index(line["labels"]) + shift for line in own]
-            means = [100 * line["dice"][0] for line in own]
-            ends = [
-                [100 * (v if v is not None else line["dice"][0]) for v in line["dice"][1:]]
-                for line in own
-            ]
-            sides = [
-                [m - low for m, (low, _) in zip(means, ends, strict=True)],
-                [high - m for m, (_, high) in zip(means, ends, strict=True)],
-            ]
-            axes.errorbar(places, means, sides, marker="o", capsize=3, label=arm)
-        axes.set_xticks(range(len(numbers)), numbers)
-        axes.set_xlim(-0.5, len(numbers) - 0.5)  # also where there is one number alone
-        axes.set_title(task)
-        axes.set_xlabel("labelled subjects")
-        axes.set_ylabel("Dice (%), 95 % interval")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        colours = {arm: f"C{number}" for number, arm in enumerate(arms)}
+        draw_scores(column[0], lines, colours)
+        column[0].set_title(task)
+        first = lines[0]["labels"]
+        draw_curves(column[1], [line for line in lines if line["labels"] == first], colours)
+        column[1].set_title(f"{task}, {first} labelled subjects: each draw", fontsize=10)
+        for axes in column:
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def draw_scores(axes: Axes, lines: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> None:
+    """Means and intervals of every arm, by number of labels."""
+    numbers = sorted(
+        {line["labels"] for line in lines},
+        key=lambda labels: math.inf if labels == "all" else int(labels),
+    )
+    for number, (arm, colour) in enumerate(colours.items()):
+        shift = 0.06 * (number - (len(colours) - 1) / 2)  # centred on the tick
+        own = [line for line in lines if line["arm"] == arm]
+        own.sort(key=lambda line: numbers.index(line["labels"]))
+        places = [numbers.index(line["labels"]) + shift for line in own]
+        means = [100 * line["dice"][0] for line in own]
+        ends = [
+            [100 * (v if v is not None else line["dice"][0]) for v in line["dice"][1:]]
+            for line in own
+        ]
+        sides = [
+            [m - low for m, (low, _) in zip(means, ends, strict=True)],
+            [high - m for m, (_, high) in zip(means, ends, strict=True)],
+        ]
+        axes.errorbar(places, means, sides, marker="o", capsize=3, color=colour, label=arm)
+    axes.set_xticks(range(len(numbers)), numbers)
+    axes.set_xlim(-0.5, len(numbers) - 0.5)  # also where there is one number alone
+    axes.set_xlabel("labelled subjects")
+    axes.set_ylabel("Dice (%), 95 % interval")
+
+
+def draw_curves(axes: Axes, lines: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> None:
+    """A line per run."""
+    for line in lines:
+        for number, points in enumerate(line["curves"]):
+            steps, dice = zip(*points, strict=True)
+            axes.plot(
+                steps,
+                [100 * value for value in dice],
+                marker=".",
+                linewidth=1,
+                color=colours[line["arm"]],
+                label=line["arm"] if number == 0 else None,
+            )
+    axes.set_xlabel("steps")
+    axes.set_ylabel("validation Dice (%)")
 
 
 if __name__ == "__main__":
