@@ -253,6 +253,7 @@ def write_report(out: Path, rows: Sequence[Row], cfg: Config) -> None:
 def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
     """A line per task, number of labels and arm; gains are over scratch in the same draws."""
     scores = {row: read_scores(out / row.name / "scores.csv") for row in done}
+    curves = {row: curve(out, row) for row in done}
     cells = dict.fromkeys((row.task, row.labels, row.arm) for row in done)
     lines = []
     for task, labels, arm in cells:
@@ -274,9 +275,9 @@ def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
         about = json.loads((out / rows[0].name / "scores.json").read_text(encoding="utf-8"))
         line["cost"] = cost(about)
         line["origin"] = origin(about)
-        line["curves"] = [curve(out, row) for row in rows]
+        line["curves"] = [curves[row] for row in rows]
         line["steps_to_scratch"] = [
-            steps_to_reach(curve(out, row), curve(out, twin)) for row, twin in paired.items()
+            steps_to_reach(curves[row], curves[twin]) for row, twin in paired.items()
         ]
         lines.append(line)
     return lines
