@@ -477,7 +477,7 @@ def draw_figure(path: Path, table: Sequence[dict[str, Any]]) -> None:
         column[1].set_title(f"{task}, {first} labelled subjects: each draw", fontsize=10)
         for axes in column:
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, framealpha=0.5)  # an interval may end behind it
     figure.savefig(path, dpi=110)
 
 
