@@ -31,8 +31,8 @@ check: $(INSTALLED)  ## lint, format, types, repeats, import directions, unused 
 
 .PHONY: bench
 bench: $(INSTALLED)  ## time and memory of the encoder and UNETR against the reference
-	$(BIN)/python recipes/benchmark.py
+	$(BIN)/python recipes/benchmarks/encoder_speed.py
 
 .PHONY: golden
 golden: $(INSTALLED)  ## the reference's outputs for `sammed3d selftest` anew, and how they differ
-	$(BIN)/python recipes/golden.py
+	$(BIN)/python recipes/benchmarks/golden.py

@@ -12,7 +12,7 @@ import numpy as np
 
 from sammed3d_backbone import sam
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
+from sammed3d_backbone.inference.interactive import Predictor
 
 if len(sys.argv) > 1:
     scan, point = Volume.load(sys.argv[1]), [int(n) for n in sys.argv[2:5]]

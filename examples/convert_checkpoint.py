@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sammed3d_backbone import cli, encoder
-from sammed3d_backbone.checkpoint import read
-from sammed3d_backbone.factory import variant_of
+from sammed3d_backbone.loading.checkpoint import read
+from sammed3d_backbone.loading.factory import variant_of
 
 
 def make_checkpoint(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from monai.networks.nets import ViT
 
 from sammed3d_backbone.adapters.contract import check_encoder
-from sammed3d_backbone.export import adapters
+from sammed3d_backbone.inference.segmenter import adapters
 
 
 class MonaiViT(ViT):

@@ -5,7 +5,7 @@ what the weights brought; with weights of your own choice there is no second run
 
     python recipes/demo.py                          # an average brain that installs with nilearn
     python recipes/demo.py data=FOLDER              # your Decathlon, nnU-Net raw or BIDS folder
-    python recipes/demo.py data=FOLDER layout=challenges/kits.yaml      # any other folder
+    python recipes/demo.py data=FOLDER layout=layouts/kits.yaml      # any other folder
     python recipes/demo.py data=FOLDER weights=turbo    # on the released encoder, from the Hub
 
 Everything else is recipes/configs/demo.yaml; any of its keys can be given as key=value too.
@@ -16,16 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import finetune_unetr
-from prepare_demo_data import write_demo_data
+from sammed3d_backbone.recipes import finetune_unetr
+from sammed3d_backbone.recipes.prepare_demo_data import write_demo_data
 
 from sammed3d_backbone import config
-from sammed3d_backbone.checkpoint import read
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.evaluation.report import write_report
-from sammed3d_backbone.factory import variant_of
-from sammed3d_backbone.pretrained import WEIGHTS
+from sammed3d_backbone.loading.checkpoint import read
+from sammed3d_backbone.loading.factory import variant_of
+from sammed3d_backbone.loading.registry import WEIGHTS
 from sammed3d_backbone.training.runs import Run, runs_folder
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"

@@ -34,9 +34,9 @@ from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.report import About, write_report, write_results
 from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
-from sammed3d_backbone.export import Card, load_model, segment_volume
-from sammed3d_backbone.inflation import request_in
-from sammed3d_backbone.pretrained import (
+from sammed3d_backbone.inference.segmenter import Card, load_model, segment_volume
+from sammed3d_backbone.loading.inflation import request_in
+from sammed3d_backbone.loading.registry import (
     DEFAULT_WEIGHTS,
     WEIGHTS,
     Weights,

@@ -47,7 +47,7 @@ from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.evaluation.report import About, write_results
 from sammed3d_backbone.evaluation.scores import score_cases, summarise
-from sammed3d_backbone.export import (
+from sammed3d_backbone.inference.segmenter import (
     Card,
     Segmenter,
     adapters,
@@ -59,12 +59,12 @@ from sammed3d_backbone.export import (
     take_over,
     without_folder,
 )
-from sammed3d_backbone.pretrained import seen_in_pretraining
+from sammed3d_backbone.loading.registry import seen_in_pretraining
 from sammed3d_backbone.provenance import command_line, cores, provenance
 from sammed3d_backbone.training import engine, optim
+from sammed3d_backbone.training.dry_run import rehearse
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.losses import partial_dice_ce
-from sammed3d_backbone.training.rehearsal import rehearse
 from sammed3d_backbone.training.runs import Progress, Run, open_run
 from sammed3d_backbone.training.validation import validate
 

@@ -1,7 +1,7 @@
 """Train the promptable network by clicks: from scratch, or on from public weights on own data.
 
-    python recipes/pretrain_promptable.py recipes/pretrain_tiny.yaml
-    python recipes/pretrain_promptable.py recipes/pretrain_tiny_stage2.yaml weights=FILE
+    python recipes/pretrain_promptable.py recipes/configs/pretrain/tiny.yaml
+    python recipes/pretrain_promptable.py recipes/configs/pretrain/tiny_stage2.yaml weights=FILE
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
 A first click in the object, later ones where the mask is wrong, on one embedding per volume; large
@@ -42,10 +42,19 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config, sam
-from sammed3d_backbone.checkpoint import read, write
+from sammed3d_backbone.clickbench.cases import ClickCase, read_click_set
 from sammed3d_backbone.data.datasets import few_subjects, read_fold
 from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
-from sammed3d_backbone.data.objects import (
+from sammed3d_backbone.data.singles import DESCRIPTION
+from sammed3d_backbone.inference.interactive.validation import intensity_of
+from sammed3d_backbone.inference.segmenter import library_versions, without_folder
+from sammed3d_backbone.loading.checkpoint import read, write
+from sammed3d_backbone.loading.registry import PretrainingSet, Weights, locate, to_metadata
+from sammed3d_backbone.models.sam import Sam3D
+from sammed3d_backbone.pretraining.click_loss import Interaction, dice_per_click
+from sammed3d_backbone.pretraining.contrast import Contrast
+from sammed3d_backbone.pretraining.init import rehearse_places, start_afresh
+from sammed3d_backbone.pretraining.object_crops import (
     Curriculum,
     MadeUp,
     ObjectStream,
@@ -53,20 +62,11 @@ from sammed3d_backbone.data.objects import (
     Source,
     read_scan,
 )
-from sammed3d_backbone.data.singles import DESCRIPTION
-from sammed3d_backbone.evaluation.clickbench.cases import ClickCase, read_click_set
-from sammed3d_backbone.export import library_versions, without_folder
-from sammed3d_backbone.models.sam import Sam3D
-from sammed3d_backbone.predictor.admission import intensity_of
-from sammed3d_backbone.pretrained import PretrainingSet, Weights, locate, to_metadata
+from sammed3d_backbone.pretraining.objective import Objective
+from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, optim
-from sammed3d_backbone.training.contrast import Contrast
-from sammed3d_backbone.training.interaction import Interaction, dice_per_click
-from sammed3d_backbone.training.objective import Objective
-from sammed3d_backbone.training.reconstruction import Reconstruction
 from sammed3d_backbone.training.runs import Progress, open_run
-from sammed3d_backbone.training.starts import rehearse_places, start_afresh
 
 SYNTHETIC = "synthetic"  # the source that needs no files
 SCORED_CLICKS = (1, 3, 5)

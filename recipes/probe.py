@@ -1,7 +1,7 @@
 """What frozen encoders know, block by block: random, trained from scratch and pretrained ones.
 
-    python recipes/probe.py recipes/probe_hippocampus.yaml
-    python recipes/probe.py recipes/probe_hippocampus.yaml weights=FILE
+    python recipes/probe.py recipes/configs/probe/hippocampus.yaml
+    python recipes/probe.py recipes/configs/probe/hippocampus.yaml weights=FILE
 
 Simple classifiers (evaluation/probes.py) learn from voxels of the subjects whose labels a run of
 finetune_unetr.py was trained on, and name voxels of its validation subjects; the run's own encoder
@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import finetune_unetr
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from nibabel.affines import apply_affine
+from sammed3d_backbone.recipes import finetune_unetr
 from tqdm import tqdm
 
 from sammed3d_backbone import config, encoder
@@ -44,12 +44,12 @@ from sammed3d_backbone.data.preparation import (
 from sammed3d_backbone.evaluation.probes import PROBES, Voxels, probe
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.evaluation.voxel_features import draw_voxels, features_at
-from sammed3d_backbone.export import without_folder
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.pretrained import Weights, seen_in_pretraining
+from sammed3d_backbone.inference.segmenter import without_folder
+from sammed3d_backbone.loading.registry import Weights, seen_in_pretraining
+from sammed3d_backbone.pretraining.init import give_places
 from sammed3d_backbone.provenance import cores, provenance
 from sammed3d_backbone.training.runs import runs_folder
-from sammed3d_backbone.training.starts import give_places
 
 HERE = Path(__file__).parent
 BASELINE = "random"

@@ -5,7 +5,7 @@
 networks are in `sammed3d_backbone.adapters`.
 """
 
-from sammed3d_backbone.factory import encoder, list_weights, sam
+from sammed3d_backbone.loading.factory import encoder, list_weights, sam
 
 __version__ = "0.1.0.dev0"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 LIBRARIES = ("torch", "monai", "timm", "accelerate", "numpy")
-RESULTS = "recipes/results"  # kept results, seen from a checkout's root
+RESULTS = "recipes/studies/results"  # kept results, seen from a checkout's root
 
 
 def provenance(repository: Path) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 Comes in: nothing but the package; goes out: the relative error of every tensor of interest. The
 networks are filled from a stream of random bits that is the same on every machine, and the
-reference's answers lie in `golden.json`, which `recipes/golden.py` writes.
+reference's answers lie in `golden.json`, which `recipes/benchmarks/golden.py` writes.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
 from sammed3d_backbone.models.attention import Grid
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.layers import LayerNorm3d
 from sammed3d_backbone.models.sam import Sam3D
-from sammed3d_backbone.variants import VARIANTS, DecoderSizes, Variant
 
 GOLDEN = "golden.json"
 SAMPLES = 64  # values of a tensor that are compared

@@ -57,7 +57,7 @@ def generator():
 @pytest.fixture
 def fine_tuned(tmp_path):
     """Writes a small model of two classes, so to speak; keyword arguments change its card."""
-    from sammed3d_backbone.export import Card, Segmenter, build_network, save_model
+    from sammed3d_backbone.inference.segmenter import Card, Segmenter, build_network, save_model
 
     def write(**changes):
         torch.manual_seed(0)

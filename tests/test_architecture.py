@@ -26,33 +26,22 @@ EVERYTHING = sorted(
 # a dotted name stands for one module of a part.
 MAY_IMPORT = {
     "models": set(),
-    "variants": set(),
     "config": set(),
-    "checkpoint": set(),
-    "data": {"config", "files"},
     "files": set(),
     "provenance": set(),
-    "clicks": {"data.geometry"},
+    "data": {"config", "files"},
+    "strategies": {"data.geometry"},
     "adapters": {"models.layers"},
-    "pretrained": {"variants"},
-    "inflation": {"checkpoint"},
-    "factory": {"models", "variants", "pretrained", "checkpoint", "inflation"},
-    "selftest": {"models", "variants"},
-    "predictor": {"models", "data", "factory", "checkpoint", "files"},
-    "export": {
-        "checkpoint",
-        "factory",
-        "inflation",
-        "pretrained",
-        "adapters",
-        "data",
-        "models.image_encoder",
-    },
-    "publish": {"export", "pretrained"},
-    "evaluation": {"adapters.contract", "data", "clicks", "files", "provenance"},
-    "training": {"clicks", "config", "data", "evaluation", "files", "models", "provenance"},
+    "loading": {"models"},
+    "selftest": {"models", "loading.variants"},
+    "evaluation": {"adapters.contract", "data", "files", "provenance"},
+    "curation": {"data", "evaluation", "files"},
+    "clickbench": {"data", "evaluation", "files", "provenance", "strategies"},
+    "inference": {"adapters", "curation.rules", "data", "files", "loading", "models.image_encoder"},
+    "training": {"config", "data", "evaluation", "files", "provenance"},
+    "pretraining": {"data", "models", "strategies", "training"},
 }
-MAY_IMPORT["__init__"] = {"factory", "pretrained"}
+MAY_IMPORT["__init__"] = {"loading"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}
 
 HEAVY = {
@@ -164,7 +153,7 @@ def test_pickles_are_read_in_one_place_and_never_run(path):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load")
     ]
-    assert not calls or path == PACKAGE / "checkpoint.py"
+    assert not calls or path == PACKAGE / "loading/checkpoint.py"
     for call in calls:
         assert ("weights_only", "True") in {(k.arg, ast.unparse(k.value)) for k in call.keywords}
 

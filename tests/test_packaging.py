@@ -18,15 +18,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST_EXAMPLE = README.split("```python\n")[1].split("```")[0]
-SHIPPED = {
-    f"sammed3d_backbone/{path.relative_to(ROOT / 'sammed3d_backbone').as_posix()}"
-    for path in (ROOT / "sammed3d_backbone").rglob("*")
-    if path.suffix in (".py", ".html", ".json") or path.name == "py.typed"
-} | {
-    f"sammed3d_backbone/weights/{path.name}"
-    for path in (ROOT / "weights").iterdir()
-    if any(fnmatch(path.name, kind) for kind in ("*.py", "*.md", "*.safetensors", "SHA256SUMS"))
-}
+SHIPPED = (
+    {
+        f"sammed3d_backbone/{path.relative_to(ROOT / 'sammed3d_backbone').as_posix()}"
+        for path in (ROOT / "sammed3d_backbone").rglob("*")
+        if path.suffix in (".py", ".html", ".json") or path.name == "py.typed"
+    }
+    | {f"sammed3d_backbone/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
+    | {
+        f"sammed3d_backbone/weights/{path.name}"
+        for path in (ROOT / "weights").iterdir()
+        if any(fnmatch(path.name, kind) for kind in ("*.py", "*.md", "*.safetensors", "SHA256SUMS"))
+    }
+)
 
 
 def run(*command, **options):

@@ -21,7 +21,7 @@ def test_cores_are_those_that_the_process_may_use():
 
 
 @pytest.mark.parametrize(
-    ("changed", "mark"), [("recipes/results/table.md", ""), ("recipes/study.py", "-dirty")]
+    ("changed", "mark"), [("recipes/studies/results/table.md", ""), ("recipes/study.py", "-dirty")]
 )
 def test_changed_code_marks_the_commit_and_changed_results_do_not(tmp_path, changed, mark):
     def git(*words):
@@ -31,7 +31,7 @@ def test_changed_code_marks_the_commit_and_changed_results_do_not(tmp_path, chan
         ).stdout.strip()
 
     git("init", "--quiet")
-    for name in ("recipes/results/table.md", "recipes/study.py"):
+    for name in ("recipes/studies/results/table.md", "recipes/study.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("first")
     git("add", ".")

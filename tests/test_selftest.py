@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sammed3d_backbone import encoder, sam, selftest
-from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.cli import main
-from sammed3d_backbone.factory import CARD_KEY
-from sammed3d_backbone.pretrained import WEIGHTS, Weights, to_metadata
-from sammed3d_backbone.variants import VARIANTS
+from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.loading.factory import CARD_KEY
+from sammed3d_backbone.loading.registry import WEIGHTS, Weights, to_metadata
+from sammed3d_backbone.loading.variants import VARIANTS
 
 SMALL = selftest.CASES["small network"]
 

@@ -6,7 +6,7 @@ import nibabel.orientations as orientations
 import numpy as np
 import pytest
 
-from sammed3d_backbone.clicks import (
+from sammed3d_backbone.strategies import (
     Click,
     Draws,
     Errors,

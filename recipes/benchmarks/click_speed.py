@@ -1,7 +1,7 @@
 """Time from a file and clicks to masks, against the reference's own procedure, and peak memory.
 
-    python recipes/benchmark_clicks.py            # measures, writes results/benchmark_clicks.json
-    python recipes/benchmark_clicks.py --table    # prints the README's table from that file
+    python recipes/benchmarks/click_speed.py          # measures, writes click_speed.json
+    python recipes/benchmarks/click_speed.py --table  # prints the README's table from that file
 
 Both networks are of the size `vit_b` and hold the same random values, so the masks mean nothing
 and the work is that of trained ones. All clicks lie in the middle of one window, and objects are
@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.clicks import Draws, Errors, largest_centre
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
-from sammed3d_backbone.predictor.windows import Windows
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.interactive.windows import Windows
 from sammed3d_backbone.provenance import provenance, resident_bytes
+from sammed3d_backbone.strategies import Draws, Errors, largest_centre
 
 HERE = Path(__file__).parent
-DATA = HERE / "../../shared/data/singles/totalsegmentator"
+DATA = HERE / "../../../shared/data/singles/totalsegmentator"
 SIDE, CELLS, SPACING_MM = 128, 32, 1.5
 OBJECTS = 13
 LATER_CLICKS = 10
@@ -308,7 +308,7 @@ def table(result: dict) -> str:
 def main() -> None:
     """Measures, or prints what was measured."""
     parser = argparse.ArgumentParser(description="Time from clicks to masks, and peak memory.")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "benchmark_clicks.json")
+    parser.add_argument("--out", type=Path, default=HERE / "click_speed.json")
     parser.add_argument("--scan", type=Path, default=DATA / "ct_torso.nii.gz")
     parser.add_argument("--labels", type=Path, default=DATA / "ct_torso_seg.nii.gz")
     parser.add_argument("--runs", type=int, default=5, help="with one object")

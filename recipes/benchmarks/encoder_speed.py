@@ -1,7 +1,7 @@
 """Time and memory of the encoder against the reference, and of UNETR against MONAI's.
 
-    python recipes/benchmark.py                 # measures, writes recipes/results/benchmark.json
-    python recipes/benchmark.py --table         # prints the README's table from that file
+    python recipes/benchmarks/encoder_speed.py            # measures, writes encoder_speed.json
+    python recipes/benchmarks/encoder_speed.py --table    # prints the README's table from that file
 
 One 128-voxel cube, batch 1, float32. Two networks that are compared run in turn in one process
 (A B A B ...), the median of the runs counts, and ratios are what to quote. Peak memory is taken
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sammed3d_backbone.adapters.unetr import unetr
+from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.provenance import provenance, resident_bytes
-from sammed3d_backbone.variants import VARIANTS
 
 HERE = Path(__file__).parent
 SIDE = 128  # voxels
@@ -284,7 +284,7 @@ def table(result: dict) -> str:
 def main() -> None:
     """Measures, or prints what was measured."""
     parser = argparse.ArgumentParser(description="Time and memory against the peers.")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "benchmark.json")
+    parser.add_argument("--out", type=Path, default=HERE / "encoder_speed.json")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--memory", action="store_true", help="measure memory anew, keep the times")

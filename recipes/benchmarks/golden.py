@@ -1,6 +1,6 @@
 """Writes what `sammed3d selftest` compares with: the reference's outputs, computed in float64.
 
-    python recipes/golden.py   # or: make golden
+    python recipes/benchmarks/golden.py   # or: make golden
 
 The networks and inputs are those of `sammed3d_backbone.selftest`; the reference is the PyPI package
 `medim`. Prints how far the new values are from the committed ones.
@@ -10,12 +10,12 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-import parity
 import torch
+from sammed3d_backbone.recipes.benchmarks import parity
 from torch import nn
 
 from sammed3d_backbone import selftest
-from sammed3d_backbone.variants import Variant
+from sammed3d_backbone.loading.variants import Variant
 
 FILE = Path(selftest.__file__).with_name(selftest.GOLDEN)
 

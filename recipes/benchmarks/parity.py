@@ -1,8 +1,8 @@
 """How far encoder, prompts and mask decoder are from the reference: values and every gradient.
 
-    python recipes/parity.py                  # measures, writes recipes/results/parity.json
-    python recipes/parity.py --only prompts   # one part anew, the other stays as it is there
-    python recipes/parity.py --table          # prints the README's tables from that file
+    python recipes/benchmarks/parity.py                 # measures, writes parity.json
+    python recipes/benchmarks/parity.py --only prompts  # one part anew
+    python recipes/benchmarks/parity.py --table         # prints the README's tables from that file
 
 Both networks get the same random weights (tables, biases and the position table too: they start
 at zero, where half of what is compared would vanish) and the same random volumes. The reference
@@ -410,7 +410,7 @@ def _name_of(dtype: torch.dtype) -> str:
 def main() -> None:
     """Measures the asked parts, writes them with their provenance and prints the tables."""
     parser = argparse.ArgumentParser(description="Compare the network with the reference.")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "parity.json")
+    parser.add_argument("--out", type=Path, default=HERE / "parity.json")
     parser.add_argument("--only", choices=("encoder", "prompts"), help="measure one part anew")
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     arguments = parser.parse_args()

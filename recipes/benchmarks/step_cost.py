@@ -1,7 +1,7 @@
 """Memory and time of a fine-tuning step of UNETR on `vit_b`, and how well --dry-run foresees it.
 
-    python recipes/step_cost.py             # measures, writes recipes/results/training_step.json
-    python recipes/step_cost.py --table     # prints the table from that file
+    python recipes/benchmarks/step_cost.py             # measures, writes step_cost.json
+    python recipes/benchmarks/step_cost.py --table     # prints the table from that file
 
 One 128-voxel cube, 14 classes, with and without recomputing blocks and bf16: each is a dry run of
 finetune_unetr.py in a process of its own, so that no peak is another's.
@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from finetune_unetr import Config
-from finetune_unetr import main as finetune
+from sammed3d_backbone.recipes.finetune_unetr import Config
+from sammed3d_backbone.recipes.finetune_unetr import main as finetune
 from tqdm import tqdm
 
 from sammed3d_backbone.data.volume import Volume
@@ -119,7 +119,7 @@ def table(result: dict) -> str:
 def main() -> None:
     """Measures, or prints what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "training_step.json")
+    parser.add_argument("--out", type=Path, default=HERE / "step_cost.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     parser.add_argument("--way", choices=WAYS, help="measure this one only, in this process")

@@ -1,6 +1,6 @@
 """What an atlas gives: the mean position and shape of every organ, without any learning.
 
-    python recipes/atlas.py headneck_ct --fold 0
+    python recipes/studies/atlas.py headneck_ct --fold 0
 
 The baseline that a network has to beat. Training cases are aligned on one grid, and where enough of
 them have an organ, a new case has it too. Nothing of a new case is used but its image. There are
@@ -303,7 +303,7 @@ def run(data: str, number: int, out: Path) -> dict[str, Any]:
     )
     about = About(
         title=f"Atlas of {dataset.name}, fold {number}",
-        command=shlex.join(["python", "recipes/atlas.py", data, "--fold", str(number)]),
+        command=shlex.join(["python", "recipes/studies/atlas.py", data, "--fold", str(number)]),
         model=f"mean position and shape of every organ, aligned by the {best.alignment}",
         contamination="An atlas learns nothing: no weights, no pretraining.",
         seconds=round(seconds, 1),
@@ -334,7 +334,7 @@ def main() -> None:
     )
     parser.add_argument("data", help="folder with dataset.json, or its name below SAMMED3D_DATA")
     parser.add_argument("--fold", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: recipes/results/DATA_foldN/atlas")
+    parser.add_argument("--out", type=Path, help="default: results/DATA_foldN/atlas here")
     args = parser.parse_args()
     out = args.out or HERE / "results" / f"{Path(args.data).name}_fold{args.fold}" / "atlas"
     try:

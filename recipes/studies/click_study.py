@@ -1,7 +1,7 @@
 """What promptable weights do with clicks, on cases that they were not trained on.
 
-    python recipes/click_study.py recipes/click_study.yaml weights=FILE
-    python recipes/click_study.py recipes/click_study.yaml weights=FILE --report
+    python recipes/studies/click_study.py recipes/studies/click_study.yaml weights=FILE
+    python recipes/studies/click_study.py recipes/studies/click_study.yaml weights=FILE --report
 
 Four players of ``clickbench/1``, one after the other: the predictor told the newest click, the
 same told all clicks, the same network with random values, and a ball around the first click that
@@ -37,23 +37,23 @@ from scipy import stats
 from tqdm import tqdm
 
 from sammed3d_backbone import config, sam
-from sammed3d_backbone.checkpoint import content_sha256, read
+from sammed3d_backbone.clickbench.bench import header_of, run
+from sammed3d_backbone.clickbench.cases import ClickCase, ClickSet, read_click_set
+from sammed3d_backbone.clickbench.journal import Journal, read_journal, read_times
+from sammed3d_backbone.clickbench.presets import rules_of
+from sammed3d_backbone.clickbench.protocol import Promptable, Rules
 from sammed3d_backbone.data.datasets import read_fold
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.preparation import load_label
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.bench import header_of, run
-from sammed3d_backbone.evaluation.clickbench.cases import ClickCase, ClickSet, read_click_set
-from sammed3d_backbone.evaluation.clickbench.journal import Journal, read_journal, read_times
-from sammed3d_backbone.evaluation.clickbench.presets import rules_of
-from sammed3d_backbone.evaluation.clickbench.protocol import Promptable, Rules
 from sammed3d_backbone.evaluation.statistics import bootstrap_interval
-from sammed3d_backbone.export import without_folder
 from sammed3d_backbone.files import write_text
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.segmenter import without_folder
+from sammed3d_backbone.loading.checkpoint import content_sha256, read
+from sammed3d_backbone.loading.registry import locate
 from sammed3d_backbone.models.sam import Sam3D
-from sammed3d_backbone.predictor import Predictor
-from sammed3d_backbone.pretrained import locate
 from sammed3d_backbone.provenance import command_line, cores, provenance
 from sammed3d_backbone.training.runs import runs_folder
 

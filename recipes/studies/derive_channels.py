@@ -1,6 +1,6 @@
 """A data set of two channels from one of one: each image, and how steep its grey values are.
 
-    python recipes/derive_channels.py FOLDER OUT
+    python recipes/studies/derive_channels.py FOLDER OUT
 
 The second channel is the length of the gradient at a scale of one voxel. It holds nothing that the
 first does not, so what is gained by it is what an encoder makes of channels, not new information.

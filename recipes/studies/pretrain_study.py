@@ -1,7 +1,7 @@
 """Which way of pretraining learns more on one budget? Pretrains every arm, and compares them.
 
-    python recipes/pretrain_study.py recipes/pretrain_study.yaml
-    python recipes/pretrain_study.py recipes/pretrain_study.yaml --report
+    python recipes/studies/pretrain_study.py recipes/studies/pretrain_study.yaml
+    python recipes/studies/pretrain_study.py recipes/studies/pretrain_study.yaml --report
 
 Arms that have results are skipped and a stopped one goes on, so the same command finishes the
 study; --report only writes table and figure. All arms are scored on the same crops of cases that
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pretrain_promptable
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sammed3d_backbone.recipes import pretrain_promptable
+from sammed3d_backbone.recipes.studies.transfer_study import keep, refuse_other
 from tqdm import tqdm
-from transfer_study import keep, refuse_other
 
 from sammed3d_backbone import config, sam
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.training.interaction import dice_per_click
+from sammed3d_backbone.pretraining.click_loss import dice_per_click
 from sammed3d_backbone.training.runs import Run, runs_folder
 
 HERE = Path(__file__).parent

@@ -1,7 +1,7 @@
 """Draw made-up volumes with their labels, to see what pretraining is fed.
 
-    python recipes/preview_synthetic.py OUT.png
-    python recipes/preview_synthetic.py OUT.png seed=100 side_vox=64 contrast=[0.4,1]
+    python recipes/studies/preview_synthetic.py OUT.png
+    python recipes/studies/preview_synthetic.py OUT.png seed=100 side_vox=64 contrast=[0.4,1]
 
 A row is a volume: three planes through it and the outlines of its structures. The first is that of
 the given seed, the next of seed + 1, and so on.
@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 
 from sammed3d_backbone import config
-from sammed3d_backbone.data.synthetic import Synthesis, synthetic_sample
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure
+from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 
 
 @dataclass(frozen=True)

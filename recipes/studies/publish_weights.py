@@ -1,11 +1,11 @@
 """Put the weights of a finished pretraining into the package, with their curve and their sums.
 
-    python recipes/publish_weights.py NAME RUN [RUN ...]
+    python recipes/studies/publish_weights.py NAME RUN [RUN ...]
 
 A RUN is a folder that pretrain_promptable.py has filled; several are the stages in their order, and
 the last one's weights count. NAME.safetensors and SHA256SUMS go to weights/, configuration and log
-of each stage and one curve to recipes/results/NAME. The record in `sammed3d_backbone/pretrained.py`
-and the card weights/NAME.md are written by hand.
+of each stage and one curve to results/NAME. The record in
+`sammed3d_backbone/loading/registry.py` and the card weights/NAME.md are written by hand.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.pretrained import sha256_of
+from sammed3d_backbone.loading.registry import sha256_of
 from sammed3d_backbone.training.runs import Run
 
 HERE = Path(__file__).parent
@@ -127,6 +127,7 @@ if __name__ == "__main__":
     parser.add_argument("stages", type=Path, nargs="+", metavar="RUN")
     args = parser.parse_args()
     try:
-        print(main(args.stages, args.name, HERE.parent / "weights", HERE / "results" / args.name))
+        weights, results = HERE.parents[1] / "weights", HERE / "results" / args.name
+        print(main(args.stages, args.name, weights, results))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """Does pretraining help? Fine-tunes every arm of a grid, run by run, and compares them.
 
-    python recipes/transfer_study.py recipes/transfer_study.yaml weights=FILE
-    python recipes/transfer_study.py recipes/transfer_study.yaml weights=FILE --report
+    python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml weights=FILE
+    python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml --report
 
 Runs that have results are skipped and a stopped one goes on, so the same command finishes the
 study; --report only writes table and figure. A run's scores, log and configuration lie in OUT/RUN;
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import finetune_unetr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from sammed3d_backbone.recipes import finetune_unetr
 
 from sammed3d_backbone import config
 from sammed3d_backbone.evaluation.scores import Score, differences, read_scores
@@ -182,7 +182,7 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
     weights = str(other_starts(cfg).get(row.arm, "none" if is_random else cfg.weights))
     if not is_random and weights == "none":
         raise ValueError(f"arm {row.arm} needs trained weights; pass weights=FILE")
-    here = HERE / "configs" / f"{row.task}.yaml"
+    here = HERE.parent / "configs" / f"{row.task}.yaml"
     rate = chosen_rate(row, cfg) if row.rate is None else row.rate
     overrides = [
         *cfg.settings,

@@ -45,7 +45,7 @@ def opened(source: Path, channel: int | None) -> "Volume":
         ValueError: If it cannot be used, or it is not said which of its channels.
     """
     from sammed3d_backbone.data.volume import Volume
-    from sammed3d_backbone.predictor.admission import checked_range, opened_volume
+    from sammed3d_backbone.inference.interactive.validation import checked_range, opened_volume
 
     volume = Volume.load(source)
     if channel is not None and not 0 <= channel < volume.channels:

@@ -12,7 +12,7 @@ from sammed3d_backbone.cli.prompts import add_network
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
-    from sammed3d_backbone.evaluation.clickbench.protocol import Promptable
+    from sammed3d_backbone.clickbench.protocol import Promptable
 
 CHECKED_TARGETS = 3  # that are played again by --check-determinism
 
@@ -62,12 +62,12 @@ def _run_clicks(args: argparse.Namespace) -> int:
         return _compare(*args.compare)
     if args.data is None:
         raise ValueError("no data set; name a folder, or two results with --compare")
-    from sammed3d_backbone.evaluation.clickbench.bench import first_difference, header_of, run
-    from sammed3d_backbone.evaluation.clickbench.cases import read_click_set
-    from sammed3d_backbone.evaluation.clickbench.journal import Journal, read_journal
-    from sammed3d_backbone.evaluation.clickbench.presets import rules_of
-    from sammed3d_backbone.evaluation.clickbench.report import write_report
-    from sammed3d_backbone.evaluation.clickbench.summary import summarise
+    from sammed3d_backbone.clickbench.bench import first_difference, header_of, run
+    from sammed3d_backbone.clickbench.cases import read_click_set
+    from sammed3d_backbone.clickbench.journal import Journal, read_journal
+    from sammed3d_backbone.clickbench.presets import rules_of
+    from sammed3d_backbone.clickbench.report import write_report
+    from sammed3d_backbone.clickbench.summary import summarise
     from sammed3d_backbone.provenance import provenance
 
     rules = rules_of(args.protocol)
@@ -123,9 +123,9 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dic
     import torch
 
     from sammed3d_backbone import sam
-    from sammed3d_backbone.checkpoint import content_sha256
-    from sammed3d_backbone.predictor import Predictor
-    from sammed3d_backbone.pretrained import seen_in_pretraining
+    from sammed3d_backbone.inference.interactive import Predictor
+    from sammed3d_backbone.loading.checkpoint import content_sha256
+    from sammed3d_backbone.loading.registry import seen_in_pretraining
 
     torch.manual_seed(0)  # random values, where they were asked for, are the same every time
     network = on_device(sam(args.variant, args.weights), args.device)
@@ -142,8 +142,8 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dic
 
 def _compare(one: Path, other: Path) -> int:
     """Prints the paired differences of two results."""
-    from sammed3d_backbone.evaluation.clickbench.journal import read_journal
-    from sammed3d_backbone.evaluation.clickbench.summary import compare
+    from sammed3d_backbone.clickbench.journal import read_journal
+    from sammed3d_backbone.clickbench.summary import compare
 
     (header, lines), (other_header, other_lines) = read_journal(one), read_journal(other)
     if header["protocol"] != other_header["protocol"]:

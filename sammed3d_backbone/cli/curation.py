@@ -49,10 +49,10 @@ def add_curate(commands: "Commands") -> None:
 
 
 def _run_curate(args: argparse.Namespace) -> int:
-    from sammed3d_backbone.data.curation.rules import preset
-    from sammed3d_backbone.data.curation.runs import Workers, curate
+    from sammed3d_backbone.curation.report import VERDICTS, write_report
+    from sammed3d_backbone.curation.rules import preset
+    from sammed3d_backbone.curation.runs import Workers, curate
     from sammed3d_backbone.data.layouts import read_layout
-    from sammed3d_backbone.evaluation.curation import VERDICTS, write_report
     from sammed3d_backbone.provenance import provenance
 
     rules = preset(args.preset)

@@ -30,7 +30,7 @@ def add_predict(commands: "Commands") -> None:
 
 def _run_predict(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.volume import Volume, require_nifti_name
-    from sammed3d_backbone.export import load_model, segment_volume
+    from sammed3d_backbone.inference.segmenter import load_model, segment_volume
 
     require_nifti_name(args.target)  # before minutes of work
     require_free((args.target,), args.source, force=args.force)
@@ -69,8 +69,8 @@ def add_push(commands: "Commands") -> None:
 def _run_push(args: argparse.Namespace) -> int:
     import json
 
-    from sammed3d_backbone.export import load_model
-    from sammed3d_backbone.publish import model_page, push_model, require_repo_id
+    from sammed3d_backbone.inference.hub import model_page, push_model, require_repo_id
+    from sammed3d_backbone.inference.segmenter import load_model
 
     require_repo_id(args.repo_id)
     if not args.model.is_file():

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
     from sammed3d_backbone.data.geometry import TripleMm
     from sammed3d_backbone.data.volume import Volume
+    from sammed3d_backbone.inference.interactive import Prediction, Predictor
+    from sammed3d_backbone.inference.interactive.merging import Labels
     from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-    from sammed3d_backbone.predictor import Prediction, Predictor
-    from sammed3d_backbone.predictor.merging import Labels
 
 OBJECT = "object"  # what is clicked where --object names nothing
 RANDOM = "the weights are random, so the masks mean nothing"
@@ -94,7 +94,7 @@ def _point(text: str) -> tuple[float, float, float]:
 def _run_segment(args: argparse.Namespace) -> int:
     from sammed3d_backbone import sam
     from sammed3d_backbone.data.volume import require_nifti_name
-    from sammed3d_backbone.predictor import Predictor, merge
+    from sammed3d_backbone.inference.interactive import Predictor, merge
 
     # What can be wrong is found before minutes of work.
     clicks = _clicks(args)
@@ -146,8 +146,8 @@ def _require_places(
     volume: "Volume", clicks: Sequence[Mapping[str, Any]], listed: Path | None
 ) -> None:
     """Refuses points that do not lie in the volume."""
-    from sammed3d_backbone.predictor import clicklist
-    from sammed3d_backbone.predictor.prompts import voxel_of
+    from sammed3d_backbone.inference.interactive import click_io as clicklist
+    from sammed3d_backbone.inference.interactive.prompts import voxel_of
 
     for click in (*clicks, *(clicklist.read(listed).clicks if listed else ())):
         voxel_of(volume, click.get("point_vox"), click.get("point_mm"))
@@ -243,9 +243,9 @@ def _run_features(args: argparse.Namespace) -> int:
     import torch
 
     from sammed3d_backbone import encoder
-    from sammed3d_backbone.checkpoint import write
-    from sammed3d_backbone.predictor.admission import spacing_of
-    from sammed3d_backbone.predictor.features import token_maps
+    from sammed3d_backbone.inference.features import token_maps
+    from sammed3d_backbone.inference.interactive.validation import spacing_of
+    from sammed3d_backbone.loading.checkpoint import write
 
     if args.target is None and args.png is None:
         raise ValueError("nothing would be written; give OUT.safetensors or --png FIG.png")
@@ -286,7 +286,7 @@ def _draw_features(
     from sammed3d_backbone.data.preparation import Preparation
     from sammed3d_backbone.evaluation.figures import features_figure
     from sammed3d_backbone.evaluation.voxel_features import feature_grid
-    from sammed3d_backbone.predictor.admission import intensity_of
+    from sammed3d_backbone.inference.interactive.validation import intensity_of
 
     preparation = Preparation(spacing_mm, intensity_of(args.modality), network.img_size[0])
     image, geometry = preparation.image(volume)

@@ -48,8 +48,8 @@ def _weights_findings(weights: str) -> list[Finding]:
     import torch
 
     from sammed3d_backbone import encoder, sam
-    from sammed3d_backbone.checkpoint import OTHER_PARTS, CheckpointError
-    from sammed3d_backbone.factory import CARD_KEY
+    from sammed3d_backbone.loading.checkpoint import OTHER_PARTS, CheckpointError
+    from sammed3d_backbone.loading.factory import CARD_KEY
     from sammed3d_backbone.models.attention import RelPos
     from sammed3d_backbone.models.sam import Sam3D
     from sammed3d_backbone.selftest import phantom

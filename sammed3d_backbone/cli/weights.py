@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sammed3d_backbone.cli import Commands
-    from sammed3d_backbone.pretrained import Weights
+    from sammed3d_backbone.loading.registry import Weights
 
 
 # --- info ------------------------------------------------------------------------------------
@@ -28,8 +28,8 @@ def add_info(commands: "Commands") -> None:
 
 
 def _run_info(args: argparse.Namespace) -> int:
-    from sammed3d_backbone.factory import CARD_KEY
-    from sammed3d_backbone.pretrained import WEIGHTS
+    from sammed3d_backbone.loading.factory import CARD_KEY
+    from sammed3d_backbone.loading.registry import WEIGHTS
 
     if args.weights is None:
         for name, record in WEIGHTS.items():
@@ -40,7 +40,7 @@ def _run_info(args: argparse.Namespace) -> int:
         return 0
     record, tensors, metadata = opened_weights(args.weights)
     if CARD_KEY in metadata:
-        from sammed3d_backbone.export import Card  # imports nibabel
+        from sammed3d_backbone.inference.segmenter import Card  # imports nibabel
 
         print(f"name: {record.name}\nsha256: {record.sha256}")
         print(Card.from_json(metadata[CARD_KEY]))
@@ -61,9 +61,9 @@ def _run_info(args: argparse.Namespace) -> int:
 
 def opened_weights(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
     """The record, tensors and metadata of a file, the record as complete as the file makes it."""
-    from sammed3d_backbone.checkpoint import read
-    from sammed3d_backbone.factory import variant_of
-    from sammed3d_backbone.pretrained import from_metadata, locate, sha256_of
+    from sammed3d_backbone.loading.checkpoint import read
+    from sammed3d_backbone.loading.factory import variant_of
+    from sammed3d_backbone.loading.registry import from_metadata, locate, sha256_of
 
     record, place = locate(weights)
     tensors, metadata = read(place)
@@ -77,7 +77,7 @@ def opened_weights(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str,
 
 def _part(name: str) -> str:
     """The part of the promptable network that a tensor belongs to."""
-    from sammed3d_backbone.checkpoint import ENCODER, OTHER_PARTS
+    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS
 
     if name.startswith((ENCODER, *OTHER_PARTS)):
         return name.split(".")[0]
@@ -106,8 +106,8 @@ def add_convert(commands: "Commands") -> None:
 
 def _run_convert(args: argparse.Namespace) -> int:
     from sammed3d_backbone import __version__
-    from sammed3d_backbone.checkpoint import write
-    from sammed3d_backbone.pretrained import to_metadata
+    from sammed3d_backbone.loading.checkpoint import write
+    from sammed3d_backbone.loading.registry import to_metadata
 
     if args.target.exists() and not args.force:  # before reading hundreds of megabytes
         raise FileExistsError(f"{args.target} exists; choose another name, or pass --force")
@@ -141,9 +141,9 @@ def add_verify(commands: "Commands") -> None:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from sammed3d_backbone.checkpoint import content_sha256
-    from sammed3d_backbone.factory import CARD_KEY
-    from sammed3d_backbone.inflation import is_flat
+    from sammed3d_backbone.loading.checkpoint import content_sha256
+    from sammed3d_backbone.loading.factory import CARD_KEY
+    from sammed3d_backbone.loading.inflation import is_flat
 
     record, tensors, metadata = opened_weights(args.file)
     findings = [hash_finding(record)]
@@ -169,7 +169,7 @@ Finding = tuple[bool | None, str]
 
 def hash_finding(record: "Weights") -> Finding:
     """Whether the file is the one of the table that it seems to be."""
-    from sammed3d_backbone.pretrained import WEIGHTS
+    from sammed3d_backbone.loading.registry import WEIGHTS
 
     for listed in WEIGHTS.values():
         if listed.sha256 == record.sha256:
@@ -195,8 +195,8 @@ def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
     """Whether the file holds a whole encoder or promptable network, by names and shapes."""
     import torch
 
-    from sammed3d_backbone.checkpoint import ENCODER, OTHER_PARTS, CheckpointError, fit
-    from sammed3d_backbone.factory import encoder_like, sam_like
+    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, CheckpointError, fit
+    from sammed3d_backbone.loading.factory import encoder_like, sam_like
 
     if variant is None:
         return False, "the sizes of no known variant; name one with --variant to see what differs"
@@ -218,9 +218,9 @@ def _flat_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: st
     """Whether the encoder of a 2-D file can be inflated, and how to."""
     import torch
 
-    from sammed3d_backbone.checkpoint import CheckpointError
-    from sammed3d_backbone.factory import encoder_like
-    from sammed3d_backbone.inflation import inflate
+    from sammed3d_backbone.loading.checkpoint import CheckpointError
+    from sammed3d_backbone.loading.factory import encoder_like
+    from sammed3d_backbone.loading.inflation import inflate
 
     if variant is None:
         return False, (
@@ -243,7 +243,7 @@ def _flat_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: st
 
 def _model_finding(file: str) -> Finding:
     """Whether a fine-tuned network loads strictly, as `predict` will load it."""
-    from sammed3d_backbone.export import load_model
+    from sammed3d_backbone.inference.segmenter import load_model
 
     try:
         segmenter = load_model(file)

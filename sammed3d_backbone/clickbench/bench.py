@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sammed3d_backbone.clicks import Click, Draws
+from sammed3d_backbone.clickbench.cases import ClickSet, Target
+from sammed3d_backbone.clickbench.journal import Journal, Line, key_of, read_journal
+from sammed3d_backbone.clickbench.protocol import Player, Promptable, Rules, Step
+from sammed3d_backbone.clickbench.scoring import plain, score
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target
-from sammed3d_backbone.evaluation.clickbench.journal import Journal, Line, key_of, read_journal
-from sammed3d_backbone.evaluation.clickbench.protocol import Player, Promptable, Rules, Step
-from sammed3d_backbone.evaluation.clickbench.scoring import plain, score
 from sammed3d_backbone.provenance import resident_bytes
+from sammed3d_backbone.strategies import Click, Draws
 
 
 def header_of(

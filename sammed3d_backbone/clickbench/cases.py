@@ -16,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.clicks import Mask, connected_parts
 from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
 from sammed3d_backbone.data.datasets import Case, DatasetError, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
@@ -24,6 +23,7 @@ from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.strategies import Mask, connected_parts
 
 Modality = Literal["ct", "mr", "us"]
 MODALITIES: dict[str, Modality] = {

@@ -15,7 +15,11 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from sammed3d_backbone.clicks import (
+from sammed3d_backbone.clickbench.cases import Target
+from sammed3d_backbone.clickbench.protocol import Player, Rules, Step, interact
+from sammed3d_backbone.data.geometry import Geometry, nearest_ras
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.strategies import (
     Draws,
     Mask,
     Strategy,
@@ -24,10 +28,6 @@ from sammed3d_backbone.clicks import (
     largest_centre,
     uniform,
 )
-from sammed3d_backbone.data.geometry import Geometry, nearest_ras
-from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import Target
-from sammed3d_backbone.evaluation.clickbench.protocol import Player, Rules, Step, interact
 
 CROP_VOX = 128
 CROP_SPACING_MM = (1.5, 1.5, 1.5)

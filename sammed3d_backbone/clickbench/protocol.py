@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.clicks import Click, Draws, Errors, Mask, Strategy
+from sammed3d_backbone.clickbench.cases import Modality, Target
 from sammed3d_backbone.data.geometry import Triple, TripleMm
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import Modality, Target
+from sammed3d_backbone.strategies import Click, Draws, Errors, Mask, Strategy
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import ClickSet, Target
-from sammed3d_backbone.evaluation.clickbench.journal import (
+from sammed3d_backbone.clickbench.cases import ClickSet, Target
+from sammed3d_backbone.clickbench.journal import (
     Key,
     Line,
     key_of,
@@ -24,12 +23,13 @@ from sammed3d_backbone.evaluation.clickbench.journal import (
     read_journal,
     read_times,
 )
-from sammed3d_backbone.evaluation.clickbench.presets import rules_of
-from sammed3d_backbone.evaluation.clickbench.summary import (
+from sammed3d_backbone.clickbench.presets import rules_of
+from sammed3d_backbone.clickbench.summary import (
     reported_steps,
     summarise,
     times_by_part,
 )
+from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import COLOURS, Shown, as_svg, cases_figure
 from sammed3d_backbone.evaluation.page import (
     bounds,

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from sammed3d_backbone.clicks import Mask
+from sammed3d_backbone.clickbench.protocol import Step
 from sammed3d_backbone.data.geometry import nearest_ras
-from sammed3d_backbone.evaluation.clickbench.protocol import Step
 from sammed3d_backbone.evaluation.metrics import hausdorff95_mm, surface_dice
+from sammed3d_backbone.strategies import Mask
 
 TOLERANCE_MM = 2.0
 DIGITS = 6  # that are kept, so that a file does not depend on the last bit

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.evaluation.clickbench.journal import Key, Line, key_of
-from sammed3d_backbone.evaluation.clickbench.scoring import plain
+from sammed3d_backbone.clickbench.journal import Key, Line, key_of
+from sammed3d_backbone.clickbench.scoring import plain
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 
 FIGURES = ("dice", "nsd_2mm", "nsd", "hd95_mm", "volume_error", "honoured", "kept")

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, shift_mm
-from sammed3d_backbone.data.curation.rules import Rules, Target, without_islands
-from sammed3d_backbone.data.curation.sides import (
+from sammed3d_backbone.curation.rules import Rules, Target, without_islands
+from sammed3d_backbone.curation.sides import (
     MARGIN_MM,
     centre_mm,
     counterpart,
@@ -30,7 +29,8 @@ from sammed3d_backbone.data.curation.sides import (
     separations_mm,
     split,
 )
-from sammed3d_backbone.data.curation.sources import RawCase
+from sammed3d_backbone.curation.sources import RawCase
+from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, shift_mm
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import SUFFIXES, Volume

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from sammed3d_backbone.data.curation.cases import Decision, open_grid, raw_targets
-from sammed3d_backbone.data.curation.rules import PRESETS, Extent, Rules
-from sammed3d_backbone.data.curation.sources import RawSet
+from sammed3d_backbone.curation.cases import Decision, open_grid, raw_targets
+from sammed3d_backbone.curation.rules import PRESETS, Extent, Rules
+from sammed3d_backbone.curation.sources import RawSet
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure

@@ -20,9 +20,9 @@ from typing import Any
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
-from sammed3d_backbone.data.curation.cases import Decision, curate_case, read_case
-from sammed3d_backbone.data.curation.rules import Rules
-from sammed3d_backbone.data.curation.sources import RawSet, read_raw
+from sammed3d_backbone.curation.cases import Decision, curate_case, read_case
+from sammed3d_backbone.curation.rules import Rules
+from sammed3d_backbone.curation.sources import RawSet, read_raw
 from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
 from sammed3d_backbone.files import write_text

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from sammed3d_backbone.data.curation.rules import Target, labelled_parts
+from sammed3d_backbone.curation.rules import Target, labelled_parts
 
 SIDE = re.compile("left|right", re.IGNORECASE)
 OTHER = {"left": "right", "right": "left"}

@@ -3,7 +3,7 @@
 Challenges publish their data in a layout of their own. A `Layout` names it by patterns relative to
 the folder: ``{case}`` is the id of a case and may come several times, ``{class}`` a class where
 every class has a mask of its own, ``{split}`` one of two folder names, ``*`` anything.
-recipes/challenges/ holds those of public challenges.
+recipes/layouts/ holds those of public challenges.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def read_layout(path: Path) -> Layout:
         ValueError: If it does not fit.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no layout at {path}; pass one of recipes/challenges/*.yaml")
+        raise FileNotFoundError(f"no layout at {path}; pass one of recipes/layouts/*.yaml")
     return config.load(Layout, path)
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from sammed3d_backbone.data.geometry import TripleMm
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.inference.interactive.validation import Modality, intensity_of
+from sammed3d_backbone.inference.interactive.windows import Windows
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.predictor.admission import Modality, intensity_of
-from sammed3d_backbone.predictor.windows import Windows
 
 
 @dataclass(frozen=True, eq=False)

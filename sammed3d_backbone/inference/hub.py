@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from sammed3d_backbone.export import Card
-from sammed3d_backbone.pretrained import WEIGHTS
+from sammed3d_backbone.inference.segmenter import Card
+from sammed3d_backbone.loading.registry import WEIGHTS
 
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95, mm"}  # keys of scores.json
 
@@ -52,7 +52,7 @@ def model_page(
         f"```bash\nsammed3d predict {address} IN.nii.gz OUT.nii.gz\n```",
         "```python\n"
         "from sammed3d_backbone.data.volume import Volume\n"
-        "from sammed3d_backbone.export import load_model, segment_volume\n\n"
+        "from sammed3d_backbone.inference.segmenter import load_model, segment_volume\n\n"
         f'segment_volume(load_model("{address}"), Volume.load("IN.nii.gz")).save("OUT.nii.gz")\n'
         "```",
         _list(

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.lora import merged
-from sammed3d_backbone.checkpoint import part_of, read, write
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
-from sammed3d_backbone.inflation import DEPTH_FILTERS
+from sammed3d_backbone.loading.checkpoint import part_of, read, write
+from sammed3d_backbone.loading.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
+from sammed3d_backbone.loading.inflation import DEPTH_FILTERS
+from sammed3d_backbone.loading.registry import locate
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.pretrained import locate
 
 FORMAT = 1
 
@@ -355,7 +355,7 @@ def _largest_parts(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]
         labels: (X, Y, Z), 0 is background.
         returns: (X, Y, Z) of the same type.
     """
-    from sammed3d_backbone.data.curation.rules import labelled_parts
+    from sammed3d_backbone.curation.rules import labelled_parts
 
     kept = np.zeros_like(labels)
     for value in np.unique(labels[labels > 0]):

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from sammed3d_backbone.checkpoint import (
+from sammed3d_backbone.loading.checkpoint import (
     ENCODER,
     OTHER_PARTS,
     STEM,
@@ -27,12 +27,8 @@ from sammed3d_backbone.checkpoint import (
     part_of,
     read,
 )
-from sammed3d_backbone.inflation import Request, inflate, is_flat, request_in
-from sammed3d_backbone.models.attention import RelPos
-from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.models.prompt_encoder import Positions
-from sammed3d_backbone.models.sam import Sam3D
-from sammed3d_backbone.pretrained import (
+from sammed3d_backbone.loading.inflation import Request, inflate, is_flat, request_in
+from sammed3d_backbone.loading.registry import (
     WEIGHTS,
     Weights,
     default_weights,
@@ -40,8 +36,12 @@ from sammed3d_backbone.pretrained import (
     list_weights,
     locate,
 )
-from sammed3d_backbone.variants import VARIANTS, Variant
-from sammed3d_backbone.variants import variant as variant_sizes
+from sammed3d_backbone.loading.variants import VARIANTS, Variant
+from sammed3d_backbone.loading.variants import variant as variant_sizes
+from sammed3d_backbone.models.attention import RelPos
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+from sammed3d_backbone.models.prompt_encoder import Positions
+from sammed3d_backbone.models.sam import Sam3D
 
 __all__ = ["encoder", "encoder_like", "list_weights", "sam", "sam_like", "variant_of"]
 

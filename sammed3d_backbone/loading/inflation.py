@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from sammed3d_backbone.checkpoint import (
+from sammed3d_backbone.loading.checkpoint import (
     ENCODER,
     STEM,
     Change,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sammed3d_backbone.variants import VARIANTS
+from sammed3d_backbone.loading.variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from monai.losses import DiceLoss
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sammed3d_backbone.clicks import Click, Draws, Errors, largest_centre
 from sammed3d_backbone.models.prompt_encoder import Points
 from sammed3d_backbone.models.sam import Sam3D
+from sammed3d_backbone.strategies import Click, Draws, Errors, largest_centre
 
 # Nothing in an interaction reads them: the first step has a mask of zeros, and one mask is asked
 # for. Without a gradient they would stall several processes, and weight decay would shrink them.

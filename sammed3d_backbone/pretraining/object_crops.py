@@ -25,7 +25,7 @@ from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.preparation import load_image, load_label
-from sammed3d_backbone.data.synthetic import Synthesis, synthetic_sample
+from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 
 Crop = tuple[Tensor, Tensor]  # image and labels
 PARTS_OF_PATCH = 8

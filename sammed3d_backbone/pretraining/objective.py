@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sammed3d_backbone.models.sam import Sam3D
-from sammed3d_backbone.training.contrast import Contrast
-from sammed3d_backbone.training.interaction import Interaction
-from sammed3d_backbone.training.reconstruction import Reconstruction
+from sammed3d_backbone.pretraining.click_loss import Interaction
+from sammed3d_backbone.pretraining.contrast import Contrast
+from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 
 
 class Objective(nn.Module):

@@ -26,7 +26,7 @@ from sammed3d_backbone.training import optim
 
 # What a process holds beside its tensors: once, the code and threads of the kernels, on a CPU; and
 # in proportion, freed blocks that fit nothing and the kernels' own copies. Chosen by what
-# recipes/step_cost.py measures.
+# recipes/benchmarks/step_cost.py measures.
 KERNELS = 100 * 2**20  # bytes
 SLACK = 0.1
 

@@ -6,8 +6,8 @@ from foreign import ConvEncoder
 from torch import nn
 
 from sammed3d_backbone.adapters.contract import check_encoder
+from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.variants import VARIANTS
 
 
 def reduced(name, rel_pos="released"):

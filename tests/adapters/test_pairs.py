@@ -1,11 +1,11 @@
-"""Every encoder under every adapter: the pairs and checks of recipes/check_adapters.py."""
+"""Every encoder under every adapter: the pairs and checks of tests/checks/check_adapters.py."""
 
 import pytest
 import torch
 from check_adapters import CHECKS, CUBE, ENCODERS, NETWORKS, NOTES, PYRAMIDS, Pair
 
 from sammed3d_backbone.adapters.contract import check_encoder
-from sammed3d_backbone.export import adapters
+from sammed3d_backbone.inference.segmenter import adapters
 
 
 @pytest.mark.parametrize("source", ENCODERS.values(), ids=ENCODERS)

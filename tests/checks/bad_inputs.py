@@ -1,6 +1,6 @@
 """What happens with bad inputs: the message, and what is left on disk.
 
-    python recipes/bad_inputs.py      # runs all of them, writes recipes/results/bad_inputs.md
+    python tests/checks/bad_inputs.py  # runs all, writes results/bad_inputs.md
 
 Each row spoils a small data set, a configuration or a file in its own way and then runs the recipe
 or `sammed3d predict` on it, in a folder of its own. tests/recipes/test_bad_inputs.py runs the same
@@ -21,17 +21,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import finetune_unetr
 import nibabel as nib
 import numpy as np
 import torch
-from finetune_unetr import Config
+from sammed3d_backbone.recipes import finetune_unetr
+from sammed3d_backbone.recipes.finetune_unetr import Config
 from torch import Tensor
 from tqdm import tqdm
 
 from sammed3d_backbone import cli, config, encoder
-from sammed3d_backbone.checkpoint import write
-from sammed3d_backbone.export import Card, Segmenter, build_network, save_model
+from sammed3d_backbone.inference.segmenter import Card, Segmenter, build_network, save_model
+from sammed3d_backbone.loading.checkpoint import write
 from sammed3d_backbone.training.runs import open_run
 
 HERE = Path(__file__).parent
@@ -485,7 +485,7 @@ def main() -> None:
     lines = [
         "# Bad inputs",
         "",
-        "Written by `python recipes/bad_inputs.py`. Rows before the last eight run",
+        "Written by `python tests/checks/bad_inputs.py`. Rows before the last eight run",
         "`finetune_unetr.py` on a toy data set in `data/`; those run `sammed3d predict`.",
         "",
         "| given | message | left on disk |",

@@ -1,6 +1,6 @@
 """Every encoder under every adapter: what an adapter promises, checked pair by pair.
 
-    python recipes/check_adapters.py      # -> results/adapters.md
+    python tests/checks/check_adapters.py      # -> results/adapters.md
 
 Encoders are this package's and two of MONAI's behind the contract, adapters the pyramids and the
 networks that cards name. tests/adapters/test_pairs.py runs the same pairs.
@@ -24,9 +24,9 @@ from tqdm import tqdm
 from sammed3d_backbone import encoder
 from sammed3d_backbone.adapters.contract import Encoder, check_encoder
 from sammed3d_backbone.adapters.pyramid import KINDS, Pyramid, pyramid
-from sammed3d_backbone.checkpoint import read, write
-from sammed3d_backbone.export import Card, Segmenter, adapters, load_model, save_model
 from sammed3d_backbone.files import write_text
+from sammed3d_backbone.inference.segmenter import Card, Segmenter, adapters, load_model, save_model
+from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.freezing import set_frozen
 
@@ -126,7 +126,7 @@ def described(rel_pos: str, channels: int = 1) -> dict[str, Any]:
     return {"variant": "tiny", "rel_pos": rel_pos, "in_chans": channels, "img_size": CUBE[0]}
 
 
-monai_vit = runpy.run_path(str(HERE.parent / "examples/use_your_own_encoder.py"))["MonaiViT"]
+monai_vit = runpy.run_path(str(HERE.parents[1] / "examples/use_your_own_encoder.py"))["MonaiViT"]
 released, axial = (partial(tiny, rel_pos) for rel_pos in ("released", "axial"))
 ENCODERS = {
     "tiny, released positions": Source(released, ODD_CUBE, 1, described("released")),
@@ -280,7 +280,8 @@ def table() -> str:
             "",
             *lines,
             "",
-            f"`python recipes/check_adapters.py`, torch {about['torch']}, MONAI {about['monai']}, "
+            f"`python tests/checks/check_adapters.py`, torch {about['torch']}, "
+            f"MONAI {about['monai']}, "
             f"commit {about['commit']}, {about['date']}.",
             "",
         ]

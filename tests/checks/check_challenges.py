@@ -1,8 +1,8 @@
 """Every challenge config on made-up files in its layout: model, batch, step, prediction.
 
-    python recipes/check_challenges.py            # each at its own size -> results/challenges.json
-    python recipes/check_challenges.py kits brats # these only; the others keep their figures
-    python recipes/check_challenges.py --table    # the table of recipes/README.md from that file
+    python tests/checks/check_challenges.py        # each at its own size
+    python tests/checks/check_challenges.py kits brats  # these only
+    python tests/checks/check_challenges.py --table  # the README's table
 
 The files hold noise, so nothing is learned here; what shows is that the layout is read, and that
 channels, classes, spacing and crop fit the network. Weights are random: no download. Each config
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from finetune_unetr import Config, choose_cases, make_card
+from sammed3d_backbone.recipes.finetune_unetr import Config, choose_cases, make_card
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -34,13 +34,14 @@ from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.layouts import SPLITS, Layout, read_layout
 from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import Segmenter, build_network, segment_volume
-from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining
+from sammed3d_backbone.inference.segmenter import Segmenter, build_network, segment_volume
+from sammed3d_backbone.loading.registry import WEIGHTS, seen_in_pretraining
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training import memory, optim
 from sammed3d_backbone.training.losses import partial_dice_ce
 
 HERE = Path(__file__).parent
+RECIPES = HERE.parents[1] / "recipes"
 CASES = 3
 # How the ids of a challenge look, and what stands for the asterisks of its patterns.
 LOOKS = {
@@ -88,7 +89,7 @@ DECATHLON = {
 def challenge_configs() -> dict[str, Path]:
     """The configs that this checks: those of a layout or of a Decathlon task, by name."""
     found = {}
-    for path in sorted((HERE / "configs").glob("*.yaml")):
+    for path in sorted((RECIPES / "configs").glob("*.yaml")):
         cfg = config.load(Config, path)
         if cfg.layout is not None or cfg.data in DECATHLON:
             found[path.stem] = path
@@ -100,7 +101,7 @@ def write_files(folder: Path, cfg: Config) -> None:
     if cfg.layout is None:
         write_decathlon(folder, DECATHLON[cfg.data])
     else:
-        write_layout(folder, HERE / cfg.layout)
+        write_layout(folder, RECIPES / cfg.layout)
 
 
 def make_case(channels: int, classes: int, seed: int) -> tuple[Volume, np.ndarray]:
@@ -266,7 +267,7 @@ def remark(row: Mapping[str, Any]) -> str:
 
 def layout_of(stem: str) -> Layout:
     """The layout of a challenge."""
-    return read_layout(HERE / "challenges" / f"{stem}.yaml")
+    return read_layout(RECIPES / "layouts" / f"{stem}.yaml")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Processes, accumulation and kills change nothing: the recipe against itself, on boxes.
 
-    python recipes/equality_check.py                # writes recipes/results/equality.json
+    python tests/checks/equality_check.py                # writes tests/checks/results/equality.json
 
 Two processes on half batches, and one that accumulates half batches, are compared with one process
 on whole batches: losses and weights differ by rounding only. Then runs, of one process and of two,
@@ -29,10 +29,10 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import finetune_unetr
 import numpy as np
 import torch
 from safetensors import safe_open
+from sammed3d_backbone.recipes import finetune_unetr
 
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.volume import Volume

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture(scope="module")
 def committed(pytestconfig):
     """The lines of the committed table."""
-    path = pytestconfig.rootpath / "recipes/results/bad_inputs.md"
+    path = pytestconfig.rootpath / "tests/checks/results/bad_inputs.md"
     return path.read_text(encoding="utf-8").splitlines()
 
 

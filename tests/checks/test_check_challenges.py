@@ -5,10 +5,10 @@ import json
 import check_challenges
 import pytest
 from check_challenges import DECATHLON, LOOKS, challenge_configs, check, remark
-from finetune_unetr import Config
+from sammed3d_backbone.recipes.finetune_unetr import Config
 
 from sammed3d_backbone import config
-from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining
+from sammed3d_backbone.loading.registry import WEIGHTS, seen_in_pretraining
 
 SMALL = {
     "variant": "tiny",
@@ -32,12 +32,12 @@ def test_a_challenge_is_read_built_trained_and_predicted(name):
 
 
 def test_the_other_edition_of_brats_is_a_layout_away():
-    found = check(challenge_configs()["brats"], {**SMALL, "layout": "challenges/brats2021.yaml"})
+    found = check(challenge_configs()["brats"], {**SMALL, "layout": "layouts/brats2021.yaml"})
     assert (found["name"], found["classes"], len(found["channels"])) == ("BraTS21", 3, 4)
 
 
 def test_every_layout_is_tried_and_every_task_of_the_decathlon_has_a_config(root):
-    assert {path.stem for path in (root / "recipes/challenges").iterdir()} == set(LOOKS)
+    assert {path.stem for path in (root / "recipes/layouts").iterdir()} == set(LOOKS)
     configs = [config.load(Config, path) for path in challenge_configs().values()]
     assert {cfg.data for cfg in configs if cfg.layout is None} == set(DECATHLON)
 
@@ -59,7 +59,7 @@ def test_left_and_right_are_never_mirrored_into_each_other():
 
 
 def test_the_committed_figures_are_of_these_configs(root):
-    result = json.loads((root / "recipes/results/challenges.json").read_text())
+    result = json.loads((root / "tests/checks/results/challenges.json").read_text())
     assert set(result["configs"]) == set(challenge_configs())
     for name, row in result["configs"].items():
         cfg = config.load(Config, challenge_configs()[name])

@@ -27,7 +27,7 @@ def figures(root, tmp_path_factory):
     """What the check wrote; its runs are forks of one process, started once."""
     out = tmp_path_factory.mktemp("equality") / "equality.json"
     subprocess.run(
-        [sys.executable, root / "recipes/equality_check.py", "--kills", "10", "--out", out],
+        [sys.executable, root / "tests/checks/equality_check.py", "--kills", "10", "--out", out],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
@@ -51,7 +51,7 @@ def test_runs_killed_again_and_again_end_with_the_same_bits(figures):
 
 
 def test_the_committed_figures_are_of_equal_runs(root):
-    committed = json.loads((root / "recipes/results/equality.json").read_text())
+    committed = json.loads((root / "tests/checks/results/equality.json").read_text())
     assert committed["kills"]["total"] >= 20
     assert max(committed["largest_difference"].values()) < 1e-4
     assert committed["equal_to_the_last_bit"] == dict.fromkeys(SAME, True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sammed3d_backbone import encoder, sam
-from sammed3d_backbone.checkpoint import ENCODER, read
 from sammed3d_backbone.cli import main
-from sammed3d_backbone.pretrained import WEIGHTS, Weights
-from sammed3d_backbone.variants import VARIANTS, DecoderSizes, Variant
+from sammed3d_backbone.loading.checkpoint import ENCODER, read
+from sammed3d_backbone.loading.registry import WEIGHTS, Weights
+from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
 
 
 @pytest.fixture(autouse=True)

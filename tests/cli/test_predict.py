@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sammed3d_backbone import encoder
-from sammed3d_backbone.checkpoint import read, write
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import load_model
+from sammed3d_backbone.inference.segmenter import load_model
+from sammed3d_backbone.loading.checkpoint import read, write
 
 AFFINE = np.array([[0, 0, -2.0, 5], [-1.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1]])
 

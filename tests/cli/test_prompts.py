@@ -9,10 +9,10 @@ import torch
 from standin import StandIn
 
 from sammed3d_backbone import encoder
-from sammed3d_backbone.checkpoint import read
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor.features import token_maps
+from sammed3d_backbone.inference.features import token_maps
+from sammed3d_backbone.loading.checkpoint import read
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.5, 0, 31], [0, 0, 1.5, -7], [0, 0, 0, 1]])
 

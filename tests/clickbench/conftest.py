@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from standins import Sphere, box, made_set, played_into
 
+from sammed3d_backbone.clickbench.cases import Target
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import Target
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import pytest
 from standins import SHORT, Broken, Sphere, played_into
 
+from sammed3d_backbone.clickbench.bench import first_difference
+from sammed3d_backbone.clickbench.cases import read_click_set
+from sammed3d_backbone.clickbench.journal import mask_path, read_journal, read_times
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.bench import first_difference
-from sammed3d_backbone.evaluation.clickbench.cases import read_click_set
-from sammed3d_backbone.evaluation.clickbench.journal import mask_path, read_journal, read_times
 
 
 @pytest.fixture

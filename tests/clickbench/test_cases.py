@@ -8,13 +8,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sammed3d_backbone.data.datasets import DatasetError
-from sammed3d_backbone.evaluation.clickbench.cases import (
+from sammed3d_backbone.clickbench.cases import (
     MODEL_MASKS,
     ClickCase,
     ClickSet,
     read_click_set,
 )
+from sammed3d_backbone.data.datasets import DatasetError
 
 
 def targets(click_set, **changed):

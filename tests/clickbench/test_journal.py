@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from standins import Sphere, played_into
 
+from sammed3d_backbone.clickbench.journal import mask_path, read_journal, read_times
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.journal import mask_path, read_journal, read_times
 
 
 def text(folder):

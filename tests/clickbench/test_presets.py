@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from standins import Fixed, Sphere, box
 
-from sammed3d_backbone.clicks import Draws
-from sammed3d_backbone.evaluation.clickbench.bench import played
-from sammed3d_backbone.evaluation.clickbench.presets import RULES, rules_of
-from sammed3d_backbone.evaluation.clickbench.protocol import Player
+from sammed3d_backbone.clickbench.bench import played
+from sammed3d_backbone.clickbench.presets import RULES, rules_of
+from sammed3d_backbone.clickbench.protocol import Player
+from sammed3d_backbone.strategies import Draws
 
 EVERY = [*RULES, "slicewise-2"]
 

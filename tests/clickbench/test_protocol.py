@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from standins import Broken, Fixed, Sphere, box
 
-from sammed3d_backbone.clicks import Draws, largest_centre
-from sammed3d_backbone.evaluation.clickbench.presets import whole_volume
-from sammed3d_backbone.evaluation.clickbench.protocol import Player
+from sammed3d_backbone.clickbench.presets import whole_volume
+from sammed3d_backbone.clickbench.protocol import Player
+from sammed3d_backbone.strategies import Draws, largest_centre
 
 
 def play(model, target, steps=4):

@@ -6,10 +6,10 @@ import shutil
 import pytest
 from standins import SHORT, Sphere, played_into
 
-from sammed3d_backbone.evaluation.clickbench.cases import MODEL_MASKS, read_click_set
-from sammed3d_backbone.evaluation.clickbench.presets import RULES
-from sammed3d_backbone.evaluation.clickbench.report import write_report
-from sammed3d_backbone.evaluation.clickbench.summary import times_by_part
+from sammed3d_backbone.clickbench.cases import MODEL_MASKS, read_click_set
+from sammed3d_backbone.clickbench.presets import RULES
+from sammed3d_backbone.clickbench.report import write_report
+from sammed3d_backbone.clickbench.summary import times_by_part
 
 
 @pytest.fixture

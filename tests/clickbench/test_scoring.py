@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from standins import Flickering, Sphere, box
 
-from sammed3d_backbone.evaluation.clickbench.protocol import Step
-from sammed3d_backbone.evaluation.clickbench.scoring import score, slice_likeness
+from sammed3d_backbone.clickbench.protocol import Step
+from sammed3d_backbone.clickbench.scoring import score, slice_likeness
 
 SHAPE = (12, 12, 12)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sammed3d_backbone.evaluation.clickbench.journal import read_journal
-from sammed3d_backbone.evaluation.clickbench.presets import RULES, rules_of
-from sammed3d_backbone.evaluation.clickbench.summary import (
+from sammed3d_backbone.clickbench.journal import read_journal
+from sammed3d_backbone.clickbench.presets import RULES, rules_of
+from sammed3d_backbone.clickbench.summary import (
     compare,
     played_targets,
     reported_steps,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from blocks import SHAPE, block
 
-from sammed3d_backbone.data.curation.cases import curate_case, read_case
-from sammed3d_backbone.data.curation.rules import PRESETS
-from sammed3d_backbone.data.curation.sources import read_raw
+from sammed3d_backbone.curation.cases import curate_case, read_case
+from sammed3d_backbone.curation.rules import PRESETS
+from sammed3d_backbone.curation.sources import read_raw
 from sammed3d_backbone.data.volume import Volume
 
 

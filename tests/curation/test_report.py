@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from sammed3d_backbone.data.curation.rules import PRESETS
-from sammed3d_backbone.data.curation.runs import Workers, curate
+from sammed3d_backbone.curation.report import summarise, write_report
+from sammed3d_backbone.curation.rules import PRESETS
+from sammed3d_backbone.curation.runs import Workers, curate
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.curation import summarise, write_report
 
 NAMES = {1: "liver", 2: "cyst", 3: "kidneys", 4: "colon"}
 

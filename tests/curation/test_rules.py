@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sammed3d_backbone.data.curation.rules import PRESETS, Rules, Target, preset, without_islands
+from sammed3d_backbone.curation.rules import PRESETS, Rules, Target, preset, without_islands
 from sammed3d_backbone.data.volume import Volume
 
 PLAIN = Rules(source="a test")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from blocks import SHAPE, block
 
-from sammed3d_backbone.data.curation import runs
-from sammed3d_backbone.data.curation.rules import PRESETS, Rules
-from sammed3d_backbone.data.curation.runs import Workers, curate
+from sammed3d_backbone.curation import runs
+from sammed3d_backbone.curation.rules import PRESETS, Rules
+from sammed3d_backbone.curation.runs import Workers, curate
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import Preparation, load_image, load_label, prepare_cases
 

@@ -4,8 +4,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sammed3d_backbone.data.curation.rules import Target
-from sammed3d_backbone.data.curation.sides import (
+from sammed3d_backbone.curation.rules import Target
+from sammed3d_backbone.curation.sides import (
     centre_mm,
     counterpart,
     is_pair,

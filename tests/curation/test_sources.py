@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from blocks import block
 
-from sammed3d_backbone.data.curation.cases import open_grid, raw_targets
-from sammed3d_backbone.data.curation.sources import read_raw
+from sammed3d_backbone.curation.cases import open_grid, raw_targets
+from sammed3d_backbone.curation.sources import read_raw
 from sammed3d_backbone.data.datasets import DatasetError
 from sammed3d_backbone.data.layouts import Layout
 

@@ -83,7 +83,7 @@ def test_any_volume_comes_back_from_the_network(case):
 
 
 def test_the_committed_check_covers_every_orientation_and_is_within_its_bounds(root):
-    result = json.loads((root / "recipes/results/geometry.json").read_text())
+    result = json.loads((root / "tests/checks/results/geometry.json").read_text())
     assert result["orientations"] == 48
     assert result["cases"] >= 1000
     assert result["bounds"] == BOUNDS

@@ -204,5 +204,5 @@ def test_a_layout_is_a_flat_yaml_file(tmp_path):
         ValueError, match=r"layout\.yaml: unknown key 'clases'; did you mean 'classes'"
     ):
         read_layout(path)
-    with pytest.raises(FileNotFoundError, match=r"pass one of recipes/challenges/\*\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"pass one of recipes/layouts/\*\.yaml"):
         read_layout(tmp_path / "none.yaml")

@@ -13,8 +13,14 @@ from huggingface_hub import constants
 from sammed3d_backbone import encoder
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import Card, Segmenter, build_network, load_model, save_model
-from sammed3d_backbone.publish import model_page, push_model
+from sammed3d_backbone.inference.hub import model_page, push_model
+from sammed3d_backbone.inference.segmenter import (
+    Card,
+    Segmenter,
+    build_network,
+    load_model,
+    save_model,
+)
 
 loopback_hub = hub_server.loopback_hub  # a fixture
 # huggingface_hub hands its upload to httpx in a way that httpx has deprecated.

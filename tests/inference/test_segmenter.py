@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sammed3d_backbone.adapters.unetr import unetr
-from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import (
+from sammed3d_backbone.inference.segmenter import (
     CARD_KEY,
     Card,
     Segmenter,
@@ -23,7 +22,8 @@ from sammed3d_backbone.export import (
     segment_volume,
     without_folder,
 )
-from sammed3d_backbone.factory import encoder
+from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.loading.factory import encoder
 
 loopback_hub = hub_server.loopback_hub  # a fixture
 

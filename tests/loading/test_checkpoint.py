@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sammed3d_backbone.checkpoint import (
+from sammed3d_backbone.loading.checkpoint import (
     ENCODER,
     STEM,
     CheckpointError,
@@ -28,7 +28,7 @@ from sammed3d_backbone.checkpoint import (
     write,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "keys_vit_b.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "keys_vit_b.json"
 
 
 @pytest.fixture(scope="module")

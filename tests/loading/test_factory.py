@@ -4,30 +4,26 @@ import argparse
 import dataclasses
 import doctest
 import hashlib
-import importlib.util
 import json
 import os
 from pathlib import Path
 
+import hub_server
 import numpy as np
 import pytest
 import torch
 
 import sammed3d_backbone
-from sammed3d_backbone import encoder, factory, list_weights, sam
-from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, write
-from sammed3d_backbone.factory import CARD_KEY, encoder_like, sam_like, variant_of
-from sammed3d_backbone.pretrained import DEFAULT_WEIGHTS, WEIGHTS, Weights, to_metadata
-from sammed3d_backbone.variants import VARIANTS, DecoderSizes, Variant
+from sammed3d_backbone import encoder, list_weights, sam
+from sammed3d_backbone.loading import factory
+from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
+from sammed3d_backbone.loading.factory import CARD_KEY, encoder_like, sam_like, variant_of
+from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights, to_metadata
+from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
 
-_spec = importlib.util.spec_from_file_location(
-    "hub_server", Path(__file__).with_name("hub_server.py")
-)
-hub_server = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_server)
 loopback_hub = hub_server.loopback_hub  # a fixture
 
-GOLDEN = Path(__file__).parent / "golden" / "keys_vit_b.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "keys_vit_b.json"
 TOY = Variant(
     img_size=32,
     patch_size=8,

@@ -1,10 +1,10 @@
 """From a 2-D network to a 3-D one: each rule on paper, and the whole against timm's own."""
 
 import dataclasses
-import importlib.util
 from functools import partial
 from pathlib import Path
 
+import hub_server
 import pytest
 import safetensors.torch
 import torch
@@ -12,18 +12,13 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
-from sammed3d_backbone.checkpoint import ENCODER, CheckpointError, write
 from sammed3d_backbone.cli import main
-from sammed3d_backbone.export import adapters
-from sammed3d_backbone.inflation import Request, inflate, request_in
-from sammed3d_backbone.pretrained import WEIGHTS, seen_in_pretraining, to_metadata
-from sammed3d_backbone.variants import VARIANTS, Variant
+from sammed3d_backbone.inference.segmenter import adapters
+from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
+from sammed3d_backbone.loading.inflation import Request, inflate, request_in
+from sammed3d_backbone.loading.registry import WEIGHTS, seen_in_pretraining, to_metadata
+from sammed3d_backbone.loading.variants import VARIANTS, Variant
 
-_spec = importlib.util.spec_from_file_location(
-    "hub_server", Path(__file__).with_name("hub_server.py")
-)
-hub_server = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_server)
 loopback_hub = hub_server.loopback_hub  # a fixture
 
 SIZES = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "window_size": 2}

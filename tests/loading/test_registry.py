@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -10,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import pytest
 from huggingface_hub import constants
 
-from sammed3d_backbone import pretrained
-from sammed3d_backbone.pretrained import (
+from sammed3d_backbone.loading import registry as pretrained
+from sammed3d_backbone.loading.registry import (
     DEFAULT_WEIGHTS,
     LISTED,
     SA_MED3D_140K,
@@ -29,19 +29,14 @@ from sammed3d_backbone.pretrained import (
     sha256_of,
     to_metadata,
 )
-from sammed3d_backbone.variants import VARIANTS
+from sammed3d_backbone.loading.variants import VARIANTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONTENT = bytes(range(256)) * 4096  # 1 MiB, as good as weights for everything in this file
 REPO, FILE = "someone/net", "deep/net.safetensors"
 HUB_FILE = f"{REPO}:{FILE}"
 
 
-_spec = importlib.util.spec_from_file_location(
-    "hub_server", Path(__file__).with_name("hub_server.py")
-)
-hub_server = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hub_server)
 loopback_hub = hub_server.loopback_hub  # a fixture
 
 
@@ -383,7 +378,7 @@ def test_the_environment_alone_steers_a_download(at_hub, tmp_path):
     """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, each in a process of its own."""
     at_hub.tokens[REPO] = "hf_right"
     code = (
-        "import sys; from sammed3d_backbone.pretrained import locate;"
+        "import sys; from sammed3d_backbone.loading.registry import locate;"
         "print(locate(sys.argv[1])[1].read_bytes() == bytes(range(256)) * 4096)"
     )
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from sammed3d_backbone import encoder, sam
-from sammed3d_backbone.checkpoint import read
 from sammed3d_backbone.data.datasets import read_fold
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.objects import Curriculum, ObjectStream, Scans, read_scan
-from sammed3d_backbone.pretrained import (
+from sammed3d_backbone.loading.checkpoint import read
+from sammed3d_backbone.loading.registry import (
     WEIGHTS,
     Weights,
     describe,
@@ -19,7 +18,8 @@ from sammed3d_backbone.pretrained import (
     locate,
     seen_in_pretraining,
 )
-from sammed3d_backbone.training.interaction import dice_per_click
+from sammed3d_backbone.pretraining.click_loss import dice_per_click
+from sammed3d_backbone.pretraining.object_crops import Curriculum, ObjectStream, Scans, read_scan
 
 SHIPPED = sorted(name for name, record in WEIGHTS.items() if record.repo_id is None)
 LARGEST_MB = 24

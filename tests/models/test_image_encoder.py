@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import Case, compare, pair, relative_error
+from sammed3d_backbone.recipes.benchmarks.parity import Case, compare, pair, relative_error
 from torch import nn
 
+from sammed3d_backbone.loading.variants import VARIANTS, variant
 from sammed3d_backbone.models.image_encoder import (
     ImageEncoder3D,
     resample_patch_filter,
     resample_pos_embed,
 )
-from sammed3d_backbone.variants import VARIANTS, variant
 
 
 def make(generator, **changes):

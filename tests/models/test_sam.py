@@ -5,14 +5,19 @@ import math
 
 import pytest
 import torch
-from parity import PromptCase, compare_prompts, prompt_pair, relative_error
+from sammed3d_backbone.recipes.benchmarks.parity import (
+    PromptCase,
+    compare_prompts,
+    prompt_pair,
+    relative_error,
+)
 from torch import nn
 
 from sammed3d_backbone import sam
+from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
 from sammed3d_backbone.models.prompt_encoder import PromptEncoder3D
 from sammed3d_backbone.models.two_way import TwoWayLayer
-from sammed3d_backbone.variants import VARIANTS
 
 SMALL = {"embed_dim": 48, "side": 64, "grid": 4, "mlp_dim": 64, "iou_head_hidden_dim": 32}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.training.interaction import (
+from sammed3d_backbone.pretraining.click_loss import (
     UNREAD,
     Interaction,
     dice_per_click,

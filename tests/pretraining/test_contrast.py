@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.training.contrast import Contrast
+from sammed3d_backbone.pretraining.contrast import Contrast
 
 SIDE = 16  # 2 x 2 x 2 tokens, 64 parts of 4 voxels a side
 

@@ -3,7 +3,7 @@
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.training.starts import rehearse_places, start_afresh
+from sammed3d_backbone.pretraining.init import rehearse_places, start_afresh
 
 
 def test_places_are_told_apart_and_linear_layers_keep_the_scale():

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sammed3d_backbone.data.datasets import Case, DatasetError
-from sammed3d_backbone.data.objects import (
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.pretraining.object_crops import (
     Curriculum,
     MadeUp,
     ObjectStream,
@@ -14,7 +15,6 @@ from sammed3d_backbone.data.objects import (
     Scans,
     read_scan,
 )
-from sammed3d_backbone.data.volume import Volume
 
 
 def scan_of_two(spacing_mm=(1.0, 1.0, 2.0)):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.training.contrast import Contrast
-from sammed3d_backbone.training.interaction import Interaction
-from sammed3d_backbone.training.objective import Objective
-from sammed3d_backbone.training.reconstruction import Reconstruction
+from sammed3d_backbone.pretraining.click_loss import Interaction
+from sammed3d_backbone.pretraining.contrast import Contrast
+from sammed3d_backbone.pretraining.objective import Objective
+from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 
 SIDE = 16
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.training.reconstruction import Reconstruction
+from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from sammed3d_backbone.data.synthetic import Synthesis, synthetic_sample
+from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 
 SEEDS = range(12)
 

@@ -3,7 +3,7 @@
 import equality_check
 import pytest
 import torch
-from derive_channels import derive_channels
+from sammed3d_backbone.recipes.studies.derive_channels import derive_channels
 
 
 @pytest.fixture(scope="session")

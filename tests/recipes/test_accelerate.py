@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from finetune_unetr import Config
+from sammed3d_backbone.recipes.finetune_unetr import Config
 
 from sammed3d_backbone import config
 

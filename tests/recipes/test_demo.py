@@ -3,16 +3,16 @@
 import json
 
 import check_challenges
-import demo
 import numpy as np
 import pytest
-from prepare_demo_data import GAP_MM, NOTE, write_demo_data
+from sammed3d_backbone.recipes import demo
+from sammed3d_backbone.recipes.prepare_demo_data import GAP_MM, NOTE, write_demo_data
 
 from sammed3d_backbone import encoder
-from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.data.datasets import read_fold
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import Preparation, load_image, prepare_cases
+from sammed3d_backbone.loading.checkpoint import write
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def test_ct_is_treated_as_ct(toy_data, runs, tmp_path):
 
 
 def test_a_folder_that_a_layout_describes_is_taken(tmp_path, runs, root):
-    check_challenges.write_layout(tmp_path, root / "recipes/challenges/kits.yaml")
-    cfg = demo.configure({"data": str(tmp_path), "layout": "challenges/kits.yaml"})
+    check_challenges.write_layout(tmp_path, root / "recipes/layouts/kits.yaml")
+    cfg = demo.configure({"data": str(tmp_path), "layout": "layouts/kits.yaml"})
     assert (cfg.name, cfg.intensity) == ("demo_KiTS23", "ct")
 
 

@@ -2,11 +2,11 @@
 
 import json
 
-import evaluate
 import numpy as np
 import pytest
-from finetune_unetr import Config
-from finetune_unetr import main as finetune
+from sammed3d_backbone.recipes import evaluate
+from sammed3d_backbone.recipes.finetune_unetr import Config
+from sammed3d_backbone.recipes.finetune_unetr import main as finetune
 
 from sammed3d_backbone.data.volume import Volume
 

@@ -9,29 +9,35 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import finetune_unetr
 import numpy as np
 import pytest
 import torch
-from finetune_unetr import Config, augmentation, main, make_card, make_model
 from safetensors.torch import load_file
+from sammed3d_backbone.recipes import finetune_unetr
+from sammed3d_backbone.recipes.finetune_unetr import (
+    Config,
+    augmentation,
+    main,
+    make_card,
+    make_model,
+)
 
 from sammed3d_backbone import config, encoder
-from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.export import (
+from sammed3d_backbone.inference.segmenter import (
     Segmenter,
     load_model,
     save_model,
     segment_volume,
     take_over,
 )
+from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.training import engine
 from sammed3d_backbone.training.runs import Run
-from sammed3d_backbone.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))

@@ -9,12 +9,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pretrain_promptable
 import pytest
 import torch
-from pretrain_promptable import Config, choose_cases, main
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sammed3d_backbone.recipes import pretrain_promptable
+from sammed3d_backbone.recipes.pretrain_promptable import Config, choose_cases, main
 
 from sammed3d_backbone import config, encoder, sam
 from sammed3d_backbone.training.runs import Run
@@ -199,9 +199,9 @@ def test_impossible_knobs_are_refused(small, changes, remedy):
         replace(small, **changes)
 
 
-@pytest.mark.parametrize("stage", ["pretrain_tiny", "pretrain_tiny_stage2"])
+@pytest.mark.parametrize("stage", ["tiny", "tiny_stage2"])
 def test_the_configuration_for_two_cores_keeps_what_is_to_be_transferred_to_out(stage):
-    cfg = config.load(Config, RECIPE.parent / f"{stage}.yaml")
+    cfg = config.load(Config, RECIPE.parent / f"configs/pretrain/{stage}.yaml")
     assert set(cfg.exclude) == {"hippocampus", "voxelmorph_brain"}
     assert cfg.held_out_folds == (0, 1)
     assert not {source.split("/")[-1] for source in cfg.sources} & set(cfg.exclude)

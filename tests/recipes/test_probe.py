@@ -4,18 +4,17 @@ import json
 from dataclasses import replace
 
 import equality_check
-import finetune_unetr
 import numpy as np
-import probe
 import pytest
-from probe import Config, main, voxels_of
+from sammed3d_backbone.recipes import finetune_unetr, probe
+from sammed3d_backbone.recipes.probe import Config, main, voxels_of
 
 from sammed3d_backbone import config, encoder
-from sammed3d_backbone.checkpoint import write
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import Preparation
 from sammed3d_backbone.evaluation.probes import PROBES
-from sammed3d_backbone.export import Segmenter, build_network, save_model
+from sammed3d_backbone.inference.segmenter import Segmenter, build_network, save_model
+from sammed3d_backbone.loading.checkpoint import write
 
 
 @pytest.fixture
@@ -164,5 +163,5 @@ def test_wrong_weights_are_refused_before_anything_is_probed(cfg, probed):
 
 
 def test_the_committed_probe_can_be_read(root):
-    cfg = config.load(Config, root / "recipes/probe_hippocampus.yaml", ["weights=FILE"])
+    cfg = config.load(Config, root / "recipes/configs/probe/hippocampus.yaml", ["weights=FILE"])
     assert (cfg.run, cfg.weights) == ("hippocampus_8_seed0", "FILE")

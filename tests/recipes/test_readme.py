@@ -6,8 +6,8 @@ import shlex
 import shutil
 import textwrap
 
-import finetune_unetr
 import pytest
+from sammed3d_backbone.recipes import finetune_unetr
 
 from sammed3d_backbone import cli, config
 from sammed3d_backbone.data.volume import Volume

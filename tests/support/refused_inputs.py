@@ -23,7 +23,7 @@ from standin import StandIn
 
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
+from sammed3d_backbone.inference.interactive import Predictor
 
 AFFINE = np.diag([1.5, 1.5, 1.5, 1.0])
 GRID = np.arange(5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7)

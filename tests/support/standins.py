@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 
-from sammed3d_backbone.evaluation.clickbench.bench import run
-from sammed3d_backbone.evaluation.clickbench.cases import read_click_set
-from sammed3d_backbone.evaluation.clickbench.journal import Journal
-from sammed3d_backbone.evaluation.clickbench.presets import RULES
+from sammed3d_backbone.clickbench.bench import run
+from sammed3d_backbone.clickbench.cases import read_click_set
+from sammed3d_backbone.clickbench.journal import Journal
+from sammed3d_backbone.clickbench.presets import RULES
 
 SHORT = replace(RULES["clickbench/1"], steps=3)  # scoring takes a tenth of a second
 

@@ -5,8 +5,8 @@ from itertools import count
 import pytest
 from accelerate.state import AcceleratorState
 
+from sammed3d_backbone.training.dry_run import Rehearsal, rehearse
 from sammed3d_backbone.training.memory import Memory
-from sammed3d_backbone.training.rehearsal import Rehearsal, rehearse
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The promptable model on volumes: clicks in, masks on the volume's own grid out."""
 
-from sammed3d_backbone.predictor.merging import merge
-from sammed3d_backbone.predictor.prediction import Prediction
-from sammed3d_backbone.predictor.session import Predictor
+from sammed3d_backbone.inference.interactive.merging import merge
+from sammed3d_backbone.inference.interactive.prediction import Prediction
+from sammed3d_backbone.inference.interactive.predictor import Predictor
 
 __all__ = ["Prediction", "Predictor", "merge"]

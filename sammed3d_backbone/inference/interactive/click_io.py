@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor.prompts import Click
+from sammed3d_backbone.inference.interactive.prompts import Click
 
 FORMAT = "sammed3d-clicks/1"
 POINT_KEYS = ("point_vox", "point_mm")

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sammed3d_backbone.checkpoint import content_sha256
 from sammed3d_backbone.data.geometry import Triple
-from sammed3d_backbone.predictor.store import Store
-from sammed3d_backbone.predictor.windows import Windows
+from sammed3d_backbone.inference.interactive.embedding_store import Store
+from sammed3d_backbone.inference.interactive.windows import Windows
+from sammed3d_backbone.loading.checkpoint import content_sha256
 
 CELLS_PER_TOKEN = 4  # along each axis; the decoder doubles its grid twice
 

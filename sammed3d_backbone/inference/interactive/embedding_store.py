@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sammed3d_backbone.checkpoint import CheckpointError, content_sha256, read, write
+from sammed3d_backbone.loading.checkpoint import CheckpointError, content_sha256, read, write
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Triple
-from sammed3d_backbone.predictor.windows import Windows, linear
+from sammed3d_backbone.inference.interactive.windows import Windows, linear
 
 Axes = Sequence[NDArray[np.float64]]  # places along each of the three oriented axes
 SLAB_VOXELS = 2**24  # evaluated at a time, which bounds the memory

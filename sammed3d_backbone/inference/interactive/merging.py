@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor.prediction import Prediction
+from sammed3d_backbone.inference.interactive.prediction import Prediction
 
 Policy = Literal["refuse", "first", "last", "likeliest"]
 POLICIES: tuple[Policy, ...] = ("refuse", "first", "last", "likeliest")

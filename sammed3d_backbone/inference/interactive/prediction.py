@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor.field import Field
-from sammed3d_backbone.predictor.prompts import Click
+from sammed3d_backbone.inference.interactive.logit_field import Field
+from sammed3d_backbone.inference.interactive.prompts import Click
 
 BALL_MM = 3.0  # around a click that the mask contradicts
 

@@ -19,8 +19,21 @@ from sammed3d_backbone.data.geometry import Triple, TripleMm
 from sammed3d_backbone.data.intensity import CT_WINDOW_HU
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.predictor import clicklist
-from sammed3d_backbone.predictor.admission import (
+from sammed3d_backbone.inference.interactive import click_io as clicklist
+from sammed3d_backbone.inference.interactive.click_io import to_json, volume_sha256
+from sammed3d_backbone.inference.interactive.embedding_cache import Network, Promptable
+from sammed3d_backbone.inference.interactive.logit_field import Field
+from sammed3d_backbone.inference.interactive.prediction import Prediction, agreeing, honour
+from sammed3d_backbone.inference.interactive.prompts import (
+    Click,
+    MaskPrompt,
+    Prompt,
+    require_consistent,
+    voxel_of,
+)
+from sammed3d_backbone.inference.interactive.propagation import ClickMode, State, Tracer
+from sammed3d_backbone.inference.interactive.stability import Quality, compare, voxel_near
+from sammed3d_backbone.inference.interactive.validation import (
     Modality,
     checked_mask,
     checked_range,
@@ -29,20 +42,7 @@ from sammed3d_backbone.predictor.admission import (
     spacing_of,
     volume_notes,
 )
-from sammed3d_backbone.predictor.clicklist import to_json, volume_sha256
-from sammed3d_backbone.predictor.field import Field
-from sammed3d_backbone.predictor.network import Network, Promptable
-from sammed3d_backbone.predictor.prediction import Prediction, agreeing, honour
-from sammed3d_backbone.predictor.prompts import (
-    Click,
-    MaskPrompt,
-    Prompt,
-    require_consistent,
-    voxel_of,
-)
-from sammed3d_backbone.predictor.quality import Quality, compare, voxel_near
-from sammed3d_backbone.predictor.tracing import ClickMode, State, Tracer
-from sammed3d_backbone.predictor.windows import Windows
+from sammed3d_backbone.inference.interactive.windows import Windows
 
 Points = Sequence[Sequence[float]]
 

@@ -21,10 +21,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Triple
-from sammed3d_backbone.predictor.field import Field
-from sammed3d_backbone.predictor.network import CELLS_PER_TOKEN, Network, Point
-from sammed3d_backbone.predictor.prompts import Click, MaskPrompt, Prompt
-from sammed3d_backbone.predictor.windows import Place, Windows
+from sammed3d_backbone.inference.interactive.embedding_cache import CELLS_PER_TOKEN, Network, Point
+from sammed3d_backbone.inference.interactive.logit_field import Field
+from sammed3d_backbone.inference.interactive.prompts import Click, MaskPrompt, Prompt
+from sammed3d_backbone.inference.interactive.windows import Place, Windows
 
 ClickMode = Literal["newest", "all"]
 MASK_LOGIT = 10.0  # what a voxel of a binary mask prompt counts as, up or down

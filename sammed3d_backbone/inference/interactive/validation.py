@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sammed3d_backbone.data.geometry import TripleMm
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor.windows import Windows
+from sammed3d_backbone.inference.interactive.windows import Windows
 
 Modality = Literal["ct", "mr", "us"]
 

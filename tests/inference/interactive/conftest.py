@@ -5,7 +5,7 @@ import pytest
 from standin import StandIn
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
+from sammed3d_backbone.inference.interactive import Predictor
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from standin import StandIn
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
-from sammed3d_backbone.predictor.clicklist import volume_sha256
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.interactive.click_io import volume_sha256
 
 
 @pytest.fixture

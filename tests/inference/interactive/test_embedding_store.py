@@ -5,8 +5,8 @@ import pytest
 import torch
 from standin import StandIn
 
-from sammed3d_backbone.predictor import Predictor
-from sammed3d_backbone.predictor.store import Store
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.interactive.embedding_store import Store
 
 
 def session(folder, volume, model=None, **how):
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(tmp_path, balls, monkeypat
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("sammed3d_backbone.predictor.store.write", full)
+    monkeypatch.setattr("sammed3d_backbone.inference.interactive.embedding_store.write", full)
     mask, _ = session(tmp_path, balls[0])
     assert mask.any()
     assert "encoded windows are not kept: no space left" in caplog.text

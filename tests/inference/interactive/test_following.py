@@ -5,7 +5,7 @@ import pytest
 import torch
 from standin import StandIn
 
-from sammed3d_backbone.predictor import Predictor
+from sammed3d_backbone.inference.interactive import Predictor
 
 AFFINE = np.diag([1.5, 1.5, 1.5, 1.0])
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import field
-from sammed3d_backbone.predictor.field import Field
-from sammed3d_backbone.predictor.windows import Windows
+from sammed3d_backbone.inference.interactive import logit_field as field
+from sammed3d_backbone.inference.interactive.logit_field import Field
+from sammed3d_backbone.inference.interactive.windows import Windows
 
 SPACING_MM = (1.5, 1.5, 1.5)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor, merge
-from sammed3d_backbone.predictor.prediction import honour
-from sammed3d_backbone.predictor.prompts import Click
+from sammed3d_backbone.inference.interactive import Predictor, merge
+from sammed3d_backbone.inference.interactive.prediction import honour
+from sammed3d_backbone.inference.interactive.prompts import Click
 
 SHEARED = np.array([[0, 0, -2.0, 5], [-0.9, 0.3, 0, 1], [0.1, 2.4, 0.2, 2], [0, 0, 0, 1]])
 

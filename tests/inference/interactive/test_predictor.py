@@ -9,8 +9,8 @@ from scipy import ndimage
 from standin import StandIn
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
-from sammed3d_backbone.pretrained import Weights
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.loading.registry import Weights
 
 
 def dice(a, b):

@@ -8,7 +8,7 @@ from sammed3d_backbone import sam
 from sammed3d_backbone.data.geometry import Geometry
 from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
+from sammed3d_backbone.inference.interactive import Predictor
 
 SPACING_MM = (1.5, 1.5, 1.5)
 

@@ -7,7 +7,7 @@ import pytest
 import refused_inputs
 from refused_inputs import AFFINE, GRID
 
-from sammed3d_backbone.predictor import Predictor
+from sammed3d_backbone.inference.interactive import Predictor
 
 
 def by_what(row):

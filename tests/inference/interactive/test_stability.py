@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor.quality import compare, voxel_near
+from sammed3d_backbone.inference.interactive.stability import compare, voxel_near
 
 
 def test_an_object_that_any_click_finds_is_certain(predictor, balls):

@@ -7,7 +7,7 @@ import torch
 from sammed3d_backbone.data.geometry import Geometry
 from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor.windows import Windows, linear
+from sammed3d_backbone.inference.interactive.windows import Windows, linear
 
 AFFINE = np.array([[0, 0, -2.0, 5], [-0.9, 0, 0, 1], [0, 2.4, 0, 2], [0, 0, 0, 1]])
 SPACING_MM = (1.5, 1.5, 1.5)

@@ -1,14 +1,14 @@
 """The clicks benchmark compares two procedures that do the same thing."""
 
-import benchmark_clicks
 import numpy as np
 import pytest
 import torch
+from sammed3d_backbone.recipes.benchmarks import click_speed as benchmark_clicks
 from standin import StandIn
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.predictor import Predictor
-from sammed3d_backbone.predictor.windows import Windows
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.interactive.windows import Windows
 
 AFFINE = np.array([[0, 0, -2.0, 60], [-1.9, 0, 0, 90], [0, 2.2, 0, -70], [0, 0, 0, 1]])
 

@@ -2,8 +2,8 @@
 
 import json
 
-import golden
 import torch
+from sammed3d_backbone.recipes.benchmarks import golden
 
 from sammed3d_backbone import selftest
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import step_cost
+from sammed3d_backbone.recipes.benchmarks import step_cost
 
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import load_label
@@ -12,7 +12,7 @@ from sammed3d_backbone.data.preparation import load_label
 
 @pytest.fixture(scope="module")
 def committed(root):
-    return json.loads((root / "recipes/results/training_step.json").read_text())
+    return json.loads((root / "recipes/benchmarks/step_cost.json").read_text())
 
 
 @pytest.mark.parametrize("way", step_cost.WAYS)

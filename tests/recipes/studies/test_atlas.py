@@ -2,9 +2,9 @@
 
 import json
 
-import atlas
 import numpy as np
 import pytest
+from sammed3d_backbone.recipes.studies import atlas
 
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.scores import read_scores

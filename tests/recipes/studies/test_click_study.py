@@ -3,20 +3,28 @@
 import json
 from dataclasses import replace
 
-import click_study
 import numpy as np
 import pytest
 import torch
-from click_study import Ball, Config, main, make_table, mean_volumes_mm3, read_rows, trained_cases
+from sammed3d_backbone.recipes.studies import click_study
+from sammed3d_backbone.recipes.studies.click_study import (
+    Ball,
+    Config,
+    main,
+    make_table,
+    mean_volumes_mm3,
+    read_rows,
+    trained_cases,
+)
 from standins import Sphere
 
 from sammed3d_backbone import config, sam
-from sammed3d_backbone.checkpoint import write
+from sammed3d_backbone.clickbench.cases import ClickCase
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.clickbench.cases import ClickCase
-from sammed3d_backbone.pretrained import Weights, to_metadata
+from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.loading.registry import Weights, to_metadata
 
 TURNED = np.array([[0, 0, -2.0, 5], [-3.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1]])  # mm
 
@@ -108,7 +116,7 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 
 
 def test_the_committed_study_can_be_read(root):
-    cfg = config.load(Config, root / "recipes/click_study.yaml", ["weights=FILE"])
+    cfg = config.load(Config, root / "recipes/studies/click_study.yaml", ["weights=FILE"])
     assert (cfg.weights, cfg.cases, cfg.clicks) == ("FILE", None, (1, 3, 5, 10))
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from derive_channels import derive_channels
+from sammed3d_backbone.recipes.studies.derive_channels import derive_channels
 
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.volume import Volume

@@ -2,10 +2,17 @@
 
 from dataclasses import replace
 
-import pretrain_promptable
-import pretrain_study
 import pytest
-from pretrain_study import Config, Score, as_markdown, main, read_scores, run_config
+from sammed3d_backbone.recipes import pretrain_promptable
+from sammed3d_backbone.recipes.studies import pretrain_study
+from sammed3d_backbone.recipes.studies.pretrain_study import (
+    Config,
+    Score,
+    as_markdown,
+    main,
+    read_scores,
+    run_config,
+)
 
 from sammed3d_backbone import config
 
@@ -24,7 +31,7 @@ def study(small_pretraining, tmp_path):
 
 
 def test_the_committed_study_differs_in_one_thing_per_arm(root):
-    cfg = config.load(Config, root / "recipes/pretrain_study.yaml")
+    cfg = config.load(Config, root / "recipes/studies/pretrain_study.yaml")
     made = {name: run_config(name, cfg) for name in pretrain_study.arms_of(cfg)}
     first = made["clicks"]
     apart = {name: config.differences(first, run).keys() - {"name"} for name, run in made.items()}

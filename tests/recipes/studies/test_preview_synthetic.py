@@ -1,7 +1,7 @@
 """The figure of made-up volumes."""
 
-import preview_synthetic
-from preview_synthetic import Config
+from sammed3d_backbone.recipes.studies import preview_synthetic
+from sammed3d_backbone.recipes.studies.preview_synthetic import Config
 
 
 def test_the_figure_shows_the_volumes_that_were_asked_for(tmp_path):

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from publish_weights import joined, main
+from sammed3d_backbone.recipes.studies.publish_weights import joined, main
 
-from sammed3d_backbone.checkpoint import read, write
+from sammed3d_backbone.loading.checkpoint import read, write
 
 
 @pytest.fixture

@@ -4,17 +4,17 @@ import json
 import math
 from dataclasses import replace
 
-import finetune_unetr
 import pytest
 import torch
-import transfer_study
 import yaml
+from sammed3d_backbone.recipes import finetune_unetr
+from sammed3d_backbone.recipes.studies import transfer_study
+from sammed3d_backbone.recipes.studies.transfer_study import Config, Row, main, rows_of, run_config
 from timm.models.vision_transformer_sam import VisionTransformerSAM
-from transfer_study import Config, Row, main, rows_of, run_config
 
 from sammed3d_backbone import config, encoder
-from sammed3d_backbone.checkpoint import read, write
 from sammed3d_backbone.evaluation.scores import Score, differences
+from sammed3d_backbone.loading.checkpoint import read, write
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def study(small, tmp_path):
 
 
 def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
-    cfg = config.load(Config, root / "recipes/transfer_study.yaml")
+    cfg = config.load(Config, root / "recipes/studies/transfer_study.yaml")
     assert cfg.weights == "tiny"
     rows = list(rows_of(cfg))
     controls = {"zero_encoder", "frozen", "frozen_random"}
@@ -43,8 +43,9 @@ def test_the_committed_study_begins_with_all_arms_at_eight_labels(root):
 
 
 def test_the_long_study_differs_from_the_short_one_in_steps_and_takes_its_rates(root):
+    studies = root / "recipes/studies"
     short, long = (
-        config.load(Config, root / f"recipes/transfer_study{which}.yaml") for which in ("", "_long")
+        config.load(Config, studies / f"transfer_study{which}.yaml") for which in ("", "_long")
     )
     for row in rows_of(long):
         ours, theirs = run_config(row, long), run_config(row, short)
@@ -53,7 +54,7 @@ def test_the_long_study_differs_from_the_short_one_in_steps_and_takes_its_rates(
 
 
 def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
-    cfg = config.load(Config, root / "recipes/adaptation_study.yaml", ["weights=FILE"])
+    cfg = config.load(Config, root / "recipes/studies/adaptation_study.yaml", ["weights=FILE"])
     made = {row.arm: run_config(row, cfg) for row in rows_of(cfg)}
     assert made.keys() == transfer_study.ARMS.keys() - {
         "zero_encoder",
@@ -66,7 +67,7 @@ def test_the_study_of_adaptation_asks_for_each_way_of_it_once(root):
 
 
 def test_the_study_of_decoders_has_two_draws_of_each_with_steps_of_its_own(root):
-    cfg = config.load(Config, root / "recipes/decoder_study.yaml")
+    cfg = config.load(Config, root / "recipes/studies/decoder_study.yaml")
     made = {row: run_config(row, cfg) for row in rows_of(cfg)}
     assert len(made) == 2 * (1 + len(transfer_study.DECODERS))
     steps = {run.model: run.steps for run in made.values()}
@@ -76,7 +77,7 @@ def test_the_study_of_decoders_has_two_draws_of_each_with_steps_of_its_own(root)
 
 
 def test_the_strategies_begin_as_the_paper_says_with_one_epoch_each(root):
-    cfg = config.load(Config, root / "recipes/strategies.yaml")
+    cfg = config.load(Config, root / "recipes/studies/strategies.yaml")
     frozen, tuned, scratch = (run_config(row, cfg) for row in rows_of(cfg))
     assert (frozen.peft, tuned.peft, scratch.peft) == ("bottleneck", "none", "none")
     assert [run.weights for run in (frozen, tuned, scratch)] == ["sam2d:hub", "sam2d:hub", "none"]
@@ -85,7 +86,9 @@ def test_the_strategies_begin_as_the_paper_says_with_one_epoch_each(root):
 
 
 def test_committed_results_name_no_folder_of_the_machine_that_made_them(root):
-    found = {path: path.read_text() for path in root.glob("recipes/results/**/config*.yaml")}
+    found = {
+        path: path.read_text() for path in root.glob("recipes/studies/results/**/config*.yaml")
+    }
     assert found
     for path, text in found.items():
         values = yaml.safe_load(text).values()

@@ -1,0 +1,1 @@
+"""Trained networks on whole volumes, and what travels with them."""

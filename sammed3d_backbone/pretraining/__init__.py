@@ -1,0 +1,1 @@
+"""Training the promptable network from clicks: losses, samples and initialisation."""
