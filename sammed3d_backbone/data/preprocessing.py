@@ -1,0 +1,116 @@
+"""How a scan becomes a network's input: data that travels with the weights, not code.
+
+A record of weights and the card of a fine-tuned model both hold a `Preprocessing`. Predictor,
+feature extraction, fine-tuning, exported models and the self-test read it from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sammed3d_backbone.data.geometry import TripleMm
+from sammed3d_backbone.data.intensity import MODES
+
+Modality = Literal["ct", "mr", "us"]
+Statistics = Literal["crop", "volume"]
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects of its input.
+
+    Args:
+        spacing_mm: Voxel spacing along R, A, S; None keeps the spacing of each scan.
+        intensity: Intensity mode of `data.intensity.normalise` by modality ("ct", "mr", "us");
+            the key "default" serves scans whose modality is not given.
+        statistics: Voxels over which mean and deviation are taken: those of each crop (in training)
+            or window (at inference) by itself, or those of the whole resampled volume.
+        crop_vox: Size of the network's input along R, A, S in voxels.
+        orientation: Directions of array axes 0, 1, 2; only "RAS" is implemented.
+
+    Raises:
+        ValueError: If a field has a value that no network can be trained with.
+    """
+
+    spacing_mm: TripleMm | None
+    intensity: Mapping[str, str]
+    statistics: Statistics
+    crop_vox: tuple[int, int, int]
+    orientation: str = "RAS"
+
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None and not all(0 < mm < math.inf for mm in self.spacing_mm):
+            raise ValueError(
+                f"spacing_mm={self.spacing_mm}: expected three positive numbers, or null to keep "
+                "the spacing of each scan"
+            )
+        unknown = sorted({*self.intensity.values()} - {*MODES})
+        if unknown or DEFAULT not in self.intensity:
+            raise ValueError(
+                f"intensity={dict(self.intensity)}: expected modes among {', '.join(MODES)} and "
+                f"one under {DEFAULT!r}"
+            )
+        if self.statistics not in ("crop", "volume"):
+            raise ValueError(f"statistics={self.statistics!r}: expected 'crop' or 'volume'")
+        if len(self.crop_vox) != 3 or min(self.crop_vox) < 1:
+            raise ValueError(f"crop_vox={self.crop_vox}: expected three positive whole numbers")
+        if self.orientation != "RAS":
+            raise ValueError(f"orientation={self.orientation!r}: only 'RAS' is implemented")
+
+    def intensity_mode(self, modality: Modality | None) -> str:
+        """The intensity mode for scans of a modality; None if the modality is not known.
+
+        Raises:
+            ValueError: If the network was not trained on that modality.
+        """
+        name = DEFAULT if modality is None else modality
+        if name not in self.intensity:
+            known = sorted({*self.intensity} - {DEFAULT})
+            raise ValueError(f"modality={modality!r}: these weights know {known or 'none'}")
+        return self.intensity[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**dataclasses.asdict(self), "intensity": dict(self.intensity)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The record that `to_dict` wrote.
+
+        Raises:
+            ValueError: If a field is missing, unknown or impossible.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted({*values} - known):
+            raise ValueError(f"unknown preprocessing fields {unknown}; expected {sorted(known)}")
+        needed = known - {"orientation"}
+        if missing := sorted(needed - {*values}):
+            raise ValueError(f"preprocessing lacks {missing}")
+        spacing = values["spacing_mm"]
+        return cls(
+            spacing_mm=None if spacing is None else tuple(spacing),
+            intensity=dict(values["intensity"]),
+            statistics=values["statistics"],
+            crop_vox=tuple(values["crop_vox"]),
+            orientation=values.get("orientation", "RAS"),
+        )
+
+
+# Source: training code of SAM-Med3D: CT clamped to [-1000, 1000] HU, then the z-score of each crop
+# over its voxels above 0. Weights of unknown training are taken to expect the same.
+SAM_MED3D = Preprocessing(
+    spacing_mm=(1.5, 1.5, 1.5),
+    intensity={
+        "ct": "ct",
+        "mr": "zscore_positive",
+        "us": "zscore_positive",
+        DEFAULT: "zscore_positive",
+    },
+    statistics="crop",
+    crop_vox=(128, 128, 128),
+)
