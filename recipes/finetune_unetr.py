@@ -83,13 +83,15 @@ class Config:
     model: Literal[  # the last has no encoder: MONAI's, the baseline to beat
         "unetr", "flexible_unet", "segresnet", "linear_head", "expanding_head", "basicunet"
     ] = "unetr"
-    pyramid: Literal["simple", "taps", "grafted"] = "grafted"  # of flexible_unet and segresnet
+    pyramid: Literal["simple", "multi_level", "conv_stem"] = (
+        "conv_stem"  # of flexible_unet and segresnet
+    )
     control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can alone
     variant: str = "tiny"
     weights: str | None = None  # None: the variant's own; a name, a file, "none"
     init: str | None = None  # fine-tuned model of the same classes to train on from
     scratch: bool = False  # the fair twin: no weights, its own learning rate, no layer decay
-    rel_pos: Literal["released", "axial"] = "released"
+    rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
     channels: Literal["repeat", "shared"] = "repeat"  # see adapters/channels.py
     channel_gains: tuple[float, ...] | None = None  # of repeat; None: the same for all
     peft: Literal["none", "lora", "bottleneck"] = "none"  # all that learns in the encoder
@@ -117,7 +119,7 @@ class Config:
     weight_decay: float = 0.05
     warmup_steps: int = 50
     clip: float = 1.0  # of the gradient's norm
-    drop_path: float = 0.1
+    drop_path_rate: float = 0.1
     ema_decay: float = 0.999
     mixed_precision: Literal["no", "bf16"] = "no"
     overlap: float = 0.5  # of sliding windows
@@ -343,7 +345,7 @@ def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, d
         weights = "none" if is_random else cfg.weights
         gains = cfg.channel_gains
         backbone = encoder(
-            weights=weights, drop_path=cfg.drop_path, channel_gains=gains, **card.encoder
+            weights=weights, drop_path_rate=cfg.drop_path_rate, channel_gains=gains, **card.encoder
         )
         record = backbone.pretrained_cfg
         start["weights"] = f"{cfg.variant}: random weights, as asked"

@@ -87,8 +87,8 @@ class Config:
     variant: str = "tiny"
     weights: str = "none"  # random; or a name or file of whole promptable networks
     rehearsal_steps: int = 0  # of a random decoder, before all others: a click means a place
-    rel_pos: Literal["released", "axial"] = "released"
-    positions: Literal["released", "consistent"] | None = None  # None: the variant's, the weights'
+    rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
+    point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
     spacing_mm: float = 1.5  # that the network is meant for
     zoom: float = 2.0  # largest factor on the spacing, up and down
@@ -158,7 +158,7 @@ def main(cfg: Config) -> dict[str, float]:
         cfg.weights,
         img_size=cfg.img_size,
         rel_pos=cfg.rel_pos,
-        positions=cfg.positions,
+        point_pos=cfg.point_pos,
     )
     if cfg.weights == "none":
         start_afresh(network)
@@ -468,7 +468,7 @@ def save_weights(
         variant=cfg.variant,
         filename=path.name,
         rel_pos=cfg.rel_pos,
-        positions=network.prompt_encoder.positions,
+        point_pos=network.prompt_encoder.point_pos,
         spacing_mm=(cfg.spacing_mm,) * 3,
         crop_vox=(x, y, z),
         orientation="RAS",

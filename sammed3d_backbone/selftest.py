@@ -37,12 +37,12 @@ CASES: dict[str, Variant] = {
         embed_dim=48,
         depth=3,
         num_heads=3,
-        global_attn_blocks=(1,),
+        global_attn_indexes=(1,),
         window_size=4,
         out_chans=48,
         decoder=DecoderSizes(mask_in_chans=8, num_heads=4, mlp_dim=96, iou_head_hidden_dim=32),
     ),
-    "3 blocks of vit_b": dataclasses.replace(VARIANTS["vit_b"], depth=3, global_attn_blocks=(2,)),
+    "3 blocks of vit_b": dataclasses.replace(VARIANTS["vit_b"], depth=3, global_attn_indexes=(2,)),
 }
 
 

@@ -58,7 +58,7 @@ def reference() -> nn.Module:
         mlp_ratio=SIZES.mlp_ratio,
         out_chans=SIZES.out_chans,
         window_size=SIZES.window_size,
-        global_attn_indexes=SIZES.global_attn_blocks,
+        global_attn_indexes=SIZES.global_attn_indexes,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         qkv_bias=True,
         use_rel_pos=True,

@@ -22,7 +22,7 @@ FILE = Path(selftest.__file__).with_name(selftest.GOLDEN)
 
 def reference(sizes: Variant) -> nn.Module:
     """The reference's parts with the selftest's values, in float64."""
-    decoder = {name: value for name, value in vars(sizes.decoder).items() if name != "positions"}
+    decoder = {name: value for name, value in vars(sizes.decoder).items() if name != "point_pos"}
     parts = nn.ModuleDict(
         {
             "image_encoder": parity.reference_encoder(**sizes.encoder_sizes()),

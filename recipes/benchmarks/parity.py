@@ -50,7 +50,7 @@ class Case:
     embed_dim: int = 48
     depth: int = 4
     num_heads: int = 3
-    global_attn_blocks: tuple[int, ...] = (1, 3)
+    global_attn_indexes: tuple[int, ...] = (1, 3)
     out_chans: int = 32
 
 
@@ -58,7 +58,7 @@ VIT_B = {
     "embed_dim": 768,
     "depth": 12,
     "num_heads": 12,
-    "global_attn_blocks": (2, 5, 8, 11),
+    "global_attn_indexes": (2, 5, 8, 11),
     "out_chans": 384,
 }
 CASES = (
@@ -90,14 +90,14 @@ class PromptCase:
 PROMPT_CASES = (PromptCase(torch.float32, sets=200), PromptCase(torch.float64, sets=200))
 
 
-def reference_encoder(*, global_attn_blocks: Sequence[int], **sizes: float) -> nn.Module:
+def reference_encoder(*, global_attn_indexes: Sequence[int], **sizes: float) -> nn.Module:
     """The reference's image encoder of our sizes."""
     return ImageEncoderViT3D(
         **sizes,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         qkv_bias=True,
         use_rel_pos=True,
-        global_attn_indexes=global_attn_blocks,
+        global_attn_indexes=global_attn_indexes,
     )
 
 
@@ -143,12 +143,12 @@ def pair(case: Case, seed: int) -> tuple[nn.Module, ImageEncoder3D]:
         "window_size": 14,
         "mlp_ratio": 4.0,
     }
-    reference = reference_encoder(**sizes, global_attn_blocks=case.global_attn_blocks)
+    reference = reference_encoder(**sizes, global_attn_indexes=case.global_attn_indexes)
     reference = reference.to(case.dtype)
     for name, parameter in reference.named_parameters():
         if "pos" in name or name.endswith("bias"):
             nn.init.normal_(parameter, std=0.2)
-    ours = ImageEncoder3D(**sizes, global_attn_blocks=case.global_attn_blocks).to(case.dtype)
+    ours = ImageEncoder3D(**sizes, global_attn_indexes=case.global_attn_indexes).to(case.dtype)
     ours.load_state_dict(reference.state_dict(), strict=True)
     if case.side != case.trained_side:
         ours.set_input_size(case.side)
@@ -228,10 +228,10 @@ def prompt_pair(case: PromptCase, seed: int) -> tuple[nn.ModuleDict, nn.ModuleDi
         embed_dim=1,
         depth=0,
         num_heads=1,
-        global_attn_blocks=(),
+        global_attn_indexes=(),
         out_chans=case.embed_dim,
     )
-    network = Sam3D.around(part, **decoder, positions="released")
+    network = Sam3D.around(part, **decoder, point_pos="swapped")
     ours = nn.ModuleDict({name: network.get_submodule(name) for name in reference})
     ours.load_state_dict(reference.state_dict(), strict=True)
     return reference.to(case.dtype), ours.to(case.dtype)

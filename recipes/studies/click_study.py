@@ -169,7 +169,7 @@ def players_of(cfg: Config, rules: Rules) -> dict[str, Entry]:
         cfg.variant,
         "none",
         img_size=trained.img_size,
-        positions=trained.prompt_encoder.positions,
+        point_pos=trained.prompt_encoder.point_pos,
     )
     volumes_mm3 = mean_volumes_mm3(bank)
     shared = header_of(rules, scored, [cfg.first])

@@ -2,7 +2,7 @@
 
 Comes in: a volume (B, C, X, Y, Z); goes out: class logits (B, K, X, Y, Z). `flexible_unet` puts
 MONAI's decoder around an encoder that is there; `register_backbones` gives MONAI names, so that its
-own `FlexibleUNet(backbone="sammed3d-grafted", ...)`, in a bundle for instance, builds one.
+own `FlexibleUNet(backbone="sammed3d-conv_stem", ...)`, in a bundle for instance, builds one.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,14 +50,14 @@ class FlexibleUNet(PyramidNetwork):
         kind: Kind,
         *,
         feature_size: int,
-        taps: Sequence[int] | None,
+        out_indices: Sequence[int] | None,
         norm_name: str | tuple[str, dict[str, Any]],
     ) -> None:
         super().__init__(
             encoder,
             kind,
             feature_size=feature_size,
-            taps=taps,
+            out_indices=out_indices,
             full_resolution=False,
             norm_name=norm_name,
         )
@@ -81,10 +81,10 @@ class FlexibleUNet(PyramidNetwork):
 def flexible_unet(
     encoder: Encoder,
     out_channels: int,
-    kind: Kind = "grafted",
+    kind: Kind = "conv_stem",
     *,
     feature_size: int = 16,
-    taps: Sequence[int] | None = None,
+    out_indices: Sequence[int] | None = None,
     norm_name: str | tuple[str, dict[str, Any]] = "instance",
 ) -> FlexibleUNet:
     """MONAI's FlexibleUNet around an encoder, for `out_channels` classes.
@@ -95,17 +95,22 @@ def flexible_unet(
     Args:
         encoder: A module that fulfils `contract.Encoder`; it becomes part of the network.
         out_channels: Number of classes K, background included.
-        kind: Of the pyramid, see `pyramid.pyramid`, as `feature_size` and `taps`.
+        kind: Of the pyramid, see `pyramid.pyramid`, as `feature_size` and `multi_level`.
         feature_size: Also the decoder's channels at full resolution.
-        taps: Block numbers.
+        out_indices: Block numbers.
         norm_name: Norm of pyramid and decoder, in MONAI's words.
 
     Raises:
-        ValueError: If `out_channels` is not positive, or kind or taps do not fit.
+        ValueError: If `out_channels` is not positive, or `kind` or `out_indices` do not fit.
     """
     require_classes(out_channels)
     return FlexibleUNet(
-        encoder, out_channels, kind, feature_size=feature_size, taps=taps, norm_name=norm_name
+        encoder,
+        out_channels,
+        kind,
+        feature_size=feature_size,
+        out_indices=out_indices,
+        norm_name=norm_name,
     )
 
 

@@ -28,7 +28,7 @@ class HeadNetwork(EncoderNetwork):
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
-        (tokens,) = self.encoder.forward_intermediates(x, self.taps, intermediates_only=True)
+        (tokens,) = self.encoder.forward_intermediates(x, self.out_indices, intermediates_only=True)
         return self._run(self.head, self.norm(tokens))
 
 

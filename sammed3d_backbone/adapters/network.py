@@ -17,15 +17,17 @@ from sammed3d_backbone.adapters.contract import Encoder
 class EncoderNetwork(nn.Module):
     """An encoder, cut down to what is read of it, and the parts that a derived network adds.
 
-    The encoder loses the blocks behind the last tap and, unless `reads_neck`, its neck. So every
-    trainable parameter gets a gradient, which multi-process training needs.
+    The encoder loses the blocks behind the last index and, unless `reads_neck`, its neck, so that
+    every trainable parameter gets a gradient, which multi-process training needs.
     """
 
-    def __init__(self, encoder: Encoder, taps: Sequence[int], *, reads_neck: bool = False) -> None:
+    def __init__(
+        self, encoder: Encoder, out_indices: Sequence[int], *, reads_neck: bool = False
+    ) -> None:
         super().__init__()
-        encoder.prune_intermediate_layers(taps, prune_norm=not reads_neck)
+        encoder.prune_intermediate_layers(out_indices, prune_norm=not reads_neck)
         self.encoder = encoder
-        self.taps = tuple(taps)
+        self.out_indices = tuple(out_indices)
         self.grad_checkpointing = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -60,19 +62,19 @@ def groups_under_encoder(encoder: Encoder, coarse: bool) -> dict[str, Any]:
     }
 
 
-def spread_taps(encoder: Encoder, count: int) -> list[int]:
+def spread_indices(encoder: Encoder, count: int) -> list[int]:
     """Block numbers that split the encoder evenly and end at its last block."""
     return [(i + 1) * encoder.depth // count - 1 for i in range(count)]
 
 
-def require_taps(encoder: Encoder, taps: Sequence[int], count: int) -> None:
-    """Refuses taps that are no ascending block numbers, or not as many as there are resolutions."""
-    fits = taps and 0 <= min(taps) <= max(taps) < encoder.depth
-    if not fits or len(taps) != count or list(taps) != sorted(set(taps)):
+def require_out_indices(encoder: Encoder, out_indices: Sequence[int], count: int) -> None:
+    """Refuses block numbers that do not ascend, do not exist, or are not `count` in number."""
+    fits = out_indices and 0 <= min(out_indices) <= max(out_indices) < encoder.depth
+    if not fits or len(out_indices) != count or list(out_indices) != sorted(set(out_indices)):
         raise ValueError(
-            f"taps={tuple(taps)}: one block is read for each of {count} resolutions, which need "
-            f"{count} ascending block numbers between 0 and {encoder.depth - 1}, "
-            f"e.g. {tuple(spread_taps(encoder, count))}"
+            f"out_indices={tuple(out_indices)}: expected {count} ascending block numbers between "
+            f"0 and {encoder.depth - 1}, one for each resolution, "
+            f"e.g. {tuple(spread_indices(encoder, count))}"
         )
 
 

@@ -13,10 +13,10 @@ from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock
 from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
-from sammed3d_backbone.adapters.network import EncoderNetwork, require_taps, spread_taps
+from sammed3d_backbone.adapters.network import EncoderNetwork, require_out_indices, spread_indices
 from sammed3d_backbone.models.layers import LayerNorm3d
 
-Kind = Literal["simple", "taps", "grafted"]
+Kind = Literal["simple", "multi_level", "conv_stem"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 STRIDES = (2, 4, 8, 16)  # voxels
 
@@ -35,29 +35,29 @@ class PyramidNetwork(EncoderNetwork):
         kind: Kind,
         *,
         feature_size: int,
-        taps: Sequence[int] | None,
+        out_indices: Sequence[int] | None,
         full_resolution: bool,
         norm_name: str | tuple[str, dict[str, Any]],
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
-        count = len(STRIDES) if kind == "taps" else 1
-        taps = spread_taps(encoder, count) if taps is None else taps
-        require_taps(encoder, taps, count)
-        super().__init__(encoder, taps)
+        count = len(STRIDES) if kind == "multi_level" else 1
+        out_indices = spread_indices(encoder, count) if out_indices is None else out_indices
+        require_out_indices(encoder, out_indices, count)
+        super().__init__(encoder, out_indices)
         self.strides = (1, *STRIDES) if full_resolution else STRIDES
         self.out_channels = tuple(feature_size * stride for stride in self.strides)
         self.full_resolution = full_resolution
         blocks: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
         # Taps are raw residual streams, whose scale grows with depth.
-        self.tap_norms = nn.ModuleList(LayerNorm3d(encoder.embed_dim) for _ in taps)
+        self.tap_norms = nn.ModuleList(LayerNorm3d(encoder.embed_dim) for _ in out_indices)
         widths = {stride: feature_size * stride for stride in STRIDES}
         self.levels = nn.ModuleList(
             _level(encoder.embed_dim, width, encoder.patch_size / stride, blocks)
             for stride, width in widths.items()
         )
         finer = [width for stride, width in widths.items() if stride < encoder.patch_size]
-        grafts = finer if kind == "grafted" else []
+        grafts = finer if kind == "conv_stem" else []
         self.stem: nn.Module | None = None
         if grafts or full_resolution:
             self.stem = UnetrBasicBlock(3, encoder.in_chans, feature_size, stride=1, **blocks)
@@ -74,7 +74,7 @@ class PyramidNetwork(EncoderNetwork):
             returns: (B, W * s, X / s, Y / s, Z / s) for each stride s; where a token grid is odd,
                 halves of it are rounded down.
         """
-        taps = self.encoder.forward_intermediates(x, self.taps, intermediates_only=True)
+        taps = self.encoder.forward_intermediates(x, self.out_indices, intermediates_only=True)
         tokens = [norm(tap) for norm, tap in zip(self.tap_norms, taps, strict=True)]
         if len(tokens) == 1:
             tokens *= len(self.levels)
@@ -105,29 +105,29 @@ def pyramid(
     kind: Kind = "simple",
     *,
     feature_size: int = 16,
-    taps: Sequence[int] | None = None,
+    out_indices: Sequence[int] | None = None,
     full_resolution: bool = False,
     norm_name: str | tuple[str, dict[str, Any]] = "instance",
 ) -> Pyramid:
     """An encoder as a source of maps at strides 2, 4, 8 and 16.
 
     The encoder becomes part of the network and loses what is not read: the blocks behind the last
-    tap, and the neck.
+    index, and the neck.
 
     Args:
         encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
-        kind: "simple" makes all maps from the last block's. "taps" makes each from a block of its
-            own, the finest from the earliest. "grafted" is "simple" with a convolution branch on
-            the raw volume, which adds to every map that is finer than the tokens what a token
-            cannot hold. It adds nothing before the first step, so training begins at "simple".
+        kind: "simple" makes all maps from the last block's. "multi_level" makes each from a block
+            of its own, the finest from the earliest. "conv_stem" is "simple" plus a convolution
+            branch on the raw volume, added to every map finer than the tokens. The branch is
+            initialised to zero, so training begins at "simple".
         feature_size: Channels W per voxel of stride.
-        taps: Block numbers from 0, four for "taps", fine to coarse, and one otherwise; None
-            spreads them evenly and ends at the last block.
+        out_indices: Block numbers from 0, fine to coarse: four for "multi_level", one otherwise;
+            None spreads them evenly and ends at the last block.
         full_resolution: Put a map at stride 1 before the others: convolutions on the raw volume.
         norm_name: Norm inside the convolution blocks, in MONAI's words.
 
     Raises:
-        ValueError: If the kind is unknown, or the taps do not fit kind and encoder.
+        ValueError: If the kind is unknown, or `out_indices` do not fit kind and encoder.
 
     Source: "simple" follows Li et al., Exploring plain vision transformer backbones for object
         detection, ECCV 2022.
@@ -136,7 +136,7 @@ def pyramid(
         encoder,
         kind,
         feature_size=feature_size,
-        taps=taps,
+        out_indices=out_indices,
         full_resolution=full_resolution,
         norm_name=norm_name,
     )

@@ -36,7 +36,7 @@ class SegResNet(PyramidNetwork):
         kind: Kind,
         *,
         feature_size: int,
-        taps: Sequence[int] | None,
+        out_indices: Sequence[int] | None,
         dsdepth: int,
         norm_name: str | tuple[str, dict[str, Any]],
     ) -> None:
@@ -44,7 +44,7 @@ class SegResNet(PyramidNetwork):
             encoder,
             kind,
             feature_size=feature_size,
-            taps=taps,
+            out_indices=out_indices,
             full_resolution=True,
             norm_name=norm_name,
         )
@@ -73,10 +73,10 @@ class SegResNet(PyramidNetwork):
 def segresnet(
     encoder: Encoder,
     out_channels: int,
-    kind: Kind = "grafted",
+    kind: Kind = "conv_stem",
     *,
     feature_size: int = 16,
-    taps: Sequence[int] | None = None,
+    out_indices: Sequence[int] | None = None,
     dsdepth: int = 4,
     norm_name: str | tuple[str, dict[str, Any]] = ("instance", {"affine": True}),
 ) -> SegResNet:
@@ -85,15 +85,15 @@ def segresnet(
     Args:
         encoder: A module that fulfils `contract.Encoder`; it becomes part of the network.
         out_channels: Number of classes K, background included.
-        kind: Of the pyramid, see `pyramid.pyramid`, as `feature_size` and `taps`.
+        kind: Of the pyramid, see `pyramid.pyramid`, as `feature_size` and `multi_level`.
         feature_size: Also the decoder's channels at full resolution.
-        taps: Block numbers.
+        out_indices: Block numbers.
         dsdepth: Resolutions that give logits while training, full resolution first; 1 for no deep
             supervision.
         norm_name: Norm of pyramid and decoder, in MONAI's words.
 
     Raises:
-        ValueError: If a number is out of range, or kind or taps do not fit.
+        ValueError: If a number is out of range, or `kind` or `out_indices` do not fit.
     """
     require_classes(out_channels)
     if not 1 <= dsdepth <= len(STRIDES):
@@ -103,7 +103,7 @@ def segresnet(
         out_channels,
         kind,
         feature_size=feature_size,
-        taps=taps,
+        out_indices=out_indices,
         dsdepth=dsdepth,
         norm_name=norm_name,
     )

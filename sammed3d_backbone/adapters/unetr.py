@@ -17,8 +17,8 @@ from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.network import (
     EncoderNetwork,
     require_classes,
-    require_taps,
-    spread_taps,
+    require_out_indices,
+    spread_indices,
 )
 from sammed3d_backbone.models.layers import LayerNorm3d
 
@@ -41,20 +41,20 @@ class UNETR(EncoderNetwork):
         out_channels: int,
         *,
         feature_size: int,
-        taps: Sequence[int],
+        out_indices: Sequence[int],
         deepest: Literal["block", "neck"],
         tap_norm: bool,
         norm_name: str | tuple[str, dict[str, Any]],
         conv_block: bool,
         res_block: bool,
     ) -> None:
-        super().__init__(encoder, taps, reads_neck=deepest == "neck")
+        super().__init__(encoder, out_indices, reads_neck=deepest == "neck")
         self.deepest = deepest
         hidden_size = encoder.embed_dim
-        stages = len(taps)
+        stages = len(out_indices)
         widths = [feature_size * 2**stage for stage in range(stages)]
         # A map that starts the way up from the neck has been normalised there.
-        normed = taps if deepest == "block" else taps[:-1]
+        normed = out_indices if deepest == "block" else out_indices[:-1]
         self.tap_norms = nn.ModuleList(
             LayerNorm3d(hidden_size) if tap_norm else nn.Identity() for _ in normed
         )
@@ -82,9 +82,9 @@ class UNETR(EncoderNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.deepest == "block":
-            maps = self.encoder.forward_intermediates(x, self.taps, intermediates_only=True)
+            maps = self.encoder.forward_intermediates(x, self.out_indices, intermediates_only=True)
         else:
-            final, maps = self.encoder.forward_intermediates(x, self.taps[:-1])
+            final, maps = self.encoder.forward_intermediates(x, self.out_indices[:-1])
         maps = [norm(tap) for norm, tap in zip(self.tap_norms, maps, strict=True)]
         if self.deepest == "neck":
             maps.append(final)
@@ -103,7 +103,7 @@ def unetr(
     out_channels: int,
     *,
     feature_size: int = 16,
-    taps: Sequence[int] | Literal["monai"] | None = None,
+    out_indices: Sequence[int] | Literal["monai"] | None = None,
     deepest: Literal["block", "neck"] = "block",
     tap_norm: bool = True,
     norm_name: str | tuple[str, dict[str, Any]] = "instance",
@@ -113,47 +113,47 @@ def unetr(
     """UNETR around an encoder, for `out_channels` classes.
 
     The encoder becomes part of the network and loses what the decoder does not read: the blocks
-    behind the last tap and, with `deepest="block"`, the neck.
+    behind the last index and, with `deepest="block"`, the neck.
 
     Args:
         encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
         out_channels: Number of classes K, background included.
         feature_size: Channels at full resolution.
-        taps: Block numbers from 0, fine to coarse, one per halving from the volume to the tokens
-            (four for patches of 16 voxels, three for 8). None spreads them evenly and ends at the
-            last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released network's
+        out_indices: Block numbers from 0, fine to coarse, one per halving from the volume to the
+            tokens (four for patches of 16 voxels, three for 8). None spreads them evenly and ends
+            at the last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released network's
             global blocks. "monai" takes MONAI's, all but the last one block later.
         deepest: Start the way up from the last tap's map ("block") or from the neck's ("neck"),
             which is what the mask decoder was trained on.
-        tap_norm: Give each tap a layer norm of its own: taps are raw residual streams, whose
+        tap_norm: Give each tap a layer norm of its own: these maps are raw residual streams, whose
             scale grows with depth. MONAI norms the last only.
         norm_name: Norm inside the decoder's blocks, in MONAI's words.
         conv_block: Convolutions after each upsampling of a tap, as in MONAI.
         res_block: Residual decoder blocks, as in MONAI.
 
     Raises:
-        ValueError: If the taps do not fit the encoder, or `out_channels` is not positive.
+        ValueError: If `out_indices` do not fit the encoder, or `out_channels` is not positive.
     """
     require_classes(out_channels)
     if deepest not in ("block", "neck"):
         raise ValueError(f"deepest={deepest!r} is unknown; use 'block' or 'neck'")
     stages = encoder.patch_size.bit_length() - 1
-    even = spread_taps(encoder, stages)
-    if taps is None:
-        taps = even
-    elif taps == "monai":
-        taps = [*(tap + 1 for tap in even[:-1]), even[-1]]
-    require_taps(encoder, taps, stages)
-    if deepest == "neck" and taps[-1] != encoder.depth - 1:
+    even = spread_indices(encoder, stages)
+    if out_indices is None:
+        out_indices = even
+    elif out_indices == "monai":
+        out_indices = [*(tap + 1 for tap in even[:-1]), even[-1]]
+    require_out_indices(encoder, out_indices, stages)
+    if deepest == "neck" and out_indices[-1] != encoder.depth - 1:
         raise ValueError(
-            f"deepest='neck' reads the last block, but taps={tuple(taps)} end earlier; "
-            f"end them with {encoder.depth - 1}"
+            f"deepest='neck' reads the last block, but out_indices={tuple(out_indices)} end "
+            f"earlier; end them with {encoder.depth - 1}"
         )
     return UNETR(
         encoder,
         out_channels,
         feature_size=feature_size,
-        taps=taps,
+        out_indices=out_indices,
         deepest=deepest,
         tap_norm=tap_norm,
         norm_name=norm_name,

@@ -61,7 +61,7 @@ def _weights_findings(weights: str) -> list[Finding]:
         raise ValueError(f"{weights} has the sizes of no known variant; see `sammed3d verify`")
     findings = [hash_finding(record)]
     build = sam if any(name.startswith(OTHER_PARTS) for name in tensors) else encoder
-    rel_pos: RelPos = "axial" if record.rel_pos == "axial" else "released"
+    rel_pos: RelPos = "axial" if record.rel_pos == "axial" else "sammed3d"
     try:
         network = build(record.variant, weights, rel_pos=rel_pos).eval()
     except CheckpointError as error:

@@ -40,7 +40,7 @@ from sammed3d_backbone.loading.variants import VARIANTS, Variant
 from sammed3d_backbone.loading.variants import variant as variant_sizes
 from sammed3d_backbone.models.attention import RelPos
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.models.prompt_encoder import Positions
+from sammed3d_backbone.models.prompt_encoder import PointPos
 from sammed3d_backbone.models.sam import Sam3D
 
 __all__ = ["encoder", "encoder_like", "list_weights", "sam", "sam_like", "variant_of"]
@@ -62,8 +62,8 @@ def encoder(
     in_chans: int = 1,
     img_size: int | Sequence[int] | None = None,
     patch_size: int | None = None,
-    rel_pos: RelPos = "released",
-    drop_path: float = 0.0,
+    rel_pos: RelPos = "sammed3d",
+    drop_path_rate: float = 0.0,
     channel_gains: Sequence[float] | None = None,
 ) -> ImageEncoder3D:
     """The image encoder of a variant with trained values.
@@ -86,9 +86,9 @@ def encoder(
             of tokens that the weights were stored with. The position table is resampled.
         patch_size: Side of a patch in voxels; None for that of the weights. The filter is
             resampled, exactly where patches grow.
-        rel_pos: "released" as all public weights were trained; "axial" for the correct form,
+        rel_pos: "sammed3d" as all public weights were trained; "axial" for the correct form,
             which needs fine-tuning when the weights were trained with the other.
-        drop_path: Stochastic depth of the last block.
+        drop_path_rate: Stochastic depth of the last block.
         channel_gains: Share of each input channel in place of one over their number; they sum
             to 1. (1, 0, 0, 0) begins with the first channel alone.
 
@@ -105,7 +105,7 @@ def encoder(
         (64, 64, 64)
     """
     sizes = variant_sizes(variant)
-    in_chans, img_size = _checked_numbers(in_chans, img_size, drop_path)
+    in_chans, img_size = _checked_numbers(in_chans, img_size, drop_path_rate)
     if weights is None:
         weights = default_weights(variant)
     if weights == "none":
@@ -115,7 +115,9 @@ def encoder(
             )
         sizes = _with_patch(sizes, patch_size)
         size = sizes.img_size if img_size is None else img_size
-        network = _network(sizes, size, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path)
+        network = _network(
+            sizes, size, in_chans=in_chans, rel_pos=rel_pos, drop_path_rate=drop_path_rate
+        )
         return _with_provenance(network, None, None)
     if (request := request_in(weights)) is not None:
         return _inflated(
@@ -125,7 +127,7 @@ def encoder(
             img_size=img_size,
             patch_size=patch_size,
             rel_pos=rel_pos,
-            drop_path=drop_path,
+            drop_path_rate=drop_path_rate,
             channel_gains=channel_gains,
         )
     record, path, tensors, metadata = _opened(weights, variant, "encoder")
@@ -134,7 +136,7 @@ def encoder(
         record, tensors = _encoder_of_model(record, tensors, metadata[CARD_KEY])
     _require_fit(record, path, tensors, variant, rel_pos, "encoder")
     network = encoder_like(
-        tensors, variant, in_chans=in_chans, rel_pos=rel_pos, drop_path=drop_path
+        tensors, variant, in_chans=in_chans, rel_pos=rel_pos, drop_path_rate=drop_path_rate
     )
     dropped = _prune_like(network, tensors) if is_model else ()
     state, report = fit(
@@ -162,7 +164,7 @@ def _inflated(
     img_size: int | Sequence[int] | None,
     patch_size: int | None,
     rel_pos: RelPos,
-    drop_path: float,
+    drop_path_rate: float,
     channel_gains: Sequence[float] | None,
 ) -> ImageEncoder3D:
     """An encoder with the values of a 2-D one, all but its neck."""
@@ -179,7 +181,7 @@ def _inflated(
         sizes.img_size if img_size is None else img_size,
         in_chans=in_chans,
         rel_pos=rel_pos,
-        drop_path=drop_path,
+        drop_path_rate=drop_path_rate,
     )
     if stored is not None:
         network.set_patch_size(stored)  # and back again once it is filled
@@ -204,8 +206,8 @@ def sam(
     weights: str | os.PathLike[str] | None = None,
     *,
     img_size: int | Sequence[int] | None = None,
-    rel_pos: RelPos = "released",
-    positions: Positions | None = None,
+    rel_pos: RelPos = "sammed3d",
+    point_pos: PointPos | None = None,
 ) -> Sam3D:
     """The whole promptable network of a variant with trained values.
 
@@ -218,7 +220,7 @@ def sam(
         img_size: Input side in voxels, or three of them if both forms of position allow it; None
             for the size that the weights were stored with. The position table is resampled.
         rel_pos: Form of the encoder's relative positions, as of `encoder`.
-        positions: Form of the decoder's position code: "released", or "consistent" for training
+        point_pos: Position code of clicks: "swapped", or "aligned" for training
             from scratch; None for that of the weights, and the variant's own at a random start.
 
     Raises:
@@ -239,7 +241,7 @@ def sam(
         weights = default_weights(variant)
     if weights == "none":
         image_encoder = encoder(variant, "none", img_size=img_size, rel_pos=rel_pos)
-        sizes = {**vars(decoder), "positions": positions or decoder.positions}
+        sizes = {**vars(decoder), "point_pos": point_pos or decoder.point_pos}
         network = Sam3D.around(image_encoder, **sizes)
         return _with_provenance(network, None, None)
     if request_in(weights) is not None:
@@ -251,11 +253,11 @@ def sam(
     _require_all_parts(path, tensors, metadata)
     _require_fit(record, path, tensors, variant, rel_pos, "sam")
     network = sam_like(tensors, variant, rel_pos=rel_pos)
-    stored = network.prompt_encoder.positions
-    if positions not in (None, stored):
+    stored = network.prompt_encoder.point_pos
+    if point_pos not in (None, stored):
         raise ValueError(
-            f"{record.name} was trained with positions={stored!r}, not {positions!r}; leave "
-            "positions out, or start at random with weights='none'"
+            f"{record.name} was trained with point_pos={stored!r}, not {point_pos!r}; leave "
+            "point_pos out, or start at random with weights='none'"
         )
     state, report = fit(
         tensors,
@@ -267,18 +269,18 @@ def sam(
     report = _with_positions(report, record, rel_pos)
     if img_size is not None:
         report = _resized(report, network, img_size)
-    record = dataclasses.replace(record, variant=variant, positions=stored)
+    record = dataclasses.replace(record, variant=variant, point_pos=stored)
     return _with_provenance(network, record, report)
 
 
-def sam_like(tensors: Mapping[str, Tensor], variant: str, *, rel_pos: RelPos = "released") -> Sam3D:
+def sam_like(tensors: Mapping[str, Tensor], variant: str, *, rel_pos: RelPos = "sammed3d") -> Sam3D:
     """A random promptable network of a variant with the sizes and positions of stored tensors."""
     sizes = vars(variant_sizes(variant).decoder)
     image_encoder = encoder_like(tensors, variant, rel_pos=rel_pos)
     code = tensors.get(FREQUENCIES)
     if code is not None and code.ndim == 2:
-        forms = {3 * code.shape[1]: "released", 2 * code.shape[1]: "consistent"}
-        sizes = {**sizes, "positions": forms.get(image_encoder.out_chans, sizes["positions"])}
+        forms = {3 * code.shape[1]: "swapped", 2 * code.shape[1]: "aligned"}
+        sizes = {**sizes, "point_pos": forms.get(image_encoder.out_chans, sizes["point_pos"])}
     return Sam3D.around(image_encoder, **sizes)
 
 
@@ -287,8 +289,8 @@ def encoder_like(
     variant: str,
     *,
     in_chans: int = 1,
-    rel_pos: RelPos = "released",
-    drop_path: float = 0.0,
+    rel_pos: RelPos = "sammed3d",
+    drop_path_rate: float = 0.0,
 ) -> ImageEncoder3D:
     """A random encoder of a variant whose position tables have the sizes of stored ones.
 
@@ -299,8 +301,8 @@ def encoder_like(
     sizes = _with_patch(variant_sizes(variant), _patch(stored.get(STEM)))
     grid = _grid(stored.get("pos_embed")) or (sizes.img_size // sizes.patch_size,) * 3
     built = grid
-    if sizes.global_attn_blocks:
-        block = f"blocks.{sizes.global_attn_blocks[0]}.attn.rel_pos_"
+    if sizes.global_attn_indexes:
+        block = f"blocks.{sizes.global_attn_indexes[0]}.attn.rel_pos_"
         tables = [stored[name] for axis in "dhw" if (name := f"{block}{axis}") in stored]
         if len(tables) == 3 and all(table.ndim == 2 for table in tables):
             built = tuple((len(table) + 1) // 2 for table in tables)
@@ -309,7 +311,7 @@ def encoder_like(
         [n * sizes.patch_size for n in built],
         in_chans=in_chans,
         rel_pos=rel_pos,
-        drop_path=drop_path,
+        drop_path_rate=drop_path_rate,
     )
     if grid != built:
         network.set_input_size([n * sizes.patch_size for n in grid])
@@ -368,18 +370,18 @@ def _network(
     *,
     in_chans: int,
     rel_pos: RelPos,
-    drop_path: float,
+    drop_path_rate: float,
 ) -> ImageEncoder3D:
     return ImageEncoder3D(
         **{**sizes.encoder_sizes(), "img_size": img_size},
         in_chans=in_chans,
         rel_pos=rel_pos,
-        drop_path=drop_path,
+        drop_path_rate=drop_path_rate,
     )
 
 
 def _checked_numbers(
-    in_chans: int, img_size: int | Sequence[int] | None, drop_path: float
+    in_chans: int, img_size: int | Sequence[int] | None, drop_path_rate: float
 ) -> tuple[int, int | list[int] | None]:
     """Plain numbers, of whatever integer type they came as."""
     try:
@@ -388,10 +390,9 @@ def _checked_numbers(
         channels = 0
     if channels < 1:
         raise ValueError(f"in_chans={in_chans!r}; give the number of input channels, 1 or more")
-    if not 0 <= drop_path < 1:
+    if not 0 <= drop_path_rate < 1:
         raise ValueError(
-            f"drop_path={drop_path!r} is no share of dropped paths; give 0 for none or a number "
-            "below 1, such as 0.1"
+            f"drop_path_rate={drop_path_rate!r}: expected 0 (none) or a number below 1, such as 0.1"
         )
     if img_size is None:
         return channels, None
@@ -455,7 +456,7 @@ def _encoder_of_model(
     return dataclasses.replace(
         record,
         variant=about["encoder"]["variant"],
-        rel_pos=about["encoder"].get("rel_pos", "released"),
+        rel_pos=about["encoder"].get("rel_pos", "sammed3d"),
         spacing_mm=None if about["spacing_mm"] is None else tuple(about["spacing_mm"]),
         status=f"{record.status}, encoder of a fine-tuned {about['network']}",
     ), mine
@@ -502,7 +503,7 @@ def _require_fit(
 ) -> None:
     """Refuses weights of another variant, or trained with positions that were not asked for."""
     _require_variant(record, variant, call)
-    if record.rel_pos == "axial" and rel_pos == "released":
+    if record.rel_pos == "axial" and rel_pos == "sammed3d":
         raise ValueError(
             f"{record.name} was trained with axial relative positions; pass rel_pos='axial'"
         )
@@ -521,7 +522,7 @@ def _require_fit(
 
 def _with_positions(report: LoadReport, record: Weights, rel_pos: RelPos) -> LoadReport:
     """The report with a note if the values were trained with the other relative positions."""
-    if rel_pos == "released" or record.rel_pos == "axial":
+    if rel_pos == "sammed3d" or record.rel_pos == "axial":
         return report
     note = Change(
         "relative positions",

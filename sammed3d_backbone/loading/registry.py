@@ -52,7 +52,7 @@ class Weights:
         sha256: Of the file; where it is not known, the first download pins it.
         licence: Of the weights, as their source states it.
         rel_pos: Form of the relative positions that the values were trained with.
-        positions: Form of the decoder's position code that they were trained with.
+        point_pos: Form of the decoder's position code that they were trained with.
         spacing_mm: Voxel spacing along X, Y, Z.
         crop_vox: Input size along X, Y, Z.
         orientation: Directions of array axes 0, 1, 2.
@@ -72,7 +72,7 @@ class Weights:
     sha256: str | None = None
     licence: str | None = None
     rel_pos: str | None = None
-    positions: str | None = None
+    point_pos: str | None = None
     spacing_mm: tuple[float, float, float] | None = None
     crop_vox: tuple[int, int, int] | None = None
     orientation: str | None = None
@@ -148,8 +148,8 @@ _TURBO = Weights(
     revision="main",
     sha256="899a46d04d3b70f723282ceb489149373558bf0aaba389a346f5ab57da5cdd3c",
     licence="Apache-2.0 by its model card; the training sets have terms of their own",
-    rel_pos="released",
-    positions="released",
+    rel_pos="sammed3d",
+    point_pos="swapped",
     spacing_mm=(1.5, 1.5, 1.5),
     crop_vox=(128, 128, 128),
     orientation="RAS",
@@ -212,8 +212,8 @@ _TINY = Weights(
         "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
         "weights/tiny.md names"
     ),
-    rel_pos="released",
-    positions="consistent",
+    rel_pos="sammed3d",
+    point_pos="aligned",
     spacing_mm=(1.5, 1.5, 1.5),
     crop_vox=(64, 64, 64),
     orientation="RAS",

@@ -18,14 +18,14 @@ class DecoderSizes:
         num_heads: Attention heads; half the neck's width is a multiple of it.
         mlp_dim: Hidden width of the MLPs.
         iou_head_hidden_dim: Hidden width of the quality head.
-        positions: Form of the position code that a random start gets.
+        point_pos: Position code of clicks at random initialisation.
     """
 
     mask_in_chans: int = 16
     num_heads: int = 8
     mlp_dim: int = 2048
     iou_head_hidden_dim: int = 256
-    positions: Literal["released", "consistent"] = "released"
+    point_pos: Literal["swapped", "aligned"] = "swapped"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Variant:
         embed_dim: Token width.
         depth: Number of transformer blocks.
         num_heads: Attention heads; `embed_dim` is a multiple of it.
-        global_attn_blocks: Blocks whose tokens see the whole grid; the others see windows.
+        global_attn_indexes: Blocks whose tokens see the whole grid; the others see windows.
         window_size: Side of an attention window, in tokens.
         out_chans: Width of the neck's map, which is what the mask decoder reads.
         mlp_ratio: Hidden width of a block's MLP over `embed_dim`.
@@ -50,7 +50,7 @@ class Variant:
     embed_dim: int
     depth: int
     num_heads: int
-    global_attn_blocks: tuple[int, ...]
+    global_attn_indexes: tuple[int, ...]
     window_size: int = 14
     out_chans: int = 384
     mlp_ratio: float = 4.0
@@ -70,9 +70,9 @@ TINY = Variant(
     embed_dim=192,
     depth=12,
     num_heads=3,
-    global_attn_blocks=tuple(range(12)),
+    global_attn_indexes=tuple(range(12)),
     out_chans=64,
-    decoder=DecoderSizes(num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, positions="consistent"),
+    decoder=DecoderSizes(num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, point_pos="aligned"),
 )
 # `vit_b` is the reference's `vit_b_ori`, the only size with public weights; the reference's own
 # `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
@@ -87,7 +87,7 @@ VARIANTS: dict[str, Variant] = {
         embed_dim=768,
         depth=12,
         num_heads=12,
-        global_attn_blocks=(2, 5, 8, 11),
+        global_attn_indexes=(2, 5, 8, 11),
     ),
     "vit_b_256": Variant(
         img_size=256,
@@ -95,7 +95,7 @@ VARIANTS: dict[str, Variant] = {
         embed_dim=384,
         depth=12,
         num_heads=12,
-        global_attn_blocks=(2, 5, 8, 11),
+        global_attn_indexes=(2, 5, 8, 11),
     ),
     "vit_l_256": Variant(
         img_size=256,
@@ -103,7 +103,7 @@ VARIANTS: dict[str, Variant] = {
         embed_dim=1024,
         depth=24,
         num_heads=16,
-        global_attn_blocks=(5, 11, 17, 23),
+        global_attn_indexes=(5, 11, 17, 23),
     ),
     "vit_h_256": Variant(
         img_size=256,
@@ -111,7 +111,7 @@ VARIANTS: dict[str, Variant] = {
         embed_dim=1280,
         depth=32,
         num_heads=16,
-        global_attn_blocks=(7, 15, 23, 31),
+        global_attn_indexes=(7, 15, 23, 31),
     ),
 }
 

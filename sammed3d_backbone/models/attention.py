@@ -1,4 +1,4 @@
-"""Attention over a 3-D token grid, whole or in windows, with released or axial positions.
+"""Attention over a 3-D token grid, whole or in windows, with SAM-Med3D's or axial positions.
 
 Comes in: normalised tokens (B, X, Y, Z, E); goes out: the same shape after attention and output
 projection. Letters used here: B batch, E token width, A heads, C width of one head, N tokens of
@@ -8,10 +8,10 @@ a window, S side of a window, and for the *real* extents of one window (x, y, z)
 a key at (kd, kh, kw), the bias added to the logit is
 
     axial     q(d,h,w)·Rd[d,kd] + q(d,h,w)·Rh[h,kh] + q(d,h,w)·Rw[w,kw]
-    released  q(d,h,w)·Rd[d,kw] + q(d,h,kd)·Rh[h,kw] + q(d,h,kh)·Rw[kh,kw]
+    sammed3d  q(d,h,w)·Rd[d,kw] + q(d,h,kd)·Rh[h,kw] + q(d,h,kh)·Rw[kh,kw]
 
 where R.[i,j] is row i - j + S - 1 of the axis's table. The axial form is what the paper's text
-describes. The released form is what the public code computes, because each term is broadcast with
+describes. The form "sammed3d" is what the public code computes, because each term is broadcast with
 one index too few; every public weight was trained with it, so it is the default. It reads other
 queries along the last axis and exists on cubic grids only.
 
@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RelPos = Literal["released", "axial"]
+RelPos = Literal["sammed3d", "axial"]
 Grid = tuple[int, int, int]  # tokens per axis
 CACHED_LOGITS = 2**18  # attention logits of a group of heads that a CPU works on at once
 
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         window_size: Side of a window in tokens, or 0 for the whole grid.
         table_grid: Tokens per axis for which the relative tables are made: a table has
             2 * n - 1 rows. Ignored with windows, whose tables have 2 * `window_size` - 1 rows.
-        rel_pos: "released" or "axial"; see the module's text.
+        rel_pos: "sammed3d" or "axial"; see the module's text.
 
     Shapes:
         x: (B, X, Y, Z, E).
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         q, k, v = qkv.flatten(1, 2).unbind(0)  # (B * A, N, C)
         heads = self.qkv.bias.view(3, self.num_heads, 1, -1)
         b_q, _, b_v = heads.repeat(1, batch, 1, 1).unbind(0)  # (B * A, 1, C)
-        terms = self._axial(q, grid) if self.rel_pos == "axial" else self._released(q, b_q, grid)
+        terms = self._axial(q, grid) if self.rel_pos == "axial" else self._sammed3d(q, b_q, grid)
         if len(terms.keys) > q.shape[1]:
             k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
         # What differs between queries rides along in the matrix product, on indicator keys.
@@ -143,8 +143,8 @@ class Attention(nn.Module):
         projected: Tensor = self.proj(out).unflatten(1, grid)
         return projected
 
-    def _released(self, q: Tensor, b_q: Tensor, grid: Grid) -> "Terms":
-        """The released relative positions and, where the window is padded, the extra key's logit.
+    def _sammed3d(self, q: Tensor, b_q: Tensor, grid: Grid) -> "Terms":
+        """SAM-Med3D's relative positions and, where the window is padded, the extra key's logit.
 
         Faithful: the mis-broadcast axes and the unmasked window padding; pinned by
         `test_released_attention_equals_the_textbook_form`.

@@ -88,21 +88,21 @@ class ImageEncoder3D(nn.Module):
         embed_dim: Token width E.
         depth: Number of blocks.
         num_heads: Attention heads per block.
-        global_attn_blocks: Blocks that attend over the whole grid; the others over windows.
+        global_attn_indexes: Blocks that attend over the whole grid; the others over windows.
         window_size: Side of a window in tokens.
         out_chans: Width F of the neck's map.
         mlp_ratio: Hidden width of the MLPs over E.
         in_chans: Input channels C.
-        rel_pos: "released", as the public weights were trained, cubes only; or "axial", the
+        rel_pos: "sammed3d", as the public weights were trained, cubes only; or "axial", the
             correct per-axis form, any box, for training from scratch or with fine-tuning.
-        drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
 
     Shapes:
         x: (B, C, X, Y, Z), the three sides equal to `img_size`.
         returns: (B, F, x, y, z).
 
     Raises:
-        ValueError: If sizes contradict each other, or released positions meet a non-cubic input.
+        ValueError: If sizes contradict each other, or rel_pos="sammed3d" meets a non-cubic input.
 
     Source:
         github.com/uni-medical/SAM-Med3D, segment_anything/modeling/image_encoder3D.py at f3de1fa.
@@ -116,17 +116,17 @@ class ImageEncoder3D(nn.Module):
         embed_dim: int,
         depth: int,
         num_heads: int,
-        global_attn_blocks: Sequence[int],
+        global_attn_indexes: Sequence[int],
         window_size: int = 14,
         out_chans: int = 384,
         mlp_ratio: float = 4.0,
         in_chans: int = 1,
-        rel_pos: RelPos = "released",
-        drop_path: float = 0.0,
+        rel_pos: RelPos = "sammed3d",
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if rel_pos not in ("released", "axial"):
-            raise ValueError(f"rel_pos={rel_pos!r} is unknown; use 'released' or 'axial'")
+        if rel_pos not in ("sammed3d", "axial"):
+            raise ValueError(f"rel_pos={rel_pos!r} is unknown; use 'sammed3d' or 'axial'")
         if embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim={embed_dim} does not split into {num_heads} heads; "
@@ -149,10 +149,10 @@ class ImageEncoder3D(nn.Module):
                 embed_dim,
                 num_heads,
                 mlp_ratio,
-                window_size=0 if i in global_attn_blocks else window_size,
+                window_size=0 if i in global_attn_indexes else window_size,
                 table_grid=grid,
                 rel_pos=rel_pos,
-                drop_path=drop_path * i / max(depth - 1, 1),
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
             )
             for i in range(depth)
         )
@@ -379,9 +379,9 @@ class ImageEncoder3D(nn.Module):
             raise ValueError(
                 f"img_size={sides} does not split into {p}-voxel patches; use {fit} and pad to it"
             )
-        if self.rel_pos == "released" and len(set(sides)) > 1:
+        if self.rel_pos == "sammed3d" and len(set(sides)) > 1:
             raise ValueError(
-                f"img_size={sides} is no cube, and released relative positions exist on cubes "
+                f"img_size={sides} is not a cube, and rel_pos='sammed3d' exists on cubes "
                 f"only; pad the volume to {(max(sides),) * 3}, or use rel_pos='axial', which takes "
                 f"any box but needs fine-tuning"
             )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sammed3d_backbone.models.attention import Grid
 from sammed3d_backbone.models.layers import LayerNorm3d
 
-Positions = Literal["released", "consistent"]
+PointPos = Literal["swapped", "aligned"]
 Points = tuple[Tensor, Tensor]  # voxel indices (P, N, 3) and labels (P, N)
 MASK_SCALE = 4  # voxels of a mask prompt per token and axis
 
@@ -29,15 +29,15 @@ class FourierCode(nn.Module):
 
     positional_encoding_gaussian_matrix: Tensor
 
-    def __init__(self, embed_dim: int, positions: Positions) -> None:
+    def __init__(self, embed_dim: int, point_pos: PointPos) -> None:
         super().__init__()
         # Faithful: released codes repeat their sines, so a third of the channels is redundant;
         # pinned by `test_the_released_code_is_sine_cosine_and_the_same_sine_again`.
-        self.waves = (torch.sin, torch.cos, torch.sin)[: 3 if positions == "released" else 2]
+        self.waves = (torch.sin, torch.cos, torch.sin)[: 3 if point_pos == "swapped" else 2]
         if embed_dim % len(self.waves):
             raise ValueError(
                 f"embed_dim={embed_dim} does not split into {len(self.waves)} waves of "
-                f"{positions!r} positions; use a multiple of {len(self.waves)}, or the other form"
+                f"point_pos={point_pos!r}; use a multiple of {len(self.waves)}, or the other form"
             )
         frequencies = torch.randn(3, embed_dim // len(self.waves))
         self.register_buffer("positional_encoding_gaussian_matrix", frequencies)
@@ -57,7 +57,7 @@ class PromptEncoder3D(nn.Module):
         img_size: Input sides in voxels.
         grid: Image tokens per axis.
         mask_in_chans: Width of the convolutions that read a mask prompt.
-        positions: "released", as the public weights were trained, cubes only; or "consistent", in
+        point_pos: "swapped", as the public weights were trained, cubes only; or "aligned", in
             which a click and the image token around it carry matching codes, for training from
             scratch. The two have frequencies of different shapes, so neither loads as the other.
 
@@ -82,14 +82,14 @@ class PromptEncoder3D(nn.Module):
         img_size: Grid,
         grid: Grid,
         mask_in_chans: int = 16,
-        positions: Positions = "released",
+        point_pos: PointPos = "swapped",
     ) -> None:
         super().__init__()
-        if positions not in ("released", "consistent"):
-            raise ValueError(f"positions={positions!r} is unknown; use 'released' or 'consistent'")
-        self.positions: Positions = positions
+        if point_pos not in ("swapped", "aligned"):
+            raise ValueError(f"point_pos={point_pos!r} is unknown; use 'swapped' or 'aligned'")
+        self.point_pos: PointPos = point_pos
         self.set_input_size(img_size, grid)
-        self.pe_layer = FourierCode(embed_dim, positions)
+        self.pe_layer = FourierCode(embed_dim, point_pos)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(2))
         self.not_a_point_embed = nn.Embedding(1, embed_dim)
         self.mask_downscaling = nn.Sequential(
@@ -113,12 +113,12 @@ class PromptEncoder3D(nn.Module):
         """Measures points and image tokens on an input of another size, in voxels and tokens.
 
         Raises:
-            ValueError: If released positions meet an input that is no cube.
+            ValueError: If point_pos="swapped" meets an input that is no cube.
         """
-        if self.positions == "released" and len(set(img_size)) > 1:
+        if self.point_pos == "swapped" and len(set(img_size)) > 1:
             raise ValueError(
-                f"img_size={img_size} is no cube, and released positions swap two axes; pad to "
-                f"{(max(img_size),) * 3}, or train with positions='consistent'"
+                f"img_size={img_size} is not a cube, and point_pos='swapped' exchanges two axes; "
+                f"pad to {(max(img_size),) * 3}, or train with point_pos='aligned'"
             )
         self.img_size = img_size
         self.grid = grid
@@ -155,7 +155,7 @@ class PromptEncoder3D(nn.Module):
             (torch.arange(n, dtype=matrix.dtype, device=matrix.device) + 0.5) / n for n in self.grid
         ]
         centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (x, y, z, 3)
-        if self.positions == "released":
+        if self.point_pos == "swapped":
             # Faithful: token (i, j, k) carries the code of a point at (j, i, k); pinned by
             # `test_released_image_tokens_have_axes_0_and_1_swapped_against_points`.
             centres = centres[..., [1, 0, 2]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sammed3d_backbone.models.attention import Grid
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
-from sammed3d_backbone.models.prompt_encoder import Points, Positions, PromptEncoder3D
+from sammed3d_backbone.models.prompt_encoder import PointPos, Points, PromptEncoder3D
 
 
 class Sam3D(nn.Module):
@@ -47,7 +47,7 @@ class Sam3D(nn.Module):
         num_heads: int,
         mlp_dim: int,
         iou_head_hidden_dim: int,
-        positions: Positions,
+        point_pos: PointPos,
     ) -> "Sam3D":
         """An encoder with a random prompt encoder and mask decoder of its sizes.
 
@@ -61,7 +61,7 @@ class Sam3D(nn.Module):
                 img_size=image_encoder.img_size,
                 grid=image_encoder.grid,
                 mask_in_chans=mask_in_chans,
-                positions=positions,
+                point_pos=point_pos,
             ),
             MaskDecoder3D(
                 embed_dim=embed_dim,

@@ -10,7 +10,7 @@ from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
 
-def reduced(name, rel_pos="released"):
+def reduced(name, rel_pos="sammed3d"):
     """A variant with its wiring and its number of blocks, at a fraction of its width and input."""
     sizes = VARIANTS[name].encoder_sizes()
     heads = 2
@@ -26,7 +26,7 @@ def reduced(name, rel_pos="released"):
     )
 
 
-@pytest.mark.parametrize("rel_pos", ["released", "axial"])
+@pytest.mark.parametrize("rel_pos", ["sammed3d", "axial"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_fulfils_the_contract(name, rel_pos):
     check_encoder(reduced(name, rel_pos))

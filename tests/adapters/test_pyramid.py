@@ -35,9 +35,9 @@ def test_a_map_at_full_resolution_comes_on_request(kind, generator):
 
 
 def test_simple_reads_the_last_block_and_taps_read_four():
-    assert pyramid(ConvEncoder(depth=6)).taps == (5,)
-    assert pyramid(ConvEncoder(depth=6), "taps").taps == (0, 2, 3, 5)
-    assert pyramid(ConvEncoder(depth=6), taps=[1]).encoder.depth == 2
+    assert pyramid(ConvEncoder(depth=6)).out_indices == (5,)
+    assert pyramid(ConvEncoder(depth=6), "multi_level").out_indices == (0, 2, 3, 5)
+    assert pyramid(ConvEncoder(depth=6), out_indices=[1]).encoder.depth == 2
 
 
 @pytest.mark.parametrize("patch_size", [8, 16])
@@ -45,20 +45,20 @@ def test_a_graft_adds_nothing_before_the_first_step_and_then_learns(patch_size, 
     torch.manual_seed(0)
     simple = pyramid(ConvEncoder(patch_size, img_size=32), "simple", feature_size=2)
     torch.manual_seed(0)
-    grafted = pyramid(ConvEncoder(patch_size, img_size=32), "grafted", feature_size=2)
-    grafted.load_state_dict(simple.state_dict(), strict=False)  # the branch keeps its own values
+    conv_stem = pyramid(ConvEncoder(patch_size, img_size=32), "conv_stem", feature_size=2)
+    conv_stem.load_state_dict(simple.state_dict(), strict=False)  # the branch keeps its own values
     volume = volume_for(simple.encoder, generator)
-    assert all(map(torch.equal, grafted(volume), simple(volume)))
+    assert all(map(torch.equal, conv_stem(volume), simple(volume)))
 
-    optimizer = torch.optim.SGD(grafted.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(conv_stem.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        sum(m.square().mean() for m in grafted(volume)).backward()
+        sum(m.square().mean() for m in conv_stem(volume)).backward()
         optimizer.step()
-    learns = [p.grad.any() for p in grafted.branch.parameters()]
-    assert len(grafted.branch) == len(grafted.joins) == {8: 2, 16: 3}[patch_size]
+    learns = [p.grad.any() for p in conv_stem.branch.parameters()]
+    assert len(conv_stem.branch) == len(conv_stem.joins) == {8: 2, 16: 3}[patch_size]
     assert all(learns)
-    assert not all(map(torch.equal, grafted(volume), simple(volume)))
+    assert not all(map(torch.equal, conv_stem(volume), simple(volume)))
 
 
 @pytest.mark.parametrize(("cells", "halved"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (7, 3)])
@@ -73,10 +73,13 @@ def test_halving_a_grid_rounds_down_and_sees_every_cell(cells, halved):
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        ({"kind": "fpn"}, "use one of simple, taps, grafted"),
-        ({"taps": [1, 2]}, "need 1 ascending block numbers between 0 and 5"),
-        ({"taps": []}, "need 1 ascending block numbers"),
-        ({"kind": "taps", "taps": [0, 1, 2, 6]}, r"between 0 and 5, e.g. \(0, 2, 3, 5\)"),
+        ({"kind": "fpn"}, "use one of simple, multi_level, conv_stem"),
+        ({"out_indices": [1, 2]}, "expected 1 ascending"),
+        ({"out_indices": []}, "expected 1 ascending"),
+        (
+            {"kind": "multi_level", "out_indices": [0, 1, 2, 6]},
+            "out_indices=",
+        ),
     ],
     ids=["kind", "many", "none", "deep"],
 )

@@ -17,7 +17,7 @@ def make_encoder(**changes):
         "embed_dim": 24,
         "depth": 12,
         "num_heads": 2,
-        "global_attn_blocks": (2, 5, 8, 11),
+        "global_attn_indexes": (2, 5, 8, 11),
         "window_size": 3,
         "out_chans": 10,
     }
@@ -76,7 +76,7 @@ def test_it_equals_monai_on_the_same_hidden_states_and_weights(generator, conv_b
         MonaiTokens(theirs.vit, 24, 32),
         3,
         feature_size=4,
-        taps="monai",
+        out_indices="monai",
         tap_norm=False,
         conv_block=conv_block,
         res_block=res_block,
@@ -87,7 +87,7 @@ def test_it_equals_monai_on_the_same_hidden_states_and_weights(generator, conv_b
 
 
 @pytest.mark.parametrize(
-    ("patch_size", "taps", "want"),
+    ("patch_size", "out_indices", "want"),
     [
         (16, None, (2, 5, 8, 11)),
         (16, "monai", (3, 6, 9, 11)),
@@ -96,8 +96,10 @@ def test_it_equals_monai_on_the_same_hidden_states_and_weights(generator, conv_b
         (16, (0, 1, 2, 7), (0, 1, 2, 7)),
     ],
 )
-def test_taps_count_blocks_from_zero(patch_size, taps, want):
-    assert unetr(make_encoder(patch_size=patch_size), 2, taps=taps).taps == want
+def test_taps_count_blocks_from_zero(patch_size, out_indices, want):
+    assert (
+        unetr(make_encoder(patch_size=patch_size), 2, out_indices=out_indices).out_indices == want
+    )
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -115,7 +117,7 @@ def test_every_parameter_gets_a_gradient(generator, patch_size, deepest, in_chan
 
 
 def test_blocks_behind_the_last_tap_and_an_unread_neck_are_dropped():
-    network = unetr(make_encoder(), 2, taps=(0, 1, 2, 7))
+    network = unetr(make_encoder(), 2, out_indices=(0, 1, 2, 7))
     assert network.encoder.depth == 8
     assert not [name for name, _ in network.named_parameters() if "neck" in name]
 
@@ -192,10 +194,13 @@ def test_recomputing_blocks_keeps_less_and_gives_the_same_gradients(generator):
     [
         ({"out_channels": 0}, "give the number of classes, background too"),
         ({"deepest": "stem"}, "use 'block' or 'neck'"),
-        ({"taps": (1, 2, 3)}, r"need 4 ascending block numbers between 0 and 11, e.g. \(2, 5, 8"),
-        ({"taps": (1, 2, 3, 12)}, r"between 0 and 11, e.g. \(2, 5, 8, 11\)"),
-        ({"taps": (3, 2, 5, 11)}, "ascending"),
-        ({"taps": (1, 2, 3, 4), "deepest": "neck"}, "end them with 11"),
+        (
+            {"out_indices": (1, 2, 3)},
+            "expected 4 ascending",
+        ),
+        ({"out_indices": (1, 2, 3, 12)}, "out_indices="),
+        ({"out_indices": (3, 2, 5, 11)}, "ascending"),
+        ({"out_indices": (1, 2, 3, 4), "deepest": "neck"}, "end them with 11"),
     ],
     ids=["no-class", "deepest", "too-few", "too-deep", "order", "neck"],
 )

@@ -127,11 +127,11 @@ def described(rel_pos: str, channels: int = 1) -> dict[str, Any]:
 
 
 monai_vit = runpy.run_path(str(HERE.parents[1] / "examples/use_your_own_encoder.py"))["MonaiViT"]
-released, axial = (partial(tiny, rel_pos) for rel_pos in ("released", "axial"))
+released, axial = (partial(tiny, rel_pos) for rel_pos in ("sammed3d", "axial"))
 ENCODERS = {
-    "tiny, released positions": Source(released, ODD_CUBE, 1, described("released")),
+    "tiny, released positions": Source(released, ODD_CUBE, 1, described("sammed3d")),
     "tiny, axial positions": Source(axial, ODD_BOX, 1, described("axial")),
-    "tiny, 2 channels": Source(released, ODD_CUBE, 2, described("released", 2)),
+    "tiny, 2 channels": Source(released, ODD_CUBE, 2, described("sammed3d", 2)),
     "MONAI's ViT": Source(monai_vit, ODD_BOX),
     "MONAI's SwinUNETR encoder": Source(SwinOnOneGrid, ODD_BOX),
 }

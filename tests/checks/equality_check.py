@@ -194,7 +194,7 @@ def differences(whole: Path, other: Path) -> list[str]:
 def compare_sharing(cfg: finetune_unetr.Config) -> dict[str, float]:
     """Largest differences when halves of a batch go to two processes, or through one in turn."""
     # Each share of a batch draws its own random numbers for drop path, so there is none.
-    base = replace(cfg, accumulate=1, drop_path=0.0)
+    base = replace(cfg, accumulate=1, drop_path_rate=0.0)
     arms = {
         "whole_batch": (replace(base, name="whole_batch", batch=4), 1),
         "two_processes": (replace(base, name="two_processes", batch=2), 2),

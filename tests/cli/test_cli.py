@@ -23,7 +23,7 @@ def toy(monkeypatch):
         embed_dim=24,
         depth=3,
         num_heads=2,
-        global_attn_blocks=(1,),
+        global_attn_indexes=(1,),
         window_size=3,
         out_chans=8,
         decoder=DecoderSizes(mask_in_chans=4, num_heads=2, mlp_dim=8, iou_head_hidden_dim=8),
@@ -34,7 +34,7 @@ def toy(monkeypatch):
 @pytest.fixture
 def tensors():
     """A whole toy network, one tensor of it in another number format."""
-    state = sam("toy", weights="none", positions="consistent").state_dict()
+    state = sam("toy", weights="none", point_pos="aligned").state_dict()
     token = "mask_decoder.iou_token.weight"
     return {**state, token: state[token].half()}
 

@@ -57,7 +57,7 @@ def test_a_model_verifies_and_an_altered_one_does_not(model, capsys):
     ("network", "adapter"),
     [
         ("flexible_unet", {"feature_size": 4, "kind": "simple"}),
-        ("segresnet", {"feature_size": 4, "kind": "grafted"}),
+        ("segresnet", {"feature_size": 4, "kind": "conv_stem"}),
         ("linear_head", {}),
         ("expanding_head", {"feature_size": 4}),
     ],

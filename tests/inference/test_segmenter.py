@@ -31,7 +31,7 @@ loopback_hub = hub_server.loopback_hub  # a fixture
 def card(**changes):
     values = {
         "network": "unetr",
-        "encoder": {"variant": "tiny", "in_chans": 1, "img_size": 16, "rel_pos": "released"},
+        "encoder": {"variant": "tiny", "in_chans": 1, "img_size": 16, "rel_pos": "sammed3d"},
         "adapter": {"feature_size": 4},
         "labels": {0: "background", 1: "head", 2: "tail"},
         "channels": ("MRI",),
@@ -70,8 +70,8 @@ class Threshold(nn.Module):
     "changes",
     [
         {},
-        {"network": "flexible_unet", "adapter": {"feature_size": 4, "kind": "taps"}},
-        {"network": "segresnet", "adapter": {"feature_size": 4, "kind": "grafted"}},
+        {"network": "flexible_unet", "adapter": {"feature_size": 4, "kind": "multi_level"}},
+        {"network": "segresnet", "adapter": {"feature_size": 4, "kind": "conv_stem"}},
         {"network": "linear_head", "adapter": {}},
         {"network": "expanding_head"},
         BASIC,

@@ -30,7 +30,7 @@ TOY = Variant(
     embed_dim=24,
     depth=3,
     num_heads=2,
-    global_attn_blocks=(1,),
+    global_attn_indexes=(1,),
     window_size=3,
     out_chans=8,
     decoder=DecoderSizes(mask_in_chans=4, num_heads=2, mlp_dim=8, iou_head_hidden_dim=8),
@@ -93,7 +93,7 @@ def test_a_variant_without_weights_never_starts_at_random_by_itself():
 @pytest.mark.parametrize("name", ["tiny", "vit_b_256"])
 def test_a_random_start_has_the_variants_sizes(name):
     with torch.device("meta"):
-        network = encoder(name, weights="none", in_chans=2, drop_path=0.1)
+        network = encoder(name, weights="none", in_chans=2, drop_path_rate=0.1)
     sizes = VARIANTS[name]
     assert network.img_size == (sizes.img_size,) * 3
     assert (network.embed_dim, network.depth) == (sizes.embed_dim, sizes.depth)
@@ -119,9 +119,9 @@ def test_sizes_may_be_integers_of_numpy():
         ({"in_chans": 0}, "in_chans=0; give the number of input channels, 1 or more"),
         ({"in_chans": 1.5}, "give the number of input channels"),
         ({"img_size": 16.5}, "give one whole number, or three"),
-        ({"drop_path": 1.0}, r"a number below 1, such as 0\.1"),
-        ({"drop_path": -0.1}, "give 0 for none"),
-        ({"drop_path": float("nan")}, "give 0 for none"),
+        ({"drop_path_rate": 1.0}, r"a number below 1, such as 0\.1"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate="),
+        ({"drop_path_rate": float("nan")}, "drop_path_rate="),
     ],
 )
 def test_numbers_that_make_no_network_are_refused(given, remedy):
@@ -186,7 +186,7 @@ def test_the_network_carries_the_record_of_its_file(tmp_path, source):
 
 def test_a_record_inside_a_file_reaches_the_network(tmp_path, source):
     path = tmp_path / "a.safetensors"
-    inside = Weights(name="mine", variant="toy", spacing_mm=(1.0, 1.0, 2.0), rel_pos="released")
+    inside = Weights(name="mine", variant="toy", spacing_mm=(1.0, 1.0, 2.0), rel_pos="sammed3d")
     write(path, source.state_dict(), to_metadata(inside))
     network = encoder("toy", weights=path)
     assert same(network, source)
@@ -401,7 +401,7 @@ def test_the_default_encoder_at_full_size_through_the_hub(
 @pytest.fixture
 def promptable(generator):
     """A toy promptable network of which no value is zero."""
-    network = sam("toy", weights="none", positions="consistent")
+    network = sam("toy", weights="none", point_pos="aligned")
     return filled(network, generator)
 
 
@@ -423,7 +423,7 @@ def test_a_promptable_file_and_its_safetensors_twin_give_the_network(tmp_path, p
         report = network.load_report
         assert set(report.matched) == set(promptable.state_dict())
         assert (report.missing, report.unexpected, report.unused) == ((), (), ())
-        assert network.pretrained_cfg.positions == "consistent"
+        assert network.pretrained_cfg.point_pos == "aligned"
         assert same(encoder("toy", weights=path), promptable.image_encoder)
 
 
@@ -447,18 +447,18 @@ def test_a_promptable_network_may_have_another_size(tmp_path, promptable):
     (change,) = network.load_report.reshaped
     assert str(change).startswith("image_encoder.pos_embed: (1, 4, 4, 4, 24) -> (1, 6, 6, 6, 24)")
     assert network.prompt_encoder.mask_size == (24, 24, 24)
-    assert sam("toy", weights="none", positions="consistent", img_size=48).img_size == (48, 48, 48)
+    assert sam("toy", weights="none", point_pos="aligned", img_size=48).img_size == (48, 48, 48)
 
 
 def test_positions_are_those_of_the_weights(tmp_path, promptable):
     path = save(promptable, tmp_path / "a.pth")
-    assert sam("toy", weights=path, positions="consistent").prompt_encoder.positions == "consistent"
-    with pytest.raises(ValueError, match="trained with positions='consistent', not 'released'"):
-        sam("toy", weights=path, positions="released")
+    assert sam("toy", weights=path, point_pos="aligned").prompt_encoder.point_pos == "aligned"
+    with pytest.raises(ValueError, match="trained with point_pos='aligned', not 'swapped'"):
+        sam("toy", weights=path, point_pos="swapped")
 
 
 def test_axial_promptable_weights_ask_for_axial_positions(tmp_path, generator):
-    axial = sam("toy", weights="none", rel_pos="axial", positions="consistent")
+    axial = sam("toy", weights="none", rel_pos="axial", point_pos="aligned")
     path = tmp_path / "a.safetensors"
     write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
     assert same(sam("toy", weights=path, rel_pos="axial"), axial)
@@ -498,7 +498,7 @@ def test_promptable_weights_of_another_variant_name_the_call(tmp_path, promptabl
 def test_a_promptable_network_never_starts_at_random_by_itself():
     with pytest.raises(ValueError, match="pass weights='none' for a random start"):
         sam("toy")
-    network = sam("toy", weights="none", positions="consistent")
+    network = sam("toy", weights="none", point_pos="aligned")
     assert (network.pretrained_cfg, network.load_report) == (None, None)
 
 
@@ -509,4 +509,4 @@ def test_the_released_files_tensors_are_those_of_the_promptable_vit_b():
         with torch.device("meta"):
             network = sam_like(stored, "vit_b")
         assert {n: list(t.shape) for n, t in network.state_dict().items()} == shapes
-        assert network.prompt_encoder.positions == "released"
+        assert network.prompt_encoder.point_pos == "swapped"

@@ -27,7 +27,7 @@ SIZES = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2, "window_s
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     """A variant with the sizes of the 2-D network below."""
-    toy = Variant(img_size=16, global_attn_blocks=(1,), out_chans=8, **SIZES)
+    toy = Variant(img_size=16, global_attn_indexes=(1,), out_chans=8, **SIZES)
     monkeypatch.setitem(VARIANTS, "toy", toy)
 
 

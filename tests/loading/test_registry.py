@@ -75,7 +75,7 @@ def test_every_record_is_complete_and_frozen(name):
     record = WEIGHTS[name]
     assert record.name == name
     assert record.variant in VARIANTS
-    assert record.rel_pos in ("released", "axial")
+    assert record.rel_pos in ("sammed3d", "axial")
     assert record.licence
     assert record.citation
     assert record.pretraining
@@ -98,7 +98,7 @@ def test_the_public_files_are_listed_and_none_is_said_to_have_been_opened():
 def test_turbo_is_what_a_user_needs_to_know():
     turbo = WEIGHTS["turbo"]
     assert turbo.sha256.startswith("899a46d0")
-    assert (turbo.variant, turbo.rel_pos) == ("vit_b", "released")
+    assert (turbo.variant, turbo.rel_pos) == ("vit_b", "sammed3d")
     assert (turbo.spacing_mm, turbo.crop_vox) == ((1.5, 1.5, 1.5), (128, 128, 128))
     assert turbo.orientation == "RAS"
     assert "[-1000, 1000] HU" in turbo.normalisation

@@ -48,7 +48,7 @@ def test_the_table_says_of_a_file_what_it_says_of_itself(name):
     for field in (
         "variant",
         "rel_pos",
-        "positions",
+        "point_pos",
         "spacing_mm",
         "crop_vox",
         "orientation",

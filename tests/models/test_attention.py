@@ -9,7 +9,7 @@ from sammed3d_backbone.models import attention
 from sammed3d_backbone.models.attention import Attention
 
 
-def make(generator, *, window_size, rel_pos="released", table_grid=(4, 4, 4), std=0.3):
+def make(generator, *, window_size, rel_pos="sammed3d", table_grid=(4, 4, 4), std=0.3):
     attn = Attention(
         12, 3, window_size=window_size, table_grid=table_grid, rel_pos=rel_pos
     ).double()
@@ -84,7 +84,7 @@ def test_dropping_the_padding_would_change_the_released_features(generator):
     assert (attn(x) - padded).norm() > 0.01 * padded.norm()
 
 
-@pytest.mark.parametrize("rel_pos", ["released", "axial"])
+@pytest.mark.parametrize("rel_pos", ["sammed3d", "axial"])
 def test_the_size_of_a_group_of_heads_does_not_show(generator, monkeypatch, rel_pos):
     attn = make(generator, window_size=4, rel_pos=rel_pos)
     x = tokens(generator, 3, 3, 3)

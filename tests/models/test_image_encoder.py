@@ -25,7 +25,7 @@ def make(generator, **changes):
         "embed_dim": 24,
         "depth": 4,
         "num_heads": 2,
-        "global_attn_blocks": (1, 3),
+        "global_attn_indexes": (1, 3),
         "window_size": 6,
         "out_chans": 10,
     }
@@ -63,7 +63,7 @@ def test_the_encoder_equals_the_reference_in_float64(case):
 
 def test_the_encoder_equals_the_reference_in_float32_at_full_depth():
     case = Case(
-        128, torch.float32, depth=12, global_attn_blocks=(2, 5, 8, 11), embed_dim=96, num_heads=3
+        128, torch.float32, depth=12, global_attn_indexes=(2, 5, 8, 11), embed_dim=96, num_heads=3
     )
     errors = compare(case)
     assert max(errors["neck"], errors["block"]) < 5e-6, errors
@@ -76,7 +76,7 @@ def test_the_released_size_equals_the_reference_in_float32(generator):
             128,
             torch.float32,
             depth=12,
-            global_attn_blocks=(2, 5, 8, 11),
+            global_attn_indexes=(2, 5, 8, 11),
             embed_dim=768,
             num_heads=12,
             out_chans=384,
@@ -287,7 +287,7 @@ def test_missing_axes_or_channels_are_named(encoder):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"rel_pos": "rotary"}, "use 'released' or 'axial'"),
+        ({"rel_pos": "rotary"}, "use 'sammed3d' or 'axial'"),
         ({"num_heads": 5}, "make embed_dim a multiple of num_heads"),
         ({"img_size": (16, 16)}, "give one side in voxels, or three"),
     ],
@@ -324,7 +324,7 @@ def test_bfloat16_autocast_stays_within_two_per_cent(encoder, volume):
     assert relative_error(half, encoder(volume)) < 0.02
 
 
-@pytest.mark.parametrize("rel_pos", ["released", "axial"])
+@pytest.mark.parametrize("rel_pos", ["sammed3d", "axial"])
 def test_an_exported_program_equals_the_module(generator, volume, rel_pos):
     encoder = make(generator, rel_pos=rel_pos)
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -336,7 +336,7 @@ def test_an_exported_program_equals_the_module(generator, volume, rel_pos):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiled_encoder_equals_the_eager_one_forward_and_backward(generator, volume):
-    encoder = make(generator, depth=2, global_attn_blocks=(1,), window_size=5)
+    encoder = make(generator, depth=2, global_attn_indexes=(1,), window_size=5)
     compiled = torch.compile(encoder)
     results = []
     for network in (encoder, compiled):
@@ -349,7 +349,7 @@ def test_the_compiled_encoder_equals_the_eager_one_forward_and_backward(generato
 
 
 def test_stochastic_depth_acts_in_training_and_not_in_evaluation(generator, volume):
-    encoder = make(generator, drop_path=0.9)
+    encoder = make(generator, drop_path_rate=0.9)
     assert torch.equal(encoder(volume), encoder(volume))
     encoder.train()
     torch.manual_seed(0)

@@ -134,12 +134,12 @@ def test_norms_of_tokens_have_another_epsilon_than_norms_of_maps(tiny):
     assert (token_norms, map_norms) == ({1e-5}, {1e-6})
 
 
-# --- consistent positions --------------------------------------------------------------------
+# --- aligned point positions --------------------------------------------------------------------
 
 
-def test_consistent_positions_agree_between_a_point_and_the_token_around_it():
+def test_aligned_positions_agree_between_a_point_and_the_token_around_it():
     prompts = PromptEncoder3D(
-        embed_dim=16, img_size=(32, 64, 16), grid=(4, 8, 2), positions="consistent"
+        embed_dim=16, img_size=(32, 64, 16), grid=(4, 8, 2), point_pos="aligned"
     )
     centre = torch.tensor([1.5 / 4, 6.5 / 8, 0.5 / 2])
     torch.testing.assert_close(
@@ -152,9 +152,9 @@ def test_consistent_positions_agree_between_a_point_and_the_token_around_it():
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
-        ({"positions": "swapped"}, "use 'released' or 'consistent'"),
+        ({"point_pos": "rotary"}, "use 'swapped' or 'aligned'"),
         ({"embed_dim": 16}, "use a multiple of 3, or the other form"),
-        ({"img_size": (32, 32, 64)}, r"pad to \(64, 64, 64\), or train with positions="),
+        ({"img_size": (32, 32, 64)}, r"pad to \(64, 64, 64\), or train with point_pos="),
     ],
 )
 def test_positions_that_do_not_exist_are_refused(given, remedy):
@@ -300,7 +300,7 @@ def test_any_box_is_an_input_where_both_forms_of_position_allow_it(generator):
     with torch.no_grad():
         logits = network(torch.randn(1, 1, *box, generator=generator), points)
     assert logits.shape == (1, 1, *box)
-    with pytest.raises(ValueError, match="released relative positions exist on cubes only"):
+    with pytest.raises(ValueError, match="rel_pos='sammed3d' exists on cubes only"):
         sam("tiny", weights="none", img_size=box)
 
 

@@ -106,7 +106,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
         {"model": "basicunet", "img_size": 32},
         {"control": "zero_encoder"},
         {"rel_pos": "axial"},
-        {"model": "flexible_unet", "pyramid": "taps"},
+        {"model": "flexible_unet", "pyramid": "multi_level"},
         {"model": "segresnet", "checkpointing": True},
         {"model": "linear_head", "control": "zero_encoder"},
         {"model": "expanding_head"},

@@ -39,7 +39,7 @@ def plain_precision():
 def parts_of(*, frozen=False, recomputed=False, batch=1, **changes):
     """Bytes of the parts for a small UNETR."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 2}
-    network = unetr(ImageEncoder3D(**sizes, global_attn_blocks=(2,)), 3, feature_size=8)
+    network = unetr(ImageEncoder3D(**sizes, global_attn_indexes=(2,)), 3, feature_size=8)
     network.set_grad_checkpointing(recomputed)
     set_frozen(network.encoder, frozen)
     learning = {name for name, p in network.named_parameters() if p.requires_grad}

@@ -37,7 +37,7 @@ def test_time_is_told_for_every_part_of_the_decoder(generator):
     from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
     encoder = ImageEncoder3D(
-        img_size=16, patch_size=8, embed_dim=8, depth=3, num_heads=2, global_attn_blocks=(2,)
+        img_size=16, patch_size=8, embed_dim=8, depth=3, num_heads=2, global_attn_indexes=(2,)
     )
     network = unetr(encoder, 2, feature_size=4)
     volume = torch.randn(1, 1, 16, 16, 16, generator=generator)

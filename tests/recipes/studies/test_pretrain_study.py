@@ -38,7 +38,7 @@ def test_the_committed_study_differs_in_one_thing_per_arm(root):
     assert apart == {
         "clicks": set(),
         "axial": {"rel_pos"},
-        "swapped": {"positions"},
+        "swapped": {"point_pos"},
         "reconstruction": {"objectives", "rehearsal_steps", "steps", "curriculum_steps"},
     }
     assert {"hippocampus"} <= {*first.exclude}

@@ -20,7 +20,7 @@ from sammed3d_backbone.loading.checkpoint import read, write
 @pytest.fixture
 def study(small, tmp_path):
     """Two draws of two arms, in seconds."""
-    own = {**small, "drop_path": 0.0}
+    own = {**small, "drop_path_rate": 0.0}
     (tmp_path / "boxes.yaml").write_text(config.dump(finetune_unetr.Config(**own)))
     tensors = encoder("tiny", weights="none", img_size=16).state_dict()
     write(tmp_path / "tiny.safetensors", tensors, {})
