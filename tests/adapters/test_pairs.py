@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from check_adapters import CHECKS, CUBE, ENCODERS, NETWORKS, NOTES, PYRAMIDS, Pair
 
 from sammed3d_backbone.adapters.contract import check_encoder
 from sammed3d_backbone.inference.segmenter import adapters
+from tests.checks.check_adapters import CHECKS, CUBE, ENCODERS, NETWORKS, NOTES, PYRAMIDS, Pair
 
 
 @pytest.mark.parametrize("source", ENCODERS.values(), ids=ENCODERS)

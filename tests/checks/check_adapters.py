@@ -1,6 +1,6 @@
 """Every encoder under every adapter: what an adapter promises, checked pair by pair.
 
-    python tests/checks/check_adapters.py      # -> results/adapters.md
+    python -m tests.checks.check_adapters      # -> results/adapters.md
 
 Encoders are this package's and two of MONAI's behind the contract, adapters the pyramids and the
 networks that cards name. tests/adapters/test_pairs.py runs the same pairs.
@@ -280,7 +280,7 @@ def table() -> str:
             "",
             *lines,
             "",
-            f"`python tests/checks/check_adapters.py`, torch {about['torch']}, "
+            f"`python -m tests.checks.check_adapters`, torch {about['torch']}, "
             f"MONAI {about['monai']}, "
             f"commit {about['commit']}, {about['date']}.",
             "",

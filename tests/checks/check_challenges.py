@@ -1,8 +1,8 @@
 """Every challenge config on made-up files in its layout: model, batch, step, prediction.
 
-    python tests/checks/check_challenges.py        # each at its own size
-    python tests/checks/check_challenges.py kits brats  # these only
-    python tests/checks/check_challenges.py --table  # the README's table
+    python -m tests.checks.check_challenges        # each at its own size
+    python -m tests.checks.check_challenges kits brats  # these only
+    python -m tests.checks.check_challenges --table  # the README's table
 
 The files hold noise, so nothing is learned here; what shows is that the layout is read, and that
 channels, classes, spacing and crop fit the network. Weights are random: no download. Each config
@@ -255,16 +255,6 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def remark(row: Mapping[str, Any]) -> str:
-    """The line of a config on what was found out about it."""
-    seen = {"seen": "saw it in pretraining", "related": "saw other editions of it"}
-    weights = seen.get(row["seen"], f"did not see it ({row['seen']})")
-    return (
-        f"# Training needs {row['foreseen_gib']:.1f} GiB in {row['precision']} (foreseen); the "
-        f"released weights {weights}."
-    )
-
-
 def layout_of(stem: str) -> Layout:
     """The layout of a challenge."""
     return read_layout(RECIPES / "layouts" / f"{stem}.yaml")
@@ -287,7 +277,7 @@ def main() -> None:
     result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"configs": {}}
     if not arguments.table:
         for name in tqdm(arguments.names or configs, unit="config"):
-            command = [sys.executable, __file__, "--one", name]
+            command = [sys.executable, "-m", "tests.checks.check_challenges", "--one", name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             result["configs"][name] = json.loads(done.stdout.splitlines()[-1])
             result = {"configs": dict(sorted(result["configs"].items())), **provenance(HERE)}

@@ -1,6 +1,6 @@
 """Processes, accumulation and kills change nothing: the recipe against itself, on boxes.
 
-    python tests/checks/equality_check.py                # writes tests/checks/results/equality.json
+    python -m tests.checks.equality_check                # writes tests/checks/results/equality.json
 
 Two processes on half batches, and one that accumulates half batches, are compared with one process
 on whole batches: losses and weights differ by rounding only. Then runs, of one process and of two,
@@ -35,9 +35,9 @@ from safetensors import safe_open
 from sammed3d_backbone.recipes import finetune_unetr
 
 from sammed3d_backbone.data.crops import CropStream
-from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.runs import PARTIAL, RUNS_VARIABLE, Run, runs_folder
+from tests.support.boxes import write_boxes
 
 HERE = Path(__file__).parent
 FORK = multiprocessing.get_context("fork")
@@ -49,42 +49,6 @@ STATES = {
     "average of the weights": "custom_checkpoint_0.pkl",
 }
 NETWORKS = ("best.safetensors", "last.safetensors")
-
-
-def write_boxes(folder: Path, *, cases: int = 6, partly: bool = False) -> None:
-    """Turned volumes with a bright front and a dim back, in the Decathlon's layout.
-
-    Args:
-        folder: Gets the data set.
-        cases: Their number.
-        partly: In every other case, the back was not looked for.
-    """
-    rng = np.random.default_rng(0)
-    affine = np.array([[0, 0, -1.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])  # PSL
-    entries = []
-    for number in range(cases):
-        name = f"case_{number}.nii.gz"
-        labels = np.zeros((22, 18, 17), np.uint8)
-        start = rng.integers(3, 6)
-        labels[start : start + 7, 5:12, 5:12] = 1
-        labels[start + 7 : start + 13, 5:12, 5:12] = 2
-        image = rng.normal(100, 5, labels.shape) + 60 * (labels == 1) + 30 * (labels == 2)
-        if partly and number % 2:
-            labels[labels == 2] = 0
-        Volume(image.astype(np.float32), affine).save(folder / "imagesTr" / name)
-        Volume(labels, affine).save(folder / "labelsTr" / name)
-        entry: dict[str, object] = {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"}
-        if partly:
-            entry["annotated"] = ["front"] if number % 2 else ["front", "back"]
-        entries.append(entry)
-    info = {
-        "name": "Toy",
-        "note": "made of boxes",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "front", "2": "back"},
-        "training": entries,
-    }
-    (folder / "dataset.json").write_text(json.dumps(info))
 
 
 def small_config(data: Path) -> finetune_unetr.Config:

@@ -1,7 +1,7 @@
 """How exactly volumes come back from the network's grid, in every orientation.
 
-    python tests/checks/geometry_check.py                # 1,200 volumes -> results/geometry.json
-    python tests/checks/geometry_check.py --cases 48     # one per orientation
+    python -m tests.checks.geometry_check                # 1,200 volumes -> results/geometry.json
+    python -m tests.checks.geometry_check --cases 48     # one per orientation
 
 A case is a random volume: one of the 48 ways to lay three axes into a file, turned by any angles
 (exactly 45 degrees among them), sheared now and then, with its own odd size and spacing, brought

@@ -359,7 +359,7 @@ def test_a_hostile_file_from_the_hub_runs_nothing(loopback_hub, tmp_path, source
     assert not (tmp_path / "it ran").exists()
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_default_encoder_at_full_size_through_the_hub(
     loopback_hub, tmp_path, monkeypatch, caplog
 ):

@@ -149,7 +149,7 @@ def test_the_report_names_every_rule_once(file):
     ]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_timms_base_network_fills_vit_b(tmp_path):
     """At full size, by shapes: random values in the layout that timm publishes."""
     import timm

@@ -1,8 +1,8 @@
 """A data set and a configuration with which a recipe runs in seconds."""
 
-import equality_check
 import pytest
 import torch
+from boxes import write_boxes
 from sammed3d_backbone.recipes.studies.derive_channels import derive_channels
 
 
@@ -10,7 +10,7 @@ from sammed3d_backbone.recipes.studies.derive_channels import derive_channels
 def toy_data(tmp_path_factory):
     """Six volumes of boxes, a front and a back, in the Decathlon's layout."""
     folder = tmp_path_factory.mktemp("toy")
-    equality_check.write_boxes(folder)
+    write_boxes(folder)
     return folder
 
 

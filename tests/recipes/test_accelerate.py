@@ -32,7 +32,7 @@ def test_a_launch_file_says_how_to_start(path):
     )
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_file_for_cpus_launches(small, runs, tmp_path, root):
     launch = ["accelerate.commands.launch", "--config_file", str(FOLDER / "cpu.yaml")]
     said = launched(launch, small, tmp_path, root)
@@ -40,7 +40,7 @@ def test_the_file_for_cpus_launches(small, runs, tmp_path, root):
     assert random_states(runs) == 1
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_torchrun_starts_as_many_processes_on_a_cpu_as_it_is_told(small, runs, tmp_path, root):
     said = launched(["torch.distributed.run", "--nproc_per_node", "2"], small, tmp_path, root)
     assert said.count("mean Dice") == 1  # one process speaks

@@ -2,7 +2,6 @@
 
 import json
 
-import check_challenges
 import numpy as np
 import pytest
 from sammed3d_backbone.recipes import demo
@@ -13,6 +12,7 @@ from sammed3d_backbone.data.datasets import read_fold
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import Preparation, load_image, prepare_cases
 from sammed3d_backbone.loading.checkpoint import write
+from tests.checks.check_challenges import write_layout
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_ct_is_treated_as_ct(toy_data, runs, tmp_path):
 
 
 def test_a_folder_that_a_layout_describes_is_taken(tmp_path, runs, root):
-    check_challenges.write_layout(tmp_path, root / "recipes/layouts/kits.yaml")
+    write_layout(tmp_path, root / "recipes/layouts/kits.yaml")
     cfg = demo.configure({"data": str(tmp_path), "layout": "layouts/kits.yaml"})
     assert (cfg.name, cfg.intensity) == ("demo_KiTS23", "ct")
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_done_is_one_line(monkeypatch, capsys, argument, remedy):
     assert remedy in capsys.readouterr().err
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_demo_ends_with_a_figure(runs, toy_data, monkeypatch, capsys):
     small = ["steps=2", "validate_every=2", "img_size=16", "feature_size=4", "cpu=true"]
     monkeypatch.setattr("sys.argv", ["demo.py", f"data={toy_data}", "threads=1", *small])

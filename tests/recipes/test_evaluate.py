@@ -31,7 +31,7 @@ def model(fine_tuned):
     )
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_model_predictions_and_run_give_the_same_scores(small, runs, toy_data, tmp_path, command):
     finetune(Config(**small))
     run = runs / "toy"

@@ -60,7 +60,7 @@ def tiny_weights(tmp_path):
     return str(tmp_path / "tiny.safetensors")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_data, capsys):
     summary = main(Config(**small))
     run = runs / "toy"
@@ -99,7 +99,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
         assert part in said
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -136,7 +136,7 @@ def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path)
     assert not runs.exists()  # so that the name is still free
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights, capsys):
     warm = {"scratch": False, "weights": tiny_weights, "freeze": "decoder_first"}
     found = main(Config(**small | warm | {"freeze_steps": 2, "accumulate": 2}), dry_run=True)
@@ -222,7 +222,7 @@ def test_a_run_goes_on_with_channels_last_in_memory_and_differs_by_rounding(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [

@@ -41,7 +41,7 @@ def log(folder):
     return [{k: v for k, v in r.items() if k not in clocks} for r in Run(folder).records()]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     scores = main(small)
     assert {"mean_dice", "dice_1", "dice_3", "dice_5", "dice_1_Toy"} <= set(scores)
@@ -60,7 +60,7 @@ def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     assert all(0 <= line["soft_dice_first"] <= 1 for line in lines)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [("clicks",), ("clicks", "reconstruction", "contrast")])
 def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path, objectives):
     small = replace(small, objectives=objectives)
@@ -84,7 +84,7 @@ def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path, objectives)
     assert log(runs / "toy") == log(runs / "killed")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [("clicks",), ("clicks", "reconstruction", "contrast")])
 def test_two_processes_and_accumulation_train_as_one_process_does(
     small, runs, tmp_path, objectives
@@ -111,7 +111,7 @@ def test_two_processes_and_accumulation_train_as_one_process_does(
             torch.testing.assert_close(again[name], value, rtol=0, atol=1e-4)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
     main(replace(small, steps=2))
     start = runs / "toy/last.safetensors"
@@ -129,7 +129,7 @@ def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
     }
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_later_stage_scores_no_case_that_an_earlier_one_trained_on(small, runs):
     main(replace(small, steps=1, exclude=("hippocampus",), seed=1))
     weights = str(runs / "toy/last.safetensors")
@@ -140,7 +140,7 @@ def test_a_later_stage_scores_no_case_that_an_earlier_one_trained_on(small, runs
     assert record.held_out == ("hippocampus",)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_network_from_scratch_can_rehearse_places_first(small, runs, capsys):
     main(replace(small, rehearsal_steps=2, steps=2))
     assert "balls around clicks after the rehearsal: soft Dice 0." in capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_a_network_from_scratch_can_rehearse_places_first(small, runs, capsys):
     assert "rehearsal: soft" not in capsys.readouterr().out  # what goes on has begun before
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objectives", "figure"),
     [

@@ -3,9 +3,9 @@
 import json
 from dataclasses import replace
 
-import equality_check
 import numpy as np
 import pytest
+from boxes import write_boxes
 from sammed3d_backbone.recipes import finetune_unetr, probe
 from sammed3d_backbone.recipes.probe import Config, main, voxels_of
 
@@ -133,7 +133,7 @@ def test_every_encoder_is_asked_about_the_same_voxels(toy_data):
 
 
 def test_what_was_not_looked_for_does_not_pass_for_background(tmp_path):
-    equality_check.write_boxes(tmp_path, cases=2, partly=True)
+    write_boxes(tmp_path, cases=2, partly=True)
     dataset = read_dataset(tmp_path)
     network = encoder("tiny", weights="none", img_size=16).eval()
     preparation = Preparation(None, "zscore_positive", 16)

@@ -53,7 +53,7 @@ def bids(folder, toy_data, text):
     (folder / "dataset_description.json").write_text(json.dumps(described))
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [decathlon, nnunet, bids], ids=lambda layout: layout.__name__)
 def test_ones_own_data_become_a_model_and_a_prediction(
     layout, five_minutes, toy_data, small, runs, root, tmp_path, monkeypatch

@@ -45,7 +45,7 @@ def phantoms(tmp_path_factory):
     return folder
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_organs_are_found_where_the_image_says(phantoms, tmp_path, monkeypatch):
     monkeypatch.setattr(atlas, "CANVAS_VOX", (48, 40, 64))
     summary = atlas.run(str(phantoms), 0, tmp_path)

@@ -45,7 +45,7 @@ def test_the_committed_study_differs_in_one_thing_per_arm(root):
     assert all(run.curriculum_steps == run.steps for run in made.values())
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_arms_are_trained_once_and_scored_on_the_same_crops(study, tmp_path, monkeypatch):
     main(study)
     out = tmp_path / "study"

@@ -95,7 +95,7 @@ def test_committed_results_name_no_folder_of_the_machine_that_made_them(root):
         assert not [value for value in values if str(value).startswith("/")], path
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_strategies_run_side_by_side_and_the_table_says_what_each_began_with(
     study, tmp_path, runs
 ):
@@ -141,7 +141,7 @@ def test_the_strategies_run_side_by_side_and_the_table_says_what_each_began_with
     assert kept == [True, False]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_arms_with_settings_of_their_own_are_compared_draw_by_draw(study, tmp_path):
     task = tmp_path / "boxes.yaml"
     blocks = (f"{task} all 1 scratch", f"{task} all 1 segresnet steps=2")
@@ -155,7 +155,7 @@ def test_arms_with_settings_of_their_own_are_compared_draw_by_draw(study, tmp_pa
     assert (kept.model, kept.steps) == ("segresnet", 2)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_and_ends_with_table_and_figure(study, tmp_path, monkeypatch):
     train, trained = finetune_unetr.main, []
 
@@ -192,7 +192,7 @@ def test_a_stopped_study_goes_on_and_ends_with_table_and_figure(study, tmp_path,
     assert (tmp_path / "study/figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_every_arm_takes_the_rate_that_is_best_on_a_fold_that_is_not_reported(study, tmp_path):
     task = tmp_path / "boxes.yaml"
     rates = (1e-9, 1e-2)

@@ -1,0 +1,1 @@
+"""What several tests share: small data sets, stand-in networks, a local Hub."""
