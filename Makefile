@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,8 +18,22 @@ demo: $(INSTALLED)  ## fine-tune, score and draw; DATA=folder WEIGHTS=turbo for 
 	$(BIN)/python recipes/demo.py $(if $(DATA),'data=$(DATA)') $(if $(WEIGHTS),'weights=$(WEIGHTS)')
 
 .PHONY: test
-test: $(INSTALLED)  ## the whole default suite; real volumes from SAMMED3D_DATA
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+test: $(INSTALLED)  ## the quick tests, under 4 minutes on two cores; volumes from SAMMED3D_DATA
+	$(BIN)/python -m pytest $(WORKERS)
+
+.PHONY: test-all
+test-all: test test-slow  ## the quick tests, then the slow ones
+
+.PHONY: test-slow
+test-slow: $(INSTALLED)  ## the slow tests alone: recipes end to end, packaging, kills
+	$(BIN)/python -m pytest $(WORKERS) -m 'slow and not weights'
+
+.PHONY: lowest
+lowest:  ## the quick tests with the lowest versions that setup.cfg allows, in .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/support/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --constraint .venv-lowest/constraints.txt --editable '.[test]'
+	.venv-lowest/bin/python -m pytest $(WORKERS)
 
 .PHONY: check
 check: $(INSTALLED)  ## lint, format, types, repeats, import directions, unused code

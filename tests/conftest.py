@@ -10,12 +10,24 @@ import torch
 from sammed3d_backbone.provenance import cores
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_DATA = "no test volumes in"
 
 
 def pytest_configure():
     """Workers that run side by side share out the cores."""
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         torch.set_num_threads(max(1, cores() // workers))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says what was left out for want of the volumes."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_DATA in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} tests skipped for want of test volumes; set SAMMED3D_DATA to the "
+            "folder that holds hippocampus/, headneck_ct/ and singles/",
+            yellow=True,
+        )
 
 
 def pytest_runtest_setup(item):
@@ -36,7 +48,7 @@ def shared_data():
     folder = Path(os.environ.get("SAMMED3D_DATA", ROOT / "../shared/data")).resolve()
     if not (folder / "hippocampus" / "dataset.json").is_file():
         pytest.skip(
-            f"no test volumes in {folder}; set SAMMED3D_DATA to the folder that holds "
+            f"{NO_DATA} {folder}; set SAMMED3D_DATA to the folder that holds "
             "hippocampus/, headneck_ct/ and singles/"
         )
     return folder
