@@ -142,6 +142,7 @@ def test_features_are_drawn_without_a_file_of_them(scan, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_encoder_gives_its_blocks_at_its_spacing(scan, tmp_path, fine_tuned, capsys):
     out, figure = tmp_path / "maps.safetensors", tmp_path / "fig.png"
     command = ["features", scan, str(out), "--variant", "tiny", "--weights", fine_tuned()]

@@ -49,12 +49,15 @@ def volume(generator):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(96, torch.float64, batch=2),
-        Case(128, torch.float64, batch=2),
-        Case(160, torch.float64, num_heads=1, embed_dim=16),
-        Case(256, torch.float64, trained_side=256, embed_dim=16, num_heads=1, depth=2),
+        pytest.param(Case(96, torch.float64, batch=2), id="96", marks=pytest.mark.slow),
+        pytest.param(Case(128, torch.float64, batch=2), id="128", marks=pytest.mark.slow),
+        pytest.param(Case(160, torch.float64, num_heads=1, embed_dim=16), id="160"),
+        pytest.param(
+            Case(256, torch.float64, trained_side=256, embed_dim=16, num_heads=1, depth=2),
+            id="256-partial-windows",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["96", "128", "160", "256-partial-windows"],
 )
 def test_the_encoder_equals_the_reference_in_float64(case):
     errors = compare(case)
@@ -70,6 +73,7 @@ def test_the_encoder_equals_the_reference_in_float32_at_full_depth():
     assert max(errors["input gradient"], errors["parameter gradient"]) < 1e-4, errors
 
 
+@pytest.mark.slow
 def test_the_released_size_equals_the_reference_in_float32(generator):
     reference, ours = pair(
         Case(
@@ -324,6 +328,7 @@ def test_bfloat16_autocast_stays_within_two_per_cent(encoder, volume):
     assert relative_error(half, encoder(volume)) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rel_pos", ["sammed3d", "axial"])
 def test_an_exported_program_equals_the_module(generator, volume, rel_pos):
     encoder = make(generator, rel_pos=rel_pos)
@@ -334,6 +339,7 @@ def test_an_exported_program_equals_the_module(generator, volume, rel_pos):
         assert relative_error(program.module()(more), encoder(more)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiled_encoder_equals_the_eager_one_forward_and_backward(generator, volume):
     encoder = make(generator, depth=2, global_attn_indexes=(1,), window_size=5)

@@ -50,6 +50,7 @@ def test_prompts_and_masks_equal_the_reference_in_float64():
     assert max(errors.values()) < 1e-12, errors
 
 
+@pytest.mark.slow
 def test_prompts_and_masks_equal_the_reference_in_float32_at_released_size():
     errors = compare_prompts(PromptCase(torch.float32, sets=3))
     # A ReLU whose input is zero within rounding may count on one side only; not so in float64.

@@ -3,8 +3,7 @@
 import csv
 import json
 import math
-import os
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +59,6 @@ def tiny_weights(tmp_path):
     return str(tmp_path / "tiny.safetensors")
 
 
-@pytest.mark.slow
 def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_data, capsys):
     summary = main(Config(**small))
     run = runs / "toy"
@@ -118,21 +116,12 @@ def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
     assert (runs / "toy/last.safetensors").is_file() == ("control" not in changes)
 
 
-def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "recipes/finetune_unetr.py"),
-            str(ROOT / "recipes/configs/hippocampus.yaml"),
-            "data=/nowhere",
-        ],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: no dataset.json in /nowhere")
-    assert "Traceback" not in done.stderr
+def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, monkeypatch):
+    script = str(ROOT / "recipes/finetune_unetr.py")
+    asked = [str(ROOT / "recipes/configs/hippocampus.yaml"), "data=/nowhere"]
+    monkeypatch.setattr(sys, "argv", [script, *asked])
+    with pytest.raises(SystemExit, match=r"^error: .*/nowhere"):
+        runpy.run_path(script, run_name="__main__")
     assert not runs.exists()  # so that the name is still free
 
 
@@ -193,6 +182,7 @@ def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatc
     assert all(encoder_stays) == kept
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_channels_last_in_memory_and_differs_by_rounding(
     small, runs, monkeypatch
 ):
@@ -318,6 +308,7 @@ def test_training_goes_on_from_a_fine_tuned_model(small, model_of_toys):
     assert cases == ("case_0",)
 
 
+@pytest.mark.slow
 def test_what_an_earlier_model_was_trained_on_stays_known(small, model_of_toys, runs):
     path, card = model_of_toys
     earlier = load_model(path)
@@ -387,6 +378,7 @@ def test_flips_do_happen(small):
     assert 10 < flipped < 30
 
 
+@pytest.mark.slow
 def test_a_class_that_was_not_looked_for_gets_no_score(small, toy_data, tmp_path):
     info = json.loads((toy_data / "dataset.json").read_text())
     for entry in info["training"]:
@@ -406,6 +398,7 @@ def test_few_labels_are_those_of_whole_subjects(small, toy_data, tmp_path, monke
     for part in ("imagesTr", "labelsTr", "dataset.json"):
         (tmp_path / part).symlink_to(toy_data / part)
     (tmp_path / "splits.json").write_text(json.dumps(splits))
+    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
     main(Config(**small | {"data": str(tmp_path), "subjects": str(subjects), "labels": 1}))
     assert "Toy: 2 cases to train on, 2 to validate on" in capsys.readouterr().out
 

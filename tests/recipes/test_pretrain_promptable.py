@@ -41,7 +41,6 @@ def log(folder):
     return [{k: v for k, v in r.items() if k not in clocks} for r in Run(folder).records()]
 
 
-@pytest.mark.slow
 def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     scores = main(small)
     assert {"mean_dice", "dice_1", "dice_3", "dice_5", "dice_1_Toy"} <= set(scores)

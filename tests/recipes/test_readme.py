@@ -86,11 +86,3 @@ def test_ones_own_data_become_a_model_and_a_prediction(
     assert predict[0] == "sammed3d"
     assert cli.main(predict[1:]) == 0
     assert Volume.load(target).shape == Volume.load(scan).shape
-
-
-def test_every_script_and_every_folder_that_the_readme_names_is_there(root):
-    text = (root / "recipes/README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (root / "recipes" / link).exists(), link
-    scripts = {path.name for path in (root / "recipes").glob("[a-z]*.py")}
-    assert scripts <= set(re.findall(r"^\| `(\w+\.py)`", text, flags=re.MULTILINE))

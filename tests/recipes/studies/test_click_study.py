@@ -166,6 +166,7 @@ def test_a_ball_stays_where_it_is_and_inside_the_volume():
 # --- the run ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_study_goes_on_and_plays_nothing_twice(cfg, asked, runs, tmp_path):
     out = tmp_path / "out"
     asked.limit = 2
