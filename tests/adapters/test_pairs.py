@@ -27,7 +27,7 @@ def pairs():
             )
 
 
-@pytest.mark.parametrize(("encoder", "adapter"), pairs())
+@pytest.mark.parametrize(("encoder", "adapter"), [*pairs()])
 def test_a_pair_passes_every_check(encoder, adapter):
     torch.manual_seed(0)
     assert Pair(ENCODERS[encoder], adapter).failed() == []

@@ -1,6 +1,4 @@
-"""Every bad input and the answer to it: the one table that tests run and people read.
-
-    python tests/predictor/refused_inputs.py     # prints it as Markdown, each message as it is now
+"""Every bad input of the predictor and of `sammed3d segment`, and what the answer has to name.
 
 A refused input raises in Python; `sammed3d segment` prints the message, writes nothing and ends
 with exit code 2. An input that is odd without being wrong is segmented with a note.
@@ -10,7 +8,6 @@ import contextlib
 import gzip
 import io
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +41,7 @@ class Row:
     Args:
         what: The input in words.
         given: How to make it; its type depends on the table.
-        said: A part of the message that says what to do.
+        said: What the message has to name: the argument, the file or the value.
         kind: Of the exception in Python; for files and commands it is what the command reports.
     """
 
@@ -62,54 +59,54 @@ def with_one(value):
 
 # Arguments of `set_volume`.
 VOLUMES = [
-    Row("array without affine", (GRID,), "give its affine", TypeError),
-    Row("several channels", (np.stack([GRID, GRID]), AFFINE), "give Volume(volume.array[n]"),
-    Row("two dimensions", (GRID[0], AFFINE), "give (X, Y, Z)"),
-    Row("no voxels", (GRID[:0], AFFINE), "give at least one"),
-    Row("complex numbers", (GRID.astype(complex), AFFINE), "give real numbers", TypeError),
-    Row("yes and no", (GRID > 3, AFFINE), "give real numbers", TypeError),
-    Row("text", (GRID.astype(str), AFFINE), "give real numbers", TypeError),
-    Row("one NaN", (with_one(np.nan), AFFINE), "in 1 voxels; replace those voxels"),
-    Row("one infinity", (with_one(-np.inf), AFFINE), "in 1 voxels; replace those voxels"),
-    Row("constant", (np.full_like(GRID, 7), AFFINE), "all voxels are 7"),
-    Row("all zero", (np.zeros_like(GRID), AFFINE), "all voxels are 0"),
-    Row("singular affine", (GRID, np.diag([1, 1, 0, 1.0])), "mend the header"),
-    Row("NaN in the affine", (GRID, np.diag([1, 1, np.nan, 1])), "mend the header"),
-    Row("affine of 3 x 3", (GRID, np.eye(3)), "mend the header"),
-    Row("spacing in metres", (GRID, np.diag([0.0015, 0.0015, 0.0015, 1])), "mend its affine"),
-    Row("spacing in micrometres", (GRID, np.diag([1500, 1500, 1500, 1])), "mend its affine"),
-    Row("no such file", ("no/such.nii.gz",), "check the path", FileNotFoundError),
+    Row("array without affine", (GRID,), "affine", TypeError),
+    Row("several channels", (np.stack([GRID, GRID]), AFFINE), "channels"),
+    Row("two dimensions", (GRID[0], AFFINE), "(6, 7)"),
+    Row("no voxels", (GRID[:0], AFFINE), "(0, 6, 7)"),
+    Row("complex numbers", (GRID.astype(complex), AFFINE), "complex128", TypeError),
+    Row("yes and no", (GRID > 3, AFFINE), "bool", TypeError),
+    Row("text", (GRID.astype(str), AFFINE), "<U32", TypeError),
+    Row("one NaN", (with_one(np.nan), AFFINE), "NaN"),
+    Row("one infinity", (with_one(-np.inf), AFFINE), "NaN"),
+    Row("constant", (np.full_like(GRID, 7), AFFINE), "7"),
+    Row("all zero", (np.zeros_like(GRID), AFFINE), "0"),
+    Row("singular affine", (GRID, np.diag([1, 1, 0, 1.0])), "affine"),
+    Row("NaN in the affine", (GRID, np.diag([1, 1, np.nan, 1])), "affine"),
+    Row("affine of 3 x 3", (GRID, np.eye(3)), "affine"),
+    Row("spacing in metres", (GRID, np.diag([0.0015, 0.0015, 0.0015, 1])), "0.0015"),
+    Row("spacing in micrometres", (GRID, np.diag([1500, 1500, 1500, 1])), "1500"),
+    Row("no such file", ("no/such.nii.gz",), "no/such.nii.gz", FileNotFoundError),
 ]
 
 # Arguments of `click` on the balls, after a positive click on (22, 40, 36).
 CLICKS = [
-    Row("no point", {}, "give point_vox=(i, j, k) or point_mm"),
-    Row("a point in both units", {"point_vox": (1, 2, 3), "point_mm": (1, 2, 3)}, "give point_vox"),
-    Row("two numbers", {"point_vox": (1, 2)}, "give three finite numbers"),
-    Row("NaN", {"point_vox": (1, 2, np.nan)}, "give three finite numbers"),
-    Row("infinity", {"point_mm": (1, np.inf, 0)}, "give three finite numbers"),
-    Row("text", {"point_vox": "1,2"}, "give three numbers", TypeError),
-    Row("words", {"point_vox": ("a", "b", "c")}, "give three numbers", TypeError),
-    Row("before the first voxel", {"point_vox": (-1, 2, 3)}, "from (0, 0, 0) to (89, 79, 69)"),
-    Row("behind the last voxel", {"point_vox": (90, 2, 3)}, "from (0, 0, 0) to (89, 79, 69)"),
-    Row("a huge number", {"point_vox": (1e300, 2, 3)}, "from (0, 0, 0) to (89, 79, 69)"),
-    Row("outside in mm", {"point_mm": (-1, 0, 0)}, "(-0.8, -0.8, -0.8) to (134.2, 119.2, 104.2)"),
+    Row("no point", {}, "point_vox"),
+    Row("a point in both units", {"point_vox": (1, 2, 3), "point_mm": (1, 2, 3)}, "point_vox"),
+    Row("two numbers", {"point_vox": (1, 2)}, "point_vox"),
+    Row("NaN", {"point_vox": (1, 2, np.nan)}, "point_vox"),
+    Row("infinity", {"point_mm": (1, np.inf, 0)}, "point_mm"),
+    Row("text", {"point_vox": "1,2"}, "point_vox", TypeError),
+    Row("words", {"point_vox": ("a", "b", "c")}, "point_vox", TypeError),
+    Row("before the first voxel", {"point_vox": (-1, 2, 3)}, "point_vox"),
+    Row("behind the last voxel", {"point_vox": (90, 2, 3)}, "point_vox"),
+    Row("a huge number", {"point_vox": (1e300, 2, 3)}, "point_vox"),
+    Row("outside in mm", {"point_mm": (-1, 0, 0)}, "point_mm"),
     Row(
         "the same voxel inside and outside",
         {"point_vox": (22, 40, 36), "positive": False},
-        "is negative for 'object', click 1 that it is positive; undo one of them",
+        "(22, 40, 36)",
     ),
 ]
 
 # Arguments of `mask_prompt` on GRID.
 MASKS = [
-    Row("neither mask nor logits", {}, "give one of them"),
-    Row("mask and logits", {"mask": GRID > 0, "logits": GRID}, "give one of them"),
-    Row("mask of another shape", {"mask": np.ones((4, 6, 7))}, "resample it"),
-    Row("mask in another place", {"mask": Volume(GRID, 2 * AFFINE)}, "resample it to the volume"),
-    Row("empty mask", {"mask": np.zeros((5, 6, 7))}, "click on it instead"),
-    Row("integers as logits", {"logits": np.ones((5, 6, 7), int)}, "pass it as mask=", TypeError),
-    Row("NaN in logits", {"logits": with_one(np.nan)}, "replace those voxels"),
+    Row("neither mask nor logits", {}, "logits="),
+    Row("mask and logits", {"mask": GRID > 0, "logits": GRID}, "logits="),
+    Row("mask of another shape", {"mask": np.ones((4, 6, 7))}, "(4, 6, 7)"),
+    Row("mask in another place", {"mask": Volume(GRID, 2 * AFFINE)}, "affine"),
+    Row("empty mask", {"mask": np.zeros((5, 6, 7))}, "mask"),
+    Row("integers as logits", {"logits": np.ones((5, 6, 7), int)}, "int64", TypeError),
+    Row("NaN in logits", {"logits": with_one(np.nan)}, "logits"),
 ]
 
 
@@ -153,37 +150,37 @@ METRES = np.diag([0.0015, 0.0015, 0.0015, 1.0]).astype("<f4").ravel()[:12].tolis
 
 # Files, given to `sammed3d segment` with a click on voxel (1, 2, 3).
 FILES = [
-    Row("four dimensions, two of them", array_file(np.stack([GRID, GRID], -1)), "with --channel N"),
-    Row("a picture of two dimensions", array_file(GRID[0]), "give (X, Y, Z)"),
-    Row("colours", array_file(COLOURS), "convert it to one number per voxel"),
-    Row("complex numbers", array_file(GRID.astype(np.complex64)), "save their magnitude"),
-    Row("NaN", array_file(with_one(np.nan)), "replace those voxels"),
-    Row("constant", array_file(np.ones_like(GRID)), "check the file"),
-    Row("an sform that flattens space", nifti(patched(SFORM, FLAT, "<f4")), "mend the header"),
-    Row("an sform in metres", nifti(patched(SFORM, METRES, "<f4")), "mend its affine"),
+    Row("four dimensions, two of them", array_file(np.stack([GRID, GRID], -1)), "--channel"),
+    Row("a picture of two dimensions", array_file(GRID[0]), "in.nii.gz"),
+    Row("colours", array_file(COLOURS), "in.nii.gz"),
+    Row("complex numbers", array_file(GRID.astype(np.complex64)), "in.nii.gz"),
+    Row("NaN", array_file(with_one(np.nan)), "in.nii.gz"),
+    Row("constant", array_file(np.ones_like(GRID)), "in.nii.gz"),
+    Row("an sform that flattens space", nifti(patched(SFORM, FLAT, "<f4")), "affine"),
+    Row("an sform in metres", nifti(patched(SFORM, METRES, "<f4")), "0.0015"),
     Row(
         "a header of 30000 x 30000 x 30000 voxels",
         nifti(patched(DIM, [30000] * 3, "<i2")),
-        "copy or convert it again",
+        "30000",
     ),
-    Row("a header of -5 voxels", nifti(patched(DIM, [-5], "<i2")), "copy or convert it again"),
-    Row("data beyond the end", nifti(patched(VOX_OFFSET, [1e9], "<f4")), "convert it again"),
+    Row("a header of -5 voxels", nifti(patched(DIM, [-5], "<i2")), "-5"),
+    Row("data beyond the end", nifti(patched(VOX_OFFSET, [1e9], "<f4")), "in.nii"),
     Row(
         "a gzip file that was cut",
         nifti(lambda c: gzip.compress(bytes(c))[:-99], "in.nii.gz"),
-        "copy or convert it again",
+        "in.nii.gz",
     ),
-    Row("a .nii.gz that is no gzip", nifti(bytes, "in.nii.gz"), "copy or convert it again"),
-    Row("a .nii that is gzip", nifti(gzip.compress), "copy or convert it again"),
+    Row("a .nii.gz that is no gzip", nifti(bytes, "in.nii.gz"), "in.nii.gz"),
+    Row("a .nii that is gzip", nifti(gzip.compress), "in.nii"),
     Row(
         "a Git LFS pointer",
         nifti(lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "copy or convert it again",
+        "in.nii",
     ),
-    Row("a web page", nifti(lambda _: b"<!doctype html>" + b" " * 400), "copy or convert it again"),
-    Row("an empty file", nifti(lambda _: b""), "copy or convert it again"),
-    Row("another format", nifti(bytes, "in.nrrd"), "convert it to NIfTI"),
-    Row("no file", lambda folder: folder / "in.nii.gz", "check the path"),
+    Row("a web page", nifti(lambda _: b"<!doctype html>" + b" " * 400), "in.nii"),
+    Row("an empty file", nifti(lambda _: b""), "in.nii"),
+    Row("another format", nifti(bytes, "in.nrrd"), "in.nrrd"),
+    Row("no file", lambda folder: folder / "in.nii.gz", "in.nii.gz"),
 ]
 
 
@@ -206,35 +203,35 @@ TINY = " --variant tiny --weights none"
 POINT = "in.nii.gz out.nii.gz --point 22,40,36"
 # Words after `sammed3d segment`, run where in.nii.gz holds the balls, beside files of `unrelated`.
 COMMANDS = [
-    Row("nothing clicked", "in.nii.gz out.nii.gz", "give --point I,J,K"),
-    Row("a negative point only", "in.nii.gz out.nii.gz --negative 1,2,3", "click inside it first"),
-    Row("a point outside", "in.nii.gz out.nii.gz --point 90,2,3", "to (89, 79, 69)"),
-    Row("a point outside in mm", "in.nii.gz out.nii.gz --mm --point=-9,0,0", "to (134.2, 119.2,"),
-    Row("two numbers", "in.nii.gz out.nii.gz --point 1,2", "write three numbers"),
-    Row("text for a number", "in.nii.gz out.nii.gz --point a,b,c", "write three numbers"),
-    Row("NaN for a number", "in.nii.gz out.nii.gz --point 1,2,nan", "give three finite numbers"),
-    Row("a contradiction", POINT + " --negative 22,40,36", "undo one of them"),
-    Row("a click list that is not there", POINT + " --points no.json", "check the path"),
-    Row("a click list of no such kind", POINT + " --points fig.png", "a file of `save_clicks`"),
-    Row("a click list outside", POINT + " --points list.json", "to (89, 79, 69)"),
-    Row("a channel that is not there", POINT + " --channel 1", "has 1, counted from 0"),
-    Row("no NIfTI name for the output", "in.nii.gz out.mha --point 22,40,36", "choose such a name"),
-    Row("a folder for the output", "in.nii.gz folder.nii.gz --point 22,40,36", "give a file name"),
-    Row("the input for the output", "in.nii.gz in.nii.gz --force --point 22,40,36", "another name"),
-    Row("a figure that exists", POINT + " --png fig.png", "pass --force"),
-    Row("no .png name for the figure", POINT + " --png fig.jpg", "choose such a name"),
-    Row("one name for two outputs", POINT + " --save-clicks out.nii.gz", "each its own name"),
-    Row("a cache that is a file", POINT + " --cache fig.png", "give a folder"),
-    Row("a modality of no such kind", POINT + " --modality pet", "choose from"),
-    Row("weights that are not there", POINT + " --weights no.pth", "no weights file 'no.pth'"),
-    Row("weights that are a web page", POINT + " --weights web.pth", "download the file itself"),
-    Row("a variant of no such name", POINT + " --variant huge", "unknown variant 'huge'"),
-    Row("a device that is not there", POINT + TINY + " --device cuda:99", "try cpu"),
+    Row("nothing clicked", "in.nii.gz out.nii.gz", "--point"),
+    Row("a negative point only", "in.nii.gz out.nii.gz --negative 1,2,3", "'object'"),
+    Row("a point outside", "in.nii.gz out.nii.gz --point 90,2,3", "point_vox"),
+    Row("a point outside in mm", "in.nii.gz out.nii.gz --mm --point=-9,0,0", "point_mm"),
+    Row("two numbers", "in.nii.gz out.nii.gz --point 1,2", "--point"),
+    Row("text for a number", "in.nii.gz out.nii.gz --point a,b,c", "--point"),
+    Row("NaN for a number", "in.nii.gz out.nii.gz --point 1,2,nan", "point_vox"),
+    Row("a contradiction", POINT + " --negative 22,40,36", "(22, 40, 36)"),
+    Row("a click list that is not there", POINT + " --points no.json", "no.json"),
+    Row("a click list of no such kind", POINT + " --points fig.png", "fig.png"),
+    Row("a click list outside", POINT + " --points list.json", "point_vox"),
+    Row("a channel that is not there", POINT + " --channel 1", "--channel"),
+    Row("no NIfTI name for the output", "in.nii.gz out.mha --point 22,40,36", "out.mha"),
+    Row("a folder for the output", "in.nii.gz folder.nii.gz --point 22,40,36", "folder.nii.gz"),
+    Row("the input for the output", "in.nii.gz in.nii.gz --force --point 22,40,36", "in.nii.gz"),
+    Row("a figure that exists", POINT + " --png fig.png", "fig.png"),
+    Row("no .png name for the figure", POINT + " --png fig.jpg", "fig.jpg"),
+    Row("one name for two outputs", POINT + " --save-clicks out.nii.gz", "out.nii.gz"),
+    Row("a cache that is a file", POINT + " --cache fig.png", "fig.png"),
+    Row("a modality of no such kind", POINT + " --modality pet", "--modality"),
+    Row("weights that are not there", POINT + " --weights no.pth", "no.pth"),
+    Row("weights that are a web page", POINT + " --weights web.pth", "web.pth"),
+    Row("a variant of no such name", POINT + " --variant huge", "'huge'"),
+    Row("a device that is not there", POINT + TINY + " --device cuda:99", "--device"),
 ]
 # Files that are in the way, and how.
 IN_THE_WAY = [
-    Row("an output that exists", (existing, POINT), "pass --force"),
-    Row("an output that is a link to the input", (linked, POINT + " --force"), "another name"),
+    Row("an output that exists", (existing, POINT), "out.nii.gz"),
+    Row("an output that is a link to the input", (linked, POINT + " --force"), "out.nii.gz"),
 ]
 
 
@@ -248,17 +245,15 @@ def placed(qform: np.ndarray | None, sform: np.ndarray | None) -> Volume:
 
 # Volumes and a click: segmented, with a note.
 NOTES = [
-    Row("no place in the header", (placed(None, None), {}), "left may be right"),
-    Row("qform against sform", (placed(AFFINE, 2 * AFFINE), {}), "mm apart; the sform is taken"),
-    Row("HU without modality", (np.where(balls() > 50, 800, -900), {}), "pass modality='ct'"),
-    Row("no value below 0 in CT", (balls(), {"modality": "ct"}), "hardly HU; check the intercept"),
-    Row("no value above 0", (balls() - 500.0, {}), "sees an empty image; shift the values"),
-    Row("three slices", (balls()[:, :, 34:37], {}), "only 3 voxels thick"),
-    Row("one slice", (balls()[:, :, 36:37], {}), "only 1 voxels thick"),
-    Row(
-        "a click into padding", (balls(), {"point": (5, 5, 5)}), "lowest value, as padding and air"
-    ),
-    Row("a click on nothing", (balls(), {"point": (5, 5, 5)}), "the network finds nothing"),
+    Row("no place in the header", (placed(None, None), {}), "left"),
+    Row("qform against sform", (placed(AFFINE, 2 * AFFINE), {}), "qform"),
+    Row("HU without modality", (np.where(balls() > 50, 800, -900), {}), "modality"),
+    Row("no value below 0 in CT", (balls(), {"modality": "ct"}), "modality"),
+    Row("no value above 0", (balls() - 500.0, {}), "0"),
+    Row("three slices", (balls()[:, :, 34:37], {}), "3"),
+    Row("one slice", (balls()[:, :, 36:37], {}), "1"),
+    Row("a click into padding", (balls(), {"point": (5, 5, 5)}), "(5, 5, 5)"),
+    Row("a click on nothing", (balls(), {"point": (5, 5, 5)}), "click"),
 ]
 
 
@@ -307,54 +302,3 @@ def run_command(row: Row, folder: Path) -> tuple[int, str]:
         prepare(folder)
     known = "--weights" not in words and "--variant" not in words
     return segment(folder, words, known=known)
-
-
-def message(action: Callable[[], object]) -> str:
-    """What an action that is refused says."""
-    try:
-        action()
-    except (ValueError, TypeError, OSError) as error:
-        return f"`{type(error).__name__}`: {error}"
-    raise AssertionError("this was not refused")
-
-
-def _click(given: dict[str, Any]) -> None:
-    predictor = Predictor(StandIn())
-    predictor.set_volume(balls(), AFFINE)
-    predictor.click((22, 40, 36))
-    predictor.click(**given)
-
-
-def _mask(given: dict[str, Any]) -> None:
-    predictor = Predictor(StandIn())
-    predictor.set_volume(GRID, AFFINE)
-    predictor.mask_prompt(**given)
-
-
-def table() -> str:
-    """All rows as Markdown, with the messages of this moment."""
-    lines = ["| input | answer |", "|---|---|"]
-
-    def add(title: str, rows: list[Row], answer: Callable[[Row], str]) -> None:
-        lines.append(f"| **{title}** | |")
-        lines.extend(f"| {row.what} | {answer(row).replace('|', '/')} |" for row in rows)
-
-    def in_folder(run: Callable[[Row, Path], tuple[int, str]]) -> Callable[[Row], str]:
-        def answer(row: Row) -> str:
-            with tempfile.TemporaryDirectory() as name:
-                code, said = run(row, Path(name))
-                return f"exit code {code}: {said.replace(name + '/', '')}"
-
-        return answer
-
-    add("set_volume", VOLUMES, lambda r: message(lambda: Predictor(StandIn()).set_volume(*r.given)))
-    add("click", CLICKS, lambda row: message(lambda: _click(row.given)))
-    add("mask_prompt", MASKS, lambda row: message(lambda: _mask(row.given)))
-    add("sammed3d segment, the file", FILES, in_folder(run_file))
-    add("sammed3d segment, the command", [*COMMANDS, *IN_THE_WAY], in_folder(run_command))
-    add("segmented with a note", NOTES, lambda row: noted(row.given))
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())
