@@ -65,7 +65,7 @@ from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.dry_run import rehearse
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.losses import partial_dice_ce
-from sammed3d_backbone.training.runs import Progress, Run, open_run
+from sammed3d_backbone.training.runs import Progress, Run, State, open_run
 from sammed3d_backbone.training.validation import validate
 
 
@@ -185,7 +185,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
     torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
     say = accelerator.print
     # Before minutes of reading: a name that is taken is refused.
-    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process)
+    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
     say(f"{config.dump(cfg)}hash of what counts: {config.digest(cfg, leave_out=('name', *FREE))}")
 
     dataset, fold = choose_cases(cfg)
@@ -253,11 +253,11 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
         say(f"{optim.describe(network, optimizer)}\n{cost}")
         return cost.figures()
 
-    accelerator.register_for_checkpointing(ema, progress)
+    state = State(model, optimizer, ema, progress)
     run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
     accelerator.wait_for_everyone()
-    if run.resume(accelerator, progress):
-        say(f"going on after step {progress.step} of {cfg.steps}")
+    if run.resume(accelerator, state):
+        say(f"resuming after step {progress.step} of {cfg.steps}")
     batches = batches_after(progress.step)
     keeps = accelerator.is_main_process and cfg.control == "none"  # a control is of no other use
     with tqdm(
@@ -270,9 +270,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
         while progress.step < cfg.steps:
             steps = schedule.next_stop(progress.step) - progress.step
             now = islice(batches, steps * cfg.accumulate)
-            engine.train(
-                accelerator, step, model, now, optimizer, ema, progress, run, schedule, bar
-            )
+            engine.train(accelerator, step, state, now, run, schedule, bar)
             scores = validate(accelerator, segmenter.logits, val, dataset.classes)
             summary = summarise(scores, dataset.classes)
             if accelerator.is_main_process:
@@ -281,7 +279,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
             is_best = progress.scored(summary["mean_dice"])
             if is_best and keeps:
                 save_model(run.folder / "best.safetensors", segmenter)
-            run.save(accelerator, progress.step)
+            run.save(accelerator, state)
 
     if keeps:
         save_model(run.folder / "last.safetensors", segmenter)

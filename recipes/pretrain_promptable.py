@@ -66,7 +66,7 @@ from sammed3d_backbone.pretraining.objective import Objective
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, optim
-from sammed3d_backbone.training.runs import Progress, open_run
+from sammed3d_backbone.training.runs import Progress, State, open_run
 
 SYNTHETIC = "synthetic"  # the source that needs no files
 SCORED_CLICKS = (1, 3, 5)
@@ -149,7 +149,7 @@ def main(cfg: Config) -> dict[str, float]:
     )
     torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
     say = accelerator.print
-    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process)
+    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
     say(f"{config.dump(cfg)}hash of what counts: {config.digest(cfg, leave_out=('name', *FREE))}")
 
     torch.manual_seed(cfg.seed)
@@ -225,11 +225,11 @@ def main(cfg: Config) -> dict[str, float]:
 
     model, optimizer = accelerator.prepare(objective, optimizer)
     ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema, progress)
+    state = State(model, optimizer, ema, progress)
     run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
     accelerator.wait_for_everyone()
-    if run.resume(accelerator, progress):
-        say(f"going on after step {progress.step} of {cfg.steps}")
+    if run.resume(accelerator, state):
+        say(f"resuming after step {progress.step} of {cfg.steps}")
     batches = batches_after(progress.step)
     scores: dict[str, float] = {}
     shown = accelerator.is_main_process
@@ -239,11 +239,8 @@ def main(cfg: Config) -> dict[str, float]:
             engine.train(
                 accelerator,
                 step,
-                model,
+                state,
                 islice(batches, steps * cfg.accumulate),
-                optimizer,
-                ema,
-                progress,
                 run,
                 schedule,
                 bar,
@@ -257,7 +254,7 @@ def main(cfg: Config) -> dict[str, float]:
                 averaged, volumes = ema.module.network, progress.step * per_step
                 path = run.folder / "last.safetensors"
                 save_weights(path, averaged, cfg, seen, volumes, before)
-            run.save(accelerator, progress.step)
+            run.save(accelerator, state)
     return scores
 
 

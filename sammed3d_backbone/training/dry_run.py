@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sammed3d_backbone.training import engine, memory
-from sammed3d_backbone.training.runs import Progress, Run
+from sammed3d_backbone.training.runs import Progress, Run, State
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,15 @@ def rehearse(
     count = min(3, schedule.steps)
     # Neither the log nor a checkpoint comes due.
     quiet = replace(schedule, steps=schedule.steps + 1, log_every=count + 1)
-    progress, run = Progress(accelerator.num_processes), Run(Path(), writes=False)
+    state = State(model, optimizer, ema, Progress(accelerator.num_processes))
+    run = Run(Path(), writes=False)
     seconds = []
     before = memory.forget_peak(accelerator.device)
     for _ in range(count):
         began = time.monotonic()
         now = islice(upcoming, accelerator.gradient_accumulation_steps)
         bar = tqdm(disable=True)
-        engine.train(accelerator, step, model, now, optimizer, ema, progress, run, quiet, bar)
+        engine.train(accelerator, step, state, now, run, quiet, bar)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)
         seconds.append(time.monotonic() - began)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sammed3d_backbone.training import optim
 from sammed3d_backbone.training.memory import peak_bytes
-from sammed3d_backbone.training.runs import Progress, Run
+from sammed3d_backbone.training.runs import Run, State
 
 Batch = Mapping[str, Tensor]
 Step = Callable[[nn.Module, Batch], Tensor]
@@ -84,11 +83,8 @@ class Means:
 def train(
     accelerator: Accelerator,
     step: Step,
-    model: nn.Module,
+    state: State,
     batches: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
-    ema: ModelEmaV3,
-    progress: Progress,
     run: Run,
     schedule: Schedule,
     bar: tqdm[Any],
@@ -100,18 +96,16 @@ def train(
     gradients. It is that of one large batch if the loss is a mean over cases.
 
     Args:
-        accelerator: Has prepared model, batches and optimiser, and knows `ema` and `progress`.
+        accelerator: The one that prepared model, batches and optimiser.
         step: Loss of a batch.
-        model: Left in training mode.
-        batches: Those of the steps to do now.
-        optimizer: Its learning rates are set here.
-        ema: Follows the model.
-        progress: Counts steps and seconds on.
+        state: Is trained; the model is left in training mode.
+        batches: The batches of the steps to do now.
         run: Gets a line every `log_every` steps and a checkpoint every `save_every_s` seconds.
         schedule: The numbers of the whole run.
         bar: Advanced by one per step.
         figures: What else a line of the log says; asked once per line.
     """
+    model, optimizer, ema, progress = state.model, state.optimizer, state.ema, state.progress
     model.train()
     stop = schedule.next_stop(progress.step)
     losses: list[Tensor] = []
@@ -122,7 +116,7 @@ def train(
         lr = schedule.lr_at(progress.step)
         optim.set_lr(optimizer, lr)
         share = len(losses) % accelerator.gradient_accumulation_steps
-        torch.manual_seed(_seed(schedule.seed, progress.step, share, accelerator.process_index))
+        seed_step(schedule.seed, progress.step, share, accelerator.process_index)
         with accelerator.accumulate(model):
             loss = step(model, batch)
             losses.append(loss.detach())
@@ -173,7 +167,7 @@ def train(
             # Only here, so that no line of the log averages over a restart, and not at the stop,
             # where the checkpoint has to come after the validation.
             if progress.step < stop and _agreed(accelerator, now - saved > schedule.save_every_s):
-                run.save(accelerator, progress.step)
+                run.save(accelerator, state)
                 saved = time.monotonic()
 
 
@@ -188,6 +182,6 @@ def _agreed(accelerator: Accelerator, wish: bool) -> bool:
     return bool(accelerator.reduce(flag, "sum") > 0)
 
 
-def _seed(*parts: int) -> int:
-    """One seed from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+def seed_step(*parts: int) -> None:
+    """Seeds torch by the run's seed and the numbers of step, pass and process."""
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1)[0]))

@@ -23,7 +23,6 @@ import socket
 import sys
 import tempfile
 import time
-import zipfile
 from collections import Counter
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -36,7 +35,15 @@ from sammed3d_backbone.recipes import finetune_unetr
 
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.provenance import provenance
-from sammed3d_backbone.training.runs import PARTIAL, RUNS_VARIABLE, Run, runs_folder
+from sammed3d_backbone.training.runs import (
+    AVERAGE,
+    MODEL,
+    OPTIMIZER,
+    PARTIAL,
+    RUNS_VARIABLE,
+    Run,
+    runs_folder,
+)
 from tests.support.boxes import write_boxes
 
 HERE = Path(__file__).parent
@@ -44,9 +51,9 @@ FORK = multiprocessing.get_context("fork")
 CLOCKS = ("seconds", "cpu_seconds", "images_per_s", "memory_gib")  # of the log: may differ
 # What has to be equal after a kill, by the file of the last checkpoint that holds it.
 STATES = {
-    "parameters": "model.safetensors",
-    "optimiser": "optimizer.bin",
-    "average of the weights": "custom_checkpoint_0.pkl",
+    "parameters": MODEL,
+    "optimiser": OPTIMIZER,
+    "average of the weights": AVERAGE,
 }
 NETWORKS = ("best.safetensors", "last.safetensors")
 
@@ -265,12 +272,9 @@ def _samples(folder: Path) -> set[str]:
 
 
 def _tensors(path: Path) -> dict[str, bytes]:
-    """The bytes of every tensor in a file, without running anything in it."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
-    with zipfile.ZipFile(path) as file:  # as torch.save writes it: tensors are numbered entries
-        return {name: file.read(name) for name in file.namelist() if "/data/" in name}
+    """The bytes of every tensor in a file."""
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
 
 
 if __name__ == "__main__":

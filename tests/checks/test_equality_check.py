@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -56,11 +55,9 @@ def finished_run(folder, value):
     """A folder with what the check looks at, every file holding the value."""
     checkpoint = folder / "checkpoints/0000012"
     checkpoint.mkdir(parents=True)
-    for path in (checkpoint / "model", folder / "best", folder / "last"):
-        save_file({"weight": np.array([value])}, path.with_suffix(".safetensors"))
-    for name in ("optimizer.bin", "custom_checkpoint_0.pkl"):
-        with zipfile.ZipFile(checkpoint / name, "w") as file:
-            file.writestr("archive/data/0", str(value))
+    checked = [checkpoint / name for name in equality_check.STATES.values()]
+    for path in (*checked, folder / "best.safetensors", folder / "last.safetensors"):
+        save_file({"weight": np.array([value])}, path)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 12, "loss": value}) + "\n")
     (folder / "samples.txt").write_text(f"0 {value}\n")
     return folder

@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from sammed3d_backbone.recipes.finetune_unetr import Config
 
 from sammed3d_backbone import config
+from sammed3d_backbone.training.runs import INDEX
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes/accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -37,14 +38,14 @@ def test_the_file_for_cpus_launches(small, runs, tmp_path, root):
     launch = ["accelerate.commands.launch", "--config_file", str(FOLDER / "cpu.yaml")]
     said = launched(launch, small, tmp_path, root)
     assert said.count("mean Dice") == 1
-    assert random_states(runs) == 1
+    assert processes(runs) == 1
 
 
 @pytest.mark.slow
 def test_torchrun_starts_as_many_processes_on_a_cpu_as_it_is_told(small, runs, tmp_path, root):
     said = launched(["torch.distributed.run", "--nproc_per_node", "2"], small, tmp_path, root)
     assert said.count("mean Dice") == 1  # one process speaks
-    assert random_states(runs) == 2
+    assert processes(runs) == 2
     assert json.loads((runs / "toy/results/scores.json").read_text())["cases"] == 2
 
 
@@ -62,6 +63,7 @@ def launched(launch, small, tmp_path, root):
     return done.stdout
 
 
-def random_states(runs):
-    """Each process saves its own with a checkpoint."""
-    return len([*runs.glob("toy/checkpoints/*/random_states_*.pkl")])
+def processes(runs):
+    """How many trained together, by the newest checkpoint."""
+    index = max(runs.glob(f"toy/checkpoints/*/{INDEX}"))
+    return json.loads(index.read_text())["progress"]["processes"]

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sammed3d_backbone.training import engine, optim
-from sammed3d_backbone.training.runs import Progress, Run
+from sammed3d_backbone.training.runs import Progress, Run, State
 
 
 class Noisy(nn.Module):
@@ -49,8 +49,8 @@ class Toy:
             model, optim.layer_decayed(model, 1e-2)
         )
         self.progress, self.run = Progress(), Run(folder)
-        self.accelerator.register_for_checkpointing(self.ema, self.progress)
-        self.resumed = self.run.resume(self.accelerator, self.progress)
+        self.training = State(self.model, self.optimizer, self.ema, self.progress)
+        self.resumed = self.run.resume(self.accelerator, self.training)
         self.schedule = engine.Schedule(
             steps=steps,
             validate_every=validate_every,
@@ -87,11 +87,8 @@ class Toy:
             engine.train(
                 self.accelerator,
                 self.step,
-                self.model,
+                self.training,
                 self.batches(first, self.schedule.next_stop(first)),
-                self.optimizer,
-                self.ema,
-                self.progress,
                 self.run,
                 self.schedule,
                 self.bar,
@@ -99,13 +96,13 @@ class Toy:
             score = float(self.ema.module.layer.weight.detach().mean())
             self.run.record(step=self.progress.step, mean_dice=score)
             self.progress.scored(score)
-            self.run.save(self.accelerator, self.progress.step)
+            self.run.save(self.accelerator, self.training)
 
     def state(self):
         """Everything that has to be equal after a resume."""
         tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
         for entry in self.optimizer.state_dict()["state"].values():
-            tensors += [value for value in entry.values() if torch.is_tensor(value)]
+            tensors += [value for _, value in sorted(entry.items())]
         return tensors
 
     def log(self):

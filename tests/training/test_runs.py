@@ -1,10 +1,22 @@
 """The folder of a run."""
 
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 
-from sammed3d_backbone.training.runs import Progress, Run, open_run
+from sammed3d_backbone.training import runs as runs_module
+from sammed3d_backbone.training.runs import (
+    AVERAGE,
+    INDEX,
+    MODEL,
+    OPTIMIZER,
+    Progress,
+    Run,
+    open_run,
+)
 
 
 @dataclass(frozen=True)
@@ -74,30 +86,142 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     assert run.records() == [{"step": 1}]
 
 
-def test_only_the_newest_checkpoint_is_kept(toy):
+def test_the_newest_two_checkpoints_are_kept(toy):
     run = toy()
     run.go()
-    assert [path.name for path in run.run.checkpoints] == ["0000008"]
+    assert [path.name for path in run.run.checkpoints] == ["0000006", "0000008"]
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(toy, monkeypatch):
     run = toy()
-    whole = type(run.accelerator).save_state
+    whole = runs_module._sync
 
-    def die(self, folder, **given):
-        whole(self, folder, **given)
-        if folder.endswith("6"):
+    def die(path):
+        whole(path)
+        if path.name == "partial-0000006":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(run.accelerator), "save_state", die)
+    monkeypatch.setattr(runs_module, "_sync", die)
     with pytest.raises(KeyboardInterrupt):
         run.go()
     left = sorted(path.name for path in (run.run.folder / "checkpoints").iterdir())
-    assert left == ["0000004", "partial-0000006"]
+    assert left == ["0000002", "0000004", "partial-0000006"]
     monkeypatch.undo()
     again = toy()
     assert again.progress.step == 4
-    assert sorted(path.name for path in (again.run.folder / "checkpoints").iterdir()) == ["0000004"]
+    left = sorted(path.name for path in (again.run.folder / "checkpoints").iterdir())
+    assert left == ["0000002", "0000004"]
+
+
+DAMAGES = {
+    "cut": lambda folder: cut(folder / MODEL),
+    "empty": lambda folder: (folder / OPTIMIZER).write_bytes(b""),
+    "missing": lambda folder: (folder / AVERAGE).unlink(),
+    "wrong hash": lambda folder: flip(folder / MODEL),
+    "index cut": lambda folder: cut(folder / INDEX),
+    "index of another kind": lambda folder: (folder / INDEX).write_text("[]"),
+    "no index": lambda folder: (folder / INDEX).unlink(),
+    "a folder for a file": lambda folder: swap_for_folder(folder / OPTIMIZER),
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def swap_for_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_is_used(
+    toy, capsys, damage
+):
+    whole = toy("whole")
+    whole.go()
+    toy().go()
+    folder = toy().run.folder / "checkpoints/0000008"
+    DAMAGES[damage](folder)
+    capsys.readouterr()
+    again = toy()
+    assert capsys.readouterr().out.count("0000008 is skipped") == 1
+    assert again.progress.step == 6
+    again.go()
+    assert all(torch.equal(a, b) for a, b in zip(again.state(), whole.state(), strict=True))
+    assert again.log() == whole.log()
+    assert [path.name for path in again.run.checkpoints] == ["0000006", "0000008"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(toy):
+    run = toy()
+    run.go()
+    for folder in run.run.checkpoints:
+        cut(folder / MODEL)
+    log = run.run.log.read_text()
+    with pytest.raises(ValueError, match="no checkpoint"):
+        toy()
+    assert run.run.log.read_text() == log
+
+
+def test_stray_files_beside_the_checkpoints_are_left_with_a_line(toy, capsys):
+    run = toy()
+    run.go()
+    folder = run.run.folder / "checkpoints"
+    (folder / "5x").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "9").symlink_to(folder / "0000006")
+    capsys.readouterr()
+    assert toy().progress.step == 8
+    said = capsys.readouterr().out
+    assert all(f"{folder / name} is ignored" in said for name in ("5x", "notes.txt", "9"))
+    assert {"5x", "notes.txt", "9"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoints/0000008/random_states_0.pkl", "optimizer.bin", "results/notes"]
+)
+def test_a_run_folder_with_a_pickle_is_refused_unopened(runs, place):
+    folder = opened("one", Knobs()).folder
+    path = folder / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(Trap(runs / "executed")))
+    with pytest.raises(ValueError, match=path.name):
+        open_run("one", Knobs())
+    assert not (runs / "executed").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_of_another_network_is_refused(toy):
+    run = toy()
+    run.go()
+    run.model.extra = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=MODEL):
+        run.run.resume(run.accelerator, run.training)
+
+
+def test_lines_of_the_log_that_are_damaged_are_left_out(toy):
+    run = toy()
+    run.go()
+    records = run.run.records()
+    with run.run.log.open("a") as log:
+        log.write('{}\n[1]\n{"step": "x"}\n{"st\n')
+    assert toy().run.records() == records
 
 
 def test_a_log_without_checkpoint_starts_over(toy):
