@@ -121,8 +121,8 @@ def unetr(
         feature_size: Channels at full resolution.
         out_indices: Block numbers from 0, fine to coarse, one per halving from the volume to the
             tokens (four for patches of 16 voxels, three for 8). None spreads them evenly and ends
-            at the last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released network's
-            global blocks. "monai" takes MONAI's, all but the last one block later.
+            at the last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released
+            network's global blocks. "monai" takes MONAI's, all but the last one block later.
         deepest: Start the way up from the last tap's map ("block") or from the neck's ("neck"),
             which is what the mask decoder was trained on.
         tap_norm: Give each tap a layer norm of its own: these maps are raw residual streams, whose
