@@ -34,7 +34,8 @@ from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.report import About, write_report, write_results
 from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
-from sammed3d_backbone.inference.segmenter import Card, load_model, segment_volume
+from sammed3d_backbone.inference.card import Card
+from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.loading.inflation import request_in
 from sammed3d_backbone.loading.registry import (
     DEFAULT_WEIGHTS,
@@ -171,7 +172,7 @@ def from_model(
     Raises:
         ValueError: If its classes are not those of the data set, in the same order.
     """
-    segmenter = load_model(source)
+    segmenter = Segmenter.from_pretrained(source)
     card = segmenter.card
     if dict(card.labels) != dict(dataset.labels):
         raise ValueError(
@@ -196,7 +197,7 @@ def from_model(
         "citations": start.get("citations", ()),
         "config": card.training.get("config", {}),
     }
-    return lambda case: segment_volume(segmenter, load_image(case)), origin
+    return lambda case: segmenter.predict(load_image(case)), origin
 
 
 def pretraining_statement(card: Card, dataset_name: str) -> str:

@@ -45,22 +45,25 @@ from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fo
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, prepare_cases
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.evaluation.report import About, write_results
 from sammed3d_backbone.evaluation.scores import score_cases, summarise
+from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import (
-    Card,
     Segmenter,
     adapters,
     build_network,
-    equipped,
-    library_versions,
-    save_model,
-    segment_volume,
-    take_over,
-    without_folder,
+    init_from_checkpoint,
+    wrap_encoder,
 )
 from sammed3d_backbone.loading.registry import seen_in_pretraining
-from sammed3d_backbone.provenance import command_line, cores, provenance
+from sammed3d_backbone.provenance import (
+    command_line,
+    cores,
+    library_versions,
+    provenance,
+    strip_directory,
+)
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.dry_run import rehearse
 from sammed3d_backbone.training.freezing import set_frozen
@@ -199,7 +202,7 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
     ids = (*fold.train, *fold.val)  # together, so that all that is wrong is told at once
     cache = None if cfg.cache is None else Path(cfg.cache).expanduser()
     prepared = prepare_cases(
-        dataset, ids, card.preparation, cache=cache, progress=accelerator.is_main_process
+        dataset, ids, card.preprocessing, cache=cache, progress=accelerator.is_main_process
     )
     train, val = prepared[: len(fold.train)], prepared[len(fold.train) :]
     lr = cfg.scratch_lr if cfg.scratch else cfg.lr
@@ -278,11 +281,11 @@ def main(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
             run.record(step=progress.step, **summary)
             is_best = progress.scored(summary["mean_dice"])
             if is_best and keeps:
-                save_model(run.folder / "best.safetensors", segmenter)
+                segmenter.save(run.folder / "best.safetensors")
             run.save(accelerator, state)
 
     if keeps:
-        save_model(run.folder / "last.safetensors", segmenter)
+        segmenter.save(run.folder / "last.safetensors")
     return evaluate(accelerator, cfg, run, segmenter, dataset, fold, progress)
 
 
@@ -317,16 +320,19 @@ def make_card(cfg: Config, dataset: Dataset) -> Card:
         adapter=knobs,
         labels=dataset.labels,
         channels=dataset.channels,
-        spacing_mm=cfg.spacing_mm,
-        intensity=cfg.intensity,
-        crop_vox=cfg.img_size,
+        preprocessing=Preprocessing(
+            spacing_mm=cfg.spacing_mm,
+            intensity={"default": cfg.intensity},
+            statistics="volume",
+            crop_vox=(cfg.img_size,) * 3,
+        ),
         overlap=cfg.overlap,
         shared=cfg.channels == "shared",
         bottleneck=cfg.peft_size if cfg.peft == "bottleneck" else 0,
-        one_piece=cfg.one_piece,
+        keep_largest_component=cfg.one_piece,
         training={
             "config": {
-                key: without_folder(value) if isinstance(value, str) else value
+                key: strip_directory(value) if isinstance(value, str) else value
                 for key, value in dataclasses.asdict(cfg).items()
             },
             "dataset": {"name": dataset.name, "note": dataset.note, **dataset.about},
@@ -348,14 +354,14 @@ def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, d
         record = backbone.pretrained_cfg
         start["weights"] = f"{cfg.variant}: random weights, as asked"
         if (report := backbone.load_report) is not None:
-            start["weights"] = str(replace(report, source=without_folder(report.source)))
+            start["weights"] = str(replace(report, source=strip_directory(report.source)))
         if record is not None:
-            record = replace(record, name=without_folder(record.name))
+            record = replace(record, name=strip_directory(record.name))
         start["contamination"] = str(seen_in_pretraining(record, dataset_name))
         start["citations"] = [record.citation] if record and record.citation else []
         if cfg.peft == "lora":
             add_lora(backbone, rank=cfg.peft_size)
-        backbone = equipped(backbone, card)
+        backbone = wrap_encoder(backbone, card)
         if cfg.control == "zero_encoder":
             backbone = ZeroedEncoder(backbone)
         model = adapters()[cfg.model](backbone, len(card.labels), **card.adapter)
@@ -381,7 +387,7 @@ def begin(cfg: Config, card: Card, fold: Fold, network: nn.Module, start: dict[s
     """The card with the network's start and all cases it will have seen; fills it from `init`."""
     seen = set(fold.train)
     if cfg.init is not None:
-        told, trained_on = take_over(network, card, cfg.init, fold.val)
+        told, trained_on = init_from_checkpoint(network, card, cfg.init, fold.val)
         start.update(told)
         seen.update(trained_on)
     return replace(card, training={**card.training, "start": start, "cases": sorted(seen)})
@@ -430,7 +436,7 @@ def evaluate(
     """
     results = run.folder / "results"
     scores = score_cases(
-        lambda case: segment_volume(segmenter, load_image(case)),
+        lambda case: segmenter.predict(load_image(case)),
         dataset,
         fold.val[accelerator.process_index :: accelerator.num_processes],
         folder=results / "predictions",

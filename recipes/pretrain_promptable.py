@@ -47,7 +47,6 @@ from sammed3d_backbone.data.datasets import few_subjects, read_fold
 from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
 from sammed3d_backbone.data.singles import DESCRIPTION
 from sammed3d_backbone.inference.interactive.validation import intensity_of
-from sammed3d_backbone.inference.segmenter import library_versions, without_folder
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.registry import PretrainingSet, Weights, locate, to_metadata
 from sammed3d_backbone.models.sam import Sam3D
@@ -64,7 +63,7 @@ from sammed3d_backbone.pretraining.object_crops import (
 )
 from sammed3d_backbone.pretraining.objective import Objective
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
-from sammed3d_backbone.provenance import cores
+from sammed3d_backbone.provenance import cores, library_versions, strip_directory
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.runs import Progress, State, open_run
 
@@ -481,14 +480,14 @@ def save_weights(
     objects = volumes * cfg.objects if "clicks" in cfg.objectives else 0
     training = {
         "config": {
-            key: without_folder(value) if isinstance(value, str) else value
+            key: strip_directory(value) if isinstance(value, str) else value
             for key, value in dataclasses.asdict(cfg).items()
         },
         "cases": seen,
         "crops": volumes,
         "objects": objects,
         "clicks": objects * (cfg.interactions - len(cfg.without_point)),
-        "began_with": "random values" if start is None else without_folder(start.name),
+        "began_with": "random values" if start is None else strip_directory(start.name),
         "before": before,
         "versions": library_versions(),
     }

@@ -35,20 +35,15 @@ from tqdm import tqdm
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.data.datasets import Case, Dataset
-from sammed3d_backbone.data.preparation import (
-    Preparation,
-    annotated_classes,
-    load_image,
-    load_label,
-)
+from sammed3d_backbone.data.preparation import annotated_classes, load_image, load_label
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.evaluation.probes import PROBES, Voxels, probe
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.evaluation.voxel_features import draw_voxels, features_at
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.inference.segmenter import without_folder
 from sammed3d_backbone.loading.registry import Weights, seen_in_pretraining
 from sammed3d_backbone.pretraining.init import give_places
-from sammed3d_backbone.provenance import cores, provenance
+from sammed3d_backbone.provenance import cores, provenance, strip_directory
 from sammed3d_backbone.training.runs import runs_folder
 
 HERE = Path(__file__).parent
@@ -116,7 +111,7 @@ def main(cfg: Config) -> None:
             continue
         started = time.process_time()
         bank, asked = (
-            voxels_of(network, of, dataset, card.preparation, cfg, desc=f"{name}, {side}")
+            voxels_of(network, of, dataset, card.preprocessing, cfg, desc=f"{name}, {side}")
             for side, of in sides.items()
         )
         bar = tqdm(bank, desc=f"{name}, probes", unit="block")
@@ -143,7 +138,7 @@ def opened_table(path: Path, about: dict[str, Any]) -> dict[str, Any]:
 def contamination(record: Weights | None, dataset: str) -> str:
     """Whether weights saw the data set before, without the place of their file."""
     if record is not None:
-        record = replace(record, name=without_folder(record.name))
+        record = replace(record, name=strip_directory(record.name))
     return str(seen_in_pretraining(record, dataset))
 
 
@@ -151,7 +146,7 @@ def voxels_of(
     network: Encoder,
     cases: Sequence[Case],
     dataset: Dataset,
-    preparation: Preparation,
+    preprocessing: Preprocessing,
     cfg: Config,
     *,
     desc: str,
@@ -165,7 +160,7 @@ def voxels_of(
     features: dict[int, list[np.ndarray]] = {block: [] for block in blocks}
     values, subjects = [], []
     for case in tqdm(cases, desc=desc, unit="case"):
-        image, geometry = preparation.image(load_image(case))
+        image, geometry = preprocessing.image(load_image(case))
         label = load_label(case)
         annotated = annotated_classes(case, dataset).tolist()
         # Where an organ was not looked for, what is called background may be that organ.

@@ -1,11 +1,9 @@
-"""What produced a figure: machine, versions, commit and date, for every file of results.
-
-Comes in: nothing; goes out: a plain dictionary for JSON. It measures nothing itself.
-"""
+"""Provenance of a result: machine, library versions, commit and date, as plain values for JSON."""
 
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -34,6 +32,25 @@ def provenance(repository: Path) -> dict[str, object]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in LIBRARIES},
     }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("sammed3d-backbone", *LIBRARIES, "nibabel"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"  # this package, imported from a checkout
+    return found
+
+
+def strip_directory(text: str) -> str:
+    """The last part of an absolute path; other text unchanged. Cards travel, directories do not."""
+    found = re.fullmatch(r"([\w-]{2,}:)?(/(?!/).*)", text)  # a prefix may stand before the path
+    if found:
+        return (found[1] or "") + Path(found[2]).name
+    return Path(text).name if Path(text).is_absolute() else text
 
 
 def resident_bytes(entry: str) -> int:

@@ -69,7 +69,9 @@ def generator():
 @pytest.fixture
 def fine_tuned(tmp_path):
     """Writes a small model of two classes, so to speak; keyword arguments change its card."""
-    from sammed3d_backbone.inference.segmenter import Card, Segmenter, build_network, save_model
+    from sammed3d_backbone.data.preprocessing import Preprocessing
+    from sammed3d_backbone.inference.card import Card
+    from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 
     def write(**changes):
         torch.manual_seed(0)
@@ -79,12 +81,12 @@ def fine_tuned(tmp_path):
             "adapter": {"feature_size": 4},
             "labels": {0: "background", 1: "head", 2: "tail"},
             "channels": ("MRI",),
-            "spacing_mm": (2.0, 2.0, 2.0),
-            "intensity": "zscore_positive",
-            "crop_vox": 16,
+            "preprocessing": Preprocessing(
+                (2.0, 2.0, 2.0), {"default": "zscore_positive"}, "volume", (16, 16, 16)
+            ),
         }
         card = Card(**values | changes)
-        save_model(tmp_path / "model.safetensors", Segmenter(build_network(card), card))
+        Segmenter(build_network(card), card).save(tmp_path / "model.safetensors")
         return str(tmp_path / "model.safetensors")
 
     return write

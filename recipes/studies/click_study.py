@@ -50,11 +50,10 @@ from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.statistics import bootstrap_interval
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.interactive import Predictor
-from sammed3d_backbone.inference.segmenter import without_folder
 from sammed3d_backbone.loading.checkpoint import content_sha256, read
 from sammed3d_backbone.loading.registry import locate
 from sammed3d_backbone.models.sam import Sam3D
-from sammed3d_backbone.provenance import command_line, cores, provenance
+from sammed3d_backbone.provenance import command_line, cores, provenance, strip_directory
 from sammed3d_backbone.training.runs import runs_folder
 
 HERE = Path(__file__).parent
@@ -184,7 +183,7 @@ def players_of(cfg: Config, rules: Rules) -> dict[str, Entry]:
         }
         return header, [(Predictor(network, clicks=clicks, spacing_mm=spacing_mm), scored)]
 
-    name = f"{cfg.variant}, {without_folder(trained.pretrained_cfg.name)}"
+    name = f"{cfg.variant}, {strip_directory(trained.pretrained_cfg.name)}"
     balls = {
         **shared,
         "model": "ball of the class's mean volume around the first click",

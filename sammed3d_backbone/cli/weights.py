@@ -40,7 +40,7 @@ def _run_info(args: argparse.Namespace) -> int:
         return 0
     record, tensors, metadata = opened_weights(args.weights)
     if CARD_KEY in metadata:
-        from sammed3d_backbone.inference.segmenter import Card  # imports nibabel
+        from sammed3d_backbone.inference.card import Card  # imports nibabel
 
         print(f"name: {record.name}\nsha256: {record.sha256}")
         print(Card.from_json(metadata[CARD_KEY]))
@@ -243,10 +243,10 @@ def _flat_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: st
 
 def _model_finding(file: str) -> Finding:
     """Whether a fine-tuned network loads strictly, as `predict` will load it."""
-    from sammed3d_backbone.inference.segmenter import load_model
+    from sammed3d_backbone.inference.segmenter import Segmenter
 
     try:
-        segmenter = load_model(file)
+        segmenter = Segmenter.from_pretrained(file)
     except ValueError as error:
         return False, str(error).replace("\n", " ")
     count = len(segmenter.model.state_dict())

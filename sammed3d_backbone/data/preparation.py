@@ -22,6 +22,7 @@ from sammed3d_backbone.data.checks import class_problems, label_problems, pair_p
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.intensity import MODES, normalise
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
 
 
@@ -130,7 +131,7 @@ def annotated_classes(case: Case, dataset: Dataset) -> Tensor:
 def prepare_cases(
     dataset: Dataset,
     ids: Sequence[str],
-    preparation: Preparation,
+    preparation: Preparation | Preprocessing,
     *,
     cache: Path | None = None,
     progress: bool = True,

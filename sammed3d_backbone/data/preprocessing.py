@@ -10,10 +10,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from sammed3d_backbone.data.geometry import TripleMm
-from sammed3d_backbone.data.intensity import MODES
+import numpy as np
+import torch
+from torch import Tensor
+
+from sammed3d_backbone.data.geometry import Geometry, TripleMm
+from sammed3d_backbone.data.intensity import MODES, normalise
+
+if TYPE_CHECKING:
+    from sammed3d_backbone.data.volume import Volume  # needs nibabel, which loading does without
 
 Modality = Literal["ct", "mr", "us"]
 Statistics = Literal["crop", "volume"]
@@ -73,6 +80,43 @@ class Preprocessing:
             known = sorted({*self.intensity} - {DEFAULT})
             raise ValueError(f"modality={modality!r}: these weights know {known or 'none'}")
         return self.intensity[name]
+
+    def image(self, volume: Volume, modality: Modality | None = None) -> tuple[Tensor, Geometry]:
+        """A volume on the network's grid, and the way back to its own grid.
+
+        With statistics over the volume the intensities are already normalised; with statistics over
+        crops they are raw, and `crops` normalises each crop. Volumes smaller than the network's
+        input are padded on both sides with what a raw zero becomes.
+
+        Shapes:
+            returns: (C, X', Y', Z') float32, axes towards R, A, S.
+
+        Raises:
+            ValueError: If a voxel is not finite, or the network does not know the modality.
+        """
+        mode = self.intensity_mode(modality)
+        if count := volume.array.size - int(np.isfinite(volume.array).sum()):
+            raise ValueError(f"the volume has {count} non-finite voxels; replace those voxels")
+        geometry = Geometry.plan(
+            volume.shape, volume.affine, self.spacing_mm, min_shape=self.crop_vox
+        )
+        raw = geometry.resample(volume.array)
+        if self.statistics == "crop":
+            return geometry.to_box(raw), geometry
+        normalised = normalise(raw, mode)
+        return geometry.to_box(normalised.image, normalised.zero), geometry
+
+    def crops(self, crops: Tensor, modality: Modality | None = None) -> Tensor:
+        """The network's input from crops of what `image` returns.
+
+        Shapes:
+            crops: (B, C, X, Y, Z).
+            returns: the same.
+        """
+        if self.statistics == "volume":
+            return crops
+        mode = self.intensity_mode(modality)
+        return torch.stack([normalise(crop, mode).image for crop in crops])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

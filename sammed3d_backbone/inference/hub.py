@@ -1,7 +1,6 @@
-"""A fine-tuned model and a page that describes it -> a repository on the Hub.
+"""The Hub repository of a fine-tuned model: its model card, and the upload of a folder.
 
-Two files are sent: the model, and the page as README.md. No image and no case leaves the machine.
-The way back is `export.load_model` with `repo_id:file`.
+Only the files of that folder are sent: `model.safetensors`, `config.json` and `README.md`.
 """
 
 from __future__ import annotations
@@ -9,175 +8,138 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from sammed3d_backbone.inference.segmenter import Card
+from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.loading.registry import WEIGHTS
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
 METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95, mm"}  # keys of scores.json
+TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
-def model_page(
+def model_card(
     card: Card,
-    address: str,
+    repo_id: str,
     *,
     scores: Mapping[str, Any] | None = None,
     licence: str | None = None,
-) -> str:
-    """The README.md of a model: what it segments, how to use it, where it comes from.
+) -> ModelCard:
+    """The README of a model repository: what it segments, how to use it, where it comes from.
 
     Args:
-        card: Of the model.
-        address: `repo_id:file`, from where it will be loaded.
-        scores: Content of the ``scores.json`` of its run; None: not known.
-        licence: Of the model, by the Hub's name, such as "cc-by-sa-4.0".
+        card: Card of the model.
+        repo_id: `OWNER/NAME` of the repository.
+        scores: Content of the run's ``scores.json``; None leaves the section out.
+        licence: Licence identifier of the Hub, for example "cc-by-sa-4.0".
     """
-    head = {
-        "library_name": "sammed3d-backbone",
-        "pipeline_tag": "image-segmentation",
-        "tags": ["medical", "3d", "segmentation", "monai", "sam-med3d", card.network],
-        **({"license": licence} if licence else {}),
-    }
-    structures = [name for value, name in card.labels.items() if value]
-    spacing = card.spacing_mm
+    from huggingface_hub import ModelCard, ModelCardData
+
     start = card.training.get("start", {})
     dataset = card.training.get("dataset", {})
-    sections = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {address.partition(':')[0].partition('/')[2]}",
-        f"Segments {', '.join(structures)} in 3-D volumes ({', '.join(card.channels)}). Research "
-        "software: no medical device, not for clinical decisions.",
-        f"```bash\nsammed3d predict {address} IN.nii.gz OUT.nii.gz\n```",
-        "```python\n"
-        "from sammed3d_backbone.data.volume import Volume\n"
-        "from sammed3d_backbone.inference.segmenter import load_model, segment_volume\n\n"
-        f'segment_volume(load_model("{address}"), Volume.load("IN.nii.gz")).save("OUT.nii.gz")\n'
-        "```",
-        _list(
+    rows = [] if scores is None else scores.get("tables", {}).get("all", [])
+    readme: ModelCard = ModelCard.from_template(
+        ModelCardData(
+            library_name="sammed3d-backbone",
+            pipeline_tag="image-segmentation",
+            tags=["medical", "3d", "segmentation", "monai", "sam-med3d", card.network],
+            license=licence,
+        ),
+        template_path=str(TEMPLATE),
+        name=repo_id.partition("/")[2],
+        repo_id=repo_id,
+        structures=", ".join(name for value, name in card.labels.items() if value),
+        channels=", ".join(card.channels),
+        facts=_known(
             {
                 "network": card.network,
                 "labels": ", ".join(f"{value} {name}" for value, name in card.labels.items()),
                 "input channels": ", ".join(card.channels),
-                "spacing": f"{' x '.join(map(str, spacing))} mm"
-                if spacing
-                else "each volume's own",
-                "intensity": card.intensity,
-                "window": f"{card.crop_vox} voxels a side",
+                **card.preprocessing_rows(),
             }
         ),
-        "Orientation, spacing and intensities are the package's work; labels come back on the "
-        "volume's own grid.",
-        "## Training",
-        _list(
+        training=_known(
             {
                 "data": dataset.get("name"),
                 "licence of the data": dataset.get("licence"),
                 "note": dataset.get("note"),
-                "cases trained on": len(card.training.get("cases", ())),
-                "began with": start.get("weights", "").partition("\n")[0],
-                "pretraining": start.get("contamination"),
+                "training cases": len(card.training.get("cases", ())),
+                "initial weights": start.get("weights", "").partition("\n")[0],
+                "overlap with pretraining": start.get("contamination"),
                 "versions": ", ".join(f"{name} {it}" for name, it in card.versions.items()),
             }
         ),
-        *_scores(scores),
-        "## Please cite",
-        _list(
+        metrics=list(METRICS.values()),
+        scores=[
+            [row["class"], row["cases"], *(_with_interval(*row[metric]) for metric in METRICS)]
+            for row in rows
+        ],
+        scores_of="; ".join(filter(None, [(scores or {}).get(k, "") for k in ("title", "split")])),
+        tolerance_mm=f"{(scores or {}).get('tolerance_mm', 2):g}",
+        citations=_known(
             {
                 "data": dataset.get("reference"),
                 "weights": "; ".join(start.get("citations", ())),
                 "encoder": WEIGHTS["turbo"].citation,
             }
         ),
-    ]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    )
+    return readme
 
 
-def push_model(
-    path: Path, repo_id: str, page: str, *, private: bool = False, message: str | None = None
-) -> str:
-    """Sends a model and its page in one commit; makes the repository if there is none.
-
-    An earlier file of that name and an earlier page are replaced; the history keeps them.
+def upload(folder: Path, repo_id: str, *, private: bool = False, message: str | None = None) -> str:
+    """Uploads a folder as one commit; creates the repository if it does not exist.
 
     Args:
-        path: The model.
-        repo_id: `owner/name`.
-        page: Content of README.md.
-        private: Whether a new repository is hidden from others.
-        message: Of the commit.
+        folder: All its files are uploaded.
+        repo_id: `OWNER/NAME`.
+        private: Whether a new repository is private.
+        message: Commit message.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: If the repository's name is none, or the Hub does not take the page.
-        PermissionError: If the Hub wants a token, or another one.
-        ConnectionError: If the transfer broke.
+        ValueError: If the repository's name is not valid, or the Hub rejects the README.
+        PermissionError: If the Hub asks for a token, or for one with write access.
+        ConnectionError: If the transfer failed.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
+    from huggingface_hub import HfApi, constants, errors
 
     require_repo_id(repo_id)
     hub = HfApi(endpoint=constants.ENDPOINT)
-    files = [
-        CommitOperationAdd(path.name, str(path)),
-        CommitOperationAdd("README.md", page.encode()),
-    ]
     try:
         hub.create_repo(repo_id, private=private, exist_ok=True)
-        commit = hub.create_commit(repo_id, files, commit_message=message or f"Add {path.name}")
+        commit = hub.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message or "Upload model"
+        )
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
+        if error.response.status_code in (401, 403):
             raise PermissionError(
-                f"{constants.ENDPOINT} wants to know who you are; log in with `hf auth login`, or "
-                "set HF_TOKEN to a token that may write"
+                f"{constants.ENDPOINT} refused to write to {repo_id}; log in with `hf auth login` "
+                "or set HF_TOKEN to a token with write access"
             ) from error
-        if status == 403:
-            raise PermissionError(
-                f"your token may not write to {repo_id}; take a token that may, or a repository "
-                "of your own"
-            ) from error
-        raise ConnectionError(
-            f"{constants.ENDPOINT} failed on {repo_id}: {error}; push again later"
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise ConnectionError("HF_HUB_OFFLINE is set; unset it to push") from error
-    except (ValueError, TypeError):  # the page is not taken, or a fault of this code
+        raise ConnectionError(f"upload to {repo_id} failed: {error}; push again later") from error
+    except (ValueError, TypeError):  # a README that the Hub rejects, or a fault of this code
         raise
-    except Exception as error:  # the HTTP library below huggingface_hub changes between releases
+    except Exception as error:  # the HTTP library below huggingface_hub differs between releases
         reason = error.__cause__ or error
-        raise ConnectionError(
-            f"the push to {constants.ENDPOINT}/{repo_id} broke off: {reason}; push again"
-        ) from error
+        raise ConnectionError(f"upload to {repo_id} failed: {reason}; push again") from error
     return commit.commit_url
 
 
 def require_repo_id(repo_id: str) -> None:
-    """Refuses what is no name of a repository.
+    """Checks that a text is a valid repository id.
 
     Raises:
-        ValueError: If it is not of the form owner/name.
+        ValueError: If it is not of the form OWNER/NAME.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"{repo_id!r} is no repository; give OWNER/NAME, such as me/hippocampus")
-
-
-def _scores(scores: Mapping[str, Any] | None) -> list[str]:
-    """What the model scored on cases that it did not see, with intervals."""
-    if scores is None or "tables" not in scores:
-        return []
-    rows = [f"| class | cases | {' | '.join(METRICS.values())} |", "|---|---|---|---|---|"]
-    for row in scores["tables"]["all"]:
-        cells = " | ".join(_with_interval(*row[metric]) for metric in METRICS)
-        rows.append(f"| {row['class']} | {row['cases']} | {cells} |")
-    return [
-        "## Scores",
-        f"{scores.get('title', '')}; {scores.get('split', '')}. With 95 % bootstrap intervals by "
-        f"subject; NSD at {scores.get('tolerance_mm', 2):g} mm; on the grid of the files.",
-        "\n".join(rows),
-    ]
+        raise ValueError(
+            f"invalid repository id {repo_id!r}: expected OWNER/NAME, for example me/hippocampus"
+        )
 
 
 def _with_interval(mean: float | None, low: float | None, high: float | None) -> str:
@@ -186,6 +148,6 @@ def _with_interval(mean: float | None, low: float | None, high: float | None) ->
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _list(facts: Mapping[str, object]) -> str:
-    """What is known, a line each."""
-    return "\n".join(f"- {key}: {value}" for key, value in facts.items() if value)
+def _known(facts: Mapping[str, object]) -> list[tuple[str, object]]:
+    """The facts that have a value."""
+    return [(key, value) for key, value in facts.items() if value]

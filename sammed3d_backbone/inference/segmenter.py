@@ -1,17 +1,17 @@
-"""A fine-tuned network and all it needs <-> one safetensors file; a volume in, labels out.
+"""A fine-tuned network with its card: loaded, applied to volumes, saved and shared.
 
-The file's metadata is a `Card` as JSON: how to build the network, what its outputs mean, and how a
-volume becomes its input. `load_model` needs nothing else, `segment_volume` uses it on a `Volume`.
+`Segmenter.from_pretrained` needs nothing but a file, a folder or a repository on the Hub;
+`Segmenter.predict` takes a `Volume` and returns its labels.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import json
-import platform
+import os
+import re
+import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,130 +22,152 @@ from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.lora import merged
-from sammed3d_backbone.data.preparation import Preparation
+from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import write_text
+from sammed3d_backbone.inference.card import Card
+from sammed3d_backbone.inference.hub import model_card, upload
 from sammed3d_backbone.loading.checkpoint import part_of, read, write
 from sammed3d_backbone.loading.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
-from sammed3d_backbone.loading.inflation import DEPTH_FILTERS
 from sammed3d_backbone.loading.registry import locate
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+from sammed3d_backbone.provenance import strip_directory
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Card:
-    """Everything about a fine-tuned network but its tensors.
-
-    Args:
-        network: A name in `adapters()`, or "basicunet".
-        encoder: Arguments of `factory.encoder`, without weights; empty for a network without it.
-        adapter: Arguments of the network's function, without encoder and classes.
-        shared: Whether each channel goes through the encoder by itself; see adapters/channels.py.
-        bottleneck: Channels of bottlenecks in the encoder, 0 for none; see adapters/bottleneck.py.
-        labels: Class value -> name, background included.
-        channels: Names of the input channels, in order.
-        spacing_mm: Along R, A, S; None keeps each volume's own.
-        intensity: A mode of `data.intensity.normalise`.
-        crop_vox: Side of the window that slides over a volume.
-        overlap: Share of a window that the next one covers again.
-        one_piece: Whether every class is one connected part, of which only the largest counts.
-        orientation: Axes of the network's input.
-        training: Configuration, data set and weights it comes from; for the reader.
-        versions: Of the libraries it was trained with.
-    """
-
-    network: str
-    encoder: Mapping[str, Any]
-    adapter: Mapping[str, Any]
-    labels: Mapping[int, str]
-    channels: tuple[str, ...]
-    spacing_mm: tuple[float, float, float] | None
-    intensity: str
-    crop_vox: int
-    overlap: float = 0.5
-    shared: bool = False
-    bottleneck: int = 0
-    one_piece: bool = False
-    orientation: str = "RAS"
-    training: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """What a user has to know, as lines of `field: value`."""
-        spacing = self.spacing_mm
-        data = self.training.get("dataset", {})
-        rows = {
-            "network": f"fine-tuned {self.network}",
-            "encoder": _listed(self.encoder) or "none",
-            "adapter": _listed(self.adapter) or "as by default",
-            "shared": self.shared,
-            "bottleneck": self.bottleneck or "none",
-            "labels": _listed(self.labels),
-            "channels": ", ".join(self.channels),
-            "spacing_mm": " x ".join(map(str, spacing)) if spacing else "each volume's own",
-            "intensity": self.intensity,
-            "orientation": self.orientation,
-            "crop_vox": self.crop_vox,
-            "overlap": self.overlap,
-            "one_piece": self.one_piece,
-            "dataset": data.get("name", "not known"),
-            "versions": _listed(self.versions) or "not known",
-        }
-        return "\n".join(f"{key}: {value}" for key, value in rows.items())
-
-    @property
-    def preparation(self) -> Preparation:
-        """How a volume becomes the network's input."""
-        return Preparation(self.spacing_mm, self.intensity, self.crop_vox)
-
-    def to_json(self) -> str:
-        """The card as it stands in the file."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)})
-
-    @classmethod
-    def from_json(cls, text: str) -> Card:
-        """The card of a file; what an older file does not say has its default.
-
-        Raises:
-            ValueError: If it is of another format, says more than this version knows, or lacks
-                what a network cannot be built without.
-        """
-        values = json.loads(text)
-        found = values.pop("format", None)
-        if found != FORMAT:
-            raise ValueError(
-                f"model of format {found}, this version reads {FORMAT}; upgrade sammed3d-backbone"
-            )
-        known = dataclasses.fields(cls)
-        newer = sorted(set(values) - {entry.name for entry in known})
-        if newer:
-            raise ValueError(
-                f"the model's card says {newer}, which this version does not know; "
-                "upgrade sammed3d-backbone"
-            )
-        needed = {e.name for e in known if MISSING is e.default is e.default_factory}
-        if not needed <= set(values):
-            raise ValueError(
-                f"the model's card lacks {sorted(needed - set(values))}; copy the file again, or "
-                "train the model again"
-            )
-        values["labels"] = {int(value): name for value, name in values["labels"].items()}
-        values["channels"] = tuple(values["channels"])
-        if values["spacing_mm"] is not None:
-            values["spacing_mm"] = tuple(values["spacing_mm"])
-        return cls(**values)
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_REPOSITORY = re.compile(r"(hf-hub:)?(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass
 class Segmenter:
-    """A fine-tuned network with its card."""
+    """A fine-tuned network with its card.
+
+    Args:
+        model: Maps (B, C, X, Y, Z) to class logits (B, K, X, Y, Z).
+        card: Describes the model and its input.
+
+    Example:
+        >>> segmenter = Segmenter.from_pretrained("runs/hippocampus")  # doctest: +SKIP
+        >>> segmenter.predict(Volume.load("scan.nii.gz")).save("labels.nii.gz")  # doctest: +SKIP
+    """
 
     model: nn.Module
     card: Card
 
-    def logits(self, image: Tensor) -> Tensor:
-        """Class logits of a prepared image, by windows blended with Gaussian weights.
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, weights_file: str = WEIGHTS_FILE
+    ) -> Segmenter:
+        """Loads a fine-tuned model in evaluation mode.
+
+        Args:
+            source: A safetensors file, a folder that `save_pretrained` wrote, or a repository on
+                the Hub: `OWNER/NAME`, `OWNER/NAME@REVISION`, with or without `hf-hub:` before it.
+            weights_file: Name of the safetensors file in the folder or repository.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            PermissionError: If the Hub asks for a token or for acceptance of terms.
+            ConnectionError: If a download failed.
+            ValueError: If the file is not a fine-tuned model, or its tensors do not fit its card.
+        """
+        path, config = _files(source, weights_file)
+        tensors, metadata = read(path)
+        if CARD_KEY not in metadata and config is None:
+            raise ValueError(
+                f"{source} has tensors but no card, so the meaning of its outputs is unknown; give "
+                "best.safetensors or last.safetensors of a fine-tuning run"
+            )
+        card = Card.from_json(metadata[CARD_KEY] if config is None else config)
+        model = build_network(card, tensors)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{source} does not fit its own card: {error}; copy it again"
+            ) from None
+        return cls(model.eval(), card)
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file with the card in its metadata; replaces an existing file.
+
+        LoRA updates are merged into the weights that they belong to.
+        """
+        tensors = merged(self.model).state_dict()
+        write(path, tensors, {CARD_KEY: json.dumps(self.card.to_dict())}, overwrite=True)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `model.safetensors` and `config.json` into a folder; creates it if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / WEIGHTS_FILE)
+        write_text(folder / CONFIG_FILE, json.dumps(self.card.to_dict(), indent=2) + "\n")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        message: str | None = None,
+        licence: str | None = None,
+        scores: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Uploads model, card and README to the Hub in one commit.
+
+        Args:
+            repo_id: `OWNER/NAME`; created if it does not exist.
+            private: Whether a new repository is private.
+            message: Commit message.
+            licence: Licence identifier of the Hub, for example "cc-by-sa-4.0".
+            scores: Content of the run's ``scores.json``, for the README.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: If the repository's name is not valid.
+            PermissionError: If the Hub asks for a token, or for one with write access.
+            ConnectionError: If the upload failed.
+        """
+        readme = model_card(self.card, repo_id, scores=scores, licence=licence)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            readme.save(Path(folder) / "README.md")
+            return upload(Path(folder), repo_id, private=private, message=message)
+
+    def predict(
+        self, volume: Volume, *, modality: Modality | None = None, nearest: bool = False
+    ) -> Volume:
+        """The labels of a volume, on its grid and with exactly its affine.
+
+        Args:
+            volume: Has the channels of the card.
+            modality: Chooses the intensity mode where the card has several; None is its default.
+            nearest: Resample labels instead of probabilities to the volume's grid.
+
+        Raises:
+            ValueError: If the volume has another number of channels or non-finite voxels.
+        """
+        card = self.card
+        if volume.channels != len(card.channels):
+            raise ValueError(
+                f"the volume has {volume.channels} channels, the model needs {len(card.channels)}: "
+                f"{', '.join(card.channels)}; stack them in this order as a 4-D NIfTI"
+            )
+        image, geometry = card.preprocessing.image(volume, modality)
+        device = next(self.model.parameters()).device
+        probs = self.logits(image.to(device), modality).softmax(0).cpu()
+        labels = geometry.invert_labels(probs, nearest=nearest).numpy()
+        if card.keep_largest_component:
+            labels = _keep_largest_component(labels)
+        return Volume(labels, volume.affine, volume.header)
+
+    def logits(self, image: Tensor, modality: Modality | None = None) -> Tensor:
+        """Class logits of a preprocessed image, from overlapping windows with Gaussian weights.
+
+        Args:
+            image: From `Preprocessing.image`.
+            modality: As for `predict`.
 
         Shapes:
             image: (C, X, Y, Z), no side smaller than the window.
@@ -154,13 +176,13 @@ class Segmenter:
         from monai.inferers import sliding_window_inference
 
         self.model.eval()
-        side = self.card.crop_vox
+        used = self.card.preprocessing
         with torch.inference_mode():
             logits = sliding_window_inference(
                 image[None],
-                (side, side, side),
+                used.crop_vox,
                 sw_batch_size=2,
-                predictor=self.model,
+                predictor=lambda crops: self.model(used.crops(crops, modality)),
                 overlap=self.card.overlap,
                 mode="gaussian",
             )
@@ -168,45 +190,19 @@ class Segmenter:
         return logits[0].float()
 
 
-def segment_volume(segmenter: Segmenter, volume: Volume, *, nearest: bool = False) -> Volume:
-    """Labels of a volume, on its own grid and with its own affine, bit for bit.
-
-    Args:
-        segmenter: From `load_model`.
-        volume: With the channels of the card.
-        nearest: Bring back labels instead of probabilities.
-
-    Raises:
-        ValueError: If the number of channels is not the network's.
-    """
-    card = segmenter.card
-    if volume.channels != len(card.channels):
-        raise ValueError(
-            f"the volume has {volume.channels} channels, the model needs {len(card.channels)}: "
-            f"{', '.join(card.channels)}; stack them in this order as a 4-D NIfTI"
-        )
-    image, geometry = card.preparation.image(volume)
-    device = next(segmenter.model.parameters()).device
-    probs = segmenter.logits(image.to(device)).softmax(0).cpu()
-    labels = geometry.invert_labels(probs, nearest=nearest).numpy()
-    if card.one_piece:
-        labels = _largest_parts(labels)
-    return Volume(labels, volume.affine, volume.header)
-
-
 def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The card's network with random weights.
+    """The card's network with random initialisation.
 
-    "basicunet" is no network of this package: it is the convolutional baseline to beat.
+    "basicunet" is MONAI's convolutional network, the baseline without our encoder.
 
     Args:
-        card: What to build.
-        tensors: State dict that it will load; None for a start without one. An encoder that was
-            set to another input size keeps the relative tables that it was built with, so their
-            size is the tensors' and not the card's.
+        card: Describes the network.
+        tensors: State dict that will be loaded into it; None if there is none. The relative
+            position tables of an encoder keep the size they were built with when the input size
+            changes, so their size is taken from the tensors and not from the card.
 
     Raises:
-        ValueError: If the card names no known network.
+        ValueError: If the card names an unknown network.
     """
     if card.network == "basicunet":
         from monai.networks.nets import BasicUNet
@@ -214,15 +210,13 @@ def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn
         return BasicUNet(3, len(card.channels), len(card.labels), **card.adapter)
     known = adapters()
     if card.network not in known:
-        raise ValueError(
-            f"unknown network {card.network!r}; this version knows {', '.join(known)}, basicunet"
-        )
-    backbone = equipped(_build_encoder(card, part_of(tensors or {}, MODEL_ENCODER)), card)
+        raise ValueError(f"unknown network {card.network!r}; known: {', '.join(known)}, basicunet")
+    backbone = wrap_encoder(_build_encoder(card, part_of(tensors or {}, MODEL_ENCODER)), card)
     return known[card.network](backbone, len(card.labels), **card.adapter)
 
 
-def equipped(backbone: ImageEncoder3D, card: Card) -> Encoder:
-    """The encoder with all that the card puts into and around it."""
+def wrap_encoder(backbone: ImageEncoder3D, card: Card) -> Encoder:
+    """The encoder with the card's bottleneck adapters and per-channel sharing."""
     from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
     from sammed3d_backbone.adapters.channels import SharedEncoder
 
@@ -250,76 +244,34 @@ def adapters() -> dict[str, Callable[..., nn.Module]]:
     }
 
 
-def save_model(path: Path, segmenter: Segmenter) -> None:
-    """Writes network and card as one safetensors file, complete or not at all.
-
-    What LoRA has learned is added to the weights that it belongs to.
-    """
-    tensors = merged(segmenter.model).state_dict()
-    write(path, tensors, {CARD_KEY: segmenter.card.to_json()}, overwrite=True)
-
-
-def load_model(path: str | Path) -> Segmenter:
-    """The network of a file that `save_model` wrote, ready for `segment_volume`.
-
-    Args:
-        path: A file, or `repo_id:file` or `repo_id@revision:file` on the Hub.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        PermissionError: If the Hub wants a token, or acceptance of its terms.
-        ConnectionError: If a download broke.
-        ValueError: If the file is no such model, or its tensors do not fit its card.
-    """
-    _, file = locate(path)
-    tensors, metadata = read(file)
-    if CARD_KEY not in metadata:
-        raise ValueError(
-            f"{path} holds tensors without a card, so what they segment is unknown; pass a model "
-            "that recipes/finetune_unetr.py wrote: best.safetensors or last.safetensors of a run"
-        )
-    card = Card.from_json(metadata[CARD_KEY])
-    model = build_network(card, tensors)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its own card: {error}; copy it again") from None
-    return Segmenter(model.eval(), card)
-
-
-def without_folder(text: str) -> str:
-    """The last part of an absolute path, any other text as it is: cards travel, folders do not.
-
-    A path may stand behind the prefix that asks for inflation, which is kept.
-    """
-    prefix, _, place = text.partition(":")
-    if prefix in DEPTH_FILTERS:
-        return f"{prefix}:{without_folder(place)}"
-    return Path(text).name if Path(text).is_absolute() else text
-
-
-def take_over(
+def init_from_checkpoint(
     model: nn.Module, card: Card, source: str, val: Collection[str]
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Copies all values of a fine-tuned model.
+    """Copies all values of a fine-tuned model into a network of the same classes and sizes.
+
+    Args:
+        model: Network to fill.
+        card: Card of that network.
+        source: Fine-tuned model, as for `Segmenter.from_pretrained`.
+        val: Validation cases, which the fine-tuned model must not have been trained on.
 
     Returns:
-        What is then to be said about the start, and the cases that the values were trained on.
+        Provenance of the values, for the report; and the cases that they were trained on.
 
     Raises:
-        ValueError: If it segments other classes, has other sizes, or has seen cases of `val`.
+        ValueError: If the model has other classes or sizes, or was trained on cases of `val`.
     """
-    earlier = load_model(source)
+    earlier = Segmenter.from_pretrained(source)
     if dict(earlier.card.labels) != dict(card.labels):
         raise ValueError(
-            f"init={source} knows {earlier.card.labels}, the data have {card.labels}; pass it as "
-            "weights= to take its encoder only"
+            f"init={source} has labels {earlier.card.labels}, the data have {card.labels}; pass it "
+            "as weights= to load its encoder only"
         )
     cases = tuple(earlier.card.training.get("cases", ()))
     if seen := {*cases} & {*val}:
         raise ValueError(
-            f"init={source} was trained on {len(seen)} of the cases to validate on, "
-            f"{min(seen)} for one; take the fold that it was trained on"
+            f"init={source} was trained on {len(seen)} of the validation cases, for example "
+            f"{min(seen)}; choose the fold that it was trained on"
         )
     try:
         model.load_state_dict(earlier.model.state_dict())
@@ -329,27 +281,28 @@ def take_over(
             "variant=, img_size= and feature_size= that it was trained with"
         ) from None
     before = earlier.card.training.get("start", {})
-    name = without_folder(source)
+    name = strip_directory(source)
     return {
         "weights": f"all values of the fine-tuned {name}",
-        "contamination": before.get("contamination", f"not known: {name} does not say"),
+        "contamination": before.get("contamination", f"unknown: {name} does not say"),
     }, cases
 
 
-def library_versions() -> dict[str, str]:
-    """What a result depends on beside its configuration."""
-    names = ("sammed3d-backbone", "torch", "monai", "timm", "accelerate", "nibabel", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"  # this package, imported from a checkout
-    return found
+def _files(source: str | os.PathLike[str], weights_file: str) -> tuple[Path, str | None]:
+    """The local safetensors file of a model, and the text of the `config.json` beside it."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        config = path / CONFIG_FILE
+        text = config.read_text(encoding="utf-8") if config.is_file() else None
+        return path / weights_file, text
+    if path.exists() or not (named := _REPOSITORY.fullmatch(str(source))) or path.suffix:
+        return locate(source)[1], None
+    address = f"{named['repo_id']}@{named['revision'] or 'main'}"
+    return locate(f"{address}:{weights_file}")[1], None
 
 
-def _largest_parts(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    """The labels with every class reduced to its largest part; voxels that share a corner touch.
+def _keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """The labels with each class reduced to its largest component, by 26-connectivity.
 
     Shapes:
         labels: (X, Y, Z), 0 is background.
@@ -364,18 +317,14 @@ def _largest_parts(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]
     return kept
 
 
-def _listed(values: Mapping[Any, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
-
-
 def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> ImageEncoder3D:
-    """The card's encoder with random weights, for the tensors that it will load, if any."""
+    """The card's encoder with random initialisation, in the sizes of the tensors to be loaded."""
     network = encoder(**card.encoder, weights="none")
     if card.shared:
         stored = part_of(stored, MODEL_ENCODER)
     if stored:
-        told = ("img_size", "patch_size")  # by the tensors, or set below
-        kept = {name: value for name, value in card.encoder.items() if name not in told}
+        by_tensors = ("img_size", "patch_size")  # taken from the tensors, or set below
+        kept = {name: value for name, value in card.encoder.items() if name not in by_tensors}
         img_size = network.img_size
         network = encoder_like(stored, **kept)
         network.set_input_size(img_size)

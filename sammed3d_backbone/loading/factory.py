@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.loading.checkpoint import (
     ENCODER,
     OTHER_PARTS,
@@ -457,7 +458,7 @@ def _encoder_of_model(
         record,
         variant=about["encoder"]["variant"],
         rel_pos=about["encoder"].get("rel_pos", "sammed3d"),
-        spacing_mm=None if about["spacing_mm"] is None else tuple(about["spacing_mm"]),
+        spacing_mm=Preprocessing.from_dict(about["preprocessing"]).spacing_mm,
         status=f"{record.status}, encoder of a fine-tuned {about['network']}",
     ), mine
 

@@ -24,8 +24,10 @@ from tqdm import tqdm
 from sammed3d_backbone import encoder
 from sammed3d_backbone.adapters.contract import Encoder, check_encoder
 from sammed3d_backbone.adapters.pyramid import KINDS, Pyramid, pyramid
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.inference.segmenter import Card, Segmenter, adapters, load_model, save_model
+from sammed3d_backbone.inference.card import Card
+from sammed3d_backbone.inference.segmenter import Segmenter, adapters
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.freezing import set_frozen
@@ -209,8 +211,8 @@ def comes_back_from_a_file(pair: Pair) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         if pair.source.described is not None and pair.adapter in NETWORKS:
-            save_model(path, Segmenter(network, card_of(pair)))
-            back = load_model(path).model
+            Segmenter(network, card_of(pair)).save(path)
+            back = Segmenter.from_pretrained(path).model
         else:
             write(path, network.state_dict(), {})
             back = pair.build().eval()
@@ -227,9 +229,7 @@ def card_of(pair: Pair) -> Card:
         adapter=NETWORKS[pair.adapter],
         labels=dict(enumerate(("background", "head", "tail"))),
         channels=("MRI",) * pair.source.channels,
-        spacing_mm=None,
-        intensity="zscore",
-        crop_vox=CUBE[0],
+        preprocessing=Preprocessing(None, {"default": "zscore"}, "volume", (CUBE[0],) * 3),
     )
 
 

@@ -34,7 +34,7 @@ from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.layouts import SPLITS, Layout, read_layout
 from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.segmenter import Segmenter, build_network, segment_volume
+from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 from sammed3d_backbone.loading.registry import WEIGHTS, seen_in_pretraining
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training import memory, optim
@@ -191,7 +191,7 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         cfg = replace(cfg, data=str(folder), folds=CASES)
         dataset, fold = choose_cases(cfg)
         card = make_card(cfg, dataset)
-        train = prepare_cases(dataset, fold.train, card.preparation, progress=False)
+        train = prepare_cases(dataset, fold.train, card.preprocessing, progress=False)
         network = build_network(card)
         crops = CropStream(train, cfg.img_size, samples=cfg.batch, seed=cfg.seed)
         (batch,) = DataLoader(crops, cfg.batch)
@@ -208,7 +208,7 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         held_out = next(case for case in dataset.cases if case.id == fold.val[0])
         image = load_image(held_out)
         with accelerator.autocast():
-            predicted = segment_volume(Segmenter(network, card), image)
+            predicted = Segmenter(network, card).predict(image)
     if predicted.shape != image.shape or not np.array_equal(predicted.affine, image.affine):
         raise ValueError(f"{path.stem}: the prediction lies on another grid than its image")
     if not math.isfinite(loss.item()):

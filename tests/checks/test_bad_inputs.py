@@ -23,7 +23,9 @@ from sammed3d_backbone.recipes.finetune_unetr import Config
 from torch import Tensor
 
 from sammed3d_backbone import cli, config, encoder
-from sammed3d_backbone.inference.segmenter import Card, Segmenter, build_network, save_model
+from sammed3d_backbone.data.preprocessing import Preprocessing
+from sammed3d_backbone.inference.card import Card
+from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 from sammed3d_backbone.loading.checkpoint import write
 from sammed3d_backbone.training.runs import open_run
 
@@ -122,11 +124,11 @@ class Workplace:
             adapter={"feature_size": 4},
             labels=dict(enumerate(("background", *CLASSES))),
             channels=("MRI",),
-            spacing_mm=None,
-            intensity="zscore_positive",
-            crop_vox=16,
+            preprocessing=Preprocessing(
+                None, {"default": "zscore_positive"}, "volume", (16, 16, 16)
+            ),
         )
-        save_model(self.root / "model.safetensors", Segmenter(build_network(card), card))
+        Segmenter(build_network(card), card).save(self.root / "model.safetensors")
         return self.root / "model.safetensors"
 
     def weights(self, tensors: Mapping[str, Tensor] | None = None) -> Path:

@@ -8,7 +8,7 @@ import torch
 from sammed3d_backbone import encoder
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.segmenter import load_model
+from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.loading.checkpoint import read, write
 
 AFFINE = np.array([[0, 0, -2.0, 5], [-1.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1]])
@@ -71,7 +71,7 @@ def test_every_decoder_predicts_from_its_card_alone(network, adapter, fine_tuned
 
 def test_the_encoder_of_a_model_is_taken_without_what_it_lost(model, caplog):
     network = encoder("tiny", weights=model)
-    segmenter = load_model(model)
+    segmenter = Segmenter.from_pretrained(model)
     mine, its = network.state_dict(), segmenter.model.encoder.state_dict()
     assert mine.keys() == its.keys()
     assert all(torch.equal(mine[name], its[name]) for name in mine)

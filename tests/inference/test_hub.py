@@ -12,15 +12,11 @@ from huggingface_hub import constants
 
 from sammed3d_backbone import encoder
 from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.hub import model_page, push_model
-from sammed3d_backbone.inference.segmenter import (
-    Card,
-    Segmenter,
-    build_network,
-    load_model,
-    save_model,
-)
+from sammed3d_backbone.inference.card import Card
+from sammed3d_backbone.inference.hub import model_card, upload
+from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 
 loopback_hub = hub_server.loopback_hub  # a fixture
 # huggingface_hub hands its upload to httpx in a way that httpx has deprecated.
@@ -32,9 +28,9 @@ CARD = Card(
     adapter={"feature_size": 4},
     labels={0: "background", 1: "head", 2: "tail"},
     channels=("MRI",),
-    spacing_mm=(1.0, 1.0, 2.0),
-    intensity="zscore_positive",
-    crop_vox=16,
+    preprocessing=Preprocessing(
+        (1.0, 1.0, 2.0), {"default": "zscore_positive"}, "volume", (16, 16, 16)
+    ),
     training={
         "dataset": {"name": "Toes", "reference": "Doe et al., 2020", "licence": "CC BY-SA 4.0"},
         "start": {"weights": "tiny: random weights, as asked\nmore", "contamination": "none seen"},
@@ -65,7 +61,7 @@ def run(tmp_path):
     """What a run leaves: a model, and scores beside it."""
     torch.manual_seed(0)
     (tmp_path / "run/results").mkdir(parents=True)
-    save_model(tmp_path / "run/last.safetensors", Segmenter(build_network(CARD), CARD))
+    Segmenter(build_network(CARD), CARD).save(tmp_path / "run/last.safetensors")
     (tmp_path / "run/results/scores.json").write_text(json.dumps(SCORES))
     return tmp_path / "run"
 
@@ -76,15 +72,17 @@ def test_a_model_goes_up_and_comes_back_by_its_address(hub, run, tmp_path, rng, 
     (commit,) = hub.commits["me/toes"]
     assert f"/me/toes/commit/{commit}" in said
     files = hub.files("me/toes")
-    assert set(files) == {"last.safetensors", "README.md"}
-    assert files["last.safetensors"] == (run / "last.safetensors").read_bytes()
-    address = "me/toes:last.safetensors"
-    assert address in said
-    there, here = load_model(address), load_model(run / "last.safetensors")
+    assert set(files) == {"model.safetensors", "config.json", "README.md"}
+    assert files["model.safetensors"] == (run / "last.safetensors").read_bytes()
+    here = Segmenter.from_pretrained(run / "last.safetensors")
+    assert Card.from_json(files["config.json"].decode()) == here.card
+    address = "me/toes"
+    assert f"sammed3d predict {address}" in said
+    there = Segmenter.from_pretrained(address)
     assert there.card == here.card
     volume = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(there.logits(volume), here.logits(volume))
-    backbone = encoder("tiny", weights=address).state_dict()
+    backbone = encoder("tiny", weights="me/toes:model.safetensors").state_dict()
     assert torch.equal(backbone["pos_embed"], here.model.encoder.state_dict()["pos_embed"])
     scan, target = str(tmp_path / "in.nii.gz"), str(tmp_path / "out.nii.gz")
     Volume(rng.normal(100, 20, (16, 16, 8)).astype(np.float32), np.eye(4)).save(scan)
@@ -103,7 +101,6 @@ def test_a_second_push_is_a_new_commit_of_the_same_repository(hub, run):
 def test_a_dry_run_shows_the_page_and_asks_nobody(hub, run, capsys):
     assert main(["push", str(run / "last.safetensors"), "me/toes", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "not sent: last.safetensors" in said
     assert "| head | 9 | 0.800 (0.700 to 0.900) | 0.900 (0.800 to 1.000) | - |" in said
     assert hub.requests == []
 
@@ -119,21 +116,21 @@ def test_scores_of_the_last_weights_are_not_said_of_others(run, capsys):
 
 
 def test_the_page_says_what_how_and_where_from():
-    page = model_page(CARD, "me/toes:last.safetensors", scores=SCORES, licence="cc-by-sa-4.0")
+    page = str(model_card(CARD, "me/toes", scores=SCORES, licence="cc-by-sa-4.0"))
     _, head, body = page.split("---\n", 2)
     metadata = yaml.safe_load(head)
     assert metadata["license"] == "cc-by-sa-4.0"
     assert metadata["library_name"] == "sammed3d-backbone"
     for part in (
         "# toes\n",
-        "Segments head, tail in 3-D volumes (MRI)",
-        "sammed3d predict me/toes:last.safetensors IN.nii.gz OUT.nii.gz",
-        "spacing: 1.0 x 1.0 x 2.0 mm",
-        "data: Toes",
-        "licence of the data: CC BY-SA 4.0",
-        "cases trained on: 3",
-        "began with: tiny: random weights, as asked\n",
-        "pretraining: none seen",
+        "head, tail",
+        "sammed3d predict me/toes IN.nii.gz OUT.nii.gz",
+        "1.0 x 1.0 x 2.0",
+        "Toes",
+        "CC BY-SA 4.0",
+        "cases: 3",
+        "tiny: random weights, as asked\n",
+        "none seen",
         "NSD at 1 mm",
         "| tail | 1 | 0.500 | 0.400 | - |",
         "data: Doe et al., 2020",
@@ -152,18 +149,21 @@ def test_the_lines_of_the_page_run(hub, run, tmp_path, monkeypatch, rng):
 
 
 def test_little_is_known_of_a_bare_card():
-    bare = Card("unetr", {}, {}, {0: "background", 1: "toe"}, ("CT",), None, "ct", 16)
-    page = model_page(bare, "me/toes:a.safetensors")
-    assert "spacing: each volume's own" in page
+    used = Preprocessing(None, {"default": "ct"}, "crop", (16, 16, 16))
+    page = str(
+        model_card(Card("unetr", {}, {}, {0: "background", 1: "toe"}, ("CT",), used), "me/t")
+    )
+    assert "toe" in page
+    assert "None" not in page
     assert "## Scores" not in page
 
 
 @pytest.mark.parametrize(
     ("repo_id", "token", "remedy"),
     [
-        ("toes", "secret", "give OWNER/NAME"),
-        ("me/toes", "wrong", "log in with `hf auth login`"),
-        ("you/toes", "secret", "take a token that may"),
+        ("toes", "secret", "OWNER/NAME"),
+        ("me/toes", "wrong", "hf auth login"),
+        ("you/toes", "secret", "HF_TOKEN"),
     ],
 )
 def test_what_the_hub_does_not_allow_is_one_line(
@@ -178,31 +178,33 @@ def test_what_the_hub_does_not_allow_is_one_line(
 
 def test_a_missing_model_is_named(hub, capsys):
     assert main(["push", "none.safetensors", "me/toes"]) == 2
-    assert "give last.safetensors of a run" in capsys.readouterr().err
+    assert "none.safetensors" in capsys.readouterr().err
 
 
-def test_a_page_without_metadata_is_refused(hub, run):
-    with pytest.raises(ValueError, match="no metadata"):
-        push_model(run / "last.safetensors", "me/toes", "plain text")
+@pytest.fixture
+def files(run, tmp_path):
+    """A folder as it is uploaded."""
+    Segmenter.from_pretrained(run / "last.safetensors").save_pretrained(tmp_path / "files")
+    return tmp_path / "files"
 
 
-def test_a_transfer_that_breaks_leaves_no_commit(hub, run, monkeypatch):
+def test_a_transfer_that_breaks_leaves_no_commit(hub, files, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)  # between its tries
     hub.cuts = [0] * 20
-    with pytest.raises(ConnectionError, match=r"broke off: .*push again"):
-        push_model(run / "last.safetensors", "me/toes", "---\n---\n")
+    with pytest.raises(ConnectionError, match="me/toes"):
+        upload(files, "me/toes")
     assert hub.commits["me/toes"] == {}
 
 
-def test_offline_is_said(hub, run, monkeypatch):
+def test_offline_is_said(hub, files, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="unset it to push"):
-        push_model(run / "last.safetensors", "me/toes", "---\n---\n")
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        upload(files, "me/toes")
 
 
-def test_a_hub_in_trouble_is_said(hub, run, monkeypatch):
+def test_a_hub_in_trouble_is_said(hub, files, monkeypatch):
     monkeypatch.setattr(
         hub_server._HubHandler, "create", lambda self, *_: self.reply(418, {"error": "tea"})
     )
-    with pytest.raises(ConnectionError, match="push again later"):
-        push_model(run / "last.safetensors", "me/toes", "---\n---\n")
+    with pytest.raises(ConnectionError, match="me/toes"):
+        upload(files, "me/toes")

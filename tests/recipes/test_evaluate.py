@@ -82,7 +82,7 @@ def test_predictions_of_another_tool_are_scored_as_they_are(toy_data, tmp_path, 
     ],
 )
 def test_the_weights_a_model_began_with_are_named(model, began, said):
-    card = evaluate.load_model(model).card
+    card = evaluate.Segmenter.from_pretrained(model).card
     card.training["config"].update(began)
     assert said in evaluate.pretraining_statement(card, "AMOS22")
 

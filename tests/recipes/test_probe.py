@@ -11,9 +11,9 @@ from sammed3d_backbone.recipes.probe import Config, main, voxels_of
 
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import Preparation
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.evaluation.probes import PROBES
-from sammed3d_backbone.inference.segmenter import Segmenter, build_network, save_model
+from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 from sammed3d_backbone.loading.checkpoint import write
 
 
@@ -28,7 +28,7 @@ def make_run(small, runs):
         folder = runs / cfg.name
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(config.dump(cfg))
-        save_model(folder / "last.safetensors", Segmenter(build_network(card), card))
+        Segmenter(build_network(card), card).save(folder / "last.safetensors")
         return folder
 
     return make
@@ -111,7 +111,9 @@ def test_gains_are_paired_by_subject():
 
 def test_every_encoder_is_asked_about_the_same_voxels(toy_data):
     dataset, cfg = read_dataset(toy_data), Config("toy", per_class=5)
-    preparation = Preparation((1.5, 1.5, 1.5), "zscore_positive", 16)
+    preparation = Preprocessing(
+        (1.5, 1.5, 1.5), {"default": "zscore_positive"}, "volume", (16, 16, 16)
+    )
     one, other = (
         voxels_of(
             encoder("tiny", weights="none", img_size=16).eval(),
@@ -136,7 +138,7 @@ def test_what_was_not_looked_for_does_not_pass_for_background(tmp_path):
     write_boxes(tmp_path, cases=2, partly=True)
     dataset = read_dataset(tmp_path)
     network = encoder("tiny", weights="none", img_size=16).eval()
-    preparation = Preparation(None, "zscore_positive", 16)
+    preparation = Preprocessing(None, {"default": "zscore_positive"}, "volume", (16, 16, 16))
     found = voxels_of(
         network, dataset.cases, dataset, preparation, Config("toy", per_class=5), desc=""
     )
