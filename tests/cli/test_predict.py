@@ -37,7 +37,7 @@ def test_info_of_a_model_prints_its_card(model, capsys):
         "encoder: variant tiny, in_chans 1, img_size 16",
         "labels: 0 background, 1 head, 2 tail",
         "spacing_mm: 2.0 x 2.0 x 2.0",
-        "intensity: zscore_positive",
+        "intensity: default zscore_positive",
         "dataset: toes",
     ):
         assert line in said.splitlines()
