@@ -25,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
 PUBLIC = {
     "register_backbones",  # for MONAI's FlexibleUNet
     "mask_prompt",  # a mask to begin with
+    "invert",  # Geometry's way back for values that are no labels
 }
 
 # A part is a module or a folder directly inside the package. It may import itself and these parts;

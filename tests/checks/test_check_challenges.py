@@ -18,7 +18,7 @@ SMALL = {
 PAPER = {"amos", "amos_mr", "cas2023", "sega2023", "totalsegmentator"}
 
 
-QUICK = ("kits", "brats", "msd_04_hippocampus")  # a layout, several channels, a dataset.json
+QUICK = ("kits", "msd_04_hippocampus")  # one with a layout, one with a dataset.json
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ def test_a_challenge_is_read_built_trained_and_predicted(name):
     assert found["flip_axes"] == asked.flip_axes
 
 
+@pytest.mark.slow
 def test_the_other_edition_of_brats_is_a_layout_away():
     found = check(challenge_configs()["brats"], {**SMALL, "layout": "layouts/brats2021.yaml"})
     assert (found["name"], found["classes"], len(found["channels"])) == ("BraTS21", 3, 4)
