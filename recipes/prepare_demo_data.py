@@ -12,7 +12,6 @@ Source: Fonov et al., Unbiased average age-appropriate atlases for pediatric stu
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from nilearn.datasets import (
 )
 
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import write_json
 
 NOTE = (
     "one average, left-right symmetric brain cut into slabs: shows that the chain works, "
@@ -71,9 +71,7 @@ def write_demo_data(folder: Path) -> None:
         ],
     }
     for name, content in {"splits.json": splits, "dataset.json": description}.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / name)
+        write_json(folder / name, content)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ figures are those of `scoring`. A run that was cut off goes on after its last co
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import file_name, inside, write_text
 
 FORMAT = 1  # of the lines; a file of another one is refused
 Line = dict[str, Any]
@@ -90,8 +89,8 @@ def read_times(folder: Path) -> list[Line]:
 
 def mask_path(folder: Path, line: Line) -> Path:
     """Where the last mask of a line's target and track lies."""
-    case, name, track = (re.sub(r"[^\w.-]", "_", part) for part in key_of(line))
-    return folder / "masks" / case / f"{name}.{track}.nii.gz"
+    case, name, track = key_of(line)
+    return inside(inside(folder / "masks", case), file_name(name), f".{track}.nii.gz")
 
 
 def _whole_targets(path: Path, steps: int) -> tuple[Line, list[Line]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -42,7 +41,7 @@ from sammed3d_backbone.evaluation.page import (
     tiles,
 )
 from sammed3d_backbone.evaluation.statistics import Interval
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import write_json, write_text
 
 WORST = 3  # targets that are drawn
 STARTS = {
@@ -84,7 +83,7 @@ def write_report(folder: Path, click_set: ClickSet, machine: Mapping[str, Any]) 
     summary = {"header": header, **summarise(lines, rules.published), "machine": dict(machine)}
     seconds = times_by_part(read_times(folder))
     summary["seconds"] = seconds
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     worst = [
         _shown(folder, line, click_set.target(line["case"], line["class"]))
         for line in _worst_targets(lines)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -34,9 +35,10 @@ from sammed3d_backbone.data.checks import class_problems, label_problems, pair_p
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import SUFFIXES, Volume
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import inside, write_json
 
 RECORD = "decisions.json"
+OWN_FILES = re.compile(r".*\.nii(\.gz)?|.*decisions\.json")  # temporary names among them
 Decision = dict[str, Any]
 
 
@@ -48,14 +50,16 @@ def curate_case(raw: RawCase, folder: Path, rules: Rules) -> None:
         folder: That holds the folders of all cases.
         rules: For its masks.
     """
-    staging, final = folder / f".{raw.case.id}.partial", folder / raw.case.id
-    for leftover in (staging, final):
-        shutil.rmtree(leftover, ignore_errors=True)
+    final = inside(folder, raw.case.id)
+    staging = final.with_name(f".{final.name}.partial")  # no case has such an id
+    for earlier in (staging, final):
+        _remove_case(earlier)
     staging.mkdir(parents=True)
     try:
         decisions = _decide(raw, rules, staging)
     except (ValueError, FileNotFoundError) as error:
-        shutil.rmtree(staging / "masks", ignore_errors=True)
+        for mask in (staging / "masks").glob("*.nii.gz"):
+            mask.unlink()
         refused = {"verdict": "refused", "why": [str(error)], "steps": {}}
         decisions = [{"class": None, "raw_class": None, "mask": None, **refused}]
     images = []
@@ -66,17 +70,37 @@ def curate_case(raw: RawCase, folder: Path, rules: Rules) -> None:
             images.append(f"image{numbered}{ending}")
             shutil.copyfile(path, staging / images[-1])
     record = {"made_of": _made_of(raw), "images": images, "decisions": decisions}
-    write_text(staging / RECORD, json.dumps(record, indent=1) + "\n")
+    write_json(staging / RECORD, record)
     staging.rename(final)
 
 
 def read_case(raw: RawCase, folder: Path) -> dict[str, Any] | None:
     """The record of a case; None if it is not done, or was made of files that changed since."""
-    path = folder / raw.case.id / RECORD
+    path = inside(folder, raw.case.id) / RECORD
     if not path.is_file():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record if record["made_of"] == _made_of(raw) else None
+
+
+def _remove_case(folder: Path) -> None:
+    """Removes an earlier folder of a case, if it holds what `curate_case` writes and nothing else.
+
+    Raises:
+        FileExistsError: If it is not a folder, or holds anything else; nothing is removed then.
+    """
+    if not os.path.lexists(folder):
+        return
+    folders = [path for path in (folder / "masks", folder) if path.is_dir()]
+    files = [path for one in folders for path in one.iterdir() if path not in folders]
+    strange = [path for path in files if not path.is_file() or not OWN_FILES.fullmatch(path.name)]
+    if folder not in folders or any(path.is_symlink() for path in folders) or strange:
+        found = strange[0] if strange else folder
+        raise FileExistsError(f"{found} was not written by curate; move it out of {folder.parent}")
+    for path in files:
+        path.unlink()
+    for path in folders:
+        path.rmdir()
 
 
 def open_grid(case: Case) -> Volume:

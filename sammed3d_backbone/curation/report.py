@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -19,7 +18,7 @@ from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure
 from sammed3d_backbone.evaluation.page import facts, heading, page, picture, table, tiles
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import inside, write_json, write_text
 
 VERDICTS = ("kept", "changed", "dropped")
 STEPS = {
@@ -130,7 +129,7 @@ def write_report(
     """
     limits = dataclasses.asdict(rules)
     summary = {**about, "rules": limits, **summarise(decisions)}
-    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "summary.json", summary)
     masks, steps = summary["masks"], summary["steps"]
     fate = "kept by this preset" if rules.max_background is None else "dropped by this preset"
     title = f"Curation of {len(raw_sets)} data set{'s' * (len(raw_sets) > 1)}"
@@ -263,7 +262,7 @@ def _shown(folder: Path, raw_sets: Sequence[RawSet], decision: Decision) -> Show
     )
     stays = np.zeros_like(before)
     if decision["mask"]:
-        place = folder / decision["place"] / "cases" / decision["case"]
+        place = inside(folder / decision["place"] / "cases", decision["case"])
         stays = Volume.load(place / decision["mask"]).array.astype(np.uint8)
     goes = 2 * (before - stays)
     title = f"{decision['case']}\n{decision['class']}"

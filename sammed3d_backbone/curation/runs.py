@@ -25,7 +25,7 @@ from sammed3d_backbone.curation.rules import Rules
 from sammed3d_backbone.curation.sources import RawSet, read_raw
 from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import write_json, write_text
 
 FORMAT = 1  # of the result folder; another one is refused
 
@@ -100,7 +100,7 @@ def _claim(out: Path, rules: Rules) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} holds other files; choose a new folder for the results")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(header, indent=1) + "\n")
+    write_json(path, header)
 
 
 def _known(backend: str) -> str:
@@ -158,7 +158,7 @@ def _describe(raw_set: RawSet, folder: Path, entries: Mapping[str, Any]) -> None
         "labels": {"background": 0, **{name: i for i, name in enumerate(classes, start=1)}},
         "dataset": entries,
     }
-    write_text(folder / "dataset.json", json.dumps(description, indent=1) + "\n")
+    write_json(folder / "dataset.json", description)
     source = raw_set.folder / "splits.json"
     if not source.is_file():
         return
@@ -167,4 +167,4 @@ def _describe(raw_set: RawSet, folder: Path, entries: Mapping[str, Any]) -> None
     for fold in folds:
         for part in ("train", "val"):
             fold[part] = [name for name in fold[part] if name in entries]
-    write_text(folder / "splits.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "splits.json", content)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sammed3d_backbone.data.datasets import Case, Dataset
+from sammed3d_backbone.files import atomic_path, inside
 
 FORMAT = 1  # of the content: another number makes everything anew
 
@@ -43,7 +43,7 @@ def cache_path(folder: Path, case: Case, dataset: Dataset, preparation: object) 
         "classes": dataset.classes,
     }
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-    return folder / f"{case.id}-{digest[:16]}.safetensors"
+    return inside(folder, case.id, f"-{digest[:16]}.safetensors")
 
 
 def read_prepared(path: Path) -> tuple[Tensor, Tensor] | None:
@@ -58,7 +58,5 @@ def read_prepared(path: Path) -> tuple[Tensor, Tensor] | None:
 def write_prepared(path: Path, image: Tensor, label: Tensor) -> None:
     """Writes image and label; the file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        partial = Path(folder) / path.name
-        save_file({"image": image.contiguous(), "label": label.contiguous()}, partial)
-        partial.replace(path)
+    with atomic_path(path) as draft:
+        save_file({"image": image.contiguous(), "label": label.contiguous()}, draft)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sammed3d_backbone.files import plain_name
+
 
 class DatasetError(ValueError):
     """Everything wrong with a data set, one line each."""
@@ -24,7 +26,11 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled volume."""
+    """One labelled volume.
+
+    Raises:
+        ValueError: If the id cannot be the name of a file.
+    """
 
     id: str
     images: tuple[Path, ...]  # one file per channel, or one file that holds all channels
@@ -38,6 +44,7 @@ class Case:
     split: str = ""  # "train", "val" or "test" as published
 
     def __post_init__(self) -> None:
+        plain_name(self.id, "case id")  # files and folders are named after it
         if not self.subject:
             object.__setattr__(self, "subject", self.id)
 

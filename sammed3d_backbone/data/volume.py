@@ -6,10 +6,8 @@ resample or normalise; that is `geometry` and `intensity`.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
-import tempfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
+
+from sammed3d_backbone.files import atomic_path
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -139,18 +139,8 @@ class Volume:
         kind: type[nib.Nifti1Image] = nib.Nifti2Image if is_second else nib.Nifti1Image
         image = kind(array, self.affine, header)
         path.parent.mkdir(parents=True, exist_ok=True)
-        suffix = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=suffix, delete=False
-        ) as handle:
-            partial = Path(handle.name)
-        try:
-            nib.save(image, partial)
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                partial.unlink()
+        with atomic_path(path) as draft:
+            nib.save(image, draft)
 
 
 def _require_one_number_per_voxel(path: Path, dtype: np.dtype[Any]) -> None:

@@ -40,7 +40,7 @@ from sammed3d_backbone.evaluation.scores import (
     read_scores,
     write_scores,
 )
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import inside, write_text
 
 METRIC_NOTES = (
     "Dice: overlap of the volumes, 0 to 1. NSD: share of both surfaces that lies within "
@@ -176,7 +176,7 @@ def shown_cases(scores: Sequence[Score], dataset: Dataset, predictions: Path) ->
             f"{rank}: {name}\nDice {means[name]:.3f}",
             load_image(cases[name]),
             load_label(cases[name]),
-            Volume.load(predictions / f"{name}.nii.gz"),
+            Volume.load(inside(predictions, name, ".nii.gz")),
         )
         for name, rank in ranks.items()
     ]

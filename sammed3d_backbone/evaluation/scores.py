@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from sammed3d_backbone.evaluation.metrics import (
     surface_dice,
 )
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import inside, write_json, write_text
 
 METRICS = ("dice", "nsd", "hd95_mm")
 COLUMNS = ("case", "subject", "class", *METRICS, "annotated", "truncated")
@@ -94,7 +93,7 @@ def score_cases(
     for name in tqdm(list(ids), desc="evaluating", unit="case", disable=not progress):
         prediction = predict(cases[name])
         if folder is not None:
-            prediction.save(folder / f"{name}.nii.gz")
+            prediction.save(inside(folder, name, ".nii.gz"))
         scores += score_case(prediction, cases[name], dataset, tolerance_mm)
     return scores
 
@@ -230,7 +229,7 @@ def write_scores(
         table.writerow([score.case, score.subject, score.name, *shown, *flags])
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "scores.csv", text.getvalue())
-    write_text(folder / "scores.json", json.dumps(summary, indent=1) + "\n")
+    write_json(folder / "scores.json", summary)
     return summary
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pickletools
-import tempfile
 import threading
 import warnings
 import zipfile
@@ -26,6 +25,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from sammed3d_backbone.files import atomic_path
 
 Shape = tuple[int, ...]
 
@@ -539,15 +540,5 @@ def write(
     # Cloned, since safetensors refuses tensors that share memory.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     entries = {"format": "pt", **metadata, "content_sha256": content_sha256(plain)}
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".draft")
-    os.close(descriptor)  # Windows renames no open file
-    try:
+    with atomic_path(path, overwrite=overwrite) as draft:
         safetensors.torch.save_file(plain, draft, metadata=entries)
-        with Path(draft).open("rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(draft).chmod(0o666 & ~mask)  # mkstemp's are private
-        Path(draft).replace(path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
