@@ -58,8 +58,7 @@ def curate_case(raw: RawCase, folder: Path, rules: Rules) -> None:
     try:
         decisions = _decide(raw, rules, staging)
     except (ValueError, FileNotFoundError) as error:
-        for mask in (staging / "masks").glob("*.nii.gz"):
-            mask.unlink()
+        _remove_case(staging / "masks")
         refused = {"verdict": "refused", "why": [str(error)], "steps": {}}
         decisions = [{"class": None, "raw_class": None, "mask": None, **refused}]
     images = []

@@ -3,12 +3,10 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 from standins import Sphere, played_into
 
 from sammed3d_backbone.clickbench.journal import mask_path, read_journal, read_times
-from sammed3d_backbone.data.volume import Volume
 
 
 def text(folder):
@@ -61,8 +59,11 @@ def test_lines_are_json_without_nan(finished):
         json.loads(line, parse_constant=pytest.fail)
 
 
-def test_names_with_odd_letters_make_a_file(tmp_path):
-    line = {"case": "a/b", "class": "left kidney (cyst)", "first": "centre"}
-    path = mask_path(tmp_path, line)
-    Volume(np.zeros((2, 2, 2), np.uint8), np.eye(4)).save(path)
-    assert path == tmp_path / "masks" / "a_b" / "left_kidney__cyst_.centre.nii.gz"
+def test_classes_never_share_a_mask(tmp_path):
+    line = {"case": "case 1", "first": "centre"}
+    names = ("a/b", "a_b", "a b", "../b", "left kidney (cyst)")
+    paths = [mask_path(tmp_path, {**line, "class": name}) for name in names]
+    assert len({*paths}) == len(names)
+    assert {path.parent for path in paths} == {tmp_path / "masks/case 1"}
+    with pytest.raises(ValueError, match="name"):
+        mask_path(tmp_path, {**line, "case": "../case", "class": "a"})

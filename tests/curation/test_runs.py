@@ -209,3 +209,64 @@ def test_workers_that_joblib_does_not_have_are_refused(folder, tmp_path, workers
     with pytest.raises(ValueError, match=remedy):
         run(folder, tmp_path / "out", **workers)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "{tmp}/victim/photos",  # absolute
+        "a/../../../../victim/photos",  # relative, once there is a case a
+        "..\\victim",
+        "..",
+        ".",
+        "",
+        ".a.partial",  # where case a is made
+        "a\0b",
+        "a" * 201,
+    ],
+)
+def test_case_ids_that_are_no_file_names_are_refused(decathlon, tmp_path, id):
+    (tmp_path / "victim/photos").mkdir(parents=True)
+    (tmp_path / "victim/photos/a.txt").write_text("precious")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    decathlon()
+    for name in ("imagesTr", "labelsTr"):
+        (tmp_path / name).rename(raw / name)
+    id = id.replace("{tmp}", str(tmp_path))
+    entry = {"images": ["imagesTr/case_0.nii.gz"], "label": "labelsTr/case_0.nii.gz"}
+    description = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "head": 1, "tail": 2},
+        "dataset": {"a": entry, id: entry},
+    }
+    (raw / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="case id"):
+        run(raw, tmp_path / "out")
+    assert (tmp_path / "victim/photos/a.txt").read_text() == "precious"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "masks/photo.jpg", "masks/more/liver.nii.gz"])
+def test_nothing_is_removed_that_curate_has_not_written(folder, tmp_path, name):
+    run(folder, tmp_path / "out")
+    other = tmp_path / "out/set/cases/b" / name
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("precious")
+    before = content(tmp_path / "out/set/cases/b")
+    os.utime(folder / "set/b.nii.gz", (0, 0))  # so that the case is curated again
+    with pytest.raises(FileExistsError, match="curate"):
+        run(folder, tmp_path / "out")
+    assert content(tmp_path / "out/set/cases/b") == before
+
+
+def test_links_are_not_followed_when_a_case_is_made_again(folder, tmp_path):
+    run(folder, tmp_path / "out")
+    case = tmp_path / "out/set/cases/b"
+    case.rename(tmp_path / "elsewhere")
+    case.symlink_to(tmp_path / "elsewhere")
+    before = content(tmp_path / "elsewhere")
+    os.utime(folder / "set/b.nii.gz", (0, 0))
+    with pytest.raises(FileExistsError, match="curate"):
+        run(folder, tmp_path / "out")
+    assert content(tmp_path / "elsewhere") == before
