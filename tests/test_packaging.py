@@ -27,7 +27,7 @@ config.load(finetune_unetr.Config, configs / "own.yaml", ["data=."])
 def shipped():
     """Every file that has to be in the wheel."""
     kinds = {
-        "sammed3d_backbone": ("**/*.py", "**/*.html", "**/*.json", "py.typed"),
+        "sammed3d_backbone": ("**/*",),
         "recipes": ("*.py", "README.md", "configs/**/*.*", "layouts/*.*", "accelerate/*.*"),
         "weights": ("*.py", "*.md", "*.safetensors", "SHA256SUMS"),
     }
@@ -38,6 +38,7 @@ def shipped():
         for folder, patterns in kinds.items()
         for pattern in patterns
         for path in (ROOT / folder).glob(pattern)
+        if path.is_file() and "__pycache__" not in path.parts
     }
 
 
