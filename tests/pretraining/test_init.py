@@ -1,5 +1,6 @@
 """Random values to begin from."""
 
+import pytest
 import torch
 
 from sammed3d_backbone import sam
@@ -32,6 +33,7 @@ def test_a_click_attends_to_its_own_place_before_any_training():
         assert (scores.argmax(1) == torch.arange(len(code))).float().mean() > 0.99
 
 
+@pytest.mark.slow
 def test_after_a_rehearsal_clicks_far_apart_get_masks_apart():
     torch.manual_seed(0)
     network = sam("tiny", "none", img_size=32)
@@ -53,6 +55,7 @@ def test_after_a_rehearsal_clicks_far_apart_get_masks_apart():
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+@pytest.mark.slow
 def test_the_rehearsal_needs_the_start():
     learned = []
     for start in (lambda _: None, start_afresh):
