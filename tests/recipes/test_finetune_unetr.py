@@ -115,7 +115,8 @@ def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
 
 def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, monkeypatch):
     script = str(ROOT / "recipes/finetune_unetr.py")
-    asked = [str(ROOT / "recipes/configs/hippocampus.yaml"), "data=/nowhere"]
+    asked = [str(ROOT / "recipes/configs/hippocampus.yaml"), "data=/nowhere", "cpu=true"]
+    asked.append("mixed_precision=no")  # as the runs of this process
     monkeypatch.setattr(sys, "argv", [script, *asked])
     with pytest.raises(SystemExit, match=r"^error: .*/nowhere"):
         runpy.run_path(script, run_name="__main__")

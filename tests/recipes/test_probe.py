@@ -61,6 +61,7 @@ def probed(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_a_stopped_probe_goes_on_and_ends_with_table_and_figure(cfg, probed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         main(cfg)
