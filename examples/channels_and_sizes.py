@@ -31,10 +31,10 @@ show("another cube, same network", network, torch.randn(1, 1, 72, 72, 72))
 # released weights were not trained with: fine-tune them, or train from scratch.
 slab = torch.randn(1, 1, 64, 64, 24)
 try:
-    encoder("tiny", weights="none", img_size=(64, 64, 24))
+    encoder("tiny", pretrained=False, img_size=(64, 64, 24))
 except ValueError as error:
     print(f"released positions: {error}")
-axial = encoder("tiny", weights="none", img_size=(64, 64, 24), rel_pos="axial")
+axial = encoder("tiny", pretrained=False, img_size=(64, 64, 24), rel_pos="axial")
 show("a slab, axial positions", axial, slab)
 
 # Less memory while training, the same gradients.

@@ -20,7 +20,7 @@ from sammed3d_backbone.loading.factory import variant_of
 
 def make_checkpoint(path: Path) -> None:
     """Write a small network the way training runs do."""
-    network = encoder("tiny", weights="none")
+    network = encoder("tiny", pretrained=False)
     content = {
         "model_state_dict": {f"image_encoder.{n}": t for n, t in network.state_dict().items()},
         "epoch": 1,

@@ -77,7 +77,7 @@ def compare(cfg: finetune_unetr.Config, summary: dict[str, Any]) -> str:
         cfg: Of a finished run from trained weights.
         summary: Its scores.
     """
-    twin = replace(cfg, name=f"{cfg.name}_scratch", scratch=True, weights="none")
+    twin = replace(cfg, name=f"{cfg.name}_scratch", scratch=True, weights=None)
     ours, theirs = summary["mean_dice"], finetune_unetr.main(twin)["mean_dice"]
     run, other = (runs_folder() / each.name for each in (cfg, twin))
     page = write_report(

@@ -36,12 +36,11 @@ from sammed3d_backbone.evaluation.report import About, write_report, write_resul
 from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter
-from sammed3d_backbone.loading.inflation import request_in
+from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.registry import (
     DEFAULT_WEIGHTS,
     WEIGHTS,
     Weights,
-    seen_in_pretraining,
 )
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.runs import Run
@@ -205,9 +204,8 @@ def pretraining_statement(card: Card, dataset_name: str) -> str:
     config = card.training.get("config", {})
     default = DEFAULT_WEIGHTS.get(card.encoder.get("variant", ""), "the first weights")
     name = config.get("weights") or default
-    request = request_in(name)
-    record = WEIGHTS.get(request.place if request else name) or Weights(name=name)
-    is_random = not card.encoder or config.get("scratch") or name == "none"
+    record = WEIGHTS.get(name) or Weights(name=name)
+    is_random = not card.encoder or config.get("scratch") or not config.get("pretrained", True)
     return str(seen_in_pretraining(None if is_random else record, dataset_name))
 
 

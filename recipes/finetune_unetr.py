@@ -56,7 +56,7 @@ from sammed3d_backbone.inference.segmenter import (
     init_from_checkpoint,
     wrap_encoder,
 )
-from sammed3d_backbone.loading.registry import seen_in_pretraining
+from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.provenance import (
     command_line,
     cores,
@@ -91,7 +91,9 @@ class Config:
     )
     control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can alone
     variant: str = "tiny"
-    weights: str | None = None  # None: the variant's own; a name, a file, "none"
+    pretrained: bool = True  # false: random initialisation, with the settings of fine-tuning
+    weights: str | None = None  # a name, a file, hf-hub:OWNER/REPO; None: the variant's default
+    inflate: Literal["center", "mean"] | None = None  # for weights of a 2-D SAM encoder
     init: str | None = None  # fine-tuned model of the same classes to train on from
     scratch: bool = False  # the fair twin: no weights, its own learning rate, no layer decay
     rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
@@ -157,6 +159,10 @@ class Config:
             raise ValueError(
                 f"model={self.model} has no encoder to freeze, to recompute or to share; "
                 "leave out freeze=, checkpointing= and channels=, or take model=unetr"
+            )
+        if self.weights is not None and (self.scratch or not self.pretrained):
+            raise ValueError(
+                f"weights={self.weights} contradicts scratch=true and pretrained=false"
             )
         given = not self.scratch and self.control == "none" and self.model != "basicunet"
         if self.peft != "none" and (self.peft_size < 1 or self.freeze != "none" or not given):
@@ -345,14 +351,17 @@ def make_model(cfg: Config, card: Card, dataset_name: str) -> tuple[nn.Module, d
     """The network to train, and what is to be said about its start, here and in the report."""
     start: dict[str, Any] = {}
     if cfg.model != "basicunet":
-        is_random = cfg.scratch or cfg.control == "zero_encoder"
-        weights = "none" if is_random else cfg.weights
-        gains = cfg.channel_gains
+        is_random = cfg.scratch or not cfg.pretrained or cfg.control == "zero_encoder"
         backbone = encoder(
-            weights=weights, drop_path_rate=cfg.drop_path_rate, channel_gains=gains, **card.encoder
+            pretrained=not is_random,
+            weights=None if is_random else cfg.weights,
+            inflate=None if is_random else cfg.inflate,
+            drop_path_rate=cfg.drop_path_rate,
+            channel_gains=cfg.channel_gains,
+            **card.encoder,
         )
         record = backbone.pretrained_cfg
-        start["weights"] = f"{cfg.variant}: random weights, as asked"
+        start["weights"] = f"{cfg.variant}: random initialisation"
         if (report := backbone.load_report) is not None:
             start["weights"] = str(replace(report, source=strip_directory(report.source)))
         if record is not None:

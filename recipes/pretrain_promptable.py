@@ -45,10 +45,12 @@ from sammed3d_backbone import config, sam
 from sammed3d_backbone.clickbench.cases import ClickCase, read_click_set
 from sammed3d_backbone.data.datasets import few_subjects, read_fold
 from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.singles import DESCRIPTION
 from sammed3d_backbone.inference.interactive.validation import intensity_of
 from sammed3d_backbone.loading.checkpoint import read, write
-from sammed3d_backbone.loading.registry import PretrainingSet, Weights, locate, to_metadata
+from sammed3d_backbone.loading.hub import locate
+from sammed3d_backbone.loading.registry import PretrainingSet, Weights, to_metadata
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import Interaction, dice_per_click
 from sammed3d_backbone.pretraining.contrast import Contrast
@@ -84,7 +86,7 @@ class Config:
     val_cases: int = 6  # subjects of each data set that are set apart to be scored
     val_crops: int = 24  # crops that are scored
     variant: str = "tiny"
-    weights: str = "none"  # random; or a name or file of whole promptable networks
+    weights: str | None = None  # a name or file of whole promptable networks; None: random
     rehearsal_steps: int = 0  # of a random decoder, before all others: a click means a place
     rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
     point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
@@ -154,12 +156,13 @@ def main(cfg: Config) -> dict[str, float]:
     torch.manual_seed(cfg.seed)
     network = sam(
         cfg.variant,
-        cfg.weights,
+        pretrained=cfg.weights is not None,
+        weights=cfg.weights,
         img_size=cfg.img_size,
         rel_pos=cfg.rel_pos,
         point_pos=cfg.point_pos,
     )
-    if cfg.weights == "none":
+    if cfg.weights is None:
         start_afresh(network)
         if cfg.rehearsal_steps and not run.checkpoints:
             soft_dice = rehearse_places(network, cfg.rehearsal_steps)
@@ -306,9 +309,9 @@ def make_objective(cfg: Config, network: Sam3D) -> Objective:
     )
 
 
-def trained_before(weights: str) -> dict[str, Any] | None:
+def trained_before(weights: str | None) -> dict[str, Any] | None:
     """What an earlier run of this recipe says of itself in its weights; None: nothing does."""
-    if weights == "none":
+    if weights is None:
         return None
     _, metadata = read(locate(weights)[1])
     before: dict[str, Any] | None = json.loads(metadata.get("training", "null"))
@@ -465,12 +468,11 @@ def save_weights(
         filename=path.name,
         rel_pos=cfg.rel_pos,
         point_pos=network.prompt_encoder.point_pos,
-        spacing_mm=(cfg.spacing_mm,) * 3,
-        crop_vox=(x, y, z),
-        orientation="RAS",
-        normalisation=(
-            "CT clamped to [-1000, 1000] HU; then z-score with mean and deviation of the whole "
-            "volume's voxels above 0"
+        preprocessing=dataclasses.replace(
+            SAM_MED3D,
+            spacing_mm=(cfg.spacing_mm,) * 3,
+            statistics="volume",
+            crop_vox=(x, y, z),
         ),
         pretraining=tuple(PretrainingSet(name, numbers) for name, numbers in stages.items()),
         held_out=cfg.exclude if start is None else start.held_out,

@@ -41,7 +41,8 @@ from sammed3d_backbone.evaluation.probes import PROBES, Voxels, probe
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.evaluation.voxel_features import draw_voxels, features_at
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.loading.registry import Weights, seen_in_pretraining
+from sammed3d_backbone.loading.exposure import seen_in_pretraining
+from sammed3d_backbone.loading.registry import Weights
 from sammed3d_backbone.pretraining.init import give_places
 from sammed3d_backbone.provenance import cores, provenance, strip_directory
 from sammed3d_backbone.training.runs import runs_folder
@@ -82,7 +83,7 @@ def main(cfg: Config) -> None:
     card = finetune_unetr.make_card(trained, dataset)
     torch.manual_seed(cfg.seed)
     # All before the first is probed, so that a wrong file costs no work.
-    networks = {BASELINE: encoder(weights="none", **card.encoder).eval()}
+    networks = {BASELINE: encoder(pretrained=False, **card.encoder).eval()}
     networks["placed"] = copy.deepcopy(networks[BASELINE])
     give_places(networks["placed"])
     for name, weights in {"scratch": model, "pretrained": cfg.weights}.items():

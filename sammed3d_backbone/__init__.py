@@ -1,12 +1,44 @@
 """SAM-Med3D as a backbone for 3-D medical image networks, and as a promptable model.
 
-`encoder()` builds its image encoder with trained values, `sam()` the whole network,
-`list_weights()` names the values that are known; the adapters that put the encoder into MONAI
-networks are in `sammed3d_backbone.adapters`.
+The public names are imported on first use, so that importing the package is cheap.
 """
 
-from sammed3d_backbone.loading.factory import encoder, list_weights, sam
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sammed3d_backbone.loading.factory import encoder, sam
+    from sammed3d_backbone.loading.registry import list_weights
+    from sammed3d_backbone.loading.variants import list_variants
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["__version__", "encoder", "list_weights", "sam"]
+__all__ = ["encoder", "list_variants", "list_weights", "sam"]
+
+_HOMES = {
+    "encoder": "loading.factory",
+    "list_variants": "loading.variants",
+    "list_weights": "loading.registry",
+    "sam": "loading.factory",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(__name__):
+            raise
+        raise ModuleNotFoundError(
+            f"sammed3d_backbone.{name} needs {error.name!r}, which is not installed; run "
+            "`pip install sammed3d-backbone`, or `pip install -e .` in a checkout",
+            name=error.name,
+        ) from error
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -120,13 +120,13 @@ def test_listed_weights_are_checked_by_name(weights, monkeypatch, capsys):
 
 def test_an_encoder_alone_is_checked_as_one(tmp_path, small, capsys):
     path = tmp_path / "a.pth"
-    torch.save(encoder("small", weights="none", rel_pos="axial").state_dict(), path)
+    torch.save(encoder("small", pretrained=False, rel_pos="axial").state_dict(), path)
     assert main(["selftest", "--weights", str(path)]) == 0
     assert verdicts(capsys)[-2] == ["ok", "image embedding on a phantom: finite"]
 
 
 def test_weights_that_lack_a_tensor_fail(tmp_path, small, capsys):
-    state = sam("small", weights="none").state_dict()
+    state = sam("small", pretrained=False).state_dict()
     del state["mask_decoder.iou_token.weight"]
     torch.save(state, tmp_path / "a.pth")
     assert main(["selftest", "--weights", str(tmp_path / "a.pth")]) == 1
@@ -135,7 +135,7 @@ def test_weights_that_lack_a_tensor_fail(tmp_path, small, capsys):
 
 
 def test_weights_that_overflow_fail(tmp_path, small, capsys):
-    network = sam("small", weights="none")
+    network = sam("small", pretrained=False)
     with torch.no_grad():
         # What is multiplied at the very end, so that no random weight makes it small.
         network.mask_decoder.output_upscaling[3].bias.fill_(3e38)

@@ -181,7 +181,7 @@ def seconds(action: Callable[[], object]) -> float:
 def measure(scan: Path, labels: Path, runs: int, runs_many: int) -> dict[str, object]:
     """All times of the benchmark."""
     torch.manual_seed(0)
-    theirs, ours = reference(), sam("vit_b", weights="none")
+    theirs, ours = reference(), sam("vit_b", pretrained=False)
     ours.load_state_dict(theirs.state_dict())
     predictor = Predictor(ours, follow=False)
     clicks = clicks_in_one_window(scan, labels, OBJECTS)
@@ -238,7 +238,7 @@ def measure_peak(name: str, scan: Path, labels: Path) -> dict[str, float]:
     torch.manual_seed(0)
     clicks = clicks_in_one_window(scan, labels, OBJECTS)
     value, point = next(iter(clicks.items()))
-    network = reference() if name == "reference" else sam("vit_b", weights="none")
+    network = reference() if name == "reference" else sam("vit_b", pretrained=False)
     if name == "large":
         i, j, k = (n // 2 for n in LARGE)
         scan_array = np.zeros(LARGE, dtype=np.int16)

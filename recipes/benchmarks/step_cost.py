@@ -64,7 +64,7 @@ def rehearse(way: str, threads: int, data: Path) -> dict[str, object]:
         data=str(data),
         folds=2,
         variant="vit_b",
-        weights="none",
+        pretrained=False,
         img_size=SIDE,
         spacing_mm=(SPACING_MM,) * 3,
         batch=1,

@@ -51,7 +51,7 @@ from sammed3d_backbone.evaluation.statistics import bootstrap_interval
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.loading.checkpoint import content_sha256, read
-from sammed3d_backbone.loading.registry import locate
+from sammed3d_backbone.loading.hub import locate
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.provenance import command_line, cores, provenance, strip_directory
 from sammed3d_backbone.training.runs import runs_folder
@@ -77,7 +77,7 @@ Entry = tuple[dict[str, Any], list[tuple[Promptable, ClickSet]]]
 class Config:
     """The study."""
 
-    weights: str = "none"  # file or name of a whole promptable network
+    weights: str | None = None  # file or name of a whole promptable network
     variant: str = "tiny"
     data: str = "headneck_ct"  # folder, or its name below SAMMED3D_DATA
     fold: int = 0  # whose validation cases are played
@@ -153,20 +153,20 @@ def players_of(cfg: Config, rules: Rules) -> dict[str, Entry]:
     Raises:
         ValueError: If there are no weights, or they were trained on a case that is to be scored.
     """
-    if cfg.weights == "none":
+    if cfg.weights is None:
         raise ValueError(
-            "weights=none: random values are played beside trained ones in any case; pass "
+            "weights=null: a random network is played beside trained ones in any case; pass "
             "weights=FILE of recipes/pretrain_promptable.py, or a name"
         )
     scored, bank = sides(cfg)
     _, path = locate(cfg.weights)
     note = refuse_trained(trained_cases(read(path)[1]), scored)
-    trained = sam(cfg.variant, cfg.weights)
+    trained = sam(cfg.variant, weights=cfg.weights)
     spacing_mm = Predictor(trained).spacing_mm
     torch.manual_seed(cfg.seed)
     untrained = sam(
         cfg.variant,
-        "none",
+        pretrained=False,
         img_size=trained.img_size,
         point_pos=trained.prompt_encoder.point_pos,
     )

@@ -103,7 +103,7 @@ def run_config(name: str, cfg: Config) -> pretrain_promptable.Config:
 
 def score(weights: Path, wanted: pretrain_promptable.Config, crops: int) -> list[Score]:
     """Plays the click protocol inside crops of cases set apart, other ones than in validation."""
-    network = sam(wanted.variant, weights, rel_pos=wanted.rel_pos).eval()
+    network = sam(wanted.variant, weights=weights, rel_pos=wanted.rel_pos).eval()
     _, apart, _ = pretrain_promptable.open_sources(wanted, None)
     stream = pretrain_promptable.scored_stream(
         replace(wanted, val_crops=crops), apart, network, part=2

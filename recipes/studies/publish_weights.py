@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sammed3d_backbone.files import write_text
-from sammed3d_backbone.loading.registry import sha256_of
+from sammed3d_backbone.loading.hub import sha256_of
 from sammed3d_backbone.training.runs import Run
 
 HERE = Path(__file__).parent

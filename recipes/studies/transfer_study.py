@@ -59,7 +59,7 @@ class Config:
     # "TASK LABELS DRAWS ARM,ARM key=value ...", most telling first; LABELS may be all, and what
     # follows the arms is set for their runs only.
     blocks: tuple[str, ...]
-    weights: str = "none"  # file or name of the pretrained arms
+    weights: str | None = None  # file or name of the pretrained arms
     # "ARM FILE" for arms that begin with other weights; files are seen from SAMMED3D_RUNS.
     more_weights: tuple[str, ...] = ()
     # Learning rates to choose among for every arm; (): the task's own.
@@ -179,8 +179,8 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
     """
     means = ARMS.get(row.arm, ARMS["pretrained"])
     is_random = "scratch=true" in means
-    weights = str(other_starts(cfg).get(row.arm, "none" if is_random else cfg.weights))
-    if not is_random and weights == "none":
+    weights = other_starts(cfg).get(row.arm, None if is_random else cfg.weights)
+    if not is_random and weights is None:
         raise ValueError(f"arm {row.arm} needs trained weights; pass weights=FILE")
     here = HERE.parent / "configs" / f"{row.task}.yaml"
     rate = chosen_rate(row, cfg) if row.rate is None else row.rate
@@ -188,7 +188,7 @@ def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
         *cfg.settings,
         *row.settings,
         *means,
-        f"weights={weights}",
+        f"weights={'null' if weights is None else weights}",
         f"labels={'null' if row.labels == 'all' else row.labels}",
         f"seed={row.draw}",
         f"name={Path(cfg.out).name}/{row.name}",

@@ -125,10 +125,12 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dic
     from sammed3d_backbone import sam
     from sammed3d_backbone.inference.interactive import Predictor
     from sammed3d_backbone.loading.checkpoint import content_sha256
-    from sammed3d_backbone.loading.registry import seen_in_pretraining
+    from sammed3d_backbone.loading.exposure import seen_in_pretraining
 
     torch.manual_seed(0)  # random values, where they were asked for, are the same every time
-    network = on_device(sam(args.variant, args.weights), args.device)
+    network = on_device(
+        sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
+    )
     record = getattr(network, "pretrained_cfg", None)
     clicks: Literal["all", "newest"] = "all" if args.all_clicks else "newest"
     return Predictor(network, clicks=clicks, follow=not args.no_follow), {

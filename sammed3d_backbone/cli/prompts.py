@@ -103,7 +103,9 @@ def _run_segment(args: argparse.Namespace) -> int:
     require_free((args.target, args.png, args.save_clicks), args.source, force=args.force)
     volume = opened(args.source, args.channel)
     _require_places(volume, clicks, args.points)
-    model = on_device(sam(args.variant, args.weights), args.device)
+    model = on_device(
+        sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
+    )
     predictor = Predictor(
         model,
         clicks="all" if args.all_clicks else "newest",
@@ -176,7 +178,7 @@ def _report(
         if args.quality:
             row["agreement"] = round(predictor.quality(name).agreement, 4)
         rows.append(row)
-    notes = [RANDOM] if args.weights == "none" else []
+    notes = [RANDOM] if args.random else []
     notes += dict.fromkeys(note for p in found.values() for note in p.notes)
     if labels.overlap:
         notes.append(f"objects overlapped in {labels.overlap} voxels: {args.merge}")
@@ -254,7 +256,9 @@ def _run_features(args: argparse.Namespace) -> int:
     _require_png_name(args.png)
     require_free((args.target, args.png), args.source, force=args.force)
     volume = opened(args.source, args.channel)
-    network = on_device(encoder(args.variant, args.weights), args.device)
+    network = on_device(
+        encoder(args.variant, pretrained=not args.random, weights=args.weights), args.device
+    )
     spacing_mm, notes = spacing_of(network)
     if args.target is not None:
         found = token_maps(
@@ -318,7 +322,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     """Declares which network a command runs, and where."""
     network = parser.add_argument_group("network")
     network.add_argument("--variant", default="vit_b", help="vit_b when left out")
-    network.add_argument("--weights", help="a name, a file or repo_id:file; the variant's own")
+    network.add_argument("--weights", help="a name, a file or hf-hub:OWNER/REPO")
+    network.add_argument("--random", action="store_true", help="random initialisation")
     network.add_argument("--device", default="cpu", help="such as cuda; cpu when left out")
 
 

@@ -63,7 +63,7 @@ def _weights_findings(weights: str) -> list[Finding]:
     build = sam if any(name.startswith(OTHER_PARTS) for name in tensors) else encoder
     rel_pos: RelPos = "axial" if record.rel_pos == "axial" else "sammed3d"
     try:
-        network = build(record.variant, weights, rel_pos=rel_pos).eval()
+        network = build(record.variant, weights=weights, rel_pos=rel_pos).eval()
     except CheckpointError as error:
         return [*findings, (False, str(error))]
     findings.append((True, f"all {len(network.state_dict())} tensors of the weights load strictly"))

@@ -61,15 +61,12 @@ def _run_info(args: argparse.Namespace) -> int:
 
 def opened_weights(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
     """The record, tensors and metadata of a file, the record as complete as the file makes it."""
-    from sammed3d_backbone.loading.checkpoint import read
-    from sammed3d_backbone.loading.factory import variant_of
-    from sammed3d_backbone.loading.registry import from_metadata, locate, sha256_of
+    from sammed3d_backbone.loading.factory import open_weights, variant_of
+    from sammed3d_backbone.loading.hub import sha256_of
 
-    record, place = locate(weights)
-    tensors, metadata = read(place)
-    record = from_metadata(record, metadata)
+    record, path, tensors, metadata = open_weights(weights)
     if record.sha256 is None:
-        record = dataclasses.replace(record, sha256=sha256_of(place))
+        record = dataclasses.replace(record, sha256=sha256_of(path))
     if record.variant is None:
         record = dataclasses.replace(record, variant=variant_of(tensors))
     return record, tensors, metadata
@@ -143,7 +140,7 @@ def add_verify(commands: "Commands") -> None:
 def _run_verify(args: argparse.Namespace) -> int:
     from sammed3d_backbone.loading.checkpoint import content_sha256
     from sammed3d_backbone.loading.factory import CARD_KEY
-    from sammed3d_backbone.loading.inflation import is_flat
+    from sammed3d_backbone.loading.inflation import is_2d
 
     record, tensors, metadata = opened_weights(args.file)
     findings = [hash_finding(record)]
@@ -153,8 +150,8 @@ def _run_verify(args: argparse.Namespace) -> int:
     findings.append(_finite_finding(tensors))
     if CARD_KEY in metadata:
         findings.append(_model_finding(args.file))
-    elif is_flat(tensors):
-        findings.append(_flat_finding(tensors, args.variant or record.variant, args.file))
+    elif is_2d(tensors):
+        findings.append(_2d_finding(tensors, args.variant or record.variant, args.file))
     else:
         findings.append(_network_finding(tensors, args.variant or record.variant))
     for right, sentence in findings:
@@ -185,9 +182,12 @@ def hash_finding(record: "Weights") -> Finding:
 def _finite_finding(tensors: "Mapping[str, Tensor]") -> Finding:
     import torch
 
-    endless = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if endless:
-        return False, f"values that are not finite in {len(endless)} tensors, such as {endless[0]}"
+    non_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if non_finite:
+        return (
+            False,
+            f"values that are not finite in {len(non_finite)} tensors, such as {non_finite[0]}",
+        )
     return True, f"all values of {len(tensors)} tensors are finite"
 
 
@@ -195,8 +195,9 @@ def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
     """Whether the file holds a whole encoder or promptable network, by names and shapes."""
     import torch
 
-    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, CheckpointError, fit
+    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, CheckpointError
     from sammed3d_backbone.loading.factory import encoder_like, sam_like
+    from sammed3d_backbone.loading.fitting import fit
 
     if variant is None:
         return False, "the sizes of no known variant; name one with --variant to see what differs"
@@ -214,13 +215,13 @@ def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
     return True, f"the {len(report.matched)} tensors of the {variant} {what} are there{rest}"
 
 
-def _flat_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: str) -> Finding:
+def _2d_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: str) -> Finding:
     """Whether the encoder of a 2-D file can be inflated, and how to."""
     import torch
 
     from sammed3d_backbone.loading.checkpoint import CheckpointError
     from sammed3d_backbone.loading.factory import encoder_like
-    from sammed3d_backbone.loading.inflation import inflate
+    from sammed3d_backbone.loading.inflation import inflate_2d
 
     if variant is None:
         return False, (
@@ -231,13 +232,13 @@ def _flat_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: st
         network = encoder_like(tensors, variant, rel_pos="axial")
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     try:
-        _, report = inflate(tensors, shapes, depth_filter="centre", source="the 2-D file")
+        _, report = inflate_2d(tensors, shapes, depth_filter="center", source="the 2-D file")
     except CheckpointError as error:
         return False, str(error)
     return True, (
         f"a 2-D SAM encoder, which fills {len(report.matched)} of the {len(shapes)} tensors of "
-        f"{variant}, all but the neck: encoder({variant!r}, weights='sam2d:{file}', "
-        "rel_pos='axial') inflates it"
+        f"{variant}, all but the neck: encoder({variant!r}, weights={file!r}, inflate='center', "
+        "rel_pos='axial') converts it"
     )
 
 

@@ -27,9 +27,10 @@ from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.hub import model_card, upload
-from sammed3d_backbone.loading.checkpoint import part_of, read, write
+from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
-from sammed3d_backbone.loading.registry import locate
+from sammed3d_backbone.loading.fitting import part_of
+from sammed3d_backbone.loading.hub import locate
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.provenance import strip_directory
 
@@ -319,7 +320,7 @@ def _keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.inte
 
 def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> ImageEncoder3D:
     """The card's encoder with random initialisation, in the sizes of the tensors to be loaded."""
-    network = encoder(**card.encoder, weights="none")
+    network = encoder(**card.encoder, pretrained=False)
     if card.shared:
         stored = part_of(stored, MODEL_ENCODER)
     if stored:

@@ -1,8 +1,8 @@
 """Weights of a 2-D SAM encoder made to fit a 3-D one.
 
-In go the tensors of timm's `samvit_*` networks, or of the original SAM files, and the shapes that a
-3-D encoder asks for; out come tensors to load and a report that names every rule. Knows no network,
-table or download.
+`inflate_2d` takes the tensors of timm's `samvit_*` networks, or of the original SAM files, and the
+shapes of a 3-D encoder; it returns tensors to load and a report that names every rule. Independent
+of model classes, the weights table and the Hub.
 
 Rows of an image become axis 0 of a volume and columns axis 1, as if the network had been trained
 on axial slices; axis 2, the depth, is new. Nothing but the copied third table tells depths apart,
@@ -17,29 +17,19 @@ alone as in Arnab et al., ViViT, ICCV 2021, which keeps the spread of the respon
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sammed3d_backbone.loading.checkpoint import (
-    ENCODER,
-    STEM,
-    Change,
-    CheckpointError,
-    LoadReport,
-    Shape,
-    fit,
-)
+from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError
+from sammed3d_backbone.loading.fitting import STEM, Change, LoadReport, Shape, fit
 
-DepthFilter = Literal["centre", "mean"]
+DepthFilter = Literal["center", "mean"]
 
-DEPTH_FILTERS: dict[str, DepthFilter] = {"sam2d": "centre", "sam2d-mean": "mean"}
-HUB = "sam2d:hub"  # in the weights table
 NECK = "neck."
 POSITIONS = "pos_embed"
 # The letters d, h, w are the 3-D network's names for axes 0, 1, 2, and h, w the 2-D network's for
@@ -53,43 +43,13 @@ TABLES = {
 LAYERS = {"mlp.fc1": "mlp.lin1", "mlp.fc2": "mlp.lin2"}
 
 
-def is_flat(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors are those of a 2-D network, which its patch filters tell."""
+def is_2d(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors belong to a 2-D network, by its patch filters."""
     filters = tensors.get(STEM, tensors.get(f"{ENCODER}{STEM}"))
     return filters is not None and filters.ndim == 4
 
 
-class Request(NamedTuple):
-    """Weights of a 2-D network that are to be inflated.
-
-    Args:
-        place: Their name in the weights table, file or `repo_id:file`.
-        depth_filter: Where along depth a patch's filter has its values.
-    """
-
-    place: str
-    depth_filter: DepthFilter
-
-
-def request_in(weights: str | os.PathLike[str]) -> Request | None:
-    """What `sam2d:PLACE` or `sam2d-mean:PLACE` asks for; None for any other weights.
-
-    Raises:
-        ValueError: If the prefix is of another kind.
-    """
-    found = re.fullmatch(r"(?P<prefix>sam2d(-[^:/]*)?):(?P<place>.*)", os.fspath(weights))
-    if found is None:
-        return None
-    if found["prefix"] not in DEPTH_FILTERS or not found["place"]:
-        raise ValueError(
-            f"weights={weights!r}; give 'sam2d:PLACE' for a filter at the centre of depth or "
-            "'sam2d-mean:PLACE' for one spread over it, where PLACE is hub, a file or repo_id:file"
-        )
-    place = HUB if found["place"] == "hub" else found["place"]
-    return Request(place, DEPTH_FILTERS[found["prefix"]])
-
-
-def inflate(
+def inflate_2d(
     tensors: Mapping[str, Tensor],
     shapes: Mapping[str, Shape],
     *,
@@ -98,16 +58,16 @@ def inflate(
     source: str = "",
     layout: str = "",
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of a 3-D encoder, but for its neck, and what was done to those of the 2-D one.
+    """The tensors of a 3-D encoder without its neck, and a report of every conversion.
 
     Args:
-        tensors: What a file of a 2-D encoder, or of a whole 2-D SAM, holds.
-        shapes: What the 3-D encoder holds, by the names of its state dict.
-        depth_filter: "centre" puts a patch's filter on the middle voxel along depth, "mean" gives
+        tensors: Tensors of a 2-D encoder, or of a whole 2-D SAM, by name.
+        shapes: Shapes of the 3-D encoder's tensors, by the names of its state dict.
+        depth_filter: "center" puts a patch's filter on the middle voxel along depth, "mean" gives
             every voxel its share.
-        channel_gains: As of `checkpoint.fit`, for the one channel that RGB becomes.
-        source: Named in the report and in errors.
-        layout: Named in the report.
+        channel_gains: See `fitting.fit`; they spread the one channel that RGB is summed into.
+        source: Name of the file, for the report and errors.
+        layout: Layout of the file, for the report.
 
     Raises:
         CheckpointError: If the tensors are not those of a 2-D encoder of these sizes.
@@ -124,9 +84,9 @@ def inflate(
         before = flat[origin]
         if before.ndim != axes:
             raise CheckpointError(
-                f"{source} holds {origin} of shape {tuple(before.shape)} where a 2-D SAM encoder "
-                f"has {axes} axes; pass weights of timm's samvit_base_patch16 or of the original "
-                "SAM, and those of a 3-D network without 'sam2d'"
+                f"{source} holds {origin} of shape {tuple(before.shape)}, expected {axes} axes "
+                "as in a 2-D SAM encoder; pass weights of timm's samvit_base_patch16 or of the "
+                "original SAM, and leave out inflate= for a 3-D network"
             )
         after, how = rule(before, shape)
         inflated[name] = after
@@ -138,8 +98,8 @@ def inflate(
     neck = Change(
         f"{NECK}*",
         f"2-D, {len(flat[necks[0]])} channels" if necks else "none",
-        "random values",
-        "nothing of it fits: train it before reading its map",
+        "random initialisation",
+        "a 2-D neck cannot be converted: train it before reading its map",
     )
     return state, dataclasses.replace(
         report,
@@ -167,7 +127,7 @@ Rule = Callable[[Tensor, Shape], tuple[Tensor, str]]
 
 
 def _rule(name: str, depth_filter: DepthFilter) -> tuple[str, int, Rule | None]:
-    """Of which tensor, with how many axes, a 3-D one is made, and how; None: as it is."""
+    """Source tensor name, its number of axes, and the conversion (None: copy)."""
     if name == STEM:
         return name, 4, partial(_filters, depth_filter)
     if name == POSITIONS:

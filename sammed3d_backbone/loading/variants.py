@@ -128,3 +128,8 @@ def variant(name: str) -> Variant:
         near = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown variant {name!r}; known: {sorted(VARIANTS)}.{hint}") from None
+
+
+def list_variants() -> list[str]:
+    """Names of the network sizes, for `encoder(variant)` and `sam(variant)`."""
+    return sorted(VARIANTS)

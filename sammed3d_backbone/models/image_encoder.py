@@ -97,6 +97,10 @@ class ImageEncoder3D(nn.Module):
             correct per-axis form, any box, for training from scratch or with fine-tuning.
         drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
 
+    Attributes:
+        pretrained_cfg: Record of the weights (`loading.registry.Weights`); None without.
+        load_report: What loading did (`loading.fitting.LoadReport`); None without weights.
+
     Shapes:
         x: (B, C, X, Y, Z), the three sides equal to `img_size`.
         returns: (B, F, x, y, z).
@@ -141,6 +145,8 @@ class ImageEncoder3D(nn.Module):
         self.rel_pos: RelPos = rel_pos
         self.img_size = self._checked_size(img_size)
         self.grad_checkpointing = False
+        self.pretrained_cfg: Any = None
+        self.load_report: Any = None
         grid = self.grid
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))

@@ -7,6 +7,7 @@ spacing and windows are the predictor's. Letters: P prompts, N points, F width o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from sammed3d_backbone.models.prompt_encoder import PointPos, Points, PromptEnco
 
 class Sam3D(nn.Module):
     """SAM-Med3D with the released network's parameter names.
+
+    Attributes:
+        pretrained_cfg: Record of the weights (`loading.registry.Weights`); None without.
+        load_report: What loading did (`loading.fitting.LoadReport`); None without weights.
 
     Shapes:
         x: (B, 1, X, Y, Z), the three sides equal to `img_size`.
@@ -37,6 +42,8 @@ class Sam3D(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
+        self.pretrained_cfg: Any = None
+        self.load_report: Any = None
 
     @classmethod
     def around(

@@ -16,7 +16,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 @pytest.fixture
 def inner():
     torch.manual_seed(0)
-    return encoder("tiny", weights="none", img_size=16).eval()
+    return encoder("tiny", pretrained=False, img_size=16).eval()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from sammed3d_backbone.adapters.unetr import unetr
 
 
 def test_the_zeroed_encoder_has_no_parameters_and_says_nothing(generator):
-    zeroed = ZeroedEncoder(encoder("tiny", weights="none", img_size=16))
+    zeroed = ZeroedEncoder(encoder("tiny", pretrained=False, img_size=16))
     model = unetr(zeroed, 3, feature_size=4)
     assert list(model.encoder.parameters()) == []
     final, maps = model.encoder.forward_intermediates(torch.ones(2, 1, 16, 16, 16), [0, 3])

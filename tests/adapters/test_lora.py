@@ -18,7 +18,7 @@ RANK = 2
 @pytest.fixture
 def plain():
     torch.manual_seed(0)
-    return encoder("tiny", weights="none", img_size=16).eval()
+    return encoder("tiny", pretrained=False, img_size=16).eval()
 
 
 @pytest.fixture

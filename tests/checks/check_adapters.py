@@ -120,7 +120,7 @@ class Source:
 
 def tiny(rel_pos: str, in_chans: int, img_size: Sequence[int]) -> Encoder:
     """This package's small encoder with random values."""
-    return encoder("tiny", weights="none", rel_pos=rel_pos, in_chans=in_chans, img_size=img_size)
+    return encoder("tiny", pretrained=False, rel_pos=rel_pos, in_chans=in_chans, img_size=img_size)
 
 
 def described(rel_pos: str, channels: int = 1) -> dict[str, Any]:

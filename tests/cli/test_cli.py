@@ -34,7 +34,7 @@ def toy(monkeypatch):
 @pytest.fixture
 def tensors():
     """A whole toy network, one tensor of it in another number format."""
-    state = sam("toy", weights="none", point_pos="aligned").state_dict()
+    state = sam("toy", pretrained=False, point_pos="aligned").state_dict()
     token = "mask_decoder.iou_token.weight"
     return {**state, token: state[token].half()}
 

@@ -71,7 +71,7 @@ def test_a_run_that_does_not_fails_it(data, tmp_path, capsys, monkeypatch):
 
 
 def test_our_own_predictor_is_tested_where_nothing_else_is_named(data, tmp_path, capsys):
-    network = ("--variant", "tiny", "--weights", "none", "--no-follow", "--check-determinism")
+    network = ("--variant", "tiny", "--random", "--no-follow", "--check-determinism")
     asked = ("--protocol", "sammed3d-main", "--classes", "block", "--cases", 1)
     assert clicks(data, *network, *asked, "--out", tmp_path / "out") == 0
     assert "played twice: no difference" in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_every_switch_is_taken(known, scan, out, switch):
 
 def test_the_whole_command_runs_with_a_real_network(scan, out, capsys):
     command = ["segment", scan, str(out), "--point", "22,40,36", "--variant", "tiny", "--no-follow"]
-    assert main([*command, "--weights", "none", "--modality", "mr"]) == 0
+    assert main([*command, "--random", "--modality", "mr"]) == 0
     assert Volume.load(out).shape == (90, 80, 70)
     assert "the weights are random" in capsys.readouterr().out
 
@@ -120,7 +120,7 @@ def test_the_whole_command_runs_with_a_real_network(scan, out, capsys):
 
 def test_features_are_token_maps_with_their_affine(scan, tmp_path, capsys):
     out = tmp_path / "new" / "maps.safetensors"
-    command = ["features", scan, str(out), "--variant", "tiny", "--weights", "none"]
+    command = ["features", scan, str(out), "--variant", "tiny", "--random"]
     assert main([*command, "--blocks", "11,2"]) == 0
     tensors, metadata = read(out)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
@@ -135,7 +135,7 @@ def test_features_are_token_maps_with_their_affine(scan, tmp_path, capsys):
 
 def test_features_are_drawn_without_a_file_of_them(scan, tmp_path, capsys):
     out = tmp_path / "new" / "fig.png"
-    command = ["features", scan, "--png", str(out), "--variant", "tiny", "--weights", "none"]
+    command = ["features", scan, "--png", str(out), "--variant", "tiny", "--random"]
     assert main([*command, "--block", "3", "--modality", "mr"]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in out.parent.iterdir()] == ["fig.png"]
@@ -170,7 +170,7 @@ def test_features_that_cannot_be_written_are_refused(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "precious.png").write_text("precious")
-    assert main(["features", scan, *outputs, "--variant", "tiny", "--weights", "none"]) == 2
+    assert main(["features", scan, *outputs, "--variant", "tiny", "--random"]) == 2
     assert remedy in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"in.nii.gz", "precious.png"}
     assert (tmp_path / "precious.png").read_text() == "precious"
@@ -181,7 +181,7 @@ def test_a_token_lies_where_its_affine_says(scan):
     array = Volume.load(scan).array[:, :50, :50]
     bright = np.zeros_like(array)
     bright[50, 20, 41] = 1e6
-    network = encoder("tiny", weights="none")
+    network = encoder("tiny", pretrained=False)
     found, plain = (
         token_maps(network, Volume(a, AFFINE), spacing_mm=(1.5, 1.5, 1.5), blocks=[0])
         for a in (array + bright, array)

@@ -67,7 +67,7 @@ def test_every_voxel_of_a_volume_gets_a_feature(ramp):
 
 def test_places_do_not_change_each_other(ramp):
     image, _ = ramp
-    network = encoder("tiny", weights="none", img_size=16).eval()
+    network = encoder("tiny", pretrained=False, img_size=16).eval()
     image = torch.nn.functional.pad(image, (0, 0, 4, 4, 2, 2)) / 1000
     places = np.array([[1.0, 2, 3], [9, 8, 15], [15, 15, 19]])
     together = features_at(network, image, places, [3])[3]

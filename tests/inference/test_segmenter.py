@@ -89,7 +89,7 @@ def test_a_network_comes_back_with_its_card(tmp_path, changes, generator):
 @pytest.mark.parametrize("stored_size", [16, 24])
 def test_an_encoder_from_weights_of_another_size_comes_back(tmp_path, stored_size, generator):
     weights = tmp_path / "weights.safetensors"
-    stored = encoder("tiny", weights="none", img_size=stored_size)
+    stored = encoder("tiny", pretrained=False, img_size=stored_size)
     for parameter in stored.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
     write(weights, stored.state_dict(), {})

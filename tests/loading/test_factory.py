@@ -46,7 +46,7 @@ def toy(monkeypatch):
 @pytest.fixture
 def source(generator):
     """A toy network of which no value is zero."""
-    network = encoder("toy", weights="none")
+    network = encoder("toy", pretrained=False)
     return filled(network, generator)
 
 
@@ -81,19 +81,19 @@ def test_the_public_names_are_functions_and_a_version():
 
 
 def test_a_random_start_is_asked_for_and_carries_no_record():
-    network = encoder("toy", weights="none")
+    network = encoder("toy", pretrained=False)
     assert (network.pretrained_cfg, network.load_report) == (None, None)
 
 
 def test_a_variant_without_weights_never_starts_at_random_by_itself():
-    with pytest.raises(ValueError, match="pass weights='none' for a random start"):
+    with pytest.raises(ValueError, match="pass pretrained=False for a random start"):
         encoder("toy")
 
 
 @pytest.mark.parametrize("name", ["tiny", "vit_b_256"])
 def test_a_random_start_has_the_variants_sizes(name):
     with torch.device("meta"):
-        network = encoder(name, weights="none", in_chans=2, drop_path_rate=0.1)
+        network = encoder(name, pretrained=False, in_chans=2, drop_path_rate=0.1)
     sizes = VARIANTS[name]
     assert network.img_size == (sizes.img_size,) * 3
     assert (network.embed_dim, network.depth) == (sizes.embed_dim, sizes.depth)
@@ -101,16 +101,16 @@ def test_a_random_start_has_the_variants_sizes(name):
 
 
 def test_a_random_start_may_have_any_size_and_axial_positions():
-    network = encoder("toy", weights="none", img_size=(16, 24, 32), rel_pos="axial")
+    network = encoder("toy", pretrained=False, img_size=(16, 24, 32), rel_pos="axial")
     assert network(torch.zeros(1, 1, 16, 24, 32)).shape == (1, 8, 2, 3, 4)
 
 
 def test_sizes_may_be_integers_of_numpy():
     side = np.int64(16)
-    network = encoder("toy", weights="none", in_chans=np.int32(2), img_size=side)
+    network = encoder("toy", pretrained=False, in_chans=np.int32(2), img_size=side)
     assert (type(network.in_chans), network.img_size) == (int, (16, 16, 16))
     box = np.array([16, 24, 32])
-    assert encoder("toy", weights="none", img_size=box, rel_pos="axial").img_size == (16, 24, 32)
+    assert encoder("toy", pretrained=False, img_size=box, rel_pos="axial").img_size == (16, 24, 32)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_sizes_may_be_integers_of_numpy():
 )
 def test_numbers_that_make_no_network_are_refused(given, remedy):
     with pytest.raises(ValueError, match=remedy):
-        encoder("toy", weights="none", **given)
+        encoder("toy", pretrained=False, **given)
 
 
 def test_an_unknown_variant_gets_the_nearest_one():
     with pytest.raises(ValueError, match=r"Did you mean 'vit_b'\?"):
-        encoder("vitb", weights="none")
+        encoder("vitb", pretrained=False)
 
 
 def test_weights_of_another_variant_are_refused_before_any_download():
@@ -224,7 +224,7 @@ def test_a_file_of_something_else_raises(tmp_path):
 def test_the_variant_of_every_size_is_recognised_from_its_tensors():
     for name in VARIANTS:
         with torch.device("meta"):
-            state = encoder(name, weights="none").state_dict()
+            state = encoder(name, pretrained=False).state_dict()
         assert variant_of(state) == name
         assert variant_of({f"{ENCODER}{n}": t for n, t in state.items()}) == name
     assert variant_of({}) is None
@@ -253,7 +253,7 @@ def test_more_channels_keep_the_response(tmp_path, source, gains):
 
 def test_gains_without_weights_to_adapt_are_refused():
     with pytest.raises(ValueError, match="leave them out of a random start"):
-        encoder("toy", weights="none", in_chans=2, channel_gains=(0.5, 0.5))
+        encoder("toy", pretrained=False, in_chans=2, channel_gains=(0.5, 0.5))
 
 
 def test_another_size_resamples_the_position_table_and_nothing_else(tmp_path, source):
@@ -292,12 +292,12 @@ def test_a_network_with_another_patch_is_stored_and_found_again(tmp_path, source
 
 
 def test_a_random_start_may_have_another_patch():
-    network = encoder("toy", weights="none", patch_size=4, img_size=8)
+    network = encoder("toy", pretrained=False, patch_size=4, img_size=8)
     assert network(torch.zeros(1, 1, 8, 8, 8)).shape == (1, 8, 2, 2, 2)
 
 
 def test_the_size_that_weights_were_stored_with_is_the_default(tmp_path, generator):
-    bigger = filled(encoder("toy", weights="none", img_size=48), generator)
+    bigger = filled(encoder("toy", pretrained=False, img_size=48), generator)
     network = encoder("toy", weights=save(bigger, tmp_path / "a.pth")).eval()
     assert network.img_size == (48, 48, 48)
     assert same(network, bigger)
@@ -321,7 +321,7 @@ def test_axial_positions_on_other_weights_say_that_they_need_fine_tuning(tmp_pat
 
 def test_axial_weights_load_as_what_they_are(tmp_path, generator, caplog):
     box = (16, 24, 32)
-    axial = filled(encoder("toy", weights="none", rel_pos="axial", img_size=box), generator)
+    axial = filled(encoder("toy", pretrained=False, rel_pos="axial", img_size=box), generator)
     path = tmp_path / "a.safetensors"
     write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
     network = encoder("toy", weights=path, rel_pos="axial").eval()
@@ -401,7 +401,7 @@ def test_the_default_encoder_at_full_size_through_the_hub(
 @pytest.fixture
 def promptable(generator):
     """A toy promptable network of which no value is zero."""
-    network = sam("toy", weights="none", point_pos="aligned")
+    network = sam("toy", pretrained=False, point_pos="aligned")
     return filled(network, generator)
 
 
@@ -447,7 +447,7 @@ def test_a_promptable_network_may_have_another_size(tmp_path, promptable):
     (change,) = network.load_report.reshaped
     assert str(change).startswith("image_encoder.pos_embed: (1, 4, 4, 4, 24) -> (1, 6, 6, 6, 24)")
     assert network.prompt_encoder.mask_size == (24, 24, 24)
-    assert sam("toy", weights="none", point_pos="aligned", img_size=48).img_size == (48, 48, 48)
+    assert sam("toy", pretrained=False, point_pos="aligned", img_size=48).img_size == (48, 48, 48)
 
 
 def test_positions_are_those_of_the_weights(tmp_path, promptable):
@@ -458,7 +458,7 @@ def test_positions_are_those_of_the_weights(tmp_path, promptable):
 
 
 def test_axial_promptable_weights_ask_for_axial_positions(tmp_path, generator):
-    axial = sam("toy", weights="none", rel_pos="axial", point_pos="aligned")
+    axial = sam("toy", pretrained=False, rel_pos="axial", point_pos="aligned")
     path = tmp_path / "a.safetensors"
     write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
     assert same(sam("toy", weights=path, rel_pos="axial"), axial)
@@ -496,9 +496,9 @@ def test_promptable_weights_of_another_variant_name_the_call(tmp_path, promptabl
 
 
 def test_a_promptable_network_never_starts_at_random_by_itself():
-    with pytest.raises(ValueError, match="pass weights='none' for a random start"):
+    with pytest.raises(ValueError, match="pass pretrained=False for a random start"):
         sam("toy")
-    network = sam("toy", weights="none", point_pos="aligned")
+    network = sam("toy", pretrained=False, point_pos="aligned")
     assert (network.pretrained_cfg, network.load_report) == (None, None)
 
 

@@ -114,7 +114,7 @@ def test_depth_is_seen_where_a_volume_changes_along_it(file, generator):
 
 def test_the_neck_stays_random_and_everybody_is_told(file, caplog):
     torch.manual_seed(0)
-    random = encoder("toy", weights="none", rel_pos="axial").neck.state_dict()
+    random = encoder("toy", pretrained=False, rel_pos="axial").neck.state_dict()
     torch.manual_seed(0)
     network = inflated(file)
     assert all(torch.equal(t, random[n]) for n, t in network.neck.state_dict().items())
@@ -155,7 +155,7 @@ def test_timms_base_network_fills_vit_b(tmp_path):
     import timm
 
     tensors = timm.create_model("samvit_base_patch16", num_classes=0).state_dict()
-    write(tmp_path / "base.safetensors", tensors, to_metadata(WEIGHTS["sam2d:hub"]))
+    write(tmp_path / "base.safetensors", tensors, to_metadata(WEIGHTS["sam_2d"]))
     network = encoder("vit_b", weights=f"sam2d:{tmp_path / 'base.safetensors'}", rel_pos="axial")
     assert network.img_size == (128, 128, 128)
     report = network.load_report
@@ -238,8 +238,8 @@ def test_timms_layers_get_the_names_of_sam():
 @pytest.mark.parametrize(
     ("weights", "request_"),
     [
-        ("sam2d:hub", Request("sam2d:hub", "centre")),
-        ("sam2d-mean:hub", Request("sam2d:hub", "mean")),
+        ("sam_2d", Request("sam_2d", "centre")),
+        ("sam2d-mean:hub", Request("sam_2d", "mean")),
         ("sam2d:a/b.pth", Request("a/b.pth", "centre")),
         ("sam2d:org/net@main:x.safetensors", Request("org/net@main:x.safetensors", "centre")),
         ("turbo", None),
@@ -357,12 +357,12 @@ def test_info_names_the_variant_that_a_2d_file_inflates_to(file, capsys):
 
 def test_released_positions_are_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="pass rel_pos='axial'"):
-        encoder("vit_b", weights="sam2d:hub")
+        encoder("vit_b", weights="sam_2d")
 
 
 def test_a_promptable_network_is_not_inflated():
     with pytest.raises(ValueError, match=r"call encoder\('vit_b', weights='sam2d:hub', rel_pos="):
-        sam("vit_b", weights="sam2d:hub")
+        sam("vit_b", weights="sam_2d")
 
 
 def test_a_2d_file_without_the_prefix_is_told_of_it(file):
@@ -371,7 +371,7 @@ def test_a_2d_file_without_the_prefix_is_told_of_it(file):
 
 
 def test_a_3d_file_with_the_prefix_is_told_to_leave_it_out(tmp_path):
-    torch.save(encoder("toy", weights="none").state_dict(), tmp_path / "a.pth")
+    torch.save(encoder("toy", pretrained=False).state_dict(), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="those of a 3-D network without 'sam2d'"):
         inflated(tmp_path / "a.pth")
 
@@ -391,8 +391,8 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_timms_weights_come_from_the_hub_with_their_record(loopback_hub, file, monkeypatch):
-    listed = dataclasses.replace(WEIGHTS["sam2d:hub"], variant="toy")
-    monkeypatch.setitem(WEIGHTS, "sam2d:hub", listed)
+    listed = dataclasses.replace(WEIGHTS["sam_2d"], variant="toy")
+    monkeypatch.setitem(WEIGHTS, "sam_2d", listed)
     loopback_hub.publish(listed.repo_id, listed.filename, file.read_bytes())
     network = inflated("hub")
     record = network.pretrained_cfg
@@ -408,6 +408,6 @@ def test_of_a_local_file_nothing_is_claimed_unless_it_says_so(flat, file, tmp_pa
     assert inflated(file).pretrained_cfg.pretraining is None
     assert inflated(file).pretrained_cfg.rel_pos == "axial"
     copy = tmp_path / "copy.safetensors"
-    record = WEIGHTS["sam2d:hub"]
+    record = WEIGHTS["sam_2d"]
     write(copy, flat.state_dict(), to_metadata(record))
     assert inflated(copy).pretrained_cfg.pretraining == record.pretraining

@@ -120,14 +120,14 @@ def test_defaults_are_in_the_table_and_belong_to_their_variant():
 
 
 def test_a_variant_without_weights_says_how_to_start_at_random():
-    with pytest.raises(ValueError, match=r"pass weights='none' for a random start"):
+    with pytest.raises(ValueError, match=r"pass pretrained=False for a random start"):
         default_weights("vit_h_256")
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("vit_b_256", r"variant \(crop 256\^3 voxels\) without weights yet.*weights='none'"),
+        ("vit_b_256", r"variant \(crop 256\^3 voxels\) without weights yet.*pretrained=False"),
         ("vit_b", r"variant \(crop 128\^3 voxels\), not weights; its weights are 'turbo'"),
     ],
 )

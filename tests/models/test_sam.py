@@ -33,7 +33,7 @@ def prompts():
 def tiny():
     """A promptable network with random weights."""
     torch.manual_seed(0)
-    return sam("tiny", weights="none").eval()
+    return sam("tiny", pretrained=False).eval()
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_voxel_indices_may_be_whole_numbers_or_any_float_between(generator):
 def test_the_names_and_shapes_are_the_released_files(root):
     golden = json.loads((root / "tests/golden/keys_vit_b.json").read_text())
     with torch.device("meta"):
-        ours = sam("vit_b", weights="none").state_dict()
+        ours = sam("vit_b", pretrained=False).state_dict()
     assert {name: list(value.shape) for name, value in ours.items()} == golden
     assert list(ours) == list(golden)
 
@@ -269,7 +269,7 @@ def test_the_whole_promptable_tiny_model_stays_below_six_million_values(tiny):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_a_decoder(name):
     with torch.device("meta"):
-        network = sam(name, weights="none")
+        network = sam(name, pretrained=False)
         width, grid = network.image_encoder.out_chans, network.image_encoder.grid
         _, dense = network.prompt_encoder()
         code = network.prompt_encoder.get_dense_pe()
@@ -296,13 +296,13 @@ def test_another_input_size_moves_points_and_tokens_together(tiny, generator):
 
 def test_any_box_is_an_input_where_both_forms_of_position_allow_it(generator):
     box = (32, 64, 48)
-    network = sam("tiny", weights="none", rel_pos="axial", img_size=box).eval()
+    network = sam("tiny", pretrained=False, rel_pos="axial", img_size=box).eval()
     points = torch.tensor([[[31, 63, 47]]]), torch.ones(1, 1)
     with torch.no_grad():
         logits = network(torch.randn(1, 1, *box, generator=generator), points)
     assert logits.shape == (1, 1, *box)
     with pytest.raises(ValueError, match="rel_pos='sammed3d' exists on cubes only"):
-        sam("tiny", weights="none", img_size=box)
+        sam("tiny", pretrained=False, img_size=box)
 
 
 def test_masks_in_bfloat16_are_near_those_in_float32(tiny, embedding):

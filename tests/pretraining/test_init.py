@@ -9,7 +9,7 @@ from sammed3d_backbone.pretraining.init import rehearse_places, start_afresh
 
 def test_places_are_told_apart_and_linear_layers_keep_the_scale():
     torch.manual_seed(0)
-    network = sam("tiny", "none", img_size=16)
+    network = sam("tiny", pretrained=False, img_size=16)
     start_afresh(network)
     table = network.image_encoder.pos_embed.detach().flatten(0, 3)  # (8, E)
     assert torch.unique(table, dim=0).shape == table.shape
@@ -24,7 +24,7 @@ def test_places_are_told_apart_and_linear_layers_keep_the_scale():
 
 def test_a_click_attends_to_its_own_place_before_any_training():
     torch.manual_seed(0)
-    network = sam("tiny", "none")
+    network = sam("tiny", pretrained=False)
     start_afresh(network)
     code = network.prompt_encoder.get_dense_pe().flatten(2)[0].T  # (N, F)
     for layer in network.mask_decoder.transformer.layers:
@@ -36,7 +36,7 @@ def test_a_click_attends_to_its_own_place_before_any_training():
 @pytest.mark.slow
 def test_after_a_rehearsal_clicks_far_apart_get_masks_apart():
     torch.manual_seed(0)
-    network = sam("tiny", "none", img_size=32)
+    network = sam("tiny", pretrained=False, img_size=32)
     start_afresh(network)
     places = torch.tensor([[[6, 6, 6]], [[26, 26, 26]]])
     embedding = torch.zeros(1, 64, 4, 4, 4)
@@ -60,7 +60,7 @@ def test_the_rehearsal_needs_the_start():
     learned = []
     for start in (lambda _: None, start_afresh):
         torch.manual_seed(0)
-        network = sam("tiny", "none", img_size=32)
+        network = sam("tiny", pretrained=False, img_size=32)
         start(network)
         learned.append(rehearse_places(network, 200))
     without, after = learned

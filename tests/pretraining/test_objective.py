@@ -15,7 +15,7 @@ SIDE = 16
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return sam("tiny", "none", img_size=SIDE)
+    return sam("tiny", pretrained=False, img_size=SIDE)
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_weights_choose_their_variant_and_are_not_ignored(toy_data, runs, weight
 
 
 def test_a_local_file_tells_its_own_variant(toy_data, runs, tmp_path):
-    write(tmp_path / "mine.safetensors", encoder("tiny", weights="none").state_dict(), {})
+    write(tmp_path / "mine.safetensors", encoder("tiny", pretrained=False).state_dict(), {})
     cfg = demo.configure({"data": str(toy_data), "weights": str(tmp_path / "mine.safetensors")})
     assert cfg.variant == "tiny"
 

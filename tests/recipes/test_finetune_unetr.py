@@ -51,7 +51,7 @@ def threads():
 def tiny_weights(tmp_path):
     """A file of trained values, so to speak."""
     torch.manual_seed(3)
-    tensors = encoder("tiny", weights="none", img_size=16).state_dict()
+    tensors = encoder("tiny", pretrained=False, img_size=16).state_dict()
     write(tmp_path / "tiny.safetensors", tensors, {})
     return str(tmp_path / "tiny.safetensors")
 

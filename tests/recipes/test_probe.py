@@ -40,7 +40,7 @@ def cfg(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "PROBES", {kind: PROBES[kind] for kind in ("knn", "prototype")})
     make_run()
     weights = tmp_path / "tiny.safetensors"
-    write(weights, encoder("tiny", weights="none", img_size=16).state_dict(), {})
+    write(weights, encoder("tiny", pretrained=False, img_size=16).state_dict(), {})
     return Config("toy", str(weights), per_class=10, out=str(tmp_path / "out"), threads=1)
 
 
@@ -92,7 +92,7 @@ def test_other_weights_are_probed_again_and_other_voxels_begin_anew(cfg, monkeyp
     main(cfg)
     write(
         tmp_path / "tiny.safetensors",
-        encoder("tiny", weights="none", img_size=16).state_dict(),
+        encoder("tiny", pretrained=False, img_size=16).state_dict(),
         {},
         overwrite=True,
     )
@@ -117,7 +117,7 @@ def test_every_encoder_is_asked_about_the_same_voxels(toy_data):
     )
     one, other = (
         voxels_of(
-            encoder("tiny", weights="none", img_size=16).eval(),
+            encoder("tiny", pretrained=False, img_size=16).eval(),
             dataset.cases[:2],
             dataset,
             preparation,
@@ -138,7 +138,7 @@ def test_every_encoder_is_asked_about_the_same_voxels(toy_data):
 def test_what_was_not_looked_for_does_not_pass_for_background(tmp_path):
     write_boxes(tmp_path, cases=2, partly=True)
     dataset = read_dataset(tmp_path)
-    network = encoder("tiny", weights="none", img_size=16).eval()
+    network = encoder("tiny", pretrained=False, img_size=16).eval()
     preparation = Preprocessing(None, {"default": "zscore_positive"}, "volume", (16, 16, 16))
     found = voxels_of(
         network, dataset.cases, dataset, preparation, Config("toy", per_class=5), desc=""

@@ -16,7 +16,7 @@ from sammed3d_backbone.training.freezing import set_frozen
 def network():
     torch.manual_seed(0)
     return unetr(
-        encoder("tiny", weights="none", img_size=16, drop_path_rate=0.5), 2, feature_size=4
+        encoder("tiny", pretrained=False, img_size=16, drop_path_rate=0.5), 2, feature_size=4
     )
 
 

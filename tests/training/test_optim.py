@@ -11,7 +11,7 @@ from sammed3d_backbone.training import optim
 
 @pytest.fixture(scope="module")
 def network():
-    return unetr(encoder("tiny", weights="none", img_size=16), 3, feature_size=4)
+    return unetr(encoder("tiny", pretrained=False, img_size=16), 3, feature_size=4)
 
 
 def lr_of(optimizer, parameter):
@@ -101,7 +101,7 @@ def test_no_step_divides_by_zero():
 
 
 def test_each_part_learns_at_its_own_rate_and_embeddings_do_not_decay():
-    network = sam("tiny", "none", img_size=16)
+    network = sam("tiny", pretrained=False, img_size=16)
     scales = {"image_encoder": 1.0, "prompt_encoder": 0.1, "mask_decoder": 0.5}
     optimizer = optim.part_scaled(network, 1e-3, scales, weight_decay=0.05)
     optim.set_lr(optimizer, 2e-3)

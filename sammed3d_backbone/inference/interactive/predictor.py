@@ -65,7 +65,7 @@ class Predictor:
         progress: Show a bar of encoded windows on standard error.
 
     Example:
-        >>> predictor = Predictor(sam("tiny", weights="none"))
+        >>> predictor = Predictor(sam("tiny", pretrained=False))
         >>> predictor.set_volume(np.arange(24.0).reshape(2, 3, 4), np.eye(4))
         >>> predictor.click((1, 1, 2))
         >>> predictor.predict().mask.shape

@@ -38,7 +38,8 @@ def intensity_of(modality: Modality | None) -> str:
 def spacing_of(network: object) -> tuple[TripleMm, tuple[str, ...]]:
     """The spacing along R, A, S that a network was trained with; a note if it is not known."""
     record = getattr(network, "pretrained_cfg", None)
-    known: TripleMm | None = getattr(record, "spacing_mm", None)
+    preprocessing = getattr(record, "preprocessing", None)
+    known: TripleMm | None = getattr(preprocessing, "spacing_mm", None)
     if known is not None:
         return known, ()
     return SPACING_MM, (f"the weights do not say their spacing; {SPACING_MM[0]} mm is assumed",)

@@ -17,7 +17,7 @@ SPACING_MM = (1.5, 1.5, 1.5)
 def network():
     """The small network with random weights, decoder included."""
     torch.manual_seed(0)
-    return sam("tiny", weights="none").eval()
+    return sam("tiny", pretrained=False).eval()
 
 
 @pytest.mark.parametrize(

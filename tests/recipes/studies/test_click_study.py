@@ -35,7 +35,7 @@ def make_weights(tmp_path):
 
     def make(training, name="small.safetensors"):
         torch.manual_seed(7)
-        network = sam("tiny", "none", img_size=16)
+        network = sam("tiny", pretrained=False, img_size=16)
         record = Weights("small", variant="tiny", rel_pos="sammed3d", spacing_mm=(1.5, 1.5, 1.5))
         entries = {**to_metadata(record), "training": json.dumps(training)}
         write(tmp_path / name, network.state_dict(), entries)

@@ -21,7 +21,7 @@ def study(small, tmp_path):
     """Two draws of two arms, in seconds."""
     own = {**small, "drop_path_rate": 0.0}
     (tmp_path / "boxes.yaml").write_text(config.dump(finetune_unetr.Config(**own)))
-    tensors = encoder("tiny", weights="none", img_size=16).state_dict()
+    tensors = encoder("tiny", pretrained=False, img_size=16).state_dict()
     write(tmp_path / "tiny.safetensors", tensors, {})
     return Config(
         blocks=(f"{tmp_path / 'boxes.yaml'} 2 2 pretrained,scratch",),
@@ -79,7 +79,7 @@ def test_the_strategies_begin_as_the_paper_says_with_one_epoch_each(root):
     cfg = config.load(Config, root / "recipes/studies/strategies.yaml")
     frozen, tuned, scratch = (run_config(row, cfg) for row in rows_of(cfg))
     assert (frozen.peft, tuned.peft, scratch.peft) == ("bottleneck", "none", "none")
-    assert [run.weights for run in (frozen, tuned, scratch)] == ["sam2d:hub", "sam2d:hub", "none"]
+    assert [run.weights for run in (frozen, tuned, scratch)] == ["sam_2d", "sam_2d", "none"]
     for run in (frozen, tuned, scratch):
         assert (run.variant, run.rel_pos, run.batch, run.steps) == ("vit_b", "axial", 1, 49)
 

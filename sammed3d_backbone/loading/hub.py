@@ -1,0 +1,178 @@
+"""From the name of weights to a local file: the weights table, a path, or a Hub repository.
+
+Caching, offline mode, mirrors, tokens, progress bars and errors are huggingface_hub's own.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path
+
+from sammed3d_backbone.loading.registry import WEIGHTS, Weights
+from sammed3d_backbone.loading.variants import VARIANTS
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).resolve().parents[1]
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+# hf-hub:OWNER/REPO or hf-hub:OWNER/REPO@REV, as in timm.
+_HUB_NAME = re.compile(r"hf-hub:(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def locate(
+    weights: str | os.PathLike[str], weights_file: str | None = None
+) -> tuple[Weights, Path]:
+    """The record of some weights and a local file with their content.
+
+    A file that is not in the Hub's cache is downloaded. It is checked against the sha256 of the
+    weights table, or else against the one that the Hub announces.
+
+    Args:
+        weights: A name in the weights table, a local file, or `hf-hub:OWNER/REPO[@REV]`.
+        weights_file: File in the Hub repository; None is `model.safetensors`.
+
+    Raises:
+        ValueError: If the name is unknown, or a file does not have the promised sha256.
+        FileNotFoundError: If there is no such file, locally or in the repository.
+        OSError: If the Hub refuses access or cannot be reached (errors of huggingface_hub).
+    """
+    record, path = resolve(weights, weights_file)
+    return record, fetch(record) if path is None else path
+
+
+def resolve(
+    weights: str | os.PathLike[str], weights_file: str | None = None
+) -> tuple[Weights, Path | None]:
+    """The record of some weights and, for a local file, its path; nothing is downloaded.
+
+    Arguments and errors are those of `locate`.
+    """
+    text = os.fspath(weights)
+    hub = _HUB_NAME.fullmatch(text)
+    if weights_file is not None and hub is None:
+        raise ValueError(
+            f"weights_file={weights_file!r} names a file of a Hub repository, but "
+            f"weights={text!r}; pass weights='hf-hub:OWNER/REPO'"
+        )
+    if hub is not None:
+        return Weights(
+            name=text,
+            repo_id=hub["repo_id"],
+            filename=weights_file or WEIGHTS_FILE,
+            revision=hub["revision"] or "main",
+            status="from the Hub, not in the table",
+        ), None
+    if text in WEIGHTS:
+        record = WEIGHTS[text]
+        return record, _packaged(record) if record.repo_id is None else None
+    path = Path(text).expanduser()
+    if path.exists():
+        return _described(path), path
+    raise _unknown(text)
+
+
+def fetch(record: Weights) -> Path:
+    """The file of a record in the Hub's cache, downloaded if need be and checked.
+
+    Raises:
+        ValueError: If the file does not have the sha256 of the table or of the Hub.
+        FileNotFoundError: If the repository has no such file; the candidates are listed.
+        OSError: If the Hub refuses access or cannot be reached (errors of huggingface_hub).
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    repo_id, filename = str(record.repo_id), str(record.filename)
+    if record.sha256 is not None:
+        # Content that the table fixes cannot be outdated: no request if it is cached.
+        cached = try_to_load_from_cache(repo_id, filename, revision=record.revision)
+        if isinstance(cached, str) and sha256_of(Path(cached)) == record.sha256:
+            return Path(cached)
+    try:
+        path = Path(hf_hub_download(repo_id, filename, revision=record.revision))
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id}@{record.revision} has no file {filename!r}; pass weights_file= with one of "
+            f"{_candidates(record)}"
+        ) from error
+    # The cache names the content of a large file by the sha256 that the Hub announced.
+    announced = path.resolve().name
+    expected = record.sha256 or (announced if re.fullmatch(r"[0-9a-f]{64}", announced) else None)
+    if expected is None:
+        logger.warning("%s: no sha256 is known, so the file is not verified", record.name)
+    else:
+        _require_sha256(record, path, expected)
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IsADirectoryError: If the path is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the weights file inside it")
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _described(path: Path) -> Weights:
+    """The record of a local file: the table's if its content is listed there, else a bare one."""
+    digest = sha256_of(path)
+    for record in WEIGHTS.values():
+        if record.sha256 == digest:
+            return dataclasses.replace(record, status=f"local file with the hash of {record.name}")
+    return Weights(name=str(path), filename=path.name, sha256=digest, status="local file")
+
+
+def _packaged(record: Weights) -> Path:
+    """A weights file of the installed package, or of the checkout that the package lies in."""
+    places = [folder / "weights" / str(record.filename) for folder in (PACKAGE, PACKAGE.parent)]
+    for path in places:
+        if path.is_file():
+            _require_sha256(record, path, str(record.sha256))
+            return path
+    raise FileNotFoundError(
+        f"{record.filename} is missing in {places[0].parent}; reinstall sammed3d-backbone"
+    )
+
+
+def _require_sha256(record: Weights, path: Path, expected: str) -> None:
+    found = sha256_of(path)
+    if found != expected:
+        raise ValueError(
+            f"{path} has sha256 {found}, but {record.name!r} is expected to have {expected}; "
+            "delete the file and try again, or pass its path to use this content"
+        )
+
+
+def _candidates(record: Weights) -> list[str]:
+    """Names of the weights files in a record's repository."""
+    from huggingface_hub import list_repo_files
+
+    names = list_repo_files(str(record.repo_id), revision=record.revision)
+    return [name for name in names if name.endswith(WEIGHTS_SUFFIXES)]
+
+
+def _unknown(text: str) -> Exception:
+    """The error for weights that are not in the table, on disk or a Hub name."""
+    known = f"expected one of {sorted(WEIGHTS)}, a file, or 'hf-hub:OWNER/REPO'"
+    if text.startswith("hf-hub:"):
+        return ValueError(f"weights={text!r} is not a valid Hub name; expected hf-hub:OWNER/REPO")
+    if Path(text).suffix or len(Path(text).parts) > 1:
+        return FileNotFoundError(f"no weights file {text!r}; {known}")
+    near = difflib.get_close_matches(text, WEIGHTS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if text in VARIANTS:
+        hint = f" {text!r} is a variant; for random initialisation pass pretrained=False."
+    return ValueError(f"unknown weights {text!r}; {known}.{hint}")
