@@ -57,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument(
         "source",
-        help="a model (file, or repo_id:file on the Hub), a folder of predictions, or a run",
+        help="a model (file, or hf-hub:OWNER/REPO), a folder of predictions, or a run",
     )
     parser.add_argument(
         "data", nargs="?", help="folder of the data set, or its name below SAMMED3D_DATA"

@@ -30,11 +30,10 @@ from sammed3d_backbone.inference.hub import model_card, upload
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
 from sammed3d_backbone.loading.fitting import part_of
-from sammed3d_backbone.loading.hub import locate
+from sammed3d_backbone.loading.hub import WEIGHTS_FILE, locate
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.provenance import strip_directory
 
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _REPOSITORY = re.compile(r"(hf-hub:)?(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -298,8 +297,8 @@ def _files(source: str | os.PathLike[str], weights_file: str) -> tuple[Path, str
         return path / weights_file, text
     if path.exists() or not (named := _REPOSITORY.fullmatch(str(source))) or path.suffix:
         return locate(source)[1], None
-    address = f"{named['repo_id']}@{named['revision'] or 'main'}"
-    return locate(f"{address}:{weights_file}")[1], None
+    repository = f"hf-hub:{named['repo_id']}@{named['revision'] or 'main'}"
+    return locate(repository, weights_file)[1], None
 
 
 def _keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:

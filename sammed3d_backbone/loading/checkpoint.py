@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -239,6 +240,16 @@ def content_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _sort_metadata(file: BinaryIO) -> None:
+    """Sorts the metadata of a safetensors file, which the library writes in random order."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    file.seek(8)
+    file.write(text.ljust(size))
+
+
 def write(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -246,7 +257,7 @@ def write(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write tensors as a safetensors file, which appears whole or not at all.
+    """Writes tensors as a safetensors file, atomically; equal content gives equal bytes.
 
     Args:
         path: Ends in .safetensors.
@@ -271,3 +282,5 @@ def write(
     entries = {"format": "pt", **metadata, "content_sha256": content_sha256(plain)}
     with atomic_path(path, overwrite=overwrite) as draft:
         safetensors.torch.save_file(plain, draft, metadata=entries)
+        with draft.open("rb+") as file:
+            _sort_metadata(file)

@@ -183,7 +183,7 @@ _TINY = Weights(
     name="tiny",
     variant="tiny",
     filename="tiny.safetensors",
-    sha256="952d8ed026b9a663374ec4186365f0dcb1fb1131e6fe00372349ea4d1d2498b4",
+    sha256="0ae9afe10d5a6632d2ad47fe83681fd53e7438f7d2bce4ba3bab022d21b76638",
     licence=(
         "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
         "weights/tiny.md names"

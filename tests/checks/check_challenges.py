@@ -35,7 +35,8 @@ from sammed3d_backbone.data.layouts import SPLITS, Layout, read_layout
 from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.segmenter import Segmenter, build_network
-from sammed3d_backbone.loading.registry import WEIGHTS, seen_in_pretraining
+from sammed3d_backbone.loading.exposure import seen_in_pretraining
+from sammed3d_backbone.loading.registry import WEIGHTS
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training import memory, optim
 from sammed3d_backbone.training.losses import partial_dice_ce

@@ -133,7 +133,7 @@ class Workplace:
 
     def weights(self, tensors: Mapping[str, Tensor] | None = None) -> Path:
         """A weights file of the tiny encoder, or of other tensors."""
-        tensors = tensors or encoder("tiny", weights="none").state_dict()
+        tensors = tensors or encoder("tiny", pretrained=False).state_dict()
         write(self.root / "weights.safetensors", dict(tensors), {})
         return self.root / "weights.safetensors"
 

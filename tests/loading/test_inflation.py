@@ -15,8 +15,9 @@ from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.inference.segmenter import adapters
 from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
-from sammed3d_backbone.loading.inflation import Request, inflate, request_in
-from sammed3d_backbone.loading.registry import WEIGHTS, seen_in_pretraining, to_metadata
+from sammed3d_backbone.loading.inflation import inflate_2d
+from sammed3d_backbone.loading.exposure import seen_in_pretraining
+from sammed3d_backbone.loading.registry import WEIGHTS, to_metadata
 from sammed3d_backbone.loading.variants import VARIANTS, Variant
 
 loopback_hub = hub_server.loopback_hub  # a fixture
@@ -56,8 +57,8 @@ def file(flat, tmp_path):
     return tmp_path / "flat.safetensors"
 
 
-def inflated(file, prefix="sam2d", **knobs):
-    return encoder("toy", weights=f"{prefix}:{file}", rel_pos="axial", **knobs).eval()
+def inflated(file, inflate="center", **knobs):
+    return encoder("toy", weights=file, inflate=inflate, rel_pos="axial", **knobs).eval()
 
 
 def slices(side, generator):
@@ -73,15 +74,15 @@ def maps_of(flat, slice_):
 # --- the whole -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["sam2d", "sam2d-mean"])
+@pytest.mark.parametrize("inflate", ["center", "mean"])
 @pytest.mark.parametrize(
     ("side", "depth"), [(32, 4), (32, 12), (16, 4), (24, 20)], ids=lambda n: str(n)
 )
 def test_a_volume_constant_along_depth_gives_the_2d_networks_maps(
-    flat, file, generator, prefix, side, depth
+    flat, file, generator, inflate, side, depth
 ):
     """One slice of patches, or several; images of the size that was trained, or of another."""
-    network = inflated(file, prefix, img_size=(side, side, depth))
+    network = inflated(file, inflate, img_size=(side, side, depth))
     slice_ = slices(side, generator)
     volume = slice_[..., None].expand(-1, -1, -1, -1, depth)
     with torch.no_grad():
@@ -122,11 +123,8 @@ def test_the_neck_stays_random_and_everybody_is_told(file, caplog):
     assert report.missing == tuple(f"neck.{name}" for name in random)
     assert set(report.unused) == set(report.missing)
     assert len(report.matched) == len(network.state_dict()) - len(random)
-    assert str(report.adapted[-1]) == (
-        "neck.*: 2-D, 6 channels -> random values, nothing of it fits: train it before reading "
-        "its map"
-    )
-    assert "neck.*: 2-D, 6 channels -> random values" in caplog.text
+    assert "neck.*: 2-D, 6 channels -> random initialisation" in str(report.adapted[-1])
+    assert "neck.*: 2-D, 6 channels -> random initialisation" in caplog.text
 
 
 def test_the_report_names_every_rule_once(file):
@@ -156,7 +154,9 @@ def test_timms_base_network_fills_vit_b(tmp_path):
 
     tensors = timm.create_model("samvit_base_patch16", num_classes=0).state_dict()
     write(tmp_path / "base.safetensors", tensors, to_metadata(WEIGHTS["sam_2d"]))
-    network = encoder("vit_b", weights=f"sam2d:{tmp_path / 'base.safetensors'}", rel_pos="axial")
+    network = encoder(
+        "vit_b", weights=tmp_path / "base.safetensors", inflate="center", rel_pos="axial"
+    )
     assert network.img_size == (128, 128, 128)
     report = network.load_report
     assert (len(report.matched), len(report.missing), report.unexpected) == (183, 6, ())
@@ -191,8 +191,8 @@ def tensors_of_2d(**changes):
     }
 
 
-def on_paper(depth_filter="centre", **changes):
-    return inflate(tensors_of_2d(**changes), SHAPES, depth_filter=depth_filter)[0]
+def on_paper(depth_filter="center", **changes):
+    return inflate_2d(tensors_of_2d(**changes), SHAPES, depth_filter=depth_filter)[0]
 
 
 def test_colours_are_summed_and_the_filter_put_at_the_centre_of_depth():
@@ -214,7 +214,7 @@ def test_the_position_table_is_the_same_at_every_depth():
 def test_a_position_table_of_another_grid_is_resampled_in_the_plane():
     table = torch.arange(4.0).view(1, 4, 1, 1).repeat(1, 1, 1, 2)
     shapes = {**SHAPES, "pos_embed": (1, 2, 1, 2, 2)}
-    state, _ = inflate(tensors_of_2d(pos_embed=table), shapes, depth_filter="centre")
+    state, _ = inflate_2d(tensors_of_2d(pos_embed=table), shapes, depth_filter="center")
     # Four rows to two: cubic weights 111/128, 111/128, 29/128, -9/128 over their sum of 242/128.
     expected = torch.tensor([71 / 121, 3 - 71 / 121]).view(1, 2, 1, 1, 1).expand(1, 2, 1, 2, 2)
     assert torch.allclose(state["pos_embed"], expected)
@@ -233,28 +233,6 @@ def test_timms_layers_get_the_names_of_sam():
 
 
 # --- what can be asked for -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("weights", "request_"),
-    [
-        ("sam_2d", Request("sam_2d", "centre")),
-        ("sam2d-mean:hub", Request("sam_2d", "mean")),
-        ("sam2d:a/b.pth", Request("a/b.pth", "centre")),
-        ("sam2d:org/net@main:x.safetensors", Request("org/net@main:x.safetensors", "centre")),
-        ("turbo", None),
-        ("org/sam2d:x.pth", None),
-        (Path("sam2d-runs/a.pth"), None),
-    ],
-)
-def test_a_prefix_asks_for_inflation(weights, request_):
-    assert request_in(weights) == request_
-
-
-@pytest.mark.parametrize("weights", ["sam2d-median:hub", "sam2d:"])
-def test_an_unknown_way_of_inflation_names_the_two_known(weights):
-    with pytest.raises(ValueError, match="'sam2d-mean:PLACE' for one spread over it"):
-        request_in(weights)
 
 
 def test_files_of_the_original_sam_serve_as_well(flat, file, tmp_path):
@@ -326,7 +304,7 @@ def test_a_2d_file_verifies_as_what_it_is_and_says_how_to_use_it(file, capsys):
         0,
         "ok",
         "a 2-D SAM encoder, which fills 48 of the 54 tensors of toy, all but the neck: "
-        f"encoder('toy', weights='sam2d:{file}', rel_pos='axial') inflates it",
+        f"encoder('toy', weights='{file}', inflate='center', rel_pos='axial') converts it",
     )
 
 
@@ -355,35 +333,30 @@ def test_info_names_the_variant_that_a_2d_file_inflates_to(file, capsys):
 # --- refusals --------------------------------------------------------------------------------
 
 
-def test_released_positions_are_refused_before_anything_is_read():
-    with pytest.raises(ValueError, match="pass rel_pos='axial'"):
-        encoder("vit_b", weights="sam_2d")
+def test_inflation_needs_axial_positions(file):
+    with pytest.raises(ValueError, match="rel_pos='axial'"):
+        encoder("toy", weights=file, inflate="center")
 
 
-def test_a_promptable_network_is_not_inflated():
-    with pytest.raises(ValueError, match=r"call encoder\('vit_b', weights='sam2d:hub', rel_pos="):
-        sam("vit_b", weights="sam_2d")
-
-
-def test_a_2d_file_without_the_prefix_is_told_of_it(file):
-    with pytest.raises(CheckpointError, match=r"weights='sam2d:.*flat\.safetensors', rel_pos="):
+def test_a_2d_file_without_inflation_is_told_of_it(file):
+    with pytest.raises(CheckpointError, match="inflate="):
         encoder("toy", weights=file)
 
 
-def test_a_3d_file_with_the_prefix_is_told_to_leave_it_out(tmp_path):
+def test_a_3d_file_is_not_inflated(tmp_path):
     torch.save(encoder("toy", pretrained=False).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="those of a 3-D network without 'sam2d'"):
+    with pytest.raises(CheckpointError, match="inflate="):
         inflated(tmp_path / "a.pth")
 
 
 def test_a_2d_network_of_other_sizes_asks_for_its_variant(file):
-    with pytest.raises(CheckpointError, match="choose the variant"):
-        encoder("tiny", weights=f"sam2d:{file}", rel_pos="axial")
+    with pytest.raises(CheckpointError, match="variant"):
+        encoder("tiny", weights=file, inflate="center", rel_pos="axial")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="choose the variant that the file belongs to"):
+    with pytest.raises(CheckpointError, match="variant"):
         inflated(tmp_path / "a.pth")
 
 
@@ -394,7 +367,7 @@ def test_timms_weights_come_from_the_hub_with_their_record(loopback_hub, file, m
     listed = dataclasses.replace(WEIGHTS["sam_2d"], variant="toy")
     monkeypatch.setitem(WEIGHTS, "sam_2d", listed)
     loopback_hub.publish(listed.repo_id, listed.filename, file.read_bytes())
-    network = inflated("hub")
+    network = inflated("sam_2d")
     record = network.pretrained_cfg
     assert record == listed
     assert "Kirillov" in record.citation

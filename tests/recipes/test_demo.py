@@ -84,7 +84,7 @@ def test_a_folder_that_a_layout_describes_is_taken(tmp_path, runs, root):
 
 
 @pytest.mark.parametrize(
-    ("weights", "variant"), [("turbo", "vit_b"), ("someone/else:file.pth", "vit_b")]
+    ("weights", "variant"), [("turbo", "vit_b"), ("hf-hub:someone/else", "vit_b")]
 )
 def test_weights_choose_their_variant_and_are_not_ignored(toy_data, runs, weights, variant):
     cfg = demo.configure({"data": str(toy_data), "weights": weights})

@@ -56,7 +56,7 @@ def test_model_predictions_and_run_give_the_same_scores(small, runs, toy_data, t
     command(run / "last.safetensors", toy_data, "--out", tmp_path / "all", "--device", "cpu")
     about = json.loads((tmp_path / "all/scores.json").read_text())
     assert about["contamination"].startswith("4 of these 6 cases are from the model's own training")
-    assert "random start" in about["contamination"]
+    assert "random initialisation" in about["contamination"]
     assert about["cases"] == 6
 
 
@@ -73,11 +73,11 @@ def test_predictions_of_another_tool_are_scored_as_they_are(toy_data, tmp_path, 
 @pytest.mark.parametrize(
     ("began", "said"),
     [
-        ({}, "random start"),
-        ({"scratch": False, "weights": "none"}, "random start"),
+        ({}, "random initialisation"),
+        ({"scratch": False, "pretrained": False}, "random initialisation"),
         ({"scratch": False, "weights": "turbo"}, "AMOS22 was in the pretraining data of turbo"),
-        ({"scratch": False, "weights": "sam2d-mean:hub"}, "not in the published pretraining data"),
-        ({"scratch": False, "weights": "sam2d:own.pth"}, "data of sam2d:own.pth are not known"),
+        ({"scratch": False, "weights": "sam_2d"}, "not in the published pretraining data"),
+        ({"scratch": False, "weights": "own.pth"}, "own.pth"),
         ({"scratch": False, "weights": "/home/me/own.pth"}, "not known"),
     ],
 )

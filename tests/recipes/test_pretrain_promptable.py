@@ -47,7 +47,7 @@ def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     path = runs / "toy/last.safetensors"
     network = sam("tiny", weights=path)
     record = network.pretrained_cfg
-    assert (record.point_pos, record.rel_pos, record.crop_vox) == (
+    assert (record.point_pos, record.rel_pos, record.preprocessing.crop_vox) == (
         "aligned",
         "sammed3d",
         (16, 16, 16),

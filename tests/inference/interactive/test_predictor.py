@@ -2,6 +2,8 @@
 
 import itertools
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from standin import StandIn
 
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading.registry import Weights
 
 
@@ -153,7 +156,9 @@ def test_the_memory_of_windows_has_a_bound(model, balls):
 
 
 def test_the_spacing_is_that_of_the_weights(model, balls):
-    model.pretrained_cfg = Weights(name="ours", spacing_mm=(3.0, 3.0, 3.0))
+    model.pretrained_cfg = Weights(
+        name="ours", preprocessing=replace(SAM_MED3D, spacing_mm=(3.0, 3.0, 3.0))
+    )
     predictor = Predictor(model)
     predictor.set_volume(np.where(balls[1], 200, 50), balls[0].affine)
     predictor.click((22, 40, 36))

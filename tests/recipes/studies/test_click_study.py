@@ -23,6 +23,7 @@ from sammed3d_backbone.clickbench.cases import ClickCase
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading.checkpoint import write
 from sammed3d_backbone.loading.registry import Weights, to_metadata
 
@@ -36,7 +37,7 @@ def make_weights(tmp_path):
     def make(training, name="small.safetensors"):
         torch.manual_seed(7)
         network = sam("tiny", pretrained=False, img_size=16)
-        record = Weights("small", variant="tiny", rel_pos="sammed3d", spacing_mm=(1.5, 1.5, 1.5))
+        record = Weights("small", variant="tiny", rel_pos="sammed3d", preprocessing=SAM_MED3D)
         entries = {**to_metadata(record), "training": json.dumps(training)}
         write(tmp_path / name, network.state_dict(), entries)
         return str(tmp_path / name)

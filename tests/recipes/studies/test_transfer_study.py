@@ -79,7 +79,7 @@ def test_the_strategies_begin_as_the_paper_says_with_one_epoch_each(root):
     cfg = config.load(Config, root / "recipes/studies/strategies.yaml")
     frozen, tuned, scratch = (run_config(row, cfg) for row in rows_of(cfg))
     assert (frozen.peft, tuned.peft, scratch.peft) == ("bottleneck", "none", "none")
-    assert [run.weights for run in (frozen, tuned, scratch)] == ["sam_2d", "sam_2d", "none"]
+    assert [run.weights for run in (frozen, tuned, scratch)] == ["sam_2d", "sam_2d", None]
     for run in (frozen, tuned, scratch):
         assert (run.variant, run.rel_pos, run.batch, run.steps) == ("vit_b", "axial", 1, 49)
 
@@ -103,8 +103,8 @@ def test_the_strategies_run_side_by_side_and_the_table_says_what_each_began_with
     study = replace(
         study,
         blocks=(f"{task} all 1 bottleneck,pretrained,scratch",),
-        weights=f"sam2d:{tmp_path / 'flat.safetensors'}",
-        settings=("rel_pos=axial", "steps=2"),
+        weights=str(tmp_path / "flat.safetensors"),
+        settings=("rel_pos=axial", "inflate=center", "steps=2"),
     )
     main(study)
     text = (tmp_path / "study/table.md").read_text()
@@ -115,7 +115,7 @@ def test_the_strategies_run_side_by_side_and_the_table_says_what_each_began_with
         assert "patch_embed.proj.weight: (192, 3, 8, 8) -> (192, 1, 8, 8, 8), summed" in start
         assert "neck.*: 2-D, 256 channels -> random values" in start
         assert start in text
-    assert scratch["origin"]["start"] == "tiny: random weights, as asked"
+    assert scratch["origin"]["start"] == "tiny: random initialisation"
     assert text.count("### ") == 3
     assert "2 steps; fold 0" in frozen["origin"]["training"]
     costs = [line["cost"] for line in (frozen, tuned, scratch)]
