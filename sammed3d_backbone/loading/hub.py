@@ -33,8 +33,8 @@ def locate(
     weights table, or else against the one that the Hub announces.
 
     Args:
-        weights: A name in the weights table, a local file, or `hf-hub:OWNER/REPO[@REV]`.
-        weights_file: File in the Hub repository; None is `model.safetensors`.
+        weights: A name in the weights table, a local file or folder, or `hf-hub:OWNER/REPO[@REV]`.
+        weights_file: File in the folder or Hub repository; None is `model.safetensors`.
 
     Raises:
         ValueError: If the name is unknown, or a file does not have the promised sha256.
@@ -54,11 +54,6 @@ def resolve(
     """
     text = os.fspath(weights)
     hub = _HUB_NAME.fullmatch(text)
-    if weights_file is not None and hub is None:
-        raise ValueError(
-            f"weights_file={weights_file!r} names a file of a Hub repository, but "
-            f"weights={text!r}; pass weights='hf-hub:OWNER/REPO'"
-        )
     if hub is not None:
         return Weights(
             name=text,
@@ -67,10 +62,23 @@ def resolve(
             revision=hub["revision"] or "main",
             status="from the Hub, not in the table",
         ), None
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / (weights_file or WEIGHTS_FILE)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; pass weights_file= with one of "
+                f"{[p.name for p in sorted(path.parent.iterdir()) if p.suffix in WEIGHTS_SUFFIXES]}"
+            )
+        return _described(path), path
+    if weights_file is not None:
+        raise ValueError(
+            f"weights_file={weights_file!r} names a file of a Hub repository or folder, but "
+            f"weights={text!r}; pass weights='hf-hub:OWNER/REPO' or the folder"
+        )
     if text in WEIGHTS:
         record = WEIGHTS[text]
         return record, _packaged(record) if record.repo_id is None else None
-    path = Path(text).expanduser()
     if path.exists():
         return _described(path), path
     raise _unknown(text)
@@ -84,6 +92,7 @@ def fetch(record: Weights) -> Path:
         FileNotFoundError: If the repository has no such file; the candidates are listed.
         OSError: If the Hub refuses access or cannot be reached (errors of huggingface_hub).
     """
+    import httpx
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -100,6 +109,12 @@ def fetch(record: Weights) -> Path:
             f"{repo_id}@{record.revision} has no file {filename!r}; pass weights_file= with one of "
             f"{_candidates(record)}"
         ) from error
+    except httpx.HTTPError as error:
+        if isinstance(error, OSError):  # huggingface_hub's own
+            raise
+        raise ConnectionError(
+            f"the download of {filename} from {repo_id} broke off: {error}"
+        ) from (error)
     # The cache names the content of a large file by the sha256 that the Hub announced.
     announced = path.resolve().name
     expected = record.sha256 or (announced if re.fullmatch(r"[0-9a-f]{64}", announced) else None)

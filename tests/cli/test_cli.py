@@ -9,6 +9,7 @@ import torch
 
 from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading.checkpoint import ENCODER, read
 from sammed3d_backbone.loading.registry import WEIGHTS, Weights
 from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
@@ -114,13 +115,17 @@ def test_a_converted_copy_of_listed_weights_carries_their_record(
     tmp_path, checkpoint, monkeypatch, capsys
 ):
     listed = Weights(
-        name="ours", variant="toy", sha256=sha256(checkpoint), licence="CC0", spacing_mm=(1, 1, 2)
+        name="ours",
+        variant="toy",
+        sha256=sha256(checkpoint),
+        licence="CC0",
+        preprocessing=SAM_MED3D,
     )
     monkeypatch.setitem(WEIGHTS, "ours", listed)
     target = tmp_path / "out.safetensors"
     assert main(["convert", str(checkpoint), str(target)]) == 0
     record = encoder("toy", weights=target).pretrained_cfg
-    assert (record.licence, record.spacing_mm) == ("CC0", (1, 1, 2))
+    assert (record.licence, record.preprocessing) == ("CC0", SAM_MED3D)
     assert record.status == "local file, made from ours"
 
 

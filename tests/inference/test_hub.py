@@ -81,7 +81,7 @@ def test_a_model_goes_up_and_comes_back_by_its_address(hub, run, tmp_path, rng, 
     assert there.card == here.card
     volume = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(there.logits(volume), here.logits(volume))
-    backbone = encoder("tiny", weights="me/toes:model.safetensors").state_dict()
+    backbone = encoder("tiny", weights="hf-hub:me/toes").state_dict()
     assert torch.equal(backbone["pos_embed"], here.model.encoder.state_dict()["pos_embed"])
     scan, target = str(tmp_path / "in.nii.gz"), str(tmp_path / "out.nii.gz")
     Volume(rng.normal(100, 20, (16, 16, 8)).astype(np.float32), np.eye(4)).save(scan)

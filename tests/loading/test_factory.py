@@ -369,9 +369,7 @@ def test_a_hostile_file_from_the_hub_runs_nothing(loopback_hub, tmp_path, source
 
 
 @pytest.mark.slow
-def test_the_default_encoder_at_full_size_through_the_hub(
-    loopback_hub, tmp_path, monkeypatch
-):
+def test_the_default_encoder_at_full_size_through_the_hub(loopback_hub, tmp_path, monkeypatch):
     """`encoder()` on a file with the released file's names, shapes and layout."""
     shapes = json.loads(GOLDEN.read_text(encoding="utf-8"))
     tensors = {n: torch.full(shape, float(i)) for i, (n, shape) in enumerate(shapes.items())}

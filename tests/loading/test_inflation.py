@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import hub_server
 import pytest
@@ -10,13 +9,13 @@ import safetensors.torch
 import torch
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
-from sammed3d_backbone import encoder, sam
+from sammed3d_backbone import encoder
 from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.inference.segmenter import adapters
 from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
-from sammed3d_backbone.loading.inflation import inflate_2d
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
+from sammed3d_backbone.loading.inflation import inflate_2d
 from sammed3d_backbone.loading.registry import WEIGHTS, to_metadata
 from sammed3d_backbone.loading.variants import VARIANTS, Variant
 

@@ -1,7 +1,6 @@
 """Clicks in, masks on the caller's grid out."""
 
 import itertools
-
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +9,9 @@ import torch
 from scipy import ndimage
 from standin import StandIn
 
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
-from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading.registry import Weights
 
 

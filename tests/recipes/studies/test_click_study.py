@@ -22,8 +22,8 @@ from sammed3d_backbone import config, sam
 from sammed3d_backbone.clickbench.cases import ClickCase
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
+from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.loading.checkpoint import write
 from sammed3d_backbone.loading.registry import Weights, to_metadata
 

@@ -1,0 +1,285 @@
+"""From names to files: local ones, and a Hub on loopback."""
+
+import dataclasses
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_server
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from sammed3d_backbone.loading import hub
+from sammed3d_backbone.loading.hub import locate, sha256_of
+from sammed3d_backbone.loading.registry import WEIGHTS, Weights
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTENT = bytes(range(256)) * 4096  # 1 MiB, as good as weights for everything in this file
+REPO, FILE = "someone/net", "deep/net.safetensors"
+HUB = f"hf-hub:{REPO}"
+
+loopback_hub = hub_server.loopback_hub  # a fixture
+
+
+@pytest.fixture
+def at_hub(loopback_hub):
+    """The loopback Hub with one file, which this process asks."""
+    loopback_hub.publish(REPO, FILE, CONTENT)
+    return loopback_hub
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A call that turns the network off."""
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def in_table(monkeypatch):
+    """A call that puts a record on the loopback Hub's file into the table."""
+
+    def put(**fields):
+        record = Weights(
+            **{"name": "ours", "repo_id": REPO, "filename": FILE, "revision": "main", **fields}
+        )
+        monkeypatch.setitem(WEIGHTS, "ours", record)
+        return record
+
+    return put
+
+
+def test_an_unknown_name_gets_the_nearest_one():
+    with pytest.raises(ValueError, match=r"Did you mean 'turbo'\?"):
+        locate("trubo")
+
+
+@pytest.mark.parametrize("name", ["vit_b_256", "vit_b"])
+def test_a_variant_given_as_weights_is_named_for_what_it_is(name):
+    with pytest.raises(ValueError, match="is a variant"):
+        locate(name)
+
+
+@pytest.mark.parametrize("name", ["missing.pth", "folder/missing", Path("missing.pth")])
+def test_a_missing_file_is_named(name):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        locate(name)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:net", "hf-hub:a/b:c", "hf-hub:"])
+def test_a_name_that_is_not_valid_on_the_hub_is_refused(name):
+    with pytest.raises(ValueError, match="hf-hub:OWNER/REPO"):
+        locate(name)
+
+
+def test_a_folder_holds_model_safetensors_or_the_named_file(tmp_path):
+    (tmp_path / "other.pth").write_bytes(CONTENT)
+    assert locate(tmp_path, "other.pth")[1] == tmp_path / "other.pth"
+    with pytest.raises(FileNotFoundError, match=r"other\.pth"):
+        locate(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(CONTENT)
+    assert locate(tmp_path)[1] == tmp_path / "model.safetensors"
+
+
+def test_a_file_name_without_a_repository_is_refused():
+    with pytest.raises(ValueError, match="weights_file"):
+        locate("tiny", "model.safetensors")
+
+
+def test_a_local_file_is_found_with_its_hash(tmp_path):
+    path = tmp_path / "mine.pth"
+    path.write_bytes(CONTENT)
+    record, found = locate(str(path))
+    assert found == path
+    assert record.sha256 == hashlib.sha256(CONTENT).hexdigest() == sha256_of(path)
+    assert (record.status, record.pretraining, record.variant) == ("local file", None, None)
+
+
+def test_a_local_copy_of_listed_weights_is_recognised_by_its_content(tmp_path, in_table):
+    listed = in_table(sha256=hashlib.sha256(CONTENT).hexdigest(), licence="CC0")
+    (tmp_path / "renamed.pth").write_bytes(CONTENT)
+    record, _ = locate(tmp_path / "renamed.pth")
+    assert record == dataclasses.replace(listed, status="local file with the hash of ours")
+
+
+def test_weights_that_install_with_the_package_are_found_without_network(
+    tmp_path, in_table, monkeypatch
+):
+    monkeypatch.setattr(hub, "PACKAGE", tmp_path / "package")
+    in_table(repo_id=None, filename="small.safetensors", sha256=hashlib.sha256(CONTENT).hexdigest())
+    with pytest.raises(FileNotFoundError, match="reinstall"):
+        locate("ours")
+    for folder in (tmp_path / "weights", tmp_path / "package/weights"):  # a checkout, an install
+        folder.mkdir(parents=True)
+        (folder / "small.safetensors").write_bytes(CONTENT)
+        assert locate("ours")[1] == folder / "small.safetensors"
+    (folder / "small.safetensors").write_bytes(b"altered")
+    with pytest.raises(ValueError, match="sha256"):
+        locate("ours")
+
+
+def test_a_file_is_resolved_redirected_and_cached(at_hub):
+    record, path = locate(HUB, FILE)
+    assert path.read_bytes() == CONTENT
+    assert (record.repo_id, record.filename, record.revision) == (REPO, FILE, "main")
+    assert len(at_hub.asked("store", "GET")) == 1
+
+
+def test_a_cached_file_is_not_fetched_again(at_hub):
+    locate(HUB, FILE)
+    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
+    assert len(at_hub.asked("store", "GET")) == 1
+
+
+def test_a_file_whose_hash_the_table_knows_needs_no_request_once_cached(at_hub, in_table):
+    in_table(sha256=hashlib.sha256(CONTENT).hexdigest())
+    first = locate("ours")
+    at_hub.requests.clear()
+    assert locate("ours") == first
+    assert not at_hub.requests
+
+
+def test_a_revision_can_be_named(at_hub):
+    old = next(iter(at_hub.commits[REPO]))
+    at_hub.publish(REPO, FILE, b"newer")
+    assert locate(f"{HUB}@{old}", FILE)[1].read_bytes() == CONTENT
+    assert locate(HUB, FILE)[1].read_bytes() == b"newer"
+
+
+def test_a_renamed_repository_is_followed(at_hub):
+    at_hub.moved["someone/old"] = REPO
+    assert locate("hf-hub:someone/old", FILE)[1].read_bytes() == CONTENT
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(at_hub, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # what is kept of a transfer
+    at_hub.cuts.append(400_000)
+    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
+    first, second = at_hub.asked("store", "GET")
+    assert "Range" not in first
+    assert second["Range"] == "bytes=400000-"
+
+
+def test_a_transfer_that_never_ends_leaves_no_file(at_hub, monkeypatch, tmp_path):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    at_hub.cuts += [0] * 20
+    with pytest.raises(Exception, match=""):  # noqa: PT011 (the HTTP library's)
+        locate(HUB, FILE)
+    assert not list((tmp_path / "hub").rglob("net.safetensors"))
+    at_hub.cuts.clear()
+    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
+
+
+def test_a_missing_file_lists_the_candidates(at_hub):
+    with pytest.raises(FileNotFoundError, match=FILE):
+        locate(HUB)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("hf-hub:someone/none", RepositoryNotFoundError),
+        (f"{HUB}@none", RevisionNotFoundError),
+    ],
+)
+def test_what_the_hub_does_not_have_is_an_error_of_the_hubs_library(at_hub, name, error):
+    with pytest.raises(error):
+        locate(name, FILE)
+
+
+def test_a_gated_file_is_refused(at_hub):
+    at_hub.tokens[REPO] = "hf_right"
+    with pytest.raises(GatedRepoError):
+        locate(HUB, FILE)
+
+
+def test_the_right_token_opens_a_gated_file_and_stays_at_the_hub(at_hub, monkeypatch):
+    at_hub.tokens[REPO] = "hf_right"
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
+    sent = {key.lower() for headers in at_hub.asked("store", "GET") for key in headers}
+    assert "authorization" not in sent
+
+
+def test_offline_with_a_cache_works_and_asks_nobody(at_hub, offline):
+    _, path = locate(HUB, FILE)
+    at_hub.requests.clear()
+    offline()
+    assert locate(HUB, FILE)[1] == path
+    assert not at_hub.requests
+
+
+def test_offline_without_a_cache_says_what_to_unset(at_hub, offline):
+    offline()
+    with pytest.raises(LocalEntryNotFoundError):
+        locate(HUB, FILE)
+    assert not at_hub.requests
+
+
+def test_a_file_with_another_hash_than_the_tables_is_refused(at_hub, in_table):
+    in_table(sha256="0" * 64)
+    with pytest.raises(ValueError, match="sha256") as caught:
+        locate("ours")
+    assert hashlib.sha256(CONTENT).hexdigest() in str(caught.value)
+
+
+def test_a_stale_cache_is_replaced_by_what_the_table_promises(at_hub, in_table):
+    in_table(sha256=None)
+    locate("ours")
+    at_hub.publish(REPO, FILE, b"newer")
+    in_table(sha256=hashlib.sha256(b"newer").hexdigest())
+    assert locate("ours")[1].read_bytes() == b"newer"
+
+
+def test_a_file_is_checked_against_the_hash_that_the_hub_announces(at_hub, caplog):
+    _, path = locate(HUB, FILE)
+    assert path.resolve().name == hashlib.sha256(CONTENT).hexdigest()
+    assert not caplog.records
+    path.resolve().write_bytes(b"altered")
+    with pytest.raises(ValueError, match="sha256"):
+        locate(HUB, FILE)
+
+
+def test_a_file_without_any_known_hash_is_said_to_be_unverified(at_hub, caplog, monkeypatch):
+    plain = Path(locate(HUB, FILE)[1]).resolve()
+    copy = plain.rename(plain.with_name("etag"))  # what the cache holds for a file outside LFS
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(copy))
+    locate(HUB, FILE)
+    assert "not verified" in caplog.text
+
+
+def test_the_environment_alone_steers_a_download(at_hub, tmp_path):
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, each in a process of its own."""
+    at_hub.tokens[REPO] = "hf_right"
+    code = (
+        "import sys; from sammed3d_backbone.loading.hub import locate;"
+        "print(locate(*sys.argv[1:])[1].read_bytes() == bytes(range(256)) * 4096)"
+    )
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
+    environment = {**kept, "HF_ENDPOINT": at_hub.endpoint, "HF_HOME": str(tmp_path)}
+    environment["TQDM_POSITION"] = "-1"  # a progress bar without a terminal
+
+    def run(**more):
+        return subprocess.run(
+            [sys.executable, "-c", code, HUB, FILE],
+            cwd=ROOT,
+            env={**environment, **more},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    online = run(HF_TOKEN="hf_right")
+    assert online.stdout.strip() == "True", online.stderr
+    assert "1.05M" in online.stderr  # the progress bar
+    at_hub.requests.clear()
+    offline = run(HF_HUB_OFFLINE="1")
+    assert offline.stdout.strip() == "True", offline.stderr
+    assert not at_hub.requests
