@@ -10,7 +10,6 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -147,15 +146,15 @@ def _read_torch(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, 
             with safe_globals(stand_ins):  # type: ignore[arg-type]
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged pickles raise nearly anything
-            raise CheckpointError(_refusal(path, error)) from error
+            raise CheckpointError(_refusal(path)) from error
     return _tensors_in(path, content)
 
 
-def _refusal(path: Path, error: Exception) -> str:
-    """Why torch's restricted reader refused a file."""
+def _refusal(path: Path) -> str:
+    """Why torch's restricted reader refused a file, without its advice to trust the file."""
     try:
         unsafe = sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # noqa: BLE001 (not a zip archive, or damaged in any way)
+    except Exception:  # noqa: BLE001 (another format of pickles, or damaged in any way)
         unsafe = []
     if unsafe := [name for name in unsafe if name not in _PLAIN_GLOBALS]:
         return (
@@ -163,8 +162,10 @@ def _refusal(path: Path, error: Exception) -> str:
             "tensors; nothing was run. Save `model.state_dict()` instead of the model or trainer, "
             "and do not trust a file from elsewhere"
         )
-    reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
-    return f"{path} is not a readable weights file ({reason}); download or save it again"
+    return (
+        f"{path} is not a readable weights file: it is damaged, or its pickle holds more than "
+        "tensors; nothing was run. Download it again, or save `model.state_dict()` with torch.save"
+    )
 
 
 def _tensors_in(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, str], str]:
@@ -240,14 +241,13 @@ def content_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sort_metadata(file: BinaryIO) -> None:
-    """Sorts the metadata of a safetensors file, which the library writes in random order."""
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file with sorted metadata, which the library writes in random order."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    file.seek(8)
-    file.write(text.ljust(size))
+    return content[:8] + text.ljust(size) + content[8 + size :]
 
 
 def write(
@@ -281,6 +281,4 @@ def write(
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     entries = {"format": "pt", **metadata, "content_sha256": content_sha256(plain)}
     with atomic_path(path, overwrite=overwrite) as draft:
-        safetensors.torch.save_file(plain, draft, metadata=entries)
-        with draft.open("rb+") as file:
-            _sort_metadata(file)
+        draft.write_bytes(_with_sorted_metadata(safetensors.torch.save(plain, entries)))

@@ -92,7 +92,6 @@ def fetch(record: Weights) -> Path:
         FileNotFoundError: If the repository has no such file; the candidates are listed.
         OSError: If the Hub refuses access or cannot be reached (errors of huggingface_hub).
     """
-    import httpx
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -109,9 +108,9 @@ def fetch(record: Weights) -> Path:
             f"{repo_id}@{record.revision} has no file {filename!r}; pass weights_file= with one of "
             f"{_candidates(record)}"
         ) from error
-    except httpx.HTTPError as error:
-        if isinstance(error, OSError):  # huggingface_hub's own
-            raise
+    except (OSError, TypeError, ValueError):  # huggingface_hub's own
+        raise
+    except Exception as error:  # of its HTTP library, which changes between releases
         raise ConnectionError(
             f"the download of {filename} from {repo_id} broke off: {error}"
         ) from (error)

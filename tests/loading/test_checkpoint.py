@@ -166,11 +166,11 @@ class HostileBuiltin(Hostile):
     ],
     ids=["zip", "old format", "protocol 4", "raw pickle", "raw pickle of protocol 0"],
 )
-def test_a_pickle_that_would_run_code_is_refused_by_name_and_nothing_runs(tmp_path, hostile, save):
+def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, hostile, save):
     proof = tmp_path / "it ran"
     content = {"model_state_dict": {"a": torch.zeros(1)}, "args": hostile(f"touch '{proof}'")}
     save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match={Hostile: "system", HostileBuiltin: "exec"}[hostile]):
+    with pytest.raises(CheckpointError, match="nothing was run"):
         read(tmp_path / "a.pth")
     assert not proof.exists()
 
