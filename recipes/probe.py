@@ -8,28 +8,26 @@ finetune_unetr.py was trained on, and name voxels of its validation subjects; th
 is the one trained from scratch. So no encoder has seen a label that its probe does not have, nor
 a subject that it is asked about. `placed` is the random one with sines and cosines as position
 table: what place alone tells. Encoders whose scores are there are skipped, unless their weights
-have changed; table.json, table.md and figure.png in OUT are written after each.
+have changed. OUT gets runs.csv (a row per encoder), blocks.csv (intervals), scores.csv (a row per
+subject), table.md and figure.png after each.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from nibabel.affines import apply_affine
 from sammed3d_backbone.recipes import finetune_unetr
+from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
 
 from sammed3d_backbone import config, encoder
@@ -60,7 +58,7 @@ class Config:
     run: str  # of finetune_unetr.py with scratch=true, below SAMMED3D_RUNS
     weights: str | None = None  # file or name of the pretrained encoder; None: without it
     per_class: int = 100  # voxels of every class and case
-    out: str = "results/probe"  # seen from recipes/
+    out: str = "studies/results/probe"  # folder of the results, relative to recipes/
     threads: int = 0  # of the encoder; 0: all cores. OMP_NUM_THREADS rules the probes
     seed: int = 0  # of the random encoder and of the voxels
 
@@ -94,46 +92,41 @@ def main(cfg: Config) -> None:
         side: [cases[name] for name in ids]
         for side, ids in (("bank", fold.train), ("asked", fold.val))
     }
-    about = {
-        "run": cfg.run,
+    out = HERE / cfg.out
+    classes = [card.labels[0], *dataset.classes]
+    voxels = {
+        "trained_run": cfg.run,
         "dataset": dataset.name,
-        "classes": [card.labels[0], *dataset.classes],
-        **{side: sorted({case.subject for case in of}) for side, of in sides.items()},
+        "classes": len(classes),
+        **{side: len({case.subject for case in of}) for side, of in sides.items()},
         "per_class": cfg.per_class,
         "seed": cfg.seed,
     }
-    out = HERE / cfg.out
-    table = opened_table(out / "table.json", about)
     for name, network in networks.items():
         record = network.pretrained_cfg
-        sha256 = None if record is None else record.sha256
-        kept = table["encoders"].get(name)
-        if kept is not None and kept["sha256"] == sha256:
+        sha256 = "none" if record is None else str(record.sha256)
+        known = tables.digest({**voxels, "sha256": sha256})
+        kept = tables.read(out, "runs").set_index("run")
+        if name in kept.index and kept.loc[name, "config"] == known:
             continue
         started = time.process_time()
         bank, asked = (
             voxels_of(network, of, dataset, card.preprocessing, cfg, desc=f"{name}, {side}")
             for side, of in sides.items()
         )
-        bar = tqdm(bank, desc=f"{name}, probes", unit="block")
-        table["encoders"][name] = {
+        blocks, scores = scores_of(bank, asked, classes, desc=f"{name}, probes")
+        row = {
+            "run": name,
+            "config": known,
             "sha256": sha256,
-            "contamination": contamination(record if name == "pretrained" else None, dataset.name),
-            "blocks": [scores_of(bank[block], asked[block], about["classes"]) for block in bar],
+            "seen": contamination(record if name == "pretrained" else None, dataset.name),
+            **voxels,
             "cpu_seconds": round(time.process_time() - started, 1),
-            **provenance(HERE),
+            **tables.made(provenance(HERE)),
         }
-        # As the legend has them, whichever was probed first.
-        table["encoders"] = {k: table["encoders"][k] for k in COLOURS if k in table["encoders"]}
-        write_report(out, table)
-    write_report(out, table)
-
-
-def opened_table(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """What was measured before on the same voxels, or an empty table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return table if table.get("about") == about else {"about": about, "encoders": {}}
+        tables.add(out, row, blocks=blocks, scores=scores)
+        write_report(out)
+    write_report(out)
 
 
 def contamination(record: Weights | None, dataset: str) -> str:
@@ -176,114 +169,95 @@ def voxels_of(
     return {block: Voxels(np.concatenate(parts), *sides) for block, parts in features.items()}
 
 
-def scores_of(bank: Voxels, asked: Voxels, classes: Sequence[str]) -> dict[str, Any]:
-    """Balanced accuracy and mean Dice of every probe, with their bounds, and of every subject."""
-    found = {kind: probe(kind, bank, asked, classes) for kind in PROBES}
-    return {
-        kind: {
-            "balanced_accuracy": rounded(scores.balanced_accuracy),
-            "mean_dice": rounded(scores.mean_dice),
-            "by_subject": {subject: round(v, 4) for subject, v in scores.by_subject.items()},
-        }
-        for kind, scores in found.items()
+def scores_of(
+    bank: Mapping[int, Voxels], asked: Mapping[int, Voxels], classes: Sequence[str], desc: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Balanced accuracy of every block and probe, and the same of every subject."""
+    blocks, scores = [], []
+    for block in tqdm(bank, desc=desc, unit="block"):
+        for kind in PROBES:
+            found = probe(kind, bank[block], asked[block], classes)
+            key = {"block": block, "probe": kind}
+            bounds = found.balanced_accuracy._asdict()
+            blocks.append(key | {name: round(value, 5) for name, value in bounds.items()})
+            scores += [
+                key | {"subject": subject, "accuracy": round(value, 4)}
+                for subject, value in found.by_subject.items()
+            ]
+    return pd.DataFrame(blocks), pd.DataFrame(scores)
+
+
+def write_report(out: Path) -> None:
+    """Writes table.md and figure.png from the CSV files, encoders in the order of the legend."""
+    runs = tables.read(out, "runs").set_index("run")
+    names = [name for name in COLOURS if name in runs.index]
+    blocks = tables.read(out, "blocks")
+    about = runs.iloc[0]
+    intervals = {
+        name: own.assign(shown=[tables.shown(Interval(*v)) for v in bounds_of(own).tolist()])
+        for name, own in blocks.groupby("run")
     }
-
-
-def rounded(interval: Interval) -> list[float | None]:
-    """For a file to be read."""
-    return [None if math.isnan(value) else round(value, 5) for value in interval]
-
-
-def write_report(out: Path, table: dict[str, Any]) -> None:
-    """Writes the scores, the tables for people and the figure."""
-    write_text(out / "table.json", json.dumps(table) + "\n")
-    write_text(out / "table.md", as_markdown(table))
-    draw_figure(out / "figure.png", table)
-
-
-def as_markdown(table: dict[str, Any]) -> str:
-    """Two tables with a line per encoder and block: accuracies, and gains over random."""
-    about, encoders = table["about"], table["encoders"]
-    accuracies = {
-        name: [
-            {kind: scores["balanced_accuracy"] for kind, scores in block.items()}
-            for block in entry["blocks"]
-        ]
-        for name, entry in encoders.items()
+    scores = tables.read(out, "scores")
+    baseline = scores[scores["run"] == BASELINE]
+    gains = {
+        name: gain_of(scores[scores["run"] == name], baseline) for name in names if name != BASELINE
     }
-    lines = [
-        f"Balanced accuracy in %, with 95 % intervals over {len(about['asked'])} subjects of "
-        f"{about['dataset']};",
-        f"bank: the voxels of {len(about['bank'])} other subjects, {about['per_class']} per class "
-        f"and case. Chance is {chance(table):.1f}.",
-        "",
-        *(f"- {name}: {entry['contamination']}" for name, entry in encoders.items()),
-        "",
-        *_rows(accuracies, ""),
-        "",
-        "Gain over the random encoder after the same block, paired by subject, in points:",
-        "",
-        *_rows({name: gains(table, name) for name in encoders if name != BASELINE}, "+"),
-    ]
-    return "\n".join(lines) + "\n"
+    text = (
+        f"Balanced accuracy in %, with 95 % intervals over {about['asked']} subjects of "
+        f"{about['dataset']}; bank: the voxels of {about['bank']} other subjects, "
+        f"{about['per_class']} per class and case. Chance is {100 / about['classes']:.1f}.\n\n"
+        + "".join(f"- {name}: {runs.loc[name, 'seen']}\n" for name in names)
+        + "\n"
+        + tables.markdown(wide([intervals[name].assign(run=name) for name in names]))
+        + "\nGain over the random encoder after the same block, paired by subject, in points:\n\n"
+        + (tables.markdown(wide([*gains.values()])) if gains else "")
+    )
+    write_text(out / "table.md", text)
+    draw_figure(out / "figure.png", about, {name: intervals[name] for name in names})
 
 
-def gains(table: dict[str, Any], name: str) -> list[dict[str, list[float | None]]]:
+def gain_of(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     """What an encoder has over the random one, per block and probe, paired by subject."""
-    ours, theirs = (table["encoders"][of]["blocks"] for of in (name, BASELINE))
-    return [
-        {kind: rounded(bootstrap_interval(paired(block[kind], other[kind]))) for kind in block}
-        for block, other in zip(ours, theirs, strict=False)  # pruned ones have fewer blocks
-    ]
+    pairs = tables.paired(ours, theirs, ["block", "probe", "subject"], ["accuracy"])
+    lines = []
+    for (name, block, kind), own in pairs.groupby(["run", "block", "probe"], sort=False):
+        gain = tables.shown(bootstrap_interval(own["accuracy"].to_list()), 1, "+")
+        lines.append({"run": name, "block": block, "probe": kind, "shown": gain})
+    return pd.DataFrame(lines)
 
 
-def paired(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
-    """Differences subject by subject."""
-    return [value - theirs["by_subject"][s] for s, value in ours["by_subject"].items()]
+def wide(rows: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """A line per encoder and block, a column per probe."""
+    table = pd.concat(rows).rename(columns={"run": "encoder"})
+    table["encoder"] = pd.Categorical(table["encoder"], [*COLOURS])
+    table = table.pivot_table(
+        index=["encoder", "block"], columns="probe", values="shown", aggfunc="first", observed=True
+    )
+    return table.reset_index().astype(str)
 
 
-def _rows(found: dict[str, list[dict[str, list[float | None]]]], sign: str) -> Iterator[str]:
-    """A table of intervals."""
-    yield f"| encoder | block | {' | '.join(PROBES)} |"
-    yield f"|---|---|{'---|' * len(PROBES)}"
-    for name, blocks in found.items():
-        for number, block in enumerate(blocks):
-            cells = (_shown(block[kind], sign) for kind in PROBES)
-            yield f"| {name} | {number} | {' | '.join(cells)} |"
+def bounds_of(blocks: pd.DataFrame) -> np.ndarray:
+    """Mean, low and high of every row."""
+    return blocks[["mean", "low", "high"]].to_numpy(dtype=float)
 
 
-def chance(table: dict[str, Any]) -> float:
-    """Balanced accuracy of a guess, in %."""
-    return 100 / len(table["about"]["classes"])
-
-
-def _shown(found: Sequence[float | None], sign: str) -> str:
-    """Mean (low to high), as far as they are known."""
-    mean, *bounds = (None if v is None else f"{100 * v:{sign}.1f}" for v in found)
-    return str(mean) if None in bounds else f"{mean} ({' to '.join(map(str, bounds))})"
-
-
-def draw_figure(path: Path, table: dict[str, Any]) -> None:
+def draw_figure(path: Path, about: pd.Series, intervals: Mapping[str, pd.DataFrame]) -> None:
     """Writes a PNG: balanced accuracy along the blocks, a panel per probe, a line per encoder."""
-    about = table["about"]
-    figure = Figure(figsize=(4 * len(PROBES), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = tables.new_figure(4 * len(PROBES), 4)
     figure.suptitle(
-        f"{about['dataset']}: {len(about['bank'])} labelled subjects in the bank, "
-        f"{len(about['asked'])} others asked about",
+        f"{about['dataset']}: {about['bank']} labelled subjects in the bank, "
+        f"{about['asked']} others asked about",
         fontsize=11,
     )
     panels = figure.subplots(1, len(PROBES), sharey=True)
     for axes, kind in zip(panels, PROBES, strict=True):
-        for name, entry in table["encoders"].items():
-            found = [scores[kind]["balanced_accuracy"] for scores in entry["blocks"]]
-            mean, low, high = 100 * np.array(found, dtype=float).T
-            blocks = range(len(mean))
-            axes.plot(blocks, mean, color=COLOURS[name], marker="o", markersize=3, label=name)
-            axes.fill_between(blocks, low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
-        axes.axhline(chance(table), color="black", linestyle=":", linewidth=1, label="chance")
-        axes.set_title(kind)
-        axes.set_xlabel("after block")
+        for name, blocks in intervals.items():
+            own = blocks[blocks["probe"] == kind]
+            mean, low, high = 100 * bounds_of(own).T
+            axes.plot(own["block"], mean, "o-", color=COLOURS[name], markersize=3, label=name)
+            axes.fill_between(own["block"], low, high, color=COLOURS[name], alpha=0.2, linewidth=0)
+        axes.axhline(100 / about["classes"], color="black", ls=":", linewidth=1, label="chance")
+        axes.set(title=kind, xlabel="after block")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("balanced accuracy (%), 95 % interval")

@@ -1,39 +1,31 @@
-"""What promptable weights do with clicks, on cases that they were not trained on.
+"""How good are promptable weights after clicks, on cases that they were not trained on?
 
     python recipes/studies/click_study.py recipes/studies/click_study.yaml weights=FILE
     python recipes/studies/click_study.py recipes/studies/click_study.yaml weights=FILE --report
 
-Four players of ``clickbench/1``, one after the other: the predictor told the newest click, the
-same told all clicks, the same network with random values, and a ball around the first click that
-has the mean volume of the class in the training cases. Cases that the weights' own metadata name
-are refused. The same command goes on with a run that was stopped; --report only writes table and
-figure.
-
-Every click and mask lies in SAMMED3D_RUNS/NAME OF OUT/PLAYER, as `sammed3d clicks` leaves it.
-OUT/PLAYER keeps a row per target and click (scores.csv) and what made it (about.json); table.json,
-table.md and figure.png in OUT are made of these after every player.
+Four players of ``clickbench/1``, one after the other: the predictor given the newest click, the
+same given all clicks, the same network with random initialisation, and a ball around the first
+click with the mean volume of the class in the training cases. Cases that the weights' metadata list
+as trained on are refused. The same command resumes a study that was stopped; `--report` only
+rewrites table and figure. Clicks and masks stay in SAMMED3D_RUNS, as `sammed3d clicks` writes them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy import stats
+from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
 
 from sammed3d_backbone import config, sam
@@ -47,7 +39,6 @@ from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.preparation import load_label
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.statistics import bootstrap_interval
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.loading.checkpoint import content_sha256, read
@@ -61,14 +52,13 @@ PROTOCOL = "clickbench/1"
 # One of Okabe and Ito's colours for each player, in the order of the tables.
 PLAYERS = {"newest": "#0072B2", "all": "#56B4E9", "untrained": "#999999", "sphere": "#E69F00"}
 SHADES = ("#D55E00", "#0072B2")  # of the first and last number of clicks
-RATED = ("newest", "all")  # whose opinion of themselves is compared with the truth
+RATED = ("newest", "all")  # players whose predicted Dice is compared with the true one
 DIFFERENCES = (("newest", "untrained"), ("newest", "sphere"), ("all", "newest"))
 MEASURES = {"dice": "Dice", "nsd_2mm": "NSD at 2 mm"}
 COLUMNS = ("case", "subject", "class", "step", *MEASURES, "predicted_dice")
-BINS = 5  # of equal count, in which predicted and true Dice are compared
+TARGET = ("case", "class", "step")  # what two players are paired by
+BINS = 5  # groups of equal count in which predicted and true Dice are compared
 
-Row = dict[str, Any]  # a line of scores.csv
-Found = list[float | None]  # mean, low, high
 # What the results of a player depend on; its objects, each with what it is played on.
 Entry = tuple[dict[str, Any], list[tuple[Promptable, ClickSet]]]
 
@@ -84,9 +74,9 @@ class Config:
     cases: int | None = None  # the first so many of them; None: all
     first: Literal["centre", "random"] = "centre"  # where the first click falls
     clicks: tuple[int, ...] = (1, 3, 5, 10)  # numbers of clicks that are reported; the last ends it
-    out: str = "results/click_study"  # seen from recipes/
+    out: str = "click_study"  # folder of the results, relative to recipes/studies/results
     threads: int = 0  # 0: all cores
-    seed: int = 0  # of the random values
+    seed: int = 0  # of the random initialisation
 
     def __post_init__(self) -> None:
         steps = rules_of(PROTOCOL).steps
@@ -97,7 +87,7 @@ class Config:
 
 
 class Ball:
-    """Answers with a ball of one volume around the first click, whatever comes after.
+    """Predicts a ball of one volume around the first click, whatever comes after.
 
     The volume's border cuts it off.
     """
@@ -127,19 +117,24 @@ class Ball:
 
 def main(cfg: Config, *, report: bool = False) -> None:
     """Plays what has no results yet, then writes table and figure."""
-    out = HERE / cfg.out
+    out = HERE / "results" / cfg.out
     if not report:
         torch.set_num_threads(cfg.threads or cores())
         rules = replace(rules_of(PROTOCOL), steps=cfg.clicks[-1])
         players = players_of(cfg, rules)
-        due = [name for name, (header, _) in players.items() if not is_done(out / name, header)]
+        due = [
+            name
+            for name, (header, _) in players.items()
+            if not tables.is_done(out, name, tables.digest(header))
+        ]
         for name in due:
             header, turns = players[name]
             print(f"{name}: {header['model']}")
             journal = Journal(runs_folder() / Path(cfg.out).name / name, header, rules.steps)
             for model, click_set in turns:
                 run(model, rules, click_set, journal, [cfg.first])
-            keep(journal.folder, out / name)
+            row = row_of(name, header, journal.folder)
+            tables.add(out, row, scores=scores_of(journal.folder))
             write_report(out, cfg.clicks)
     write_report(out, cfg.clicks)
 
@@ -148,15 +143,15 @@ def main(cfg: Config, *, report: bool = False) -> None:
 
 
 def players_of(cfg: Config, rules: Rules) -> dict[str, Entry]:
-    """Every player, not asked yet.
+    """Every player and the header of its journal, before anything is played.
 
     Raises:
         ValueError: If there are no weights, or they were trained on a case that is to be scored.
     """
     if cfg.weights is None:
         raise ValueError(
-            "weights=null: a random network is played beside trained ones in any case; pass "
-            "weights=FILE of recipes/pretrain_promptable.py, or a name"
+            "weights=null: a random initialisation is among the players anyway; pass weights=FILE "
+            "of recipes/pretrain_promptable.py, or a name"
         )
     scored, bank = sides(cfg)
     _, path = locate(cfg.weights)
@@ -193,7 +188,7 @@ def players_of(cfg: Config, rules: Rules) -> dict[str, Entry]:
         "newest": networked(trained, "newest", model=name, trained_on=note),
         "all": networked(trained, "all", model=name, trained_on=note),
         "untrained": networked(
-            untrained, "newest", model=f"{cfg.variant}, random values, seed {cfg.seed}"
+            untrained, "newest", model=f"{cfg.variant}, random initialisation, seed {cfg.seed}"
         ),
         "sphere": (
             balls,
@@ -223,7 +218,7 @@ def trained_cases(metadata: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def refuse_trained(trained: Mapping[str, set[str]], scored: ClickSet) -> str:
-    """What can be said about weights and cases; an error if they have met.
+    """A statement about the overlap of training and scored cases.
 
     Raises:
         ValueError: If the weights were trained on a case; names all of them.
@@ -241,7 +236,7 @@ def refuse_trained(trained: Mapping[str, set[str]], scored: ClickSet) -> str:
 
 
 def mean_volumes_mm3(cases: Iterable[ClickCase]) -> dict[str, float]:
-    """Of every class, over the cases that have it; a class that none has is left out."""
+    """Mean volume of every class over the cases that have it; classes that none has are absent."""
     found: dict[str, list[float]] = {}
     for case in tqdm(cases, desc="mean volumes", unit="case"):
         label = load_label(case.case)
@@ -255,323 +250,171 @@ def mean_volumes_mm3(cases: Iterable[ClickCase]) -> dict[str, float]:
 # --- results ------------------------------------------------------------------------------------
 
 
-def is_done(folder: Path, header: Mapping[str, Any]) -> bool:
-    """Whether a player's results are there.
-
-    Raises:
-        ValueError: If they are of another study; names what differs.
-    """
-    path = folder / "about.json"
-    if not path.is_file():
-        return False
-    kept, wanted = json.loads(path.read_text(encoding="utf-8"))["header"], dict(header)
-    if changed := sorted(k for k in {*kept, *wanted} if kept.get(k) != wanted.get(k)):
-        raise ValueError(f"{folder} holds results of other {', '.join(changed)}; pass another out=")
-    return True
-
-
-def keep(journal: Path, folder: Path) -> None:
-    """Copies what table and figure are made of; last about.json, which says that all is there."""
-    header, lines = read_journal(journal)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(line for line in lines if "dropped" not in line)
-    write_text(folder / "scores.csv", text.getvalue())
+def row_of(player: str, header: Mapping[str, Any], journal: Path) -> dict[str, Any]:
+    """A player's row of runs.csv."""
+    _, lines = read_journal(journal)
     seconds = [line["seconds"]["click"] for line in read_times(journal) if line["seconds"]]
-    about = {
-        "header": {key: value for key, value in header.items() if key != "format"},
-        "dropped": [line for line in lines if "dropped" in line],
+    keys = ("model", "weights_sha256", "told", "trained_on", "dataset", "dataset_sha256", "fold")
+    volumes = header.get("volumes_mm3")
+    return {
+        "run": player,
+        "config": tables.digest(header),
+        **{key: header.get(key) for key in keys},
+        "first_click": ", ".join(header["starts"]),
+        "volumes_mm3": volumes and json.dumps(volumes),
+        "dropped": sum("dropped" in line for line in lines),
         "failures": sum(bool(line.get("failure")) for line in lines),
         "seconds_per_click": round(float(np.mean(seconds)), 3),
         "command": command_line(1),
-        "provenance": provenance(HERE),
+        **tables.made(provenance(HERE)),
     }
-    write_text(folder / "about.json", json.dumps(about, indent=1) + "\n")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The lines of a scores.csv with numbers in them; NaN where nothing was predicted."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {
-                **line,
-                "step": int(line["step"]),
-                **{name: float(line[name]) for name in MEASURES},
-                "predicted_dice": float(line["predicted_dice"] or "nan"),
-            }
-            for line in csv.DictReader(file)
-        ]
+def scores_of(journal: Path) -> pd.DataFrame:
+    """A row per target and click."""
+    _, lines = read_journal(journal)
+    rows = [line for line in lines if "dropped" not in line]
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
 def write_report(out: Path, clicks: Sequence[int]) -> None:
-    """Writes table and figure of the players that have results.
+    """Writes table.md and figure.png from runs.csv and scores.csv.
 
     Raises:
-        FileNotFoundError: If none has.
+        FileNotFoundError: If there are no results.
     """
-    done = [name for name in PLAYERS if (out / name / "about.json").is_file()]
-    if not done:
+    runs = tables.read(out, "runs")
+    if runs.empty:
         raise FileNotFoundError(f"no results in {out}; leave out --report to make them")
-    rows = {name: read_rows(out / name / "scores.csv") for name in done}
-    table = make_table(rows, clicks)
-    table["about"] = {
-        name: json.loads((out / name / "about.json").read_text(encoding="utf-8")) for name in done
+    rows = tables.read(out, "scores")
+    players = dict([*rows.groupby("run", sort=False)])
+    differences = {
+        f"{one} - {other}": tables.paired(players[one], players[other], TARGET, [*MEASURES])
+        for one, other in DIFFERENCES
+        if {one, other} <= {*players}
     }
-    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
-    write_text(out / "table.md", as_markdown(table))
-    draw_figure(out / "figure.png", table, rows)
-
-
-def make_table(rows: Mapping[str, list[Row]], clicks: Sequence[int]) -> dict[str, Any]:
-    """All figures: means and differences after every click, classes, opinions."""
-    return {
-        "clicks": [*clicks],
-        "players": {name: curves(of) for name, of in rows.items()},
-        "classes": {name: per_class(of, clicks) for name, of in rows.items()},
-        "differences": {
-            f"{one} - {other}": curves(differences(rows[one], rows[other]))
-            for one, other in DIFFERENCES
-            if one in rows and other in rows
-        },
-        "opinions": {name: opinions(rows[name], clicks) for name in RATED if name in rows},
-    }
-
-
-def curves(rows: Sequence[Row]) -> dict[str, Any]:
-    """Means after every click; every class counts alike."""
-    steps = sorted({row["step"] for row in rows})
-    return {
-        "targets": len(targets(rows)),
-        "subjects": len({row["subject"] for row in rows}),
-        **{m: {str(n): interval(after(rows, n), m) for n in steps} for m in MEASURES},
-    }
-
-
-def per_class(rows: Sequence[Row], clicks: Sequence[int]) -> dict[str, Any]:
-    """Means of every class after the first and the last reported number of clicks."""
-    found = {}
-    for name in dict.fromkeys(row["class"] for row in rows):
-        own = [row for row in rows if row["class"] == name]
-        found[name] = {"targets": len(targets(own))} | {
-            m: {str(n): interval(after(own, n), m) for n in (clicks[0], clicks[-1])}
-            for m in MEASURES
-        }
-    return found
-
-
-def differences(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
-    """Ours minus theirs, target by target and click by click."""
-    others = {(row["case"], row["class"], row["step"]): row for row in theirs}
-    pairs = [(row, others.get((row["case"], row["class"], row["step"]))) for row in ours]
-    return [
-        {**row, **{m: row[m] - other[m] for m in MEASURES}}
-        for row, other in pairs
-        if other is not None
-    ]
-
-
-def opinions(rows: Sequence[Row], clicks: Sequence[int]) -> dict[str, Any]:
-    """How the predicted Dice relates to the true one after some numbers of clicks."""
-    found = {}
-    for n in clicks:
-        rated = [row for row in after(rows, n) if math.isfinite(row["predicted_dice"])]
-        rated.sort(key=lambda row: row["predicted_dice"])
-        predicted = np.array([row["predicted_dice"] for row in rated])
-        true = np.array([row["dice"] for row in rated])
-        errors = [{**row, "off": row["predicted_dice"] - row["dice"]} for row in rated]
-        absolute = [{**row, "off": abs(row["off"])} for row in errors]
-        varied = len(rated) > 1 and np.ptp(predicted) > 0 and np.ptp(true) > 0
-        found[str(n)] = {
-            "targets": len(rated),
-            "spearman": round(float(stats.spearmanr(predicted, true)[0]), 5) if varied else None,
-            "absolute_error": interval(absolute, "off", classes=False),
-            "signed_error": interval(errors, "off", classes=False),
-            "bins": [
-                {
-                    "targets": len(chosen),
-                    "predicted": round(float(predicted[chosen].mean()), 5),
-                    "true": round(float(true[chosen].mean()), 5),
-                }
-                for chosen in np.array_split(np.arange(len(rated)), BINS)
-                if len(chosen)
-            ],
-        }
-    return found
-
-
-def after(rows: Iterable[Row], clicks: int) -> list[Row]:
-    """The rows of one number of clicks."""
-    return [row for row in rows if row["step"] == clicks]
-
-
-def targets(rows: Iterable[Row]) -> set[tuple[str, str]]:
-    """Case and class."""
-    return {(row["case"], row["class"]) for row in rows}
-
-
-def interval(rows: Sequence[Row], column: str, *, classes: bool = True) -> Found:
-    """Mean and bounds, drawing subjects; with `classes`, every class counts alike."""
-    found = bootstrap_interval(
-        [row[column] for row in rows],
-        [row["subject"] for row in rows],
-        classes=[row["class"] for row in rows] if classes else None,
+    rated = {name: predicted(players[name], clicks) for name in RATED if name in players}
+    targets = len(rows.drop_duplicates(["case", "class"]))
+    text = (
+        f"`{PROTOCOL}` on {runs['dataset'].iloc[0]}, validation cases of fold "
+        f"{runs['fold'].iloc[0]}: {targets} targets of {rows['subject'].nunique()} subjects, first "
+        f"click: {runs['first_click'].iloc[0]}. Means in %, every class with the same weight, with "
+        "95 % intervals over subjects.\n\n"
+        + tables.markdown(click_table("player", players, clicks))
+        + "\n## Differences\n\nTarget by target, in points.\n\n"
+        + tables.markdown(click_table("difference", differences, clicks, "+"))
+        + "\n## Classes\n\n"
+        + tables.markdown(class_table(players, (clicks[0], clicks[-1])))
+        + "\n## Predicted Dice\n\nPredicted Dice of the window around the newest click against "
+        "the true Dice of the whole mask, all targets with the same weight. Errors are predicted "
+        f"minus true, in points. Groups: {BINS} of equal count by predicted Dice (predicted: true, "
+        "in %).\n\n"
+        + tables.markdown(pd.concat([tables_of[0] for tables_of in rated.values()]))
+        + "\n## What made the figures\n\n"
+        + tables.markdown(runs.drop(columns="config"))
     )
-    return [None if math.isnan(value) else round(value, 5) for value in found]
+    write_text(out / "table.md", text)
+    draw_figure(out / "figure.png", players, rated)
 
 
-# --- for people ---------------------------------------------------------------------------------
-
-
-def as_markdown(table: Mapping[str, Any]) -> str:
-    """The tables, and what made them."""
-    clicks, abouts = table["clicks"], table["about"]
-    header = next(iter(abouts.values()))["header"]
-    counts = next(iter(table["players"].values()))
-    ends = (clicks[0], clicks[-1])
-    lines = [
-        f"`{PROTOCOL}` on {header['dataset']}, validation cases of fold {header['fold']}: "
-        f"{counts['targets']} targets of {counts['subjects']} subjects, first click: "
-        f"{', '.join(header['starts'])}.",
-        "Means in %, every class alike, with 95 % intervals over subjects, after so many clicks.",
-        "",
-        *_head("player", "measure", *(f"after {n}" for n in clicks)),
-        *_curve_rows(table["players"], clicks, ""),
-        "",
-        "## Differences",
-        "",
-        "Target by target, in points.",
-        "",
-        *_head("difference", "measure", *(f"after {n}" for n in clicks)),
-        *_curve_rows(table["differences"], clicks, "+"),
-        "",
-        "## Classes",
-        "",
-        *_head(
-            *("class", "targets", "player"),
-            *(f"{t} after {n}" for t in MEASURES.values() for n in ends),
-        ),
-        *_class_rows(table["classes"], ends),
-        "",
-        "## What the network expects of itself",
-        "",
-        "Predicted Dice of the window around the newest click against the true Dice of the whole "
-        "mask, all targets alike.",
-        "Errors are predicted minus true, in points.",
-        "",
-        *_head("player", "clicks", "targets", "Spearman", "absolute error", "signed error"),
-        *_opinion_rows(table["opinions"]),
-        "",
-        f"In {BINS} groups of equal count, by predicted Dice (predicted: true, in %):",
-        "",
-        *_head("player", "clicks", *(f"group {n}" for n in range(1, BINS + 1))),
-        *_bin_rows(table["opinions"]),
-        "",
-        "## What made the figures",
-    ]
-    for name, about in abouts.items():
-        made, own = about["provenance"], about["header"]
-        lines += [
-            f"\n### {name}\n",
-            "```text",
-            f"model: {own['model']}",
-            *(f"{key}: {own[key]}" for key in ("trained_on", "told", "volumes_mm3") if key in own),
-            f"targets left out: {len(about['dropped'])}, answers that failed: {about['failures']}",
-            f"command: {about['command']}",
-            f"made: {made['date']}, commit {made['commit']}, {made['processor']}, accelerator "
-            f"{made['accelerator']}, threads {made['threads']}, torch {made['torch']}, "
-            f"{about['seconds_per_click']} s per click",
-            "```",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _head(*names: str) -> tuple[str, str]:
-    """The first two lines of a table."""
-    return f"| {' | '.join(names)} |", "|" + "---|" * len(names)
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def _curve_rows(found: Mapping[str, Any], clicks: Sequence[int], sign: str) -> Iterator[str]:
+def click_table(
+    title: str, of: Mapping[str, pd.DataFrame], clicks: Sequence[int], sign: str = ""
+) -> pd.DataFrame:
     """Measures after the reported numbers of clicks."""
-    for name, of in found.items():
-        for measure, title in MEASURES.items():
-            yield _row(name, title, *(_shown(of[measure][str(n)], sign) for n in clicks))
+    lines = []
+    for name, own in of.items():
+        for measure, label in MEASURES.items():
+            line = {title: name, "measure": label}
+            for n in clicks:
+                found = tables.interval(own[own["step"] == n], measure)
+                line[f"after {n}"] = tables.shown(found, 1, sign)
+            lines.append(line)
+    return pd.DataFrame(lines)
 
 
-def _class_rows(found: Mapping[str, Any], ends: Sequence[int]) -> Iterator[str]:
-    """Every class with every player."""
-    for name in dict.fromkeys(name for of in found.values() for name in of):
-        for player, of in found.items():
-            if name in of:
-                cells = [_shown(of[name][m][str(n)], "") for m in MEASURES for n in ends]
-                yield _row(name, of[name]["targets"], player, *cells)
+def class_table(players: Mapping[str, pd.DataFrame], clicks: Sequence[int]) -> pd.DataFrame:
+    """Measures of every class with every player, after the first and last number of clicks."""
+    lines = []
+    every = pd.concat(players.values())
+    for (name, player), own in every.groupby(["class", "run"], sort=False):
+        line = {"class": name, "targets": str(own["case"].nunique()), "player": player}
+        for measure, label in MEASURES.items():
+            for n in clicks:
+                found = tables.interval(own[own["step"] == n], measure)
+                line[f"{label} after {n}"] = tables.shown(found)
+        lines.append(line)
+    order = every["class"].unique().tolist()
+    return pd.DataFrame(lines).sort_values("class", key=lambda c: c.map(order.index), kind="stable")
 
 
-def _opinion_rows(found: Mapping[str, Any]) -> Iterator[str]:
-    """Rank correlation and errors."""
-    for player, of in found.items():
-        for n, figures in of.items():
-            rank = "" if figures["spearman"] is None else f"{figures['spearman']:.2f}"
-            errors = _shown(figures["absolute_error"], ""), _shown(figures["signed_error"], "+")
-            yield _row(player, n, figures["targets"], rank, *errors)
+def predicted(
+    rows: pd.DataFrame, clicks: Sequence[int]
+) -> tuple[pd.DataFrame, dict[int, pd.DataFrame]]:
+    """How predicted Dice relates to the true one: the table, and the groups of equal count."""
+    lines, groups = [], {}
+    for n in clicks:
+        own = rows[rows["step"] == n].dropna(subset="predicted_dice")
+        own = own.sort_values("predicted_dice", kind="stable")
+        off = own["predicted_dice"] - own["dice"]
+        varied = own["predicted_dice"].nunique() > 1 and own["dice"].nunique() > 1
+        rank = own["predicted_dice"].corr(own["dice"], method="spearman") if varied else None
+        absolute, signed = (
+            tables.interval(own.assign(off=each), "off", classes=False) for each in (off.abs(), off)
+        )
+        parts = [part for part in np.array_split(np.arange(len(own)), BINS) if len(part)]
+        columns = ["predicted_dice", "dice"]
+        groups[n] = pd.DataFrame(
+            [own[columns].iloc[part].mean() for part in parts], columns=columns
+        )
+        lines.append(
+            {
+                "player": own["run"].iloc[0] if len(own) else "",
+                "clicks": str(n),
+                "targets": str(len(own)),
+                "Spearman": "" if rank is None else f"{rank:.2f}",
+                "absolute error": tables.shown(absolute),
+                "signed error": tables.shown(signed, 1, "+"),
+            }
+            | {
+                f"group {i + 1}": f"{100 * group['predicted_dice']:.1f}: {100 * group['dice']:.1f}"
+                for i, group in groups[n].iterrows()
+            }
+        )
+    return pd.DataFrame(lines), groups
 
 
-def _bin_rows(found: Mapping[str, Any]) -> Iterator[str]:
-    """The reliability tables."""
-    for player, of in found.items():
-        for n, figures in of.items():
-            cells = [f"{100 * b['predicted']:.1f}: {100 * b['true']:.1f}" for b in figures["bins"]]
-            yield _row(player, n, *cells, *[""] * (BINS - len(cells)))
+def draw_figure(
+    path: Path,
+    players: Mapping[str, pd.DataFrame],
+    rated: Mapping[str, tuple[pd.DataFrame, dict[int, pd.DataFrame]]],
+) -> None:
+    """Writes a PNG: Dice along the clicks, and predicted against true Dice.
 
-
-def _shown(found: Found, sign: str) -> str:
-    """Mean (low to high) in hundredths, as far as they are known."""
-    mean, *bounds = (None if value is None else f"{100 * value:{sign}.1f}" for value in found)
-    if mean is None:
-        return ""
-    return mean if None in bounds else f"{mean} ({' to '.join(map(str, bounds))})"
-
-
-def draw_figure(path: Path, table: Mapping[str, Any], rows: Mapping[str, list[Row]]) -> None:
-    """Writes a PNG: Dice along the clicks, and the predicted against the true Dice."""
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    On the right a dot is a target after the first or last number of clicks, a square a group.
+    """
+    figure = tables.new_figure(10, 4.4)
     left, right = figure.subplots(1, 2)
-    for name, of in table["players"].items():
-        mean, low, high = 100 * np.array([*of["dice"].values()], dtype=float).T
-        steps = [int(n) for n in of["dice"]]
-        left.plot(steps, mean, color=PLAYERS[name], marker="o", markersize=3, label=name)
-        left.fill_between(steps, low, high, color=PLAYERS[name], alpha=0.2, linewidth=0)
-    left.set_xticks(steps)
+    for name, own in players.items():
+        found = {n: tables.interval(rows, "dice") for n, rows in own.groupby("step")}
+        mean, low, high = 100 * np.array([*found.values()]).T
+        left.plot([*found], mean, "o-", color=PLAYERS[name], markersize=3, label=name)
+        left.fill_between([*found], low, high, color=PLAYERS[name], alpha=0.2, linewidth=0)
+    left.set_xticks([*found])
     left.set_ylim(bottom=0)
-    left.set(xlabel="clicks", ylabel="Dice (%)", title="every class alike, 95 % intervals")
-    left.legend(fontsize=8)
-    draw_opinions(right, rows.get(RATED[0], []), table["opinions"].get(RATED[0], {}))
+    left.set(xlabel="clicks", ylabel="Dice (%)", title="every class the same weight, 95 %")
+    own, groups = players.get(RATED[0]), rated[RATED[0]][1] if RATED[0] in rated else {}
+    for n, colour in zip(dict.fromkeys([*groups][:1] + [*groups][-1:]), SHADES, strict=False):
+        dots = 100 * own.loc[own["step"] == n, ["predicted_dice", "dice"]]
+        right.scatter(dots["predicted_dice"], dots["dice"], 9, colour, alpha=0.5, linewidth=0)
+        means = 100 * groups[n]
+        label = f"{n} click{'s'[: n > 1]}"
+        right.plot(means["predicted_dice"], means["dice"], "s-", color=colour, label=label)
+    right.axline((0, 0), slope=1, color="black", linestyle=":", linewidth=1, label="equal")
+    right.set(xlabel="predicted Dice (%)", ylabel="true Dice (%)", title=f"{RATED[0]}: calibration")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-
-
-def draw_opinions(axes: Axes, rows: Sequence[Row], found: Mapping[str, Any]) -> None:
-    """A dot per target after the first and last number of clicks; on the line, predicted is true.
-
-    Squares are the groups of equal count.
-    """
-    for n, colour in zip(dict.fromkeys([*found][:1] + [*found][-1:]), SHADES, strict=False):
-        of = after(rows, int(n))
-        dots = ([100 * row[key] for row in of] for key in ("predicted_dice", "dice"))
-        axes.scatter(*dots, s=9, color=colour, alpha=0.5, linewidth=0)
-        means = ([100 * group[key] for group in found[n]["bins"]] for key in ("predicted", "true"))
-        axes.plot(*means, color=colour, marker="s", label=f"{n} click{'s' if n != '1' else ''}")
-    axes.axline((0, 0), slope=1, color="black", linestyle=":", linewidth=1, label="equal")
-    axes.set(xlabel="predicted Dice (%)", ylabel="true Dice (%)")
-    axes.set_title(f"{RATED[0]}: what it expects of itself")
-    axes.legend(fontsize=8)
 
 
 if __name__ == "__main__":

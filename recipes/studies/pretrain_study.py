@@ -3,242 +3,183 @@
     python recipes/studies/pretrain_study.py recipes/studies/pretrain_study.yaml
     python recipes/studies/pretrain_study.py recipes/studies/pretrain_study.yaml --report
 
-Arms that have results are skipped and a stopped one goes on, so the same command finishes the
-study; --report only writes table and figure. All arms are scored on the same crops of cases that
-none was trained on. An arm's scores, log and configuration lie in OUT/ARM, its weights in
-SAMMED3D_RUNS; table.md and figure.png in OUT are made of them again after every arm.
+The same command resumes a study that was stopped and skips the arms that have results; `--report`
+only rewrites table and figure. All arms are scored on the same crops of cases that no arm was
+trained on. Weights stay in SAMMED3D_RUNS.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import argparse
+import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import yaml
 from sammed3d_backbone.recipes import pretrain_promptable
-from sammed3d_backbone.recipes.studies.transfer_study import keep, refuse_other
+from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
 
 from sammed3d_backbone import config, sam
-from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.pretraining.click_loss import dice_per_click
+from sammed3d_backbone.provenance import command_line, provenance
 from sammed3d_backbone.training.runs import Run, runs_folder
 
 HERE = Path(__file__).parent
-FILES = ("config.yaml", "metrics.jsonl")
 CLICKS = (1, 3, 5)
+DICE = [f"dice_{clicks}" for clicks in CLICKS]
 # Okabe and Ito's colours, in the order of the arms.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+SMOOTHED = 10  # lines of the log in a point of the training curve
 
 
 @dataclass(frozen=True)
-class Config:
-    """The study."""
+class Study:
+    """A study, as its YAML file states it; settings are arguments of the pretraining recipe."""
 
-    base: str  # configuration of the pretraining, beside this script
-    arms: tuple[str, ...]  # "NAME key=value ...", what sets each apart from the base
-    out: str = "results/pretrain_study"  # seen from recipes/
-    settings: tuple[str, ...] = ()  # key=value for every arm
+    base: str  # configuration of the pretraining, relative to this script
+    out: str  # folder of the results, relative to recipes/studies/results
+    arms: Mapping[str, Mapping[str, Any]]  # arm -> its settings; the first is the baseline
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of every arm
     crops: int = 96  # that all arms are scored on
 
 
-class Score(NamedTuple):
-    """Dice of one object of one crop after one, three and five clicks."""
-
-    crop: int
-    source: str
-    dice: tuple[float, ...]
-
-
-def main(cfg: Config, *, report: bool = False) -> None:
+def main(study: Study, *, report: bool = False) -> None:
     """Pretrains and scores the arms that are missing, then writes table and figure."""
-    out = HERE / cfg.out
-    runs = {name: run_config(name, cfg) for name in arms_of(cfg)}
-    for name, wanted in runs.items():  # before anything is trained
-        refuse_other(out / name / "config.yaml", wanted, pretrain_promptable.FREE)
-        kept = out / name / "scores.csv"
-        if kept.is_file() and (found := len({s.crop for s in read_scores(kept)})) != cfg.crops:
-            raise ValueError(
-                f"{kept} is of {found} crops, not {cfg.crops}; give another out=, or crops={found}"
-            )
-    for name, wanted in runs.items():
-        if not report and not (out / name / "scores.csv").is_file():
-            pretrain_promptable.main(wanted)
-            folder = runs_folder() / wanted.name
-            scores = score(folder / "last.safetensors", wanted, cfg.crops)
-            keep(folder, out / name, FILES)
-            write_scores(out / name / "scores.csv", scores)  # the last: an arm that has it has all
-        write_report(out, runs)
+    out = HERE / "results" / study.out
+    for arm, own in {} if report else study.arms.items():
+        settings = {**study.settings, **own, "crops": study.crops}
+        if not tables.is_done(out, arm, tables.digest(settings)):
+            train(arm, settings, study, out)
+            write_report(out)
+    write_report(out)
 
 
-def arms_of(cfg: Config) -> dict[str, list[str]]:
-    """What sets each arm apart, by its name.
+def train(arm: str, settings: Mapping[str, Any], study: Study, out: Path) -> None:
+    """Pretrains and scores one arm and adds it to the study's files."""
+    base = yaml.safe_load((HERE / study.base).read_text(encoding="utf-8"))
+    own = {key: value for key, value in settings.items() if key != "crops"}
+    values = {**base, **own, "name": f"{Path(study.out).name}/{arm}"}
+    wanted = config.build(pretrain_promptable.Config, values)
+    pretrain_promptable.main(wanted)
+    folder = runs_folder() / wanted.name
+    log = pd.DataFrame(Run(folder).records())
+    trained = log[log["loss"].notna()]
+    last = trained.iloc[-1]
+    row = {
+        "run": arm,
+        "settings": json.dumps({**study.arms[arm]}),
+        "config": tables.digest(settings),
+        "seed": wanted.seed,
+        "steps": int(last["step"]),
+        "cpu_seconds": last["cpu_seconds"],
+        "memory_gib": last["memory_gib"],
+        "command": command_line(1),
+        **tables.made(provenance(HERE)),
+    }
+    keys = ["step", "cpu_seconds", "dice_first", "dice_1", "patch_error"]
+    curve = log.reindex(columns=keys)
+    curve["cpu_seconds"] = curve["cpu_seconds"].ffill()  # validations follow their step's line
+    curve.loc[trained.index, "patch_error"] = None  # of validations only
+    scores = score(folder / "last.safetensors", wanted, study.crops)
+    tables.add(out, row, scores=scores, curves=curve.dropna(subset=keys[2:], how="all"))
 
-    Raises:
-        ValueError: If two arms have one name.
-    """
-    split = [arm.split() for arm in cfg.arms]
-    arms = {name: settings for name, *settings in split}
-    if len(arms) < len(split):
-        raise ValueError(f"arms={list(cfg.arms)} name one twice; give each a name of its own")
-    return arms
 
-
-def run_config(name: str, cfg: Config) -> pretrain_promptable.Config:
-    """What the pretraining recipe is asked for."""
-    here = HERE / cfg.base
-    overrides = [*cfg.settings, *arms_of(cfg)[name], f"name={Path(cfg.out).name}/{name}"]
-    path = here if here.is_file() else Path(cfg.base)
-    return config.load(pretrain_promptable.Config, path, overrides)
-
-
-def score(weights: Path, wanted: pretrain_promptable.Config, crops: int) -> list[Score]:
-    """Plays the click protocol inside crops of cases set apart, other ones than in validation."""
+def score(weights: Path, wanted: pretrain_promptable.Config, crops: int) -> pd.DataFrame:
+    """Dice of every object after some clicks, in crops of cases set apart, not of validation."""
     network = sam(wanted.variant, weights=weights, rel_pos=wanted.rel_pos).eval()
     _, apart, _ = pretrain_promptable.open_sources(wanted, None)
     stream = pretrain_promptable.scored_stream(
         replace(wanted, val_crops=crops), apart, network, part=2
     )
-    scores = []
+    rows = []
     for number in tqdm(range(len(stream)), desc=f"{wanted.name}: crops", leave=False):
         crop = stream[number]
         with torch.no_grad():
             dice = dice_per_click(network, crop["image"], crop["objects"], max(CLICKS))
+        chosen = dice[:, [clicks - 1 for clicks in CLICKS]].numpy().round(5)
         source = stream.sources[int(crop["source"])].name
-        chosen = dice[:, [clicks - 1 for clicks in CLICKS]]
-        scores += [Score(number, source, tuple(row)) for row in chosen.tolist()]
-    return scores
+        rows.append(pd.DataFrame(chosen, columns=DICE).assign(crop=number, source=source))
+    return pd.concat(rows, ignore_index=True)[["crop", "source", *DICE]]
 
 
-def write_scores(path: Path, scores: Iterable[Score]) -> None:
-    """A line per object."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["crop", "source", *(f"dice_{clicks}" for clicks in CLICKS)])
-    lines.writerows((s.crop, s.source, *(f"{dice:.5f}" for dice in s.dice)) for s in scores)
-    write_text(path, text.getvalue())
-
-
-def read_scores(path: Path) -> list[Score]:
-    """What `write_scores` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [*csv.DictReader(file)]
-    return [
-        Score(int(r["crop"]), r["source"], tuple(float(r[f"dice_{n}"]) for n in CLICKS))
-        for r in rows
-    ]
-
-
-def write_report(out: Path, runs: Mapping[str, pretrain_promptable.Config]) -> None:
-    """Writes table and figure of the arms that have results."""
-    done = {name: out / name for name in runs if (out / name / "scores.csv").is_file()}
-    if not done:
+def write_report(out: Path) -> None:
+    """Writes table.md and figure.png from the CSV files."""
+    runs, curves = tables.read(out, "runs"), tables.read(out, "curves")
+    if runs.empty:
         return
-    scores = {name: read_scores(folder / "scores.csv") for name, folder in done.items()}
-    logs = {name: Run(folder).records() for name, folder in done.items()}
-    write_text(out / "table.md", as_markdown(scores, logs, {name: runs[name] for name in done}))
-    draw_figure(out / "figure.png", logs)
-
-
-def as_markdown(
-    scores: Mapping[str, Sequence[Score]],
-    logs: Mapping[str, Sequence[dict[str, Any]]],
-    runs: Mapping[str, pretrain_promptable.Config],
-) -> str:
-    """The table for people; Dice in points."""
-    first = next(iter(scores.values()))
-    sources = sorted({s.source for s in first})
-    shown = [(n, clicks, source) for n, clicks in enumerate(CLICKS) for source in sources]
-    heads = [f"{clicks} click{'s'[: clicks > 1]}, {source}" for _, clicks, source in shown]
+    scores = tables.read(out, "scores").assign(subject=lambda rows: rows["crop"].astype(str))
     text = (
-        f"Dice on {len({s.crop for s in first})} crops of cases set apart, in points, with 95 % "
-        "intervals over crops;\nbelow it the gain over the first arm on the same objects. One "
-        "seed each.\n\n"
-        f"| arm | what sets it apart | steps | CPU min | GiB | {' | '.join(heads)} | "
-        "hidden patches |\n"
-        f"|---|---|---|---|---|{'---|' * len(heads)}---|\n"
+        f"Dice on {scores['crop'].nunique()} crops of cases set apart, in %, with 95 % intervals "
+        "over crops; below it the gain over the first arm on the same objects, in points. One "
+        "seed each.\n\n" + tables.markdown(main_table(runs, scores, curves))
     )
-    base = runs[next(iter(scores))]
-    for name, own in scores.items():
-        last = [line for line in logs[name] if "loss" in line][-1]
-        apart = config.differences(base, runs[name])
-        apart.pop("name", None)
-        cells = [
-            name,
-            ", ".join(f"{key}={value[1]}" for key, value in apart.items()),
-            str(last["step"]),
-            f"{last['cpu_seconds'] / 60:.0f}",
-            f"{last['memory_gib']:.2f}",
-        ]
-        for n, _, source in shown:
-            cell = _points([s for s in own if s.source == source], n)
-            if own is not first:
-                gains = [
-                    Score(a.crop, a.source, tuple(np.subtract(a.dice, b.dice)))
-                    for a, b in zip(own, first, strict=True)
-                    if a.source == source
-                ]
-                cell += f"<br>{_points(gains, n, '+')}"
-            cells.append(cell)
-        scored = [line for line in logs[name] if "patch_error" in line and "loss" not in line]
-        cells.append(f"{scored[-1]['patch_error']:.3f}" if scored else "")
-        text += f"| {' | '.join(cells)} |\n"
-    return text
+    columns = ["run", "seed", "command", "date", "commit", "processor", "threads", "torch"]
+    text += "\n## What made the figures\n\n" + tables.markdown(runs[columns].astype(str))
+    write_text(out / "table.md", text)
+    draw_figure(out / "figure.png", runs, curves)
 
 
-def _points(scores: Sequence[Score], n: int, sign: str = "") -> str:
-    """Mean (low to high) of one of the numbers of clicks."""
-    found: Interval = bootstrap_interval([s.dice[n] for s in scores], [str(s.crop) for s in scores])
-    mean, low, high = (f"{100 * value:{sign}.1f}" for value in found)
-    return f"{mean} ({low} to {high})"
+def main_table(runs: pd.DataFrame, scores: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm."""
+    scores = scores.assign(object=scores.groupby("run").cumcount())
+    first = scores[scores["run"] == runs["run"].iloc[0]]
+    lines = []
+    for _, run in runs.iterrows():
+        own = scores[scores["run"] == run["run"]]
+        line = {
+            "arm": run["run"],
+            "settings": run["settings"].strip("{}").replace('"', ""),
+            "steps": str(run["steps"]),
+            "CPU min": f"{run['cpu_seconds'] / 60:.0f}",
+            "GiB": f"{run['memory_gib']:.2f}",
+        }
+        gains = tables.paired(own, first, ["object"], DICE)
+        for clicks, column in zip(CLICKS, DICE, strict=True):
+            for source in sorted(own["source"].unique()):
+                cell = tables.shown(tables.interval(own[own["source"] == source], column))
+                if run["run"] != runs["run"].iloc[0]:
+                    gain = tables.interval(gains[gains["source"] == source], column)
+                    cell += f"<br>{tables.shown(gain, 1, '+')}"
+                line[f"{clicks} click{'s'[: clicks > 1]}, {source}"] = cell
+        error = curves.loc[curves["run"] == run["run"], "patch_error"].dropna()
+        line["error of hidden patches"] = f"{error.iloc[-1]:.3f}" if len(error) else ""
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
-def draw_figure(path: Path, logs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+def draw_figure(path: Path, runs: pd.DataFrame, curves: pd.DataFrame) -> None:
     """Writes a PNG: Dice after one click, set apart and in training, against the time it took."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    apart, training = figure.subplots(1, 2)
-    for (name, log), colour in zip(logs.items(), COLOURS, strict=False):
-        minutes = {line["step"]: line["cpu_seconds"] / 60 for line in log if "loss" in line}
-        scored = [line for line in log if "dice_1" in line]
-        apart.plot(
-            [minutes[line["step"]] for line in scored],
-            [100 * line["dice_1"] for line in scored],
-            marker="o",
-            color=colour,
-            label=name,
-        )
-        trained = [line for line in log if "dice_first" in line]
-        if trained:
-            width = min(10, len(trained))
-            means = np.convolve(
-                [100 * line["dice_first"] for line in trained], np.ones(width) / width, "valid"
-            )
-            times = [minutes[line["step"]] for line in trained[width - 1 :]]
-            training.plot(times, means, color=colour, label=name)
-    for axes, whose in ((apart, "set apart"), (training, "trained on: objects get smaller")):
-        axes.set_title(f"One click, crops {whose}")
-        axes.set_xlabel("CPU minutes")
-        axes.set_ylabel("Dice (%)")
+    figure = tables.new_figure(10, 4)
+    panels = figure.subplots(1, 2)
+    for arm, colour in zip(runs["run"], COLOURS, strict=False):
+        own = curves[curves["run"] == arm].assign(minutes=lambda rows: rows["cpu_seconds"] / 60)
+        scored, trained = own.dropna(subset="dice_1"), own.dropna(subset="dice_first")
+        panels[0].plot(scored["minutes"], 100 * scored["dice_1"], "o-", color=colour, label=arm)
+        smooth = trained["dice_first"].rolling(min(SMOOTHED, max(len(trained), 1))).mean()
+        panels[1].plot(trained["minutes"], 100 * smooth, color=colour)
+    titles = ("crops set apart", "training crops: objects get smaller")
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set(title=f"One click, {title}", xlabel="CPU minutes", ylabel="Dice (%)")
         axes.grid(alpha=0.3)
-    apart.legend(fontsize=8)
+    panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="YAML file with the fields of Study")
+    parser.add_argument("--report", action="store_true", help="rewrite table and figure only")
+    args = parser.parse_args()
     try:
-        cfg, flags = config.parse(
-            Config, description=__doc__, flags={"report": "train nothing, write table and figure"}
-        )
-        main(cfg, **flags)
+        main(tables.load(Study, args.study), report=args.report)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -3,21 +3,23 @@
     python recipes/studies/publish_weights.py NAME RUN [RUN ...]
 
 A RUN is a folder that pretrain_promptable.py has filled; several are the stages in their order, and
-the last one's weights count. NAME.safetensors and SHA256SUMS go to weights/, configuration and log
-of each stage and one curve to results/NAME. The record in
+the weights of the last one are published. NAME.safetensors and SHA256SUMS go to weights/; a row per
+stage (runs.csv), the log (curves.csv) and one figure go to results/NAME. The record in
 `sammed3d_backbone/loading/registry.py` and the card weights/NAME.md are written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import numpy as np
+import pandas as pd
+import yaml
+from sammed3d_backbone.recipes.studies import tables
 
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.loading.hub import sha256_of
@@ -35,6 +37,7 @@ PANELS = {  # label -> keys of the log, and what they are
     "error of hidden patches": {"patch_error": "1: each patch's mean"},
     "places whose nearest is of their object": {"nearest_same": "share"},
 }
+KEYS = [key for keys in PANELS.values() for key in keys]
 
 
 def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str:
@@ -53,70 +56,46 @@ def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str
     files = sorted(weights.glob("*.safetensors"))
     write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(f)}  {f.name}\n" for f in files))
     for number, run in enumerate(stages, start=1):
-        folder = results / f"stage{number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for kept in ("config.yaml", "metrics.jsonl"):
-            text = (run / kept).read_text(encoding="utf-8")
-            # The weights that a later stage began with, without the folder of this machine's runs.
-            write_text(folder / kept, text.replace(f"{run.parent}/", ""))
-    logs = [Run(run).records() for run in stages]
-    draw_curve(results / "curve.png", *joined(logs))
+        config = (run / "config.yaml").read_text(encoding="utf-8")
+        # The weights that a later stage started from, without the folder of this machine's runs.
+        settings = yaml.safe_load(config.replace(f"{run.parent}/", ""))
+        log = pd.DataFrame(Run(run).records())
+        last = log[log["loss"].notna()].iloc[-1]
+        row = {
+            "run": f"stage{number}",
+            "config": tables.digest(settings),
+            **{key: last.get(key) for key in ("step", "cpu_seconds", "memory_gib")},
+            "settings": json.dumps(settings),
+        }
+        known = [key for key in ("step", "loss", *KEYS) if key in log]
+        tables.add(results, row, curves=log[known].round(5))
+    draw_curve(results / "figure.png", tables.read(results, "curves"))
     return sha256_of(path)
 
 
-def joined(logs: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[dict[str, Any]], list[int]]:
-    """The logs of all stages as one, their steps counted on, and where later stages begin."""
-    lines: list[dict[str, Any]] = []
-    begins = []
-    for log in logs:
-        done = lines[-1]["step"] if lines else 0
-        begins.append(done)
-        lines += [{**line, "step": done + line["step"]} for line in log]
-    return lines, begins[1:]
-
-
-def draw_curve(path: Path, records: Sequence[dict[str, Any]], begins: Sequence[int] = ()) -> None:
-    """Writes a PNG: Dice of training steps and of the click protocol, and the other objectives.
-
-    Args:
-        path: Of the picture.
-        records: Lines of the log.
-        begins: Steps after which a later stage began.
-    """
-    panels = {
-        label: keys for label, keys in PANELS.items() if any(k in r for r in records for k in keys)
-    }
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw_curve(path: Path, log: pd.DataFrame) -> None:
+    """Writes a PNG: Dice of training steps and of the click protocol, and the other objectives."""
+    ends = log.groupby("run", sort=False)["step"].max().cumsum()
+    log = log.assign(step=log["step"] + log["run"].map(ends.shift(fill_value=0)))
+    panels = {label: keys for label, keys in PANELS.items() if {*keys} & {*log.columns}}
+    figure = tables.new_figure(5 * len(panels), 4)
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (label, keys) in zip(all_axes, panels.items(), strict=True):
         for key, whose in keys.items():
-            trained = [
-                (line["step"], line[key]) for line in records if key in line and "loss" in line
-            ]
-            scored = [
-                (line["step"], line[key]) for line in records if key in line and "loss" not in line
-            ]
-            if trained:
-                axes.plot(*_smoothed(trained), alpha=0.7, label=f"training, {whose}")
-            if scored:
-                axes.plot(*zip(*scored, strict=True), marker="o", label=f"set apart, {whose}")
-        for step in begins:
+            known = log.dropna(subset=key) if key in log else log.iloc[:0]
+            trained, scored = known[known["loss"].notna()], known[known["loss"].isna()]
+            if len(trained):
+                means = trained[["step", key]].groupby(np.arange(len(trained)) // WINDOW)
+                points = means.agg({"step": "last", key: "mean"})
+                axes.plot(points["step"], points[key], alpha=0.7, label=f"training, {whose}")
+            if len(scored):
+                axes.plot(scored["step"], scored[key], marker="o", label=f"set apart, {whose}")
+        for step in ends.iloc[:-1]:
             axes.axvline(step, color="grey", linestyle=":")
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-
-
-def _smoothed(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """Last steps and means of a few points each."""
-    groups = [points[i : i + WINDOW] for i in range(0, len(points), WINDOW)]
-    return (
-        [group[-1][0] for group in groups],
-        [sum(value for _, value in group) / len(group) for group in groups],
-    )
 
 
 if __name__ == "__main__":

@@ -1,535 +1,330 @@
 """Does pretraining help? Fine-tunes every arm of a grid, run by run, and compares them.
 
-    python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml weights=FILE
+    python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml
     python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml --report
 
-Runs that have results are skipped and a stopped one goes on, so the same command finishes the
-study; --report only writes table and figure. A run's scores, log and configuration lie in OUT/RUN;
-table.md, table.json and figure.png in OUT are made of them again after every run. With rates=, an
-arm first tries each learning rate on a fold that is not reported, and takes the best.
+The YAML file holds the fields of `Study`. The same command resumes a study that was stopped and
+skips the runs that have results; `--report` only rewrites table and figure. With `rates`, every arm
+first tries each learning rate on a fold that is not reported, and takes the best.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import yaml
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from sammed3d_backbone.recipes import finetune_unetr
+from sammed3d_backbone.recipes.studies import tables
 
 from sammed3d_backbone import config
-from sammed3d_backbone.evaluation.scores import Score, differences, read_scores
-from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.training.runs import Run, runs_folder
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 HERE = Path(__file__).parent
-DECODERS = ("flexible_unet", "segresnet", "linear_head", "expanding_head")  # scratch is UNETR
-ARMS: dict[str, tuple[str, ...]] = {
-    "pretrained": ("scratch=false",),
-    "scratch": ("scratch=true",),
-    "zero_encoder": ("scratch=true", "control=zero_encoder"),
-    "frozen": ("scratch=false", "freeze=encoder"),
-    "frozen_random": ("scratch=true", "freeze=encoder"),
-    "lora": ("scratch=false", "peft=lora"),
-    "bottleneck": ("scratch=false", "peft=bottleneck", "peft_size=32"),
-    "first_channel": ("scratch=false", "channel_gains=[1, 0]"),
-    "shared": ("scratch=false", "channels=shared"),
-    **{model: ("scratch=true", f"model={model}") for model in DECODERS},
-}
-BASELINE = "scratch"
-# The scores last: a run that has them has all.
-FILES = ("config.yaml", "metrics.jsonl", "results/scores.json", "results/scores.csv")
+CELL = ["task", "labels", "arm"]
+CASE = ["task", "labels", "draw", "case", "class"]  # what two arms are paired by
+METRICS = ["dice", "nsd"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """The study."""
+class Study:
+    """A study, as its YAML file states it; settings are arguments of the fine-tuning recipe."""
 
-    # "TASK LABELS DRAWS ARM,ARM key=value ...", most telling first; LABELS may be all, and what
-    # follows the arms is set for their runs only.
-    blocks: tuple[str, ...]
-    weights: str | None = None  # file or name of the pretrained arms
-    # "ARM FILE" for arms that begin with other weights; files are seen from SAMMED3D_RUNS.
-    more_weights: tuple[str, ...] = ()
-    # Learning rates to choose among for every arm; (): the task's own.
-    rates: tuple[float, ...] = ()
-    tuning_fold: int = 1  # that they are compared on, with one draw
-    tuning_labels: str = "8"
-    out: str = "results/transfer_study"  # seen from recipes/
-    settings: tuple[str, ...] = ()  # key=value of the fine-tuning recipe, for every run
+    out: str  # folder of the results, relative to recipes/studies/results
+    # Arm -> its settings. `weights` may name a file relative to SAMMED3D_RUNS.
+    arms: Mapping[str, Mapping[str, Any]]
+    # Blocks of runs, the most informative first: task (a file of recipes/configs), labels (numbers
+    # of labelled subjects, or all), draws, arms, and settings of the block's runs.
+    grid: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of every run
+    baseline: str = "scratch"
+    rates: Sequence[float] = ()  # learning rates that every arm chooses from
+    tuning: Mapping[str, Any] = field(default_factory=lambda: {"fold": 1, "labels": 8})
 
 
 @dataclass(frozen=True)
-class Row:
-    """One run of the study."""
+class Planned:
+    """One run of a study."""
 
-    task: str  # a file of recipes/configs, or the path of another
-    labels: str
+    task: str
+    labels: int | str
     draw: int  # seed of the drawn subjects and of the training
     arm: str
-    settings: tuple[str, ...] = field(default=(), compare=False)
-    rate: float | None = None  # that is tried; None: the run is reported
+    settings: Mapping[str, Any] = field(compare=False)
+    rate: float | None = None  # a trial of this learning rate; None: the run is reported
 
     @property
     def name(self) -> str:
-        """Of its folder."""
-        tried = "" if self.rate is None else f"_lr{self.rate:g}"
-        return f"{Path(self.task).stem}_{self.labels}_draw{self.draw}_{self.arm}{tried}"
+        """Name of the run's folder and of its rows."""
+        trial = "" if self.rate is None else f"_lr{self.rate:g}"
+        return f"{Path(self.task).stem}_{self.labels}_draw{self.draw}_{self.arm}{trial}"
 
 
-Scores = Mapping[Row, Sequence[Score]]  # of runs
+def read_study(path: Path) -> Study:
+    """The study of a YAML file.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a block names an unknown arm.
+    """
+    study = tables.load(Study, path)
+    for block in study.grid:
+        if unknown := {*block["arms"]} - {*study.arms}:
+            raise ValueError(f"{path}: grid names the arms {sorted(unknown)}; add them to arms")
+    return study
 
 
-def main(cfg: Config, *, report: bool = False) -> None:
+def main(study: Study, *, report: bool = False) -> None:
     """Makes the runs that are missing, then table and figure."""
-    out = HERE / cfg.out
-    rows = list(rows_of(cfg))
-    if not report:
-        in_order = [each for row in rows for each in (*trials_of(row, cfg), row)]
-        for row in in_order:  # before anything is trained
-            wanted = run_config(row, cfg)
-            refuse_other(out / row.name / "config.yaml", wanted, finetune_unetr.FREE)
-        for row in in_order:
-            if not is_done(out, row):
-                wanted = run_config(row, cfg)
-                finetune_unetr.main(wanted)
-                keep(runs_folder() / wanted.name, out / row.name, FILES)
-                write_report(out, rows, cfg)
-    write_report(out, rows, cfg)
+    out = HERE / "results" / study.out
+    for run in () if report else in_order(study):
+        settings = settings_of(run, study, out)
+        if not tables.is_done(out, run.name, tables.digest(settings)):
+            train(run, settings, study, out)
+            write_report(out, study)
+    write_report(out, study)
 
 
-def rows_of(cfg: Config) -> Iterator[Row]:
-    """All runs in their order: within a block, all arms of a draw before the next draw.
-
-    Raises:
-        ValueError: If a block cannot be read.
-    """
-    for block in cfg.blocks:
-        try:
-            task, labels, draws, arms, *settings = block.split()
-            numbers = range(int(draws))
-        except ValueError:
-            raise ValueError(f"block {block!r}; write it as TASK LABELS DRAWS ARM,ARM") from None
-        known = [*ARMS, *other_starts(cfg)]
-        if unknown := set(arms.split(",")) - {*known}:
-            raise ValueError(
-                f"block {block!r} has arms {sorted(unknown)}; choose among {known}, or give their "
-                "weights by more_weights=['ARM FILE']"
-            )
-        for n in numbers:
-            yield from (Row(task, labels, n, arm, tuple(settings)) for arm in arms.split(","))
+def in_order(study: Study) -> Iterator[Planned]:
+    """All runs: within a block all arms of a draw before the next; trials before their arm."""
+    tried = set()
+    for block in study.grid:
+        labels = block["labels"]
+        for number in labels if isinstance(labels, list) else [labels]:
+            for draw in range(block["draws"]):
+                for arm in block["arms"]:
+                    settings = block.get("settings", {})
+                    if study.rates and (block["task"], arm) not in tried:
+                        tried.add((block["task"], arm))
+                        for rate in study.rates:
+                            first = study.tuning["labels"]
+                            yield Planned(block["task"], first, 0, arm, settings, float(rate))
+                    yield Planned(block["task"], number, draw, arm, settings)
 
 
-def other_starts(cfg: Config) -> dict[str, Path]:
-    """The weights of the arms that begin with others than the study's, by arm.
-
-    Raises:
-        ValueError: If an entry cannot be read, or an arm means something else.
-    """
-    found: dict[str, Path] = {}
-    for entry in cfg.more_weights:
-        arm, _, file = entry.partition(" ")
-        if not file or arm in ARMS:
-            raise ValueError(f"more_weights={entry!r}; write it as ARM FILE, ARM none of {[*ARMS]}")
-        found[arm] = runs_folder() / file.strip()
-    return found
+def settings_of(run: Planned, study: Study, out: Path) -> dict[str, Any]:
+    """What a run sets over its task's file."""
+    settings = {**study.settings, **run.settings, **study.arms[run.arm]}
+    settings |= {"labels": None if run.labels == "all" else run.labels, "seed": run.draw}
+    rate = run.rate
+    if rate is not None:
+        settings["fold"] = study.tuning["fold"]
+    elif study.rates:
+        rate = chosen_rate(run, out)
+    return settings if rate is None else {**settings, "lr": rate, "scratch_lr": rate}
 
 
-def trials_of(row: Row, cfg: Config) -> list[Row]:
-    """The runs that choose the learning rate of a row: one draw, a fold that is not reported."""
-    first = replace(row, labels=cfg.tuning_labels, draw=0)
-    return [replace(first, rate=rate) for rate in cfg.rates]
+def chosen_rate(run: Planned, out: Path) -> float:
+    """The learning rate of an arm's best trial on a task."""
+    trials = tables.read(out, "runs").query("trial_rate.notna()")
+    own = trials[(trials.task == Path(run.task).stem) & (trials.arm == run.arm)]
+    return float(own.loc[own["mean_dice"].idxmax(), "trial_rate"])
 
 
-def chosen_rate(row: Row, cfg: Config) -> float | None:
-    """With the best mean Dice on the tuning fold; None: not all of them have been tried."""
-    out = HERE / cfg.out
-    trials = trials_of(row, cfg)
-    if not trials or not all(is_done(out, trial) for trial in trials):
-        return None
-    return max(trials, key=lambda trial: mean_dice(out, trial)).rate
+def recipe_config(run: Planned, settings: Mapping[str, Any], study: Study) -> finetune_unetr.Config:
+    """The configuration of the fine-tuning recipe for a run."""
+    path = HERE.parent / "configs" / f"{run.task}.yaml"
+    task = yaml.safe_load((path if path.is_file() else Path(run.task)).read_text(encoding="utf-8"))
+    values = {**task, **settings, "name": f"{Path(study.out).name}/{run.name}"}
+    own = runs_folder() / str(values.get("weights"))
+    if own.is_file():
+        values["weights"] = str(own)
+    return config.build(finetune_unetr.Config, values)
 
 
-def is_done(out: Path, row: Row) -> bool:
-    """Whether a run has results."""
-    return (out / row.name / "scores.csv").is_file()
-
-
-def mean_dice(out: Path, row: Row) -> float:
-    """Of a run's last averaged weights, over classes and cases."""
-    return interval({row: read_scores(out / row.name / "scores.csv")}, "dice")[0] or 0.0
-
-
-def run_config(row: Row, cfg: Config) -> finetune_unetr.Config:
-    """What the fine-tuning recipe is asked for.
-
-    Raises:
-        ValueError: If a pretrained arm has no weights.
-    """
-    means = ARMS.get(row.arm, ARMS["pretrained"])
-    is_random = "scratch=true" in means
-    weights = other_starts(cfg).get(row.arm, None if is_random else cfg.weights)
-    if not is_random and weights is None:
-        raise ValueError(f"arm {row.arm} needs trained weights; pass weights=FILE")
-    here = HERE.parent / "configs" / f"{row.task}.yaml"
-    rate = chosen_rate(row, cfg) if row.rate is None else row.rate
-    overrides = [
-        *cfg.settings,
-        *row.settings,
-        *means,
-        f"weights={'null' if weights is None else weights}",
-        f"labels={'null' if row.labels == 'all' else row.labels}",
-        f"seed={row.draw}",
-        f"name={Path(cfg.out).name}/{row.name}",
-        *([] if rate is None else [f"lr={rate}", f"scratch_lr={rate}"]),
-        *([] if row.rate is None else [f"fold={cfg.tuning_fold}"]),
-    ]
-    path = here if here.is_file() else Path(row.task)
-    return config.load(finetune_unetr.Config, path, overrides)
-
-
-def refuse_other(kept: Path, wanted: DataclassInstance, free: Collection[str]) -> None:
-    """Results of other weights or settings must not pass for those of a study.
-
-    Args:
-        kept: The configuration of results, if there are any.
-        wanted: The configuration that is asked for.
-        free: Keys that do not count.
-
-    Raises:
-        ValueError: If they differ in what counts.
-    """
-    if kept.is_file():
-        found = config.differences(config.load(type(wanted), kept), wanted)
-        changed = sorted(
-            key
-            for key, (a, b) in found.items()
-            if key not in free and without_runs(str(a)) != without_runs(str(b))
-        )
-        if changed:
-            raise ValueError(f"{kept.parent} is of other values of {changed}; give another out=")
-
-
-def keep(run: Path, folder: Path, files: Sequence[str]) -> None:
-    """Copies what a comparison needs; each file is whole at any moment."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        text = (run / name).read_text(encoding="utf-8")
-        write_text(folder / Path(name).name, without_runs(text))
-
-
-def without_runs(text: str) -> str:
-    """Paths in it as seen from SAMMED3D_RUNS, so that a study goes on where that lies elsewhere."""
-    return text.replace(f"{runs_folder()}/", "")
-
-
-def write_report(out: Path, rows: Sequence[Row], cfg: Config) -> None:
-    """Writes table and figure of the runs that have results."""
-    table = make_table(out, [row for row in rows if is_done(out, row)])
-    trials = dict.fromkeys(trial for row in rows for trial in trials_of(row, cfg))
-    tried = {row: mean_dice(out, row) for row in trials if is_done(out, row)}
-    if not table and not tried:
-        return
-    write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
-    text = "".join(
-        (as_markdown(table), classes_shown(table), trials_shown(tried, cfg), origins_shown(table))
-    )
-    write_text(out / "table.md", text)
-    if table:
-        draw_figure(out / "figure.png", table)
-
-
-def make_table(out: Path, done: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line per task, number of labels and arm; gains are over scratch in the same draws."""
-    scores = {row: read_scores(out / row.name / "scores.csv") for row in done}
-    curves = {row: curve(out, row) for row in done}
-    cells = dict.fromkeys((row.task, row.labels, row.arm) for row in done)
-    lines = []
-    for task, labels, arm in cells:
-        rows = [row for row in done if (row.task, row.labels, row.arm) == (task, labels, arm)]
-        twins = {row: replace(row, arm=BASELINE) for row in rows}
-        paired = {row: twin for row, twin in twins.items() if twin in scores and arm != BASELINE}
-        gains = {row: differences(scores[row], scores[twin]) for row, twin in paired.items()}
-        line: dict[str, Any] = {
-            "task": Path(task).stem,
-            "labels": labels,
-            "arm": arm,
-            "draws": len(rows),
-            "paired_draws": len(gains),
-        }
-        for metric in ("dice", "nsd"):
-            line[metric] = interval({row: scores[row] for row in rows}, metric)
-            line[f"{metric}_gain"] = interval(gains, metric)
-        line["classes"] = by_class({row: scores[row] for row in rows}, gains)
-        about = json.loads((out / rows[0].name / "scores.json").read_text(encoding="utf-8"))
-        line["cost"] = cost(about)
-        line["origin"] = origin(about)
-        line["curves"] = [curves[row] for row in rows]
-        line["steps_to_scratch"] = [
-            steps_to_reach(curves[row], curves[twin]) for row, twin in paired.items()
-        ]
-        lines.append(line)
-    return lines
-
-
-def interval(scores: Scores, metric: str) -> list[float | None]:
-    """Mean and bounds, drawing draws and subjects, each independently of the other."""
-    flat = [(row.draw, score) for row, of_run in scores.items() for score in of_run]
-    found: Interval = bootstrap_interval(
-        [getattr(score, metric) for _, score in flat],
-        [score.subject for _, score in flat],
-        classes=[score.name for _, score in flat],
-        draws=[str(draw) for draw, _ in flat],
-    )
-    return [None if math.isnan(value) else round(value, 5) for value in found]
-
-
-def by_class(scores: Scores, gains: Scores) -> dict[str, dict[str, Any]]:
-    """Dice and its gain for every class, without the structures that the volume cuts off."""
-
-    def only(of_runs: Scores, name: str) -> Scores:
-        return {
-            row: [
-                score
-                for score in of_run
-                if score.name == name and not score.truncated and not math.isnan(score.dice)
-            ]
-            for row, of_run in of_runs.items()
-        }
-
-    found = {}
-    for name in dict.fromkeys(score.name for of_run in scores.values() for score in of_run):
-        own = only(scores, name)
-        found[name] = {
-            "cases": len({score.case for of_run in own.values() for score in of_run}),
-            "dice": interval(own, "dice"),
-            "dice_gain": interval(only(gains, name), "dice"),
-        }
-    return found
-
-
-def cost(about: dict[str, Any]) -> dict[str, float | None]:
-    """What a run's scores say it took, of one draw since all draws are alike."""
-    return {
-        "trained_parameters": about["parameters"].get("trained"),
-        "parameters": about["parameters"]["all"],
+def train(run: Planned, settings: Mapping[str, Any], study: Study, out: Path) -> None:
+    """Fine-tunes one run and adds it to the study's files."""
+    wanted = recipe_config(run, settings, study)
+    finetune_unetr.main(wanted)
+    folder = runs_folder() / wanted.name
+    about = json.loads((folder / "results" / "scores.json").read_text(encoding="utf-8"))
+    curve = [line for line in Run(folder).records() if line.get("mean_dice") is not None]
+    row = {
+        "run": run.name,
+        "task": Path(run.task).stem,
+        "labels": str(run.labels),
+        "draw": run.draw,
+        "arm": run.arm,
+        "trial_rate": run.rate,
+        "settings": json.dumps(settings),
+        "config": tables.digest(settings),
+        "seed": run.draw,
+        **{key: about[key] for key in ("mean_dice", "steps", "seconds", "cpu_seconds")},
         "peak_memory_mb": about["peak_memory_mb"],
-        "seconds_per_step": round(about["seconds"] / about["steps"], 3),
-        "cpu_seconds_per_step": round(about["cpu_seconds"] / about["steps"], 3),
-    }
-
-
-def origin(about: dict[str, Any]) -> dict[str, str]:
-    """What a run's scores say it began with, and what made them."""
-    made = about["provenance"]
-    return {
-        "start": about["weights"],
-        "contamination": about["contamination"],
-        "training": f"{about['steps']} steps; {about['split']}",
+        "parameters": about["parameters"]["all"],
+        "trained_parameters": about["parameters"].get("trained"),
+        "start": "; ".join(about["weights"].splitlines()),
+        "seen": about["contamination"],
+        "split": about["split"],
+        "validation": " ".join(f"{line['step']}:{line['mean_dice']}" for line in curve),
         "command": about["command"],
-        "made": (
-            f"{made['date']}, commit {made['commit']}, {made['processor']}, "
-            f"accelerator {made['accelerator']}, threads {made['threads']}, torch {made['torch']}"
-        ),
+        **tables.made(about["provenance"]),
     }
+    kept = {"scores": pd.read_csv(folder / "results" / "scores.csv")} if run.rate is None else {}
+    tables.add(out, row, **kept)
 
 
-def curve(out: Path, row: Row) -> list[tuple[int, float]]:
-    """Steps of a run and the mean validation Dice at each."""
-    lines = Run(out / row.name).records()
-    return [
-        (line["step"], line["mean_dice"]) for line in lines if line.get("mean_dice") is not None
-    ]
+# --- report -------------------------------------------------------------------------------------
 
 
-def steps_to_reach(
-    ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]
-) -> tuple[int | None, int]:
-    """The first step at which one curve is as high as another at its end, and the other's steps."""
-    steps, last = theirs[-1]
-    return next((step for step, dice in ours if dice >= last), None), steps
-
-
-def as_markdown(table: Sequence[dict[str, Any]]) -> str:
-    """The table for people; all in points, hundredths."""
-    head = (
-        "Means with 95 % intervals (over draws and subjects); gains over scratch are\n"
-        "paired, in points. Steps: where scratch's last validation Dice is reached, of all.\n"
-        "Cost: millions of trained parameters and of all, peak memory in MB, seconds per step on\n"
-        "the clock and of CPU.\n"
-        "\n| task | labels | arm | draws | Dice | NSD | Dice gain | NSD gain | steps | cost |\n"
-        "|---|---|---|---|---|---|---|---|---|---|\n"
+def write_report(out: Path, study: Study) -> None:
+    """Writes table.md and figure.png from runs.csv and scores.csv."""
+    every = tables.read(out, "runs")
+    runs = every[every["trial_rate"].isna()] if "trial_rate" in every else every
+    if runs.empty:
+        return
+    keys = ["run", *CELL, "draw"]
+    scores = tables.read(out, "scores").merge(runs[keys], on="run")
+    whole = scores[scores["truncated"] == "no"].dropna(subset="dice")
+    trials = every[every["trial_rate"].notna()]
+    text = (
+        "Means with 95 % intervals over draws and subjects, in %. Gains are over "
+        f"{study.baseline} in the same draws and cases, in points. Steps: where the last "
+        f"validation Dice of {study.baseline} is reached, of all steps. Cost: millions of trained "
+        "parameters and of all, peak memory in MB, seconds per step on the clock and of CPU.\n\n"
+        + tables.markdown(main_table(runs, scores, study.baseline))
+        + "\n## By class\n\nDice of the structures that lie wholly in the volume.\n\n"
+        + tables.markdown(class_table(whole, study.baseline))
     )
+    if not trials.empty:
+        rates = trials.assign(dice=trials["mean_dice"].map("{:.2%}".format).str[:-1]).pivot_table(
+            index=["task", "arm"], columns="trial_rate", values="dice", aggfunc="first", sort=False
+        )
+        rates.columns = [f"{rate:g}" for rate in rates.columns]
+        text += (
+            f"\n## Learning rates\n\nDice on fold {study.tuning['fold']} with "
+            f"{study.tuning['labels']} labelled subjects, one draw; the best was taken.\n\n"
+            + tables.markdown(rates.reset_index())
+        )
+    starts = runs.drop_duplicates(["arm", "start"])
+    columns = ["arm", "task", "start", "seen", "date", "commit", "processor", "threads", "torch"]
+    text += "\n## What the arms started from\n\n" + tables.markdown(starts[columns].astype(str))
+    write_text(out / "table.md", text)
+    draw_figure(out / "figure.png", runs, scores)
+
+
+def main_table(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """A row per task, number of labels and arm."""
     lines = []
-    for line in table:
-        reached = (f"{a or 'never'}/{b}" for a, b in line["steps_to_scratch"])
-        cells = [
-            *(str(line[key]) for key in ("task", "labels", "arm", "draws")),
-            *(_shown(line[metric], 100, "") for metric in ("dice", "nsd")),
-            *(_shown(line[f"{metric}_gain"], 100, "+") for metric in ("dice", "nsd")),
-            ", ".join(reached),
-            _cost_shown(line["cost"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |\n")
-    return head + "".join(lines)
+    for cell, own in runs.groupby(CELL, sort=False):
+        task, labels, arm = cell
+        mine = scores[scores["run"].isin(own["run"])]
+        same = runs[(runs["task"] == task) & (runs["labels"] == labels)]
+        twins = same[same["arm"] == baseline]
+        theirs = scores[scores["run"].isin(twins["run"])]
+        line = dict(zip(CELL, cell, strict=True)) | {"draws": str(len(own))}
+        line |= {m.upper(): tables.shown(tables.interval(mine, m), 2) for m in METRICS}
+        if arm != baseline and len(theirs):
+            gains = tables.paired(mine, theirs, CASE, METRICS)
+            for metric in METRICS:
+                gain = tables.interval(gains, metric)
+                line[f"{metric.upper()} gain"] = tables.shown(gain, 2, "+")
+            pairs = own.merge(twins, on="draw", suffixes=("", "_twin"))
+            curves = zip(pairs["validation"], pairs["validation_twin"], strict=True)
+            line["steps"] = ", ".join(steps_to_reach(*map(points, pair)) for pair in curves)
+        lines.append(line | {"cost": cost(own.iloc[0])})
+    columns = [*CELL, "draws", "DICE", "NSD", "DICE gain", "NSD gain", "steps", "cost"]
+    table = pd.DataFrame(lines).reindex(columns=columns)
+    return table.rename(columns=lambda name: name.replace("DICE", "Dice"))
 
 
-def classes_shown(table: Sequence[dict[str, Any]]) -> str:
-    """The table class by class."""
-    text = (
-        "\n## By class\n\nDice as above, only of structures that lie wholly in the volume; cases: "
-        "that have one.\n\n| task | labels | class | cases | arm | Dice | Dice gain |\n"
-        "|---|---|---|---|---|---|---|\n"
-    )
-    for task, labels in dict.fromkeys((line["task"], line["labels"]) for line in table):
-        arms = [line for line in table if (line["task"], line["labels"]) == (task, labels)]
-        for name in arms[0]["classes"]:
-            for line in arms:
-                own = line["classes"][name]
-                cells = [
-                    *(task, labels, name, str(own["cases"]), line["arm"]),
-                    _shown(own["dice"], 100, ""),
-                    _shown(own["dice_gain"], 100, "+"),
-                ]
-                text += f"| {' | '.join(cells)} |\n"
-    return text
+def class_table(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """A row per task, number of labels, class and arm."""
+    lines = []
+    for cell, own in scores.groupby([*CELL[:2], "class"], sort=False):
+        theirs = own[own["arm"] == baseline]
+        for arm, mine in own.groupby("arm", sort=False):
+            line = dict(zip([*CELL[:2], "class"], cell, strict=True))
+            line |= {"cases": str(mine["case"].nunique()), "arm": arm}
+            line["Dice"] = tables.shown(tables.interval(mine, "dice"), 2)
+            gains = tables.paired(mine, theirs, CASE, ["dice"])
+            if arm != baseline and len(gains):
+                line["Dice gain"] = tables.shown(tables.interval(gains, "dice"), 2, "+")
+            lines.append(line)
+    return pd.DataFrame(lines)
 
 
-def trials_shown(tried: Mapping[Row, float], cfg: Config) -> str:
-    """How each arm's learning rate was chosen."""
-    if not tried:
-        return ""
-    text = (
-        f"\n## Learning rates\n\nDice on fold {cfg.tuning_fold}, {cfg.tuning_labels} labels, one "
-        "draw; the best was taken for all runs of\nthe arm on that task.\n\n"
-        f"| task | arm | {' | '.join(f'{rate:g}' for rate in cfg.rates)} |\n"
-        f"|---|---|{'---|' * len(cfg.rates)}\n"
-    )
-    for task, arm in dict.fromkeys((row.task, row.arm) for row in tried):
-        dice = {row.rate: d for row, d in tried.items() if (row.task, row.arm) == (task, arm)}
-        cells = (f"{100 * dice[rate]:.2f}" if rate in dice else "" for rate in cfg.rates)
-        text += f"| {Path(task).stem} | {arm} | {' | '.join(cells)} |\n"
-    return text
+def points(text: str) -> list[tuple[int, float]]:
+    """Steps and validation Dice of a curve in runs.csv."""
+    pairs = (point.split(":") for point in text.split()) if isinstance(text, str) else ()
+    return [(int(step), float(dice)) for step, dice in pairs]
 
 
-def origins_shown(table: Sequence[dict[str, Any]]) -> str:
-    """What the arms began with and what made their figures, each start said once."""
-    text = (
-        "\n## What the arms began with\n\n"
-        "Decoders read the maps of an encoder's blocks: its neck is removed, whatever it held.\n"
-    )
-    firsts: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in table:
-        firsts.setdefault((line["arm"], line["origin"]["start"]), line)
-    for line in firsts.values():
-        rows = (f"{key}: {value}" for key, value in line["origin"].items())
-        where = f"{line['task']}, labels {line['labels']}"
-        text += "\n".join([f"\n### {line['arm']} ({where})\n", "```text", *rows, "```\n"])
-    return text
+def steps_to_reach(ours: Sequence[tuple[int, float]], theirs: Sequence[tuple[int, float]]) -> str:
+    """The first step at which one curve is as high as another at its end, of the other's steps."""
+    steps, last = theirs[-1]
+    return f"{next((step for step, dice in ours if dice >= last), 'never')}/{steps}"
 
 
-def _cost_shown(found: dict[str, float | None]) -> str:
-    """Parameters, memory, time."""
-    trained, every = (
-        "not kept" if number is None else f"{number / 1e6:.2f}"
-        for number in (found["trained_parameters"], found["parameters"])
-    )
-    seconds = f"{found['seconds_per_step']} / {found['cpu_seconds_per_step']}"
-    return f"{trained} of {every}, {found['peak_memory_mb']}, {seconds}"
+def cost(run: pd.Series) -> str:
+    """Parameters, memory and time of a run."""
+    numbers = [run[key] / 1e6 for key in ("trained_parameters", "parameters")]
+    seconds = [run[key] / run["steps"] for key in ("seconds", "cpu_seconds")]
+    trained, every = ("not kept" if pd.isna(n) else f"{n:.2f}" for n in numbers)
+    memory = "not kept" if pd.isna(run["peak_memory_mb"]) else f"{run['peak_memory_mb']:.0f}"
+    times = " / ".join(f"{each:.3f}" for each in seconds if pd.notna(each))
+    return f"{trained} of {every}, {memory}, {times or 'no training'}"
 
 
-def _shown(found: Sequence[float | None], factor: float, sign: str) -> str:
-    """Mean (low to high), as far as they are known."""
-    mean, *bounds = (None if v is None else f"{factor * v:{sign}.2f}" for v in found)
-    if mean is None:
-        return ""
-    return mean if None in bounds else f"{mean} ({' to '.join(map(str, bounds))})"
-
-
-def draw_figure(path: Path, table: Sequence[dict[str, Any]]) -> None:
-    """Writes a PNG with a column per task.
-
-    Above the Dice of every arm against the number of labelled subjects, below the validation Dice
-    against steps, at the number of labels that the study begins with.
-    """
-    tasks = [*dict.fromkeys(line["task"] for line in table)]
-    figure = Figure(figsize=(5 * len(tasks), 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for column, task in zip(figure.subplots(2, len(tasks), squeeze=False).T, tasks, strict=True):
-        lines = [line for line in table if line["task"] == task]
-        arms = [*dict.fromkeys(line["arm"] for line in lines)]
-        colours = {arm: f"C{number}" for number, arm in enumerate(arms)}
-        draw_scores(column[0], lines, colours)
+def draw_figure(path: Path, runs: pd.DataFrame, scores: pd.DataFrame) -> None:
+    """Writes a PNG with a column per task: Dice against labelled subjects, and against steps."""
+    tasks = runs["task"].unique()
+    figure = tables.new_figure(5 * len(tasks), 7.5)
+    axes = figure.subplots(2, len(tasks), squeeze=False)
+    for column, task in zip(axes.T, tasks, strict=True):
+        own = runs[runs["task"] == task]
+        colours = {arm: f"C{number}" for number, arm in enumerate(own["arm"].unique())}
+        draw_scores(column[0], scores[scores["task"] == task], colours)
         column[0].set_title(task)
-        first = lines[0]["labels"]
-        draw_curves(column[1], [line for line in lines if line["labels"] == first], colours)
+        first = own["labels"].iloc[0]
+        for _, run in own[(own["labels"] == first) & own["validation"].notna()].iterrows():
+            steps, dice = zip(*points(run["validation"]), strict=True)
+            label = run["arm"] if run["draw"] == 0 else None
+            percent = [100 * value for value in dice]
+            column[1].plot(steps, percent, ".-", lw=1, color=colours[run["arm"]], label=label)
         column[1].set_title(f"{task}, {first} labelled subjects: each draw", fontsize=10)
-        for axes in column:
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=8, framealpha=0.5)  # an interval may end behind it
+        column[1].set(xlabel="steps", ylabel="validation Dice (%)")
+        for each in column:
+            each.grid(alpha=0.3)
+            each.legend(fontsize=8, framealpha=0.5)  # an interval may end behind it
     figure.savefig(path, dpi=110)
 
 
-def draw_scores(axes: Axes, lines: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> None:
-    """Means and intervals of every arm, by number of labels."""
-    numbers = sorted(
-        {line["labels"] for line in lines},
-        key=lambda labels: math.inf if labels == "all" else int(labels),
-    )
+def draw_scores(axes: Axes, scores: pd.DataFrame, colours: Mapping[str, str]) -> None:
+    """Means and intervals of every arm by number of labelled subjects."""
+    ticks = sorted(scores["labels"].unique(), key=lambda n: math.inf if n == "all" else int(n))
     for number, (arm, colour) in enumerate(colours.items()):
+        cells = dict([*scores[scores["arm"] == arm].groupby("labels")])
         shift = 0.06 * (number - (len(colours) - 1) / 2)  # centred on the tick
-        own = [line for line in lines if line["arm"] == arm]
-        own.sort(key=lambda line: numbers.index(line["labels"]))
-        places = [numbers.index(line["labels"]) + shift for line in own]
-        means = [100 * line["dice"][0] for line in own]
-        ends = [
-            [100 * (v if v is not None else line["dice"][0]) for v in line["dice"][1:]]
-            for line in own
-        ]
-        sides = [
-            [m - low for m, (low, _) in zip(means, ends, strict=True)],
-            [high - m for m, (_, high) in zip(means, ends, strict=True)],
-        ]
-        axes.errorbar(places, means, sides, marker="o", capsize=3, color=colour, label=arm)
-    axes.set_xticks(range(len(numbers)), numbers)
-    axes.set_xlim(-0.5, len(numbers) - 0.5)  # also where there is one number alone
-    axes.set_xlabel("labelled subjects")
-    axes.set_ylabel("Dice (%), 95 % interval")
-
-
-def draw_curves(axes: Axes, lines: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> None:
-    """A line per run."""
-    for line in lines:
-        for number, points in enumerate(line["curves"]):
-            steps, dice = zip(*points, strict=True)
-            axes.plot(
-                steps,
-                [100 * value for value in dice],
-                marker=".",
-                linewidth=1,
-                color=colours[line["arm"]],
-                label=line["arm"] if number == 0 else None,
-            )
-    axes.set_xlabel("steps")
-    axes.set_ylabel("validation Dice (%)")
+        found = {ticks.index(n) + shift: tables.interval(own, "dice") for n, own in cells.items()}
+        for place, each in sorted(found.items()):
+            mean, low, high = (100 * (each.mean if math.isnan(v) else v) for v in each)
+            sides = [[mean - low], [high - mean]]
+            label = arm if place == min(found) else None
+            axes.errorbar(place, mean, sides, fmt="o", capsize=3, color=colour, label=label)
+        line = sorted(found)
+        axes.plot(line, [100 * found[place].mean for place in line], color=colour)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xlim(-0.5, len(ticks) - 0.5)  # also where there is only one number
+    axes.set(xlabel="labelled subjects", ylabel="Dice (%), 95 % interval")
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="YAML file with the fields of Study")
+    parser.add_argument("--report", action="store_true", help="rewrite table and figure only")
+    args = parser.parse_args()
     try:
-        cfg, flags = config.parse(
-            Config, description=__doc__, flags={"report": "train nothing, write table and figure"}
-        )
-        main(cfg, **flags)
+        main(read_study(args.study), report=args.report)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

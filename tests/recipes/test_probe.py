@@ -1,13 +1,14 @@
 """The probe of frozen encoders: its voxels, its order, its table."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from boxes import write_boxes
 from sammed3d_backbone.recipes import finetune_unetr, probe
-from sammed3d_backbone.recipes.probe import Config, main, voxels_of
+from sammed3d_backbone.recipes.probe import Config, gain_of, main, voxels_of
+from sammed3d_backbone.recipes.studies import tables
 
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.data.folders import read_dataset
@@ -62,40 +63,35 @@ def probed(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stopped_probe_goes_on_and_ends_with_table_and_figure(cfg, probed, tmp_path):
+def test_a_stopped_probe_resumes_and_ends_with_table_and_figure(cfg, probed, tmp_path):
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         main(cfg)
-    partial = json.loads((tmp_path / "out/table.json").read_text())
-    assert [*partial["encoders"]] == ["random"]
+    assert [*tables.read(out, "runs")["run"]] == ["random"]
     main(cfg)
     main(replace(cfg, weights=None))
     rest = ("placed", "scratch", "pretrained")
     assert probed[4:] == [f"{name}, {side}" for name in rest for side in ("bank", "asked")]
-    table = json.loads((tmp_path / "out/table.json").read_text())
-    assert [*table["encoders"]] == ["random", *rest]
-    assert not {*table["about"]["bank"]} & {*table["about"]["asked"]}
-    for entry in table["encoders"].values():
-        mean, low, high = entry["blocks"][0]["knn"]["balanced_accuracy"]
-        assert low <= mean <= high
-        assert mean > 0.6  # boxes differ in brightness, which any tokens tell
-    accuracies, gains = (tmp_path / "out/table.md").read_text().split("Gain over the random")
+    assert [*tables.read(out, "runs")["run"]] == ["random", *rest]
+    blocks = tables.read(out, "blocks")
+    assert (blocks["low"] <= blocks["mean"]).all()
+    # Boxes differ in brightness, which any tokens tell.
+    assert (blocks.query("block == 0 and probe == 'knn'")["mean"] > 0.6).all()
+    accuracies, gains = (out / "table.md").read_text().split("Gain over the random")
     assert "| random | 1 |" in accuracies
     assert "| random | 1 |" not in gains
-    assert "| pretrained | 1 | +" in gains.replace("| -", "| +")
-    assert (tmp_path / "out/figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "| pretrained | 1 |" in gains
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_other_weights_are_probed_again_and_other_voxels_begin_anew(cfg, monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_other_weights_and_other_voxels_are_probed_again(cfg, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(probe, "voxels_of", lambda *_, desc: calls.append(desc) or {})
-    monkeypatch.setattr(probe, "draw_figure", lambda *_: None)
+    monkeypatch.setattr(probe, "write_report", lambda *_: None)
     main(cfg)
-    write(
-        tmp_path / "tiny.safetensors",
-        encoder("tiny", pretrained=False, img_size=16).state_dict(),
-        {},
-        overwrite=True,
-    )
+    network = encoder("tiny", pretrained=False, img_size=16)
+    write(tmp_path / "tiny.safetensors", network.state_dict(), {}, overwrite=True)
     main(cfg)
     assert calls[8:] == ["pretrained, bank", "pretrained, asked"]
     main(replace(cfg, per_class=11))
@@ -103,11 +99,10 @@ def test_other_weights_are_probed_again_and_other_voxels_begin_anew(cfg, monkeyp
 
 
 def test_gains_are_paired_by_subject():
-    def entry(a, b):
-        return {"blocks": [{"knn": {"by_subject": {"a": a, "b": b}}}]}
-
-    table = {"encoders": {"random": entry(0.4, 0.8), "scratch": entry(0.5, 0.9)}}
-    assert probe.gains(table, "scratch") == [{"knn": [0.1, 0.1, 0.1]}]
+    rows = pd.DataFrame({"subject": ["a", "b"], "accuracy": [0.4, 0.8], "run": "random"})
+    rows = rows.assign(block=0, probe="knn")
+    found = gain_of(rows.assign(run="scratch", accuracy=rows["accuracy"] + 0.1), rows)
+    assert [*found["shown"]] == ["+10.0 (+10.0 to +10.0)"]
 
 
 def test_every_encoder_is_asked_about_the_same_voxels(toy_data):
@@ -163,8 +158,3 @@ def test_wrong_weights_are_refused_before_anything_is_probed(cfg, probed):
     with pytest.raises(ValueError, match="unknown weights 'nowhere'"):
         main(replace(cfg, weights="nowhere"))
     assert not probed
-
-
-def test_the_committed_probe_can_be_read(root):
-    cfg = config.load(Config, root / "recipes/configs/probe/hippocampus.yaml", ["weights=FILE"])
-    assert (cfg.run, cfg.weights) == ("hippocampus_8_seed0", "FILE")

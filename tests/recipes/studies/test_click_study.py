@@ -1,24 +1,26 @@
-"""The study of clicks: whom it refuses, its ball, its figures, and that it goes on."""
+"""The study of clicks: what it refuses, its ball, its figures, and that it resumes."""
 
 import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from sammed3d_backbone.recipes.studies import click_study
+from sammed3d_backbone.recipes.studies import click_study, tables
 from sammed3d_backbone.recipes.studies.click_study import (
     Ball,
     Config,
+    class_table,
+    click_table,
     main,
-    make_table,
     mean_volumes_mm3,
-    read_rows,
+    predicted,
     trained_cases,
 )
 from standins import Sphere
 
-from sammed3d_backbone import config, sam
+from sammed3d_backbone import sam
 from sammed3d_backbone.clickbench.cases import ClickCase
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.folders import read_dataset
@@ -116,11 +118,6 @@ def test_a_report_of_nothing_is_refused(tmp_path):
         main(Config(out=str(tmp_path)), report=True)
 
 
-def test_the_committed_study_can_be_read(root):
-    cfg = config.load(Config, root / "recipes/studies/click_study.yaml", ["weights=FILE"])
-    assert (cfg.weights, cfg.cases, cfg.clicks) == ("FILE", None, (1, 3, 5, 10))
-
-
 # --- the ball -----------------------------------------------------------------------------------
 
 
@@ -168,55 +165,50 @@ def test_a_ball_stays_where_it_is_and_inside_the_volume():
 
 
 @pytest.mark.slow
-def test_a_stopped_study_goes_on_and_plays_nothing_twice(cfg, asked, runs, tmp_path):
+def test_a_stopped_study_resumes_and_plays_nothing_twice(cfg, asked, runs, tmp_path):
     out = tmp_path / "out"
     asked.limit = 2
     with pytest.raises(KeyboardInterrupt):
         main(cfg)
-    assert [*json.loads((out / "table.json").read_text())["players"]] == ["newest", "all"]
+    assert [*tables.read(out, "runs")["run"]] == ["newest", "all"]
     asked.limit = 10**6
     main(cfg)
     # The ball is played class by class.
     assert asked == ["newest", "all", "untrained", "sphere", "sphere"]
-    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    kept = {path: path.read_bytes() for path in out.iterdir()}
     main(cfg)
     main(cfg, report=True)
     assert len(asked) == 5
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == kept
+    assert {path: path.read_bytes() for path in out.iterdir()} == kept
 
-    table = json.loads((out / "table.json").read_text())
-    assert [*table["players"]] == ["newest", "all", "untrained", "sphere"]
-    assert [*table["differences"]] == ["newest - untrained", "newest - sphere", "all - newest"]
-    assert table["about"]["newest"]["header"]["trained_on"].startswith("1 cases of Toy, none of")
-    assert {"date", "commit", "processor"} <= table["about"]["sphere"]["provenance"].keys()
+    made = tables.read(out, "runs").set_index("run")
+    assert [*made.index] == ["newest", "all", "untrained", "sphere"]
+    assert made.loc["newest", "trained_on"].startswith("1 cases of Toy, none of")
     text = (out / "table.md").read_text()
     assert "| all - newest | NSD at 2 mm |" in text
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
-    rows = {name: read_rows(out / name / "scores.csv") for name in table["players"]}
-    for name, of in rows.items():
-        assert [(row["class"], row["step"]) for row in of] == [
-            ("front", 1),
-            ("front", 2),
-            ("back", 1),
-            ("back", 2),
-        ]
-        assert np.isfinite([row["predicted_dice"] for row in of]).all() == (name != "sphere")
+    rows = dict([*tables.read(out, "scores").groupby("run")])
+    order = [("front", 1), ("front", 2), ("back", 1), ("back", 2)]
+    for name, own in rows.items():
+        assert [*zip(own["class"], own["step"], strict=True)] == order
+        assert own["predicted_dice"].notna().all() == (name != "sphere")
     lines = (runs / "out" / "newest" / "clicks.jsonl").read_text().splitlines()[1:]
     said = [json.loads(line)["predicted_dice"] for line in lines]
-    assert said == [row["predicted_dice"] for row in rows["newest"]]
+    assert said == [*rows["newest"]["predicted_dice"]]
     assert said[0] != said[1]
     # All lies in one window: nothing tells the two ways apart before the second click.
-    assert rows["newest"][0] == rows["all"][0] != rows["untrained"][0]
-    assert rows["newest"][1] != rows["all"][1]
-    assert rows["sphere"][0]["dice"] > 0.7  # boxes, all of one size
+    dice = {name: [*own["dice"]] for name, own in rows.items()}
+    assert dice["newest"][0] == dice["all"][0] != dice["untrained"][0]
+    assert dice["newest"][1] != dice["all"][1]
+    assert dice["sphere"][0] > 0.7  # boxes, all of one size
 
 
 def test_results_of_another_study_are_not_taken_for_this_one(cfg, monkeypatch):
     monkeypatch.setattr(click_study, "Predictor", _stand_in)
     monkeypatch.setattr(click_study, "write_report", lambda *_: None)
     main(cfg)
-    with pytest.raises(ValueError, match=r"holds results of other .*fold; pass another out="):
+    with pytest.raises(ValueError, match="newest"):
         main(replace(cfg, fold=1))
 
 
@@ -230,61 +222,41 @@ def _stand_in(network, **_):
 # --- the figures --------------------------------------------------------------------------------
 
 
-def rows_of(dice, predicted=None):
+def rows_of(dice, predicted_dice=None):
     """Rows after one click from {(case, class): Dice}; NSD is half of it."""
-    return [
-        {
-            "case": case,
-            "subject": case,
-            "class": name,
-            "step": 1,
-            "dice": value,
-            "nsd_2mm": value / 2,
-            "predicted_dice": np.nan if predicted is None else predicted[case, name],
-        }
-        for (case, name), value in dice.items()
-    ]
+    rows = pd.DataFrame([*dice], columns=["case", "class"])
+    rows = rows.assign(run="newest", subject=rows["case"], step=1, dice=[*dice.values()])
+    rows["predicted_dice"] = np.nan if predicted_dice is None else predicted_dice
+    return rows.assign(nsd_2mm=rows["dice"] / 2)
 
 
 ONE = {("a", "x"): 0.2, ("b", "x"): 0.4, ("b", "y"): 0.8}
 OTHER = {("a", "x"): 0.1, ("b", "x"): 0.4, ("b", "y"): 0.5, ("c", "y"): 1.0}
 
 
-def test_every_class_counts_alike_and_pairs_are_of_the_same_targets():
-    table = make_table({"newest": rows_of(ONE), "untrained": rows_of(OTHER)}, [1])
-    newest = table["players"]["newest"]
-    assert (newest["targets"], newest["subjects"]) == (3, 2)
+def test_every_class_has_the_same_weight_and_pairs_are_of_the_same_targets():
+    ours, theirs = rows_of(ONE), rows_of(OTHER)
+    dice, nsd = click_table("player", {"newest": ours}, [1])["after 1"]
     # x: (0.2 + 0.4) / 2, y: 0.8. Drawing a alone leaves x at 0.2, b alone x at 0.4 and y at 0.8.
-    assert newest["dice"]["1"] == [0.55, 0.2, 0.6]
-    assert newest["nsd_2mm"]["1"][0] == 0.275
-    assert table["classes"]["newest"]["x"] == {
-        "targets": 2,
-        "dice": {"1": [0.3, 0.2, 0.4]},
-        "nsd_2mm": {"1": [0.15, 0.1, 0.2]},
-    }
-    assert table["classes"]["newest"]["y"]["dice"]["1"] == [0.8, None, None]  # one subject
-    gain = table["differences"]["newest - untrained"]
-    assert gain["targets"] == 3
-    # x: (0.1 + 0) / 2, y: 0.3.
-    assert gain["dice"]["1"][0] == pytest.approx(0.175)
+    assert dice == "55.0 (20.0 to 60.0)"
+    assert nsd.startswith("27.5 (")
+    classes = class_table({"newest": ours}, [1]).set_index("class")
+    assert classes.loc["x", "Dice after 1"] == "30.0 (20.0 to 40.0)"
+    assert classes.loc["y", "Dice after 1"] == "80.0"  # one subject
+    gain = tables.paired(ours, theirs, click_study.TARGET, ["dice"])
+    assert len(gain) == 3
+    assert tables.interval(gain, "dice").mean == pytest.approx((0.05 + 0.3) / 2)
 
 
 def test_what_is_predicted_is_compared_with_what_is_true():
     dice = dict(zip([(c, "x") for c in "abcdef"], [0.1, 0.3, 0.2, 0.5, 0.6, 0.9], strict=True))
-    predicted = dict(zip(dice, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7], strict=True))
-    table = make_table({"newest": rows_of(dice, predicted), "sphere": rows_of(dice)}, [1])
-    (found,) = table["opinions"].values()
-    found = found["1"]
-    assert found["targets"] == 6
-    # Ranks differ by 1 in two places: 1 - 6 * 2 / (6 * 35).
-    assert found["spearman"] == pytest.approx(1 - 12 / 210, abs=1e-5)
-    assert found["absolute_error"][0] == pytest.approx((0.1 + 0.2 + 0.2) / 6, abs=1e-5)
-    assert found["signed_error"][0] == pytest.approx((0.1 + 0.2 - 0.2) / 6, abs=1e-5)
-    assert [group["targets"] for group in found["bins"]] == [2, 1, 1, 1, 1]
-    assert found["bins"][0] == {"targets": 2, "predicted": 0.25, "true": 0.2}
-
-
-def test_one_opinion_on_everything_has_no_rank():
-    predicted = dict.fromkeys(ONE, 0.5)
-    found = make_table({"newest": rows_of(ONE, predicted)}, [1])["opinions"]["newest"]["1"]
-    assert found["spearman"] is None
+    table, groups = predicted(rows_of(dice, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), [1])
+    (line,) = table.to_dict("records")
+    assert line["targets"] == "6"
+    assert line["Spearman"] == f"{1 - 12 / 210:.2f}"  # ranks differ by 1 in two places
+    assert line["absolute error"].startswith("8.3 (")
+    assert line["signed error"].startswith("+1.7 (")
+    assert line["group 1"] == "25.0: 20.0"
+    assert len(groups[1]) == 5
+    same, _ = predicted(rows_of(dice, [0.5] * 6), [1])
+    assert same.loc[0, "Spearman"] == ""

@@ -1,18 +1,14 @@
 """The study of pretraining: its arms, its scores, its table."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
+import yaml
 from sammed3d_backbone.recipes import pretrain_promptable
-from sammed3d_backbone.recipes.studies import pretrain_study
-from sammed3d_backbone.recipes.studies.pretrain_study import (
-    Config,
-    Score,
-    as_markdown,
-    main,
-    read_scores,
-    run_config,
-)
+from sammed3d_backbone.recipes.studies import pretrain_study, tables
+from sammed3d_backbone.recipes.studies.pretrain_study import DICE, Study, main, main_table
 
 from sammed3d_backbone import config
 
@@ -22,70 +18,56 @@ def study(small_pretraining, tmp_path):
     """Two arms, in seconds."""
     base = pretrain_promptable.Config(**small_pretraining | {"steps": 2, "validate_every": 1})
     (tmp_path / "base.yaml").write_text(config.dump(base))
-    return Config(
+    return Study(
         base=str(tmp_path / "base.yaml"),
-        arms=("clicks", "hidden objectives=[reconstruction] steps=3"),
         out=str(tmp_path / "study"),
+        arms={"clicks": {}, "hidden": {"objectives": ["reconstruction"], "steps": 3}},
         crops=4,
     )
 
 
-def test_the_committed_study_differs_in_one_thing_per_arm(root):
-    cfg = config.load(Config, root / "recipes/studies/pretrain_study.yaml")
-    made = {name: run_config(name, cfg) for name in pretrain_study.arms_of(cfg)}
-    first = made["clicks"]
-    apart = {name: config.differences(first, run).keys() - {"name"} for name, run in made.items()}
-    assert apart == {
-        "clicks": set(),
-        "axial": {"rel_pos"},
-        "swapped": {"point_pos"},
-        "reconstruction": {"objectives", "rehearsal_steps", "steps", "curriculum_steps"},
-    }
-    assert {"hippocampus"} <= {*first.exclude}
-    assert all(run.curriculum_steps == run.steps for run in made.values())
+def test_every_arm_of_the_committed_study_is_a_valid_pretraining():
+    here = Path(pretrain_study.__file__).parent
+    study = tables.load(Study, here / "pretrain_study.yaml")
+    base = yaml.safe_load((here / study.base).read_text())
+    for own in study.arms.values():
+        values = {**base, **study.settings, **own}
+        made = config.build(pretrain_promptable.Config, values)
+        assert made.curriculum_steps == made.steps
+        assert "hippocampus" in made.exclude
 
 
 @pytest.mark.slow
 def test_arms_are_trained_once_and_scored_on_the_same_crops(study, tmp_path, monkeypatch):
     main(study)
     out = tmp_path / "study"
-    rows = {name: read_scores(out / name / "scores.csv") for name in ("clicks", "hidden")}
-    places = {name: [(s.crop, s.source) for s in of] for name, of in rows.items()}
-    assert places["clicks"] == places["hidden"]
-    assert {s.crop for s in rows["clicks"]} == {0, 1, 2, 3}
-    assert all(0 <= dice <= 1 for of in rows.values() for s in of for dice in s.dice)
+    scores = dict([*tables.read(out, "scores").groupby("run")])
+    places = [[*zip(own["crop"], own["source"], strict=True)] for own in scores.values()]
+    assert len(places) == 2
+    assert places[0] == places[1]
+    assert {crop for crop, _ in places[0]} == {0, 1, 2, 3}
+    assert scores["clicks"][DICE].stack().between(0, 1).all()
     text = (out / "table.md").read_text()
-    assert "| hidden | objectives=('reconstruction',), steps=3 | 3 |" in text
+    assert "| hidden | objectives: [reconstruction], steps: 3 | 3 |" in text
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(pretrain_promptable, "main", lambda _: pytest.fail("trained again"))
     main(study)
-    with pytest.raises(ValueError, match=r"other values of \['lr'\]; give another out="):
-        main(replace(study, settings=("lr=0.5",)))
-    with pytest.raises(ValueError, match="is of 4 crops, not 5; give another out="):
-        main(replace(study, crops=5))
-    (out / "hidden/scores.csv").unlink()
-    main(study, report=True)
-    assert "| hidden |" not in (out / "table.md").read_text()
+    for changed in (replace(study, settings={"lr": 0.5}), replace(study, crops=5)):
+        with pytest.raises(ValueError, match="clicks"):
+            main(changed)
 
 
-def test_gains_are_over_the_first_arm_on_the_same_objects(study):
-    scores = {
-        "clicks": [Score(n, "Toy", (0.5, 0.5, n / 10)) for n in range(4)],
-        "hidden": [Score(n, "Toy", (0.4, 0.5, 0.1 + n / 10)) for n in range(4)],
-    }
-    line = {"step": 2, "loss": 1.0, "cpu_seconds": 60, "memory_gib": 1.0}
-    table = as_markdown(
-        scores,
-        {name: [line] for name in scores},
-        {name: run_config(name, study) for name in scores},
-    )
-    hidden = table.splitlines()[-1]
-    assert "40.0 (40.0 to 40.0)<br>-10.0 (-10.0 to -10.0)" in hidden
-    assert "+10.0 (+10.0 to +10.0)" in hidden
-    assert "<br>" not in table.splitlines()[-2]
-
-
-def test_two_arms_of_one_name_are_refused(study):
-    with pytest.raises(ValueError, match="name one twice"):
-        main(replace(study, arms=("clicks", "clicks lr=0.1")))
+def test_gains_are_over_the_first_arm_on_the_same_objects():
+    runs = pd.DataFrame({"run": ["clicks", "hidden"], "settings": "{}"})
+    runs = runs.assign(steps=2, cpu_seconds=60.0, memory_gib=1.0)
+    scores = pd.DataFrame({"run": ["clicks"] * 4 + ["hidden"] * 4, "dice_3": 0.5, "source": "Toy"})
+    scores = scores.assign(subject=["0", "1", "2", "3"] * 2)
+    scores["dice_1"] = [0.5] * 4 + [0.4] * 4
+    scores["dice_5"] = [0.0, 0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.4]
+    curves = pd.DataFrame({"run": ["hidden"], "patch_error": [0.5]})
+    first, hidden = main_table(runs, scores, curves).to_dict("records")
+    assert hidden["1 click, Toy"] == "40.0 (40.0 to 40.0)<br>-10.0 (-10.0 to -10.0)"
+    assert hidden["5 clicks, Toy"].endswith("<br>+10.0 (+10.0 to +10.0)")
+    assert hidden["error of hidden patches"] == "0.500"
+    assert "<br>" not in first["1 click, Toy"]
