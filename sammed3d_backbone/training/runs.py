@@ -173,14 +173,17 @@ class Run:
                 _remove(path)
             else:
                 self.say(f"{path} is ignored: not a checkpoint")
+        damaged = []
         for path in reversed(found):
             if (damage := _damage(path)) is None:
+                for other in damaged:  # out of the way of the checkpoints to come
+                    aside = other.with_name(DAMAGED + other.name)
+                    _remove(aside)
+                    other.replace(aside)
                 return path.name
             self.say(f"checkpoint {path} is skipped: {damage}")
-            aside = path.with_name(DAMAGED + path.name)
-            _remove(aside)
-            path.replace(aside)
-        if found:
+            damaged.append(path)
+        if damaged:
             raise ValueError(
                 f"{self.folder} has no checkpoint that can be read; pass another name=, or remove "
                 "the folder to start over"
