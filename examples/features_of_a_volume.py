@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sammed3d_backbone import encoder
-from sammed3d_backbone.data.preparation import Preparation
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
 
 if len(sys.argv) > 1:
@@ -21,7 +21,9 @@ else:  # a bright ball in a volume with thick slices, axes towards L, P, S
 
 # 1.5 mm, axes towards R, A, S, z-scored, padded: what the released weights were trained on.
 network = encoder("tiny").eval()
-image, geometry = Preparation((1.5, 1.5, 1.5), "zscore_positive", network.img_size[0]).image(scan)
+mode = {"default": "zscore_positive"}
+preprocessing = Preprocessing((1.5, 1.5, 1.5), mode, "volume", network.img_size)
+image, geometry = preprocessing.image(scan)
 
 # One window around the middle; a larger volume needs several.
 side = network.img_size[0]

@@ -56,7 +56,7 @@ def configure(given: dict[str, str]) -> finetune_unetr.Config:
     if "weights" in given:
         name = given.get("name", "demo") + "_" + Path(given["weights"]).stem
         # a crop of 64 voxels keeps the large variant within a laptop's reach
-        fitting = {"variant": variant_for(given["weights"]), "img_size": "64"}
+        fitting = {"variant": variant_for(given["weights"]), "crop_vox": "64"}
         given = {"intensity": "zscore_positive", **fitting, **given, "name": name}
     return config.load(finetune_unetr.Config, CONFIG, [f"{k}={v}" for k, v in given.items()])
 

@@ -183,8 +183,8 @@ def main(cfg: Config) -> dict[str, float]:
     for name in ("reconstruction", "contrast"):
         if (part := getattr(objective, name)) is not None:
             parts[name] = part
-    optimizer = optim.part_scaled(parts, cfg.lr, scales, weight_decay=cfg.weight_decay)
-    say(optim.describe(parts, optimizer))
+    optimizer = optim.part_scaled(parts, scales, weight_decay=cfg.weight_decay)
+    say(optim.describe(parts, optimizer, cfg.lr))
     ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
     progress = Progress(accelerator.num_processes)
     means = engine.Means(accelerator)

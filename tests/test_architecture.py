@@ -52,7 +52,16 @@ MAY_IMPORT = {
         "models.image_encoder",
         "provenance",
     },
-    "training": {"config", "data", "evaluation", "files", "provenance"},
+    "training": {
+        "adapters",
+        "config",
+        "data",
+        "evaluation",
+        "files",
+        "inference",
+        "loading",
+        "provenance",
+    },
     "pretraining": {"data", "models", "strategies", "training"},
 }
 MAY_IMPORT["__init__"] = {"loading"}

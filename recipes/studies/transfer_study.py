@@ -22,8 +22,8 @@ from typing import Any
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
-from sammed3d_backbone.recipes import finetune_unetr
 from sammed3d_backbone.recipes.studies import tables
+from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
 from sammed3d_backbone import config
 from sammed3d_backbone.files import write_text
@@ -113,13 +113,13 @@ def in_order(study: Study) -> Iterator[Planned]:
 def settings_of(run: Planned, study: Study, out: Path) -> dict[str, Any]:
     """What a run sets over its task's file."""
     settings = {**study.settings, **run.settings, **study.arms[run.arm]}
-    settings |= {"labels": None if run.labels == "all" else run.labels, "seed": run.draw}
+    settings |= {"num_subjects": None if run.labels == "all" else run.labels, "seed": run.draw}
     rate = run.rate
     if rate is not None:
         settings["fold"] = study.tuning["fold"]
     elif study.rates:
         rate = chosen_rate(run, out)
-    return settings if rate is None else {**settings, "lr": rate, "scratch_lr": rate}
+    return settings if rate is None else {**settings, "lr": rate}
 
 
 def chosen_rate(run: Planned, out: Path) -> float:
@@ -129,7 +129,7 @@ def chosen_rate(run: Planned, out: Path) -> float:
     return float(own.loc[own["mean_dice"].idxmax(), "trial_rate"])
 
 
-def recipe_config(run: Planned, settings: Mapping[str, Any], study: Study) -> finetune_unetr.Config:
+def recipe_config(run: Planned, settings: Mapping[str, Any], study: Study) -> ArmConfig:
     """The configuration of the fine-tuning recipe for a run."""
     path = HERE.parent / "configs" / f"{run.task}.yaml"
     task = yaml.safe_load((path if path.is_file() else Path(run.task)).read_text(encoding="utf-8"))
@@ -137,13 +137,13 @@ def recipe_config(run: Planned, settings: Mapping[str, Any], study: Study) -> fi
     own = runs_folder() / str(values.get("weights"))
     if own.is_file():
         values["weights"] = str(own)
-    return config.build(finetune_unetr.Config, values)
+    return config.build(ArmConfig, values)
 
 
 def train(run: Planned, settings: Mapping[str, Any], study: Study, out: Path) -> None:
     """Fine-tunes one run and adds it to the study's files."""
     wanted = recipe_config(run, settings, study)
-    finetune_unetr.main(wanted)
+    fine_tune(wanted)
     folder = runs_folder() / wanted.name
     about = json.loads((folder / "results" / "scores.json").read_text(encoding="utf-8"))
     curve = [line for line in Run(folder).records() if line.get("mean_dice") is not None]

@@ -287,12 +287,13 @@ def _run_features(args: argparse.Namespace) -> int:
 def _draw_features(
     args: argparse.Namespace, network: "ImageEncoder3D", volume: "Volume", spacing_mm: "TripleMm"
 ) -> None:
-    from sammed3d_backbone.data.preparation import Preparation
+    from sammed3d_backbone.data.preprocessing import Preprocessing
     from sammed3d_backbone.evaluation.figures import features_figure
     from sammed3d_backbone.evaluation.voxel_features import feature_grid
     from sammed3d_backbone.inference.interactive.validation import intensity_of
 
-    preparation = Preparation(spacing_mm, intensity_of(args.modality), network.img_size[0])
+    mode = {"default": intensity_of(args.modality)}
+    preparation = Preprocessing(spacing_mm, mode, "volume", network.img_size)
     image, geometry = preparation.image(volume)
     blocks = args.blocks or [network.depth - 1]
     maps, affine = feature_grid(network, image, geometry, blocks, progress=True)

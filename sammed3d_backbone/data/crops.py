@@ -1,4 +1,4 @@
-"""Prepared cases -> the endless, numbered stream of training crops.
+"""Prepared cases -> the numbered stream of training crops.
 
 Sample number n of a run is a pure function of (seed, n): which case, where the crop lies and how it
 is augmented. So a resumed run, another number of workers or of processes sees the same samples,
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sammed3d_backbone.data.preparation import PreparedCase
+from sammed3d_backbone.data.preprocessing import Preprocessing
 
 
 class Augmentation(Protocol):
@@ -33,14 +34,14 @@ class CropStream(Dataset[dict[str, Tensor]]):
     """Training samples of a run, by number; every case comes once per epoch, in a new order.
 
     Shapes:
-        returns: ``image`` (C, S, S, S) float32 and ``label`` (1, S, S, S) int64, S voxels a side;
+        returns: ``image`` (C, X, Y, Z) float32 and ``label`` (1, X, Y, Z) int64, of `crop_vox`;
             ``annotated`` (K,) bool, as in `PreparedCase`.
     """
 
     def __init__(
         self,
         cases: Sequence[PreparedCase],
-        side_vox: int,
+        preprocessing: Preprocessing,
         *,
         samples: int,
         seed: int,
@@ -50,17 +51,17 @@ class CropStream(Dataset[dict[str, Tensor]]):
         """All samples of a run.
 
         Args:
-            cases: None smaller than the crop.
-            side_vox: Side of the crop.
-            samples: Of the whole run.
-            seed: Of the run.
+            cases: Prepared cases, none smaller than the crop.
+            preprocessing: Size of the crop, and how a crop is normalised before augmentation.
+            samples: Number of samples of the whole run.
+            seed: Seed of the run.
             on_foreground: Share of crops centred on a voxel of a class. A class is drawn the
                 likelier the fewer cases have it, so that those annotated here and there are seen
                 about as often as the others.
             augment: Applied to every crop.
         """
         self.cases = cases
-        self.side_vox = side_vox
+        self.preprocessing = preprocessing
         self.samples = samples
         self.seed = seed
         self.on_foreground = on_foreground
@@ -78,8 +79,10 @@ class CropStream(Dataset[dict[str, Tensor]]):
         rng = np.random.default_rng((self.seed, 1, number))
         case = self.cases[which]
         corner = self._corner(rng, which)
-        window = (slice(None), *(slice(c, c + self.side_vox) for c in corner))
-        sample = {"image": case.image[window].clone(), "label": case.label[window].clone()}
+        sides = self.preprocessing.crop_vox
+        window = (slice(None), *(slice(c, c + n) for c, n in zip(corner, sides, strict=True)))
+        image = self.preprocessing.crops(case.image[window].clone()[None])[0]
+        sample = {"image": image, "label": case.label[window].clone()}
         if self.augment is not None:
             self.augment.set_random_state(seed=int(rng.integers(2**32)))
             sample = dict(self.augment(sample))
@@ -92,14 +95,15 @@ class CropStream(Dataset[dict[str, Tensor]]):
 
     def _corner(self, rng: np.random.Generator, which: int) -> list[int]:
         """First voxel of the crop."""
-        room = [n - self.side_vox for n in self.cases[which].image.shape[1:]]
+        sides, shape = self.preprocessing.crop_vox, self.cases[which].image.shape[1:]
+        room = [n - side for n, side in zip(shape, sides, strict=True)]
         classes = self.foreground[which]
         if classes and rng.random() < self.on_foreground:
             values = sorted(classes)
             rarity = np.array([1 / self.cases_with[value] for value in values])
             voxels = classes[int(rng.choice(values, p=rarity / rarity.sum()))]
             centre = voxels[int(rng.integers(len(voxels)))].tolist()
-            wanted = [c - self.side_vox // 2 for c in centre]
+            wanted = [c - side // 2 for c, side in zip(centre, sides, strict=True)]
             return [min(max(w, 0), r) for w, r in zip(wanted, room, strict=True)]
         return [int(rng.integers(r + 1)) for r in room]
 

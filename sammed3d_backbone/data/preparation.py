@@ -1,17 +1,17 @@
-"""Opened cases -> what the network sees, the same way for training and for prediction.
+"""Cases of a data set -> images and labels on the network's grid.
 
-`Preparation` is the recipe of one data set (spacing, intensity, smallest side); it travels with a
-fine-tuned network. `prepare_cases` opens, checks and prepares many cases, keeps them in memory, and
-reports everything that is wrong with any of them at once.
+`prepare_cases` opens, checks and prepares many cases, keeps them in memory or in a cache, and
+reports the problems of all of them at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,48 +20,8 @@ from tqdm import tqdm
 from sammed3d_backbone.data.cache import cache_path, read_prepared, write_prepared
 from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, values_of
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
-from sammed3d_backbone.data.geometry import Geometry, TripleMm
-from sammed3d_backbone.data.intensity import MODES, normalise
 from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How a volume becomes the network's input. Axes always run towards R, A, S."""
-
-    spacing_mm: TripleMm | None  # None keeps each volume's own
-    intensity: str  # a mode of `intensity.normalise`
-    min_side_vox: int  # smaller volumes are padded on both sides, with what a raw zero became
-
-    def __post_init__(self) -> None:
-        if self.spacing_mm is not None and not all(0 < mm < np.inf for mm in self.spacing_mm):
-            raise ValueError(
-                f"spacing_mm={self.spacing_mm} is no spacing; give three positive numbers, or null "
-                "for each volume's own"
-            )
-        if self.intensity not in MODES:
-            raise ValueError(
-                f"unknown intensity {self.intensity!r}; choose one of {', '.join(MODES)}"
-            )
-
-    def image(self, volume: Volume) -> tuple[Tensor, Geometry]:
-        """The network's input (C, X', Y', Z'), and the way back to the volume's grid.
-
-        Raises:
-            ValueError: If a voxel is NaN or infinite: statistics over it would spoil all others.
-        """
-        endless = volume.array.size - int(np.isfinite(volume.array).sum())
-        if endless:
-            raise ValueError(
-                f"the volume holds NaN or infinity in {endless} voxels; replace those voxels"
-            )
-        side = self.min_side_vox
-        geometry = Geometry.plan(
-            volume.shape, volume.affine, self.spacing_mm, min_shape=(side, side, side)
-        )
-        normalised = normalise(geometry.resample(volume.array), self.intensity)
-        return geometry.to_box(normalised.image, normalised.zero), geometry
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,48 +91,64 @@ def annotated_classes(case: Case, dataset: Dataset) -> Tensor:
 def prepare_cases(
     dataset: Dataset,
     ids: Sequence[str],
-    preparation: Preparation | Preprocessing,
+    preprocessing: Preprocessing,
     *,
     cache: Path | None = None,
+    jobs: int = 1,
     progress: bool = True,
 ) -> list[PreparedCase]:
     """The named cases, opened, checked and prepared, in the given order.
 
+    With statistics over crops, images hold unnormalised voxels.
+
     Args:
-        dataset: That they are of.
-        ids: Of the cases.
-        preparation: What happens to them.
-        cache: Folder that keeps them for the next time; None keeps them in memory only.
-        progress: Whether to show a bar.
+        dataset: Data set of the cases.
+        ids: Names of the cases.
+        preprocessing: What happens to them.
+        cache: Folder that keeps them for the next start; None keeps them in memory only.
+        jobs: Number of cases prepared at the same time, by joblib in threads unless
+            `joblib.parallel_config` says otherwise.
+        progress: Whether to show a progress bar.
 
     Raises:
         DatasetError: If any of them cannot be used; the message lists all reasons with their paths.
     """
     by_id = {case.id: case for case in dataset.cases}
+    tasks = (joblib.delayed(_prepare)(by_id[name], dataset, preprocessing, cache) for name in ids)
+    results = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(tasks)
     problems: list[str] = []
     prepared: list[PreparedCase] = []
-    bar: Iterable[str] = tqdm(ids, desc="reading cases", unit="case", disable=not progress)
-    for name in bar:
-        case = by_id[name]
-        annotated = annotated_classes(case, dataset)
-        kept = None if cache is None else cache_path(cache, case, dataset, preparation)
-        if kept is not None and (tensors := read_prepared(kept)) is not None:
-            prepared.append(PreparedCase(case, *tensors, annotated))
-            continue
-        found, opened = _open(case, dataset)
+    bar = tqdm(results, total=len(ids), desc="reading cases", unit="case", disable=not progress)
+    for name, (found, tensors) in zip(ids, bar, strict=True):
         problems.extend(found)
-        if opened is None or problems:
-            continue  # go on looking for problems, but no longer prepare
-        image, label = opened
-        x, geometry = preparation.image(image)
-        y = geometry.to_box(geometry.resample_labels(label.array))
-        if kept is not None:
-            write_prepared(kept, x, y)
-            x, y = read_prepared(kept) or (x, y)  # mapped, so that memory is free for the next
-        prepared.append(PreparedCase(case, x, y, annotated))
+        if problems:
+            prepared.clear()  # go on looking for problems only
+        elif tensors is not None:
+            image, label = tensors
+            annotated = annotated_classes(by_id[name], dataset)
+            prepared.append(PreparedCase(by_id[name], image, label, annotated))
     if problems:
         raise DatasetError(f"{len(problems)} problems in {dataset.folder}:", problems)
     return prepared
+
+
+def _prepare(
+    case: Case, dataset: Dataset, preprocessing: Preprocessing, cache: Path | None
+) -> tuple[list[str], tuple[Tensor, Tensor] | None]:
+    """What is wrong with a case, or its image and label on the network's grid."""
+    kept = None if cache is None else cache_path(cache, case, dataset, preprocessing)
+    if kept is not None and (tensors := read_prepared(kept)) is not None:
+        return [], tensors
+    problems, opened = _open(case, dataset)
+    if opened is None:
+        return problems, None
+    image, label = opened
+    x, geometry = preprocessing.image(image)
+    y = geometry.to_box(geometry.resample_labels(label.array))
+    if kept is not None:
+        write_prepared(kept, x, y)
+        x, y = read_prepared(kept) or (x, y)  # memory-mapped, so that memory is free for the next
+    return problems, (x, y)
 
 
 def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume] | None]:
@@ -192,7 +168,7 @@ def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume
     if image.channels != len(dataset.channels):
         problems.append(
             f"{case.images[0]}: {image.channels} channels, but {len(dataset.channels)} are named "
-            f"({', '.join(dataset.channels)}); mend one"
+            f"({', '.join(dataset.channels)}); correct one of them"
         )
     if problems:
         return problems, None

@@ -1,8 +1,8 @@
-"""The body of the training loop, once: step, clip, learning rate, EMA, log, checkpoint.
+"""The parts of a training loop that every recipe shares: schedule, seeds, log, checkpoints.
 
-A recipe passes `step(model, batch) -> loss`; everything task-specific is in it and in the batches.
 Random numbers inside a step (drop path) are seeded by the number of the step, so that a run that
-was killed and went on ends with the same bits as one that was not.
+was killed and resumed ends with the same bits as one that was not. `train` is a whole loop for
+recipes whose loss is one call; recipes/finetune_unetr.py writes its loop out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sammed3d_backbone.provenance import resident_bytes
 from sammed3d_backbone.training import optim
-from sammed3d_backbone.training.memory import peak_bytes
-from sammed3d_backbone.training.runs import Run, State
+from sammed3d_backbone.training.runs import Progress, Run, State
 
 Batch = Mapping[str, Tensor]
 Step = Callable[[nn.Module, Batch], Tensor]
@@ -29,7 +29,7 @@ Step = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a run unfolds over its optimiser steps."""
+    """When what happens during a run, in optimiser steps."""
 
     steps: int
     validate_every: int
@@ -39,7 +39,7 @@ class Schedule:
     log_every: int
     save_every_s: float
     seed: int
-    freeze_steps: int = 0  # at the start, in which a part of the network waits
+    freeze_steps: int = 0  # at the start, in which a part of the network is frozen
 
     def next_stop(self, step: int) -> int:
         """The step after which training pauses for validation, seen from a finished step."""
@@ -48,9 +48,9 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """The learning rate of the last layers in step number `step`, counted from 0.
 
-        Up in a line, then down along a cosine. If a part waits, the rest goes up and stays there,
-        and when all learn, everything starts from low again: a part that begins to learn at the
-        full rate would lose what it knows.
+        Linear warm-up, then cosine decay. While a part is frozen, the rest warms up and keeps its
+        rate; when the part joins, all warm up again, since a pretrained part that begins at the
+        full rate would lose what it has learned.
 
         Source: the sawtooth schedule of Wald et al., An OpenMind for 3D medical vision
         self-supervised learning, 2025.
@@ -62,14 +62,14 @@ class Schedule:
 
 
 class Means:
-    """Figures of steps, averaged from one line of the log to the next."""
+    """Scalars of steps, averaged from one line of the log to the next."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._noted: list[Mapping[str, Tensor]] = []
 
     def note(self, figures: Mapping[str, Tensor]) -> None:
-        """Takes the scalars of a step, the same ones every time."""
+        """Takes the scalars of a step, the same names every time."""
         self._noted.append({name: value.detach() for name, value in figures.items()})
 
     def taken(self) -> dict[str, float]:
@@ -78,6 +78,105 @@ class Means:
         rows = torch.stack([torch.stack(list(figures.values())) for figures in noted])
         means = self._accelerator.reduce(rows.mean(0), "mean")
         return dict(zip(noted[0], means.tolist(), strict=True))
+
+
+class Meter:
+    """Loss, gradient norm, speed and memory, written to log and progress bar every few steps.
+
+    Args:
+        accelerator: The one that prepared the model.
+        run: Gets the lines of the log.
+        progress: Its clocks are advanced.
+        schedule: The numbers of the whole run.
+        bar: Shows the newest line.
+        figures: More figures for a line of the log; called once per line.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run: Run,
+        progress: Progress,
+        schedule: Schedule,
+        bar: tqdm[Any],
+        figures: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self.accelerator, self.run, self.progress = accelerator, run, progress
+        self.schedule, self.bar, self.figures = schedule, bar, figures
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new average and starts the clocks; called after a pause such as validation."""
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._images = 0
+        self._saved = self._clock = time.monotonic()
+        self._cpu_clock = time.process_time()
+
+    def note(self, loss: Tensor, norm: Tensor | None, images: int) -> None:
+        """Takes the figures of one pass; the norm is None unless it ended a step."""
+        self._losses.append(loss.detach())
+        self._images += images
+        if norm is not None:
+            self._norms.append(norm)
+
+    def log(self) -> bool:
+        """Writes a line after every `log_every` steps and the last; returns whether a save is due.
+
+        All processes return the same. A save is due only together with a line, so that no line
+        averages over a resume.
+
+        Raises:
+            FloatingPointError: If loss or gradient are not finite. An infinite norm clips a step to
+                nothing, so the run would go on without learning.
+        """
+        step, schedule = self.progress.step, self.schedule
+        if step % schedule.log_every and step != schedule.steps:
+            return False
+        now, cpu_now = time.monotonic(), time.process_time()
+        self.progress.seconds += now - self._clock
+        self.progress.cpu_seconds += cpu_now - self._cpu_clock
+        loss = float(self.accelerator.reduce(torch.stack(self._losses).mean(), "mean"))
+        norm = float(torch.stack(self._norms).mean())
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"the loss is {loss} and the gradient's norm {norm} at step {step}; lower lr=, or "
+                "set mixed_precision=no"
+            )
+        speed = self._images * self.accelerator.num_processes / (now - self._clock)
+        peak = max(self.progress.peak_bytes, peak_bytes(self.accelerator.device))
+        self.progress.peak_bytes = peak
+        lr = schedule.lr_at(step - 1)
+        self.run.record(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            images_per_s=round(speed, 3),
+            memory_gib=round(peak / 2**30, 3),
+            seconds=round(self.progress.seconds, 1),
+            cpu_seconds=round(self.progress.cpu_seconds, 1),
+            **self.figures(),
+        )
+        dice = "-" if self.progress.dice is None else f"{self.progress.dice:.3f}"
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, Dice {dice}, lr {lr:.1e}, {speed:.2g} images/s, "
+            f"{peak / 2**30:.1f} GiB",
+            refresh=False,
+        )
+        since = now - self._saved
+        saved = self._saved
+        self.restart()
+        self._saved = saved
+        is_due = torch.tensor(
+            float(since > schedule.save_every_s), device=self.accelerator.device
+        )  # the clocks of several processes differ
+        return bool(self.accelerator.reduce(is_due, "sum") > 0)
+
+    def save(self, state: State) -> None:
+        """Writes a checkpoint, and counts the time to the next one from here."""
+        self.run.save(self.accelerator, state)
+        self._saved = time.monotonic()
 
 
 def train(
@@ -103,83 +202,40 @@ def train(
         run: Gets a line every `log_every` steps and a checkpoint every `save_every_s` seconds.
         schedule: The numbers of the whole run.
         bar: Advanced by one per step.
-        figures: What else a line of the log says; asked once per line.
+        figures: More figures for a line of the log; called once per line.
     """
-    model, optimizer, ema, progress = state.model, state.optimizer, state.ema, state.progress
+    model, optimizer, progress = state.model, state.optimizer, state.progress
     model.train()
     stop = schedule.next_stop(progress.step)
-    losses: list[Tensor] = []
-    norms: list[Tensor] = []
-    saved = clock = time.monotonic()
-    cpu_clock = time.process_time()
-    for batch in batches:
-        lr = schedule.lr_at(progress.step)
-        optim.set_lr(optimizer, lr)
-        share = len(losses) % accelerator.gradient_accumulation_steps
+    meter = Meter(accelerator, run, progress, schedule, bar, figures)
+    for number, batch in enumerate(batches):
+        optim.set_lr(optimizer, schedule.lr_at(progress.step))
+        share = number % accelerator.gradient_accumulation_steps
         seed_step(schedule.seed, progress.step, share, accelerator.process_index)
+        norm = None
         with accelerator.accumulate(model):
             loss = step(model, batch)
-            losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norms.append(accelerator.clip_grad_norm_(model.parameters(), schedule.clip))
-            optimizer.step()  # this and the next do nothing before the last share
+                norm = accelerator.clip_grad_norm_(model.parameters(), schedule.clip)
+            optimizer.step()  # this and the next do nothing before the last pass of a step
             optimizer.zero_grad()
-        if not accelerator.sync_gradients:
+        meter.note(loss, norm, len(batch["image"]))
+        if norm is None:
             continue
         progress.step += 1
-        ema.update(accelerator.unwrap_model(model), step=progress.step)
+        state.ema.update(accelerator.unwrap_model(model), step=progress.step)
         bar.update()
-        if progress.step % schedule.log_every == 0 or progress.step == schedule.steps:
-            now = time.monotonic()
-            cpu_now = time.process_time()
-            progress.seconds += now - clock
-            progress.cpu_seconds += cpu_now - cpu_clock
-            mean = float(accelerator.reduce(torch.stack(losses).mean(), "mean"))
-            norm = float(torch.stack(norms).mean())
-            # An infinite norm clips a step to nothing, so the run would go on and learn little.
-            if not math.isfinite(mean + norm):
-                raise FloatingPointError(
-                    f"the loss is {mean} and the gradient's norm {norm} at step {progress.step}; "
-                    "lower lr=, or set mixed_precision=no"
-                )
-            rate = len(losses) * len(batch["image"]) * accelerator.num_processes / (now - clock)
-            clock, cpu_clock = now, cpu_now
-            progress.peak_bytes = max(progress.peak_bytes, peak_bytes(accelerator.device))
-            gib = progress.peak_bytes / 2**30
-            run.record(
-                step=progress.step,
-                loss=mean,
-                lr=lr,
-                grad_norm=norm,
-                images_per_s=round(rate, 3),
-                memory_gib=round(gib, 3),
-                seconds=round(progress.seconds, 1),
-                cpu_seconds=round(progress.cpu_seconds, 1),
-                **figures(),
-            )
-            bar.set_postfix_str(
-                f"loss {mean:.3f}, Dice {_shown(progress.dice)}, lr {lr:.1e}, "
-                f"{rate:.2g} images/s, {gib:.1f} GiB",
-                refresh=False,
-            )
-            losses, norms = [], []
-            # Only here, so that no line of the log averages over a restart, and not at the stop,
-            # where the checkpoint has to come after the validation.
-            if progress.step < stop and _agreed(accelerator, now - saved > schedule.save_every_s):
-                run.save(accelerator, state)
-                saved = time.monotonic()
+        # At the stop, the checkpoint has to come after the validation.
+        if meter.log() and progress.step < stop:
+            meter.save(state)
 
 
-def _shown(dice: float | None) -> str:
-    """A score, or that there is none yet."""
-    return "-" if dice is None else f"{dice:.3f}"
-
-
-def _agreed(accelerator: Accelerator, wish: bool) -> bool:
-    """Whether any process wishes; the clocks of several processes differ."""
-    flag = torch.tensor(float(wish), device=accelerator.device)
-    return bool(accelerator.reduce(flag, "sum") > 0)
+def peak_bytes(device: torch.device) -> int:
+    """The largest memory that this process has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resident_bytes("VmHWM")
 
 
 def seed_step(*parts: int) -> None:

@@ -1,8 +1,8 @@
-"""AdamW with learning rates by layer or by part, and their schedule.
+"""AdamW with learning rates by layer or by part.
 
-There is no scheduler object: `set_lr` computes every learning rate from the step number, so there
-is nothing to save, nothing for accelerate to step once too often, and timm's ``lr_scale`` (which
-only timm's own schedulers apply) is applied here.
+The schedule gives one learning rate per step, and `set_lr` applies it with timm's ``lr_scale`` of
+each group (which only timm's own schedulers would do). There is no scheduler object, so there is
+no state to save and nothing that accelerate could step once too often.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from torch.optim import AdamW, Optimizer
 
 
 def layer_decayed(
-    model: nn.Module, lr: float, *, layer_decay: float = 1.0, weight_decay: float = 0.05
+    model: nn.Module, *, layer_decay: float = 1.0, weight_decay: float = 0.05
 ) -> AdamW:
-    """AdamW over the model's trainable parameters, in timm's groups.
+    """AdamW over the model's trainable parameters, in timm's groups; `set_lr` gives the rate.
 
     Args:
         model: With ``group_matcher`` and ``no_weight_decay`` as timm's models have them; without
             them, all layers learn alike.
-        lr: Of the last layers (the head or decoder).
         layer_decay: Factor per block from the last to the first; 1 turns it off.
         weight_decay: Not applied to biases, norms and what the model's ``no_weight_decay`` names.
 
@@ -48,18 +47,17 @@ def layer_decayed(
             f"{type(model).__name__} has no group_matcher, so its layers are not known; "
             "pass layer_decay=1"
         )
-    return AdamW([group | {"lr": lr * group.get("lr_scale", 1.0)} for group in groups], lr=lr)
+    return AdamW(groups, lr=0.0)
 
 
 def part_scaled(
-    network: nn.Module, lr: float, scales: Mapping[str, float], *, weight_decay: float = 0.05
+    network: nn.Module, scales: Mapping[str, float], *, weight_decay: float = 0.05
 ) -> AdamW:
     """AdamW over a network's trainable parameters, each part with a learning rate of its own.
 
     Args:
         network: Of named parts.
-        lr: Of a part with scale 1.
-        scales: Name of a part -> factor on `lr`; all parts have one.
+        scales: Name of a part -> factor on the learning rate; all parts have one.
         weight_decay: Not applied to biases, norms, embeddings and what a part's own
             ``no_weight_decay`` names.
     """
@@ -71,24 +69,31 @@ def part_scaled(
             f"{place}.weight" for place, m in part.named_modules() if isinstance(m, nn.Embedding)
         }
         groups += [
-            {**group, "lr_scale": scales[name], "lr": lr * scales[name]}
+            {**group, "lr_scale": scales[name]}
             for group in timm.optim.param_groups_weight_decay(
                 part, weight_decay, no_weight_decay_list=exempt
             )
         ]
-    return AdamW(groups, lr=lr)
+    return AdamW(groups, lr=0.0)
 
 
-def describe(model: nn.Module, optimizer: Optimizer) -> str:
-    """The optimiser's groups as a table: learning rate, weight decay, size, whose they are."""
+def describe(model: nn.Module, optimizer: Optimizer, lr: float) -> str:
+    """The optimiser's groups as a table: highest learning rate, weight decay, size, layers.
+
+    Args:
+        model: Names the parameters.
+        optimizer: Its optimiser.
+        lr: Highest learning rate of the schedule.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    rows = [f"{'lr':>9} {'decay':>6} {'tensors':>8} {'numbers':>12}  of"]
+    rows = [f"{'lr':>9} {'decay':>6} {'tensors':>8} {'parameters':>12}  layers"]
     for group in optimizer.param_groups:
         numbers = sum(parameter.numel() for parameter in group["params"])
-        whose = _pattern([names[id(parameter)] for parameter in group["params"]])
+        rate = lr * group.get("lr_scale", 1.0)
+        layers = _pattern([names[id(parameter)] for parameter in group["params"]])
         rows.append(
-            f"{group['lr']:9.2e} {group['weight_decay']:6g} {len(group['params']):8} "
-            f"{numbers:12,}  {whose}"
+            f"{rate:9.2e} {group['weight_decay']:6g} {len(group['params']):8} "
+            f"{numbers:12,}  {layers}"
         )
     return "\n".join(rows)
 

@@ -173,7 +173,7 @@ class Run:
                 _remove(path)
             else:
                 self.say(f"{path} is ignored: not a checkpoint")
-        damaged = []
+        damaged: list[Path] = []
         for path in reversed(found):
             if (damage := _damage(path)) is None:
                 for other in damaged:  # out of the way of the checkpoints to come

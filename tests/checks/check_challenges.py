@@ -38,7 +38,7 @@ from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.registry import WEIGHTS
 from sammed3d_backbone.provenance import provenance
-from sammed3d_backbone.training import memory, optim
+from sammed3d_backbone.training import optim
 from sammed3d_backbone.training.losses import partial_dice_ce
 
 HERE = Path(__file__).parent
@@ -194,12 +194,11 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         card = make_card(cfg, dataset)
         train = prepare_cases(dataset, fold.train, card.preprocessing, progress=False)
         network = build_network(card)
-        crops = CropStream(train, cfg.img_size, samples=cfg.batch, seed=cfg.seed)
+        crops = CropStream(train, card.preprocessing, samples=cfg.batch, seed=cfg.seed)
         (batch,) = DataLoader(crops, cfg.batch)
         accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=True)
-        names = {name for name, _ in network.named_parameters()}
-        foreseen = memory.estimate(network, names, loss_of, batch, accelerator)
-        optimizer = optim.layer_decayed(network, cfg.lr, layer_decay=cfg.layer_decay)
+        optimizer = optim.layer_decayed(network, layer_decay=cfg.layer_decay)
+        optim.set_lr(optimizer, 1e-3)
         start = time.perf_counter()
         with accelerator.autocast():
             loss = loss_of(network, batch)
@@ -223,13 +222,12 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         "spacing_mm": cfg.spacing_mm,
         "intensity": cfg.intensity,
         "flip_axes": cfg.flip_axes,
-        "img_size": cfg.img_size,
+        "crop_vox": cfg.crop_vox,
         "batch": cfg.batch,
         "parameters": sum(p.numel() for p in network.parameters()),
         "loss": round(loss.item(), 4),
         "step_s": round(seconds, 2),
         "precision": cfg.mixed_precision,
-        "foreseen_gib": round(foreseen.total / 2**30, 2),
         "seen": seen_in_pretraining(WEIGHTS["turbo"], dataset.name).verdict,
     }
 
@@ -241,7 +239,7 @@ def loss_of(network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def table(result: Mapping[str, Any]) -> str:
     """The table of recipes/README.md as Markdown."""
-    head = "config | classes | channels | spacing, crop | flips | memory (batch) | seen | licence"
+    head = "config | classes | channels | spacing, crop | flips | batch | seen | licence"
     lines = [f"| {head} |", "|---|---|---|---|---|---|---|---|"]
     for name, row in result["configs"].items():
         layout = None if row["layout"] == "dataset.json" else layout_of(row["layout"])
@@ -250,8 +248,8 @@ def table(result: Mapping[str, Any]) -> str:
         spacing = " x ".join(f"{mm:g}" for mm in dict.fromkeys(row["spacing_mm"]))
         lines.append(
             f"| `{name}`{group} | {row['classes']} | {', '.join(row['channels'])} | {spacing} mm, "
-            f"{row['img_size']}³ | {row['flip_axes'] or 'none'} | {row['foreseen_gib']:.1f} GiB "
-            f"({row['batch']}) | {row['seen']} | {licence} |"
+            f"{row['crop_vox']}³ | {row['flip_axes'] or 'none'} | {row['batch']} | "
+            f"{row['seen']} | {licence} |"
         )
     return "\n".join(lines)
 

@@ -67,7 +67,7 @@ def small_config(data: Path) -> finetune_unetr.Config:
         scratch=True,
         feature_size=4,
         spacing_mm=(1.0, 1.0, 1.0),
-        img_size=16,
+        crop_vox=16,
         freeze="decoder_first",
         freeze_steps=3,
         steps=8,

@@ -8,7 +8,7 @@ from tests.checks.check_challenges import DECATHLON, LOOKS, challenge_configs, c
 
 SMALL = {
     "variant": "tiny",
-    "img_size": 16,
+    "crop_vox": 16,
     "feature_size": 4,
     "spacing_mm": [3, 3, 3],
     "batch": 1,

@@ -14,7 +14,8 @@ from sammed3d_backbone.curation import runs
 from sammed3d_backbone.curation.rules import PRESETS, Rules
 from sammed3d_backbone.curation.runs import Workers, curate
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import Preparation, load_image, load_label, prepare_cases
+from sammed3d_backbone.data.preparation import load_image, load_label, prepare_cases
+from sammed3d_backbone.data.preprocessing import Preprocessing
 
 NAMES = {1: "liver", 2: "cyst"}
 
@@ -61,7 +62,7 @@ def test_the_result_is_a_data_set_without_what_was_dropped(folder, tmp_path):
     assert [case.id for case in dataset.cases] == ["a", "b"]
     expected = block(1) + block(2, start=20)
     assert np.array_equal(load_label(dataset.cases[0]).array, expected)
-    plain = Preparation(None, "zscore_positive", 1)
+    plain = Preprocessing(None, {"default": "zscore_positive"}, "volume", (1, 1, 1))
     prepared = prepare_cases(dataset, ["a", "b"], plain, progress=False)
     assert [case.annotated.tolist() for case in prepared] == [[True] * 3, [True, True, False]]
 

@@ -7,7 +7,8 @@ import pytest
 
 from sammed3d_backbone.data.datasets import DatasetError, read_fold
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import Preparation, load_label, prepare_cases
+from sammed3d_backbone.data.preparation import load_label, prepare_cases
+from sammed3d_backbone.data.preprocessing import Preprocessing
 
 STEMS = ("sub-01/ses-1/anat/sub-01_ses-1", "sub-01/ses-2/anat/sub-01_ses-2", "sub-02/anat/sub-02")
 DERIVATIVE = "derivatives/manual"
@@ -46,7 +47,7 @@ def test_a_bids_folder_is_read(bids):
 def test_its_values_become_class_numbers(bids, labels):
     case = read_dataset(bids).cases[0]
     assert np.array_equal(load_label(case).array, labels)
-    plain = Preparation(None, "zscore_positive", 1)
+    plain = Preprocessing(None, {"default": "zscore_positive"}, "volume", (1, 1, 1))
     (prepared,) = prepare_cases(read_dataset(bids), [case.id], plain, progress=False)
     assert prepared.image.shape[0] == 2
     assert np.array_equal(prepared.label[0].numpy(), labels)

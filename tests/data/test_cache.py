@@ -8,10 +8,11 @@ import torch
 from sammed3d_backbone.data import cache, preparation
 from sammed3d_backbone.data.datasets import DatasetError
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import Preparation, prepare_cases
+from sammed3d_backbone.data.preparation import prepare_cases
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
 
-PLAIN = Preparation(None, "zscore_positive", 8)
+PLAIN = Preprocessing(None, {"default": "zscore_positive"}, "volume", (8, 8, 8))
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_file_that_changed_is_read_again(decathlon, kept, opened, write_volume
 def test_another_preparation_is_kept_beside_it(decathlon, kept):
     folder = decathlon(cases=2)
     prepared(folder, kept)
-    prepared(folder, kept, Preparation(None, "zscore", 8))
+    prepared(folder, kept, Preprocessing(None, {"default": "zscore"}, "volume", (8, 8, 8)))
     assert len(list(kept.iterdir())) == 4
 
 

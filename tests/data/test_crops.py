@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.preparation import PreparedCase
+from sammed3d_backbone.data.preprocessing import Preprocessing
 
 
 @pytest.fixture
@@ -26,6 +27,10 @@ def cases(generator):
     return made
 
 
+def preprocessing(side, statistics="volume"):
+    return Preprocessing(None, {"default": "zscore"}, statistics, (side, side, side))
+
+
 def stream(cases, samples=20, side=6, **changes):
     augment = Compose(
         [
@@ -33,7 +38,9 @@ def stream(cases, samples=20, side=6, **changes):
             RandGaussianNoised("image", prob=0.5),
         ]
     )
-    return CropStream(cases, side, samples=samples, seed=3, **{"augment": augment, **changes})
+    return CropStream(
+        cases, preprocessing(side), samples=samples, seed=3, **{"augment": augment, **changes}
+    )
 
 
 def equal(one, other):
@@ -124,3 +131,14 @@ def test_a_sample_says_which_classes_its_case_was_annotated_for(cases):
     samples = [stream(cases)[i] for i in range(5)]
     assert [s["annotated"].tolist()[:2] for s in samples] == [[True, True]] * 5
     assert sorted(s["annotated"][2].item() for s in samples) == [False, False, False, True, True]
+
+
+def test_statistics_of_a_crop_are_taken_before_augmentation(cases):
+    plain = CropStream(cases, preprocessing(6, "crop"), samples=4, seed=3)
+    for number in range(4):
+        image = plain[number]["image"]
+        assert image.mean().abs() < 1e-5
+        assert abs(image.std() - 1) < 1e-4
+    whole = CropStream(cases, preprocessing(6, "volume"), samples=4, seed=3)
+    assert any(not torch.equal(whole[n]["image"], plain[n]["image"]) for n in range(4))
+    assert all(torch.equal(whole[n]["label"], plain[n]["label"]) for n in range(4))

@@ -9,7 +9,8 @@ import pytest
 from sammed3d_backbone.data.datasets import DatasetError, read_fold
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import Layout, read_layout
-from sammed3d_backbone.data.preparation import Preparation, load_label, prepare_cases
+from sammed3d_backbone.data.preparation import load_label, prepare_cases
+from sammed3d_backbone.data.preprocessing import Preprocessing
 
 FLAT = Layout(
     name="Flat",
@@ -57,7 +58,7 @@ def masks(tmp_path, write_volume, labels):
 
 def prepared(folder, layout):
     dataset = read_dataset(folder, layout)
-    plain = Preparation(None, "zscore_positive", 1)
+    plain = Preprocessing(None, {"default": "zscore_positive"}, "volume", (1, 1, 1))
     return prepare_cases(dataset, [c.id for c in dataset.cases], plain, progress=False)
 
 

@@ -7,10 +7,11 @@ import torch
 
 from sammed3d_backbone.data.datasets import DatasetError
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import Preparation, load_image, prepare_cases
+from sammed3d_backbone.data.preparation import load_image, prepare_cases
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
 
-PLAIN = Preparation(spacing_mm=None, intensity="zscore_positive", min_side_vox=1)
+PLAIN = Preprocessing(None, {"default": "zscore_positive"}, "volume", (1, 1, 1))
 
 
 def prepared(folder, ids, preparation=PLAIN):
@@ -28,7 +29,9 @@ def test_image_and_label_stay_together_through_orientation_and_spacing():
     array[2:5, 3:9, 4:8] = 100
     affine = np.array([[0, 0, -1.0, 0], [2.0, 0, 0, 0], [0, -1.5, 0, 0], [0, 0, 0, 1]])
     image = Volume(array + 1, affine)
-    x, geometry = Preparation((1.0, 1.0, 1.0), "zscore", 24).image(image)
+    x, geometry = Preprocessing(
+        (1.0, 1.0, 1.0), {"default": "zscore"}, "volume", (24, 24, 24)
+    ).image(image)
     y = geometry.to_box(geometry.resample_labels((array > 0).astype(np.uint8)))
     assert x.shape[1:] == y.shape[1:]
     bright = x[0] > x.min() + 0.55 * (x.max() - x.min())  # a tie is background in labels
@@ -39,7 +42,9 @@ def test_image_and_label_stay_together_through_orientation_and_spacing():
 def test_small_volumes_are_padded_with_what_a_raw_zero_became():
     image = Volume(np.full((2, 2, 2), 4.0), np.eye(4))
     image.array[0] = 2
-    x, geometry = Preparation(None, "zscore_positive", 4).image(image)
+    x, geometry = Preprocessing(None, {"default": "zscore_positive"}, "volume", (4, 4, 4)).image(
+        image
+    )
     assert x.shape == (1, 4, 4, 4)
     assert float(x[0, 0, 0, 0]) == pytest.approx(-3 / image.array.std(ddof=1))
     assert geometry.box_start == (-1, -1, -1)
@@ -49,7 +54,7 @@ def test_small_volumes_are_padded_with_what_a_raw_zero_became():
 def test_voxels_that_are_not_finite_are_refused(value):
     image = Volume(np.ones((2, 4, 4, 4)), np.eye(4))
     image.array[1, 2, 2, 2] = value
-    with pytest.raises(ValueError, match="NaN or infinity in 1 voxels; replace those voxels"):
+    with pytest.raises(ValueError, match="1 non-finite"):
         PLAIN.image(image)
 
 
@@ -98,13 +103,13 @@ def test_labels_stored_as_floats_are_taken_as_the_integers_they_are(
 
 @pytest.mark.parametrize("spacing", [(0.0, 1, 1), (1, -1, 1), (1, 1, np.nan), (1, np.inf, 1)])
 def test_a_spacing_that_is_none_is_refused_early(spacing):
-    with pytest.raises(ValueError, match="give three positive numbers, or null"):
-        Preparation(spacing, "ct", 4)
+    with pytest.raises(ValueError, match="spacing_mm"):
+        Preprocessing(spacing, {"default": "ct"}, "volume", (4, 4, 4))
 
 
 def test_an_unknown_intensity_is_refused_early():
-    with pytest.raises(ValueError, match="choose one of zscore_positive"):
-        Preparation(None, "minmax", 4)
+    with pytest.raises(ValueError, match="intensity"):
+        Preprocessing(None, {"default": "minmax"}, "volume", (4, 4, 4))
 
 
 @pytest.mark.parametrize("name", ["hippocampus", "headneck_ct"])
@@ -112,7 +117,12 @@ def test_real_cases_are_prepared(shared_data, name):
     dataset = read_dataset(shared_data / name)
     ids = [case.id for case in dataset.cases[:3]]
     intensity = "ct" if name == "headneck_ct" else "zscore_positive"
-    cases = prepare_cases(dataset, ids, Preparation((3, 3, 3), intensity, 32), progress=False)
+    cases = prepare_cases(
+        dataset,
+        ids,
+        Preprocessing((3, 3, 3), {"default": intensity}, "volume", (32, 32, 32)),
+        progress=False,
+    )
     for case in cases:
         assert min(case.image.shape[1:]) >= 32
         assert bool(case.image.isfinite().all())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sammed3d_backbone import encoder
-from sammed3d_backbone.data.preparation import Preparation
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.voxel_features import (
     draw_voxels,
@@ -84,7 +84,7 @@ def test_an_image_smaller_than_the_input_is_refused():
 def test_a_grid_of_features_covers_the_volume_and_knows_its_place(rng):
     affine = np.array([[0, -2.0, 0, 9], [1, 0, 0, -4], [0, 0, -1.5, 30], [0, 0, 0, 1]])
     array = rng.normal(size=(11, 5, 9)).astype(np.float32)
-    preparation = Preparation((2.0, 1.0, 1.5), "zscore", 8)
+    preparation = Preprocessing((2.0, 1.0, 1.5), {"default": "zscore"}, "volume", (8, 8, 8))
     image, geometry = preparation.image(Volume(array, affine))
     maps, to_mm = feature_grid(Averages(), image, geometry, [0, 1])
     assert {block: tuple(m.shape) for block, m in maps.items()} == dict.fromkeys(

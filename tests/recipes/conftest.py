@@ -39,7 +39,7 @@ def small(toy_data, runs):
         "scratch": True,
         "feature_size": 4,
         "spacing_mm": (1.0, 1.0, 1.0),
-        "img_size": 16,
+        "crop_vox": 16,
         "steps": 4,
         "validate_every": 2,
         "log_every": 1,

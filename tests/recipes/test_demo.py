@@ -10,7 +10,8 @@ from sammed3d_backbone.recipes.prepare_demo_data import GAP_MM, NOTE, write_demo
 from sammed3d_backbone import encoder
 from sammed3d_backbone.data.datasets import read_fold
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import Preparation, load_image, prepare_cases
+from sammed3d_backbone.data.preparation import load_image, prepare_cases
+from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.loading.checkpoint import write
 from tests.checks.check_challenges import write_layout
 
@@ -35,7 +36,7 @@ def test_the_slabs_are_a_crop_apart_and_hold_both_tissues(data):
     dataset = read_dataset(data)
     fold = read_fold(dataset, 0)
     assert (fold.train, fold.val) == (("back",), ("front",))
-    preparation = Preparation(None, "zscore_positive", 1)
+    preparation = Preprocessing(None, {"default": "zscore_positive"}, "volume", (1, 1, 1))
     back, front = prepare_cases(dataset, ["back", "front"], preparation, progress=False)
     for case in (back, front):
         assert set(case.label.unique().tolist()) == {0, 1, 2}
@@ -100,8 +101,8 @@ def test_a_local_file_tells_its_own_variant(toy_data, runs, tmp_path):
 
 
 def test_any_key_of_the_recipe_can_be_given(toy_data, runs):
-    cfg = demo.configure({"data": str(toy_data), "steps": "7", "img_size": "16"})
-    assert (cfg.steps, cfg.img_size) == (7, 16)
+    cfg = demo.configure({"data": str(toy_data), "steps": "7", "crop_vox": "16"})
+    assert (cfg.steps, cfg.crop_vox) == (7, 16)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_what_cannot_be_done_is_one_line(monkeypatch, capsys, argument, remedy):
 
 @pytest.mark.slow
 def test_the_demo_ends_with_a_figure(runs, toy_data, monkeypatch, capsys):
-    small = ["steps=2", "validate_every=2", "img_size=16", "feature_size=4", "cpu=true"]
+    small = ["steps=2", "validate_every=2", "crop_vox=16", "feature_size=4", "cpu=true"]
     monkeypatch.setattr("sys.argv", ["demo.py", f"data={toy_data}", "threads=1", *small])
     demo.main()
     figure = runs / "demo_Toy/results/figure.png"

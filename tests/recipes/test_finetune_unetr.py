@@ -6,7 +6,9 @@ import math
 import runpy
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from sammed3d_backbone.recipes.finetune_unetr import (
 )
 
 from sammed3d_backbone import config, encoder
+from sammed3d_backbone.adapters.controls import ZeroedEncoder
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import prepare_cases
@@ -31,8 +34,10 @@ from sammed3d_backbone.inference.segmenter import (
     init_from_checkpoint,
 )
 from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.loading.registry import WEIGHTS
 from sammed3d_backbone.loading.variants import VARIANTS
-from sammed3d_backbone.training import engine
+from sammed3d_backbone.training import finetuning
+from sammed3d_backbone.training.engine import Schedule
 from sammed3d_backbone.training.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +50,13 @@ def threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def made(cfg, card):
+    """The network to train and its start."""
+    dataset = SimpleNamespace(name="Toy")
+    network, card = make_model(cfg, card, dataset, SimpleNamespace(train=[], val=[]))
+    return network, card.training["start"]
 
 
 @pytest.fixture
@@ -73,7 +85,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
     assert (run / "results/figure.png").read_bytes().startswith(b"\x89PNG")
     report = (run / "results/report.html").read_text()
     for part in (
-        "random weights, as asked",
+        "random initialisation",
         "no dataset was seen",
         "training loss",
         "made of boxes",
@@ -90,7 +102,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "mean_dice" in line] == [2, 4]
     said = capsys.readouterr().out
-    for part in ("feature_size: 4", "random weights, as asked", "parameters", "dealt by subject"):
+    for part in ("feature_size: 4", "random initialisation", "parameters", "dealt by subject"):
         assert part in said
 
 
@@ -98,19 +110,18 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": "basicunet", "img_size": 32},
-        {"control": "zero_encoder"},
+        {"model": "basicunet", "crop_vox": 32},
         {"rel_pos": "axial"},
         {"model": "flexible_unet", "pyramid": "multi_level"},
         {"model": "segresnet", "checkpointing": True},
-        {"model": "linear_head", "control": "zero_encoder"},
+        {"model": "linear_head"},
         {"model": "expanding_head"},
     ],
-    ids=["basicunet", "zero_encoder", "axial", "flexible_unet", "segresnet", "linear", "expanding"],
+    ids=["basicunet", "axial", "flexible_unet", "segresnet", "linear", "expanding"],
 )
 def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
     assert main(Config(**small | {"steps": 2} | changes))["cases"] == 2
-    assert (runs / "toy/last.safetensors").is_file() == ("control" not in changes)
+    assert (runs / "toy/last.safetensors").is_file()
 
 
 def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, monkeypatch):
@@ -132,34 +143,65 @@ def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights
     said = capsys.readouterr().out
     for part in (
         "freeze: decoder_first",
-        "hash of what counts: ",
+        "config digest: ",
         "Toy: 4 cases to train on",
         "matched: ",
         "it cannot be said whether Toy was among them",
         "encoder.blocks.0.*",
         "GiB on cpu",
-        "for 4 steps, validation left out",
+        "for 4 steps without validation",
     ):
         assert part in said
 
 
-def test_weights_bring_layer_decay_and_scratch_its_own_rate(small, tiny_weights, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "lr", "layer_decay"),
+    [({}, 1e-3, 1.0), ({"lr": 2e-3}, 2e-3, 1.0), ({"scratch": False}, 3e-4, 0.75)],
+    ids=["scratch", "given", "pretrained"],
+)
+def test_pretrained_weights_bring_layer_decay_and_a_smaller_rate(
+    small, tiny_weights, monkeypatch, changes, lr, layer_decay
+):
+    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
     seen = {}
+    whole = finetune_unetr.optim.layer_decayed
 
-    class Stop(Exception):
-        pass
-
-    def spy(model, lr, *, layer_decay, weight_decay):
-        seen.update(lr=lr, layer_decay=layer_decay, weight_decay=weight_decay)
-        raise Stop
+    def spy(model, **given):
+        seen.update(given)
+        return whole(model, **given)
 
     monkeypatch.setattr(finetune_unetr.optim, "layer_decayed", spy)
-    with pytest.raises(Stop):
-        main(Config(**small))
-    assert (seen["lr"], seen["layer_decay"]) == (1e-3, 1.0)
-    with pytest.raises(Stop):
-        main(Config(**small | {"scratch": False, "weights": tiny_weights, "name": "warm"}))
-    assert (seen["lr"], seen["layer_decay"]) == (3e-4, 0.75)
+    monkeypatch.setattr(
+        finetune_unetr.engine, "Schedule", lambda **given: seen.update(given) or Schedule(**given)
+    )
+    weights = {} if changes.get("scratch", True) else {"weights": tiny_weights}
+    main(Config(**small | {"steps": 1} | changes | weights), dry_run=True)
+    assert (seen["lr"], seen["layer_decay"]) == (lr, layer_decay)
+
+
+def test_weights_beside_scratch_are_an_error(tiny_weights):
+    with pytest.raises(ValueError, match="scratch"):
+        Config(name="toy", data="nowhere", scratch=True, weights=tiny_weights)
+
+
+def test_statistics_of_crops_and_of_volumes_train_differently(small, runs, monkeypatch):
+    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    losses = []
+    for statistics in ("volume", "crop"):
+        main(Config(**small | {"name": statistics, "statistics": statistics, "steps": 2}))
+        losses.append([line["loss"] for line in Run(runs / statistics).records() if "lr" in line])
+        card = Segmenter.from_pretrained(runs / statistics / "last.safetensors").card
+        assert card.preprocessing.statistics == statistics
+    assert losses[0] != losses[1]
+
+
+def test_a_study_replaces_the_encoder_and_draws_subjects(small, runs, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    build = partial(finetuning.build_model, wrap=ZeroedEncoder)
+    main(Config(**small | {"steps": 2}), num_subjects=1, build=build)
+    assert "1 cases to train on" in capsys.readouterr().out
+    tensors = load_file(runs / "toy/last.safetensors")
+    assert not any(name.startswith("encoder.") for name in tensors)
 
 
 @pytest.mark.parametrize(
@@ -181,46 +223,15 @@ def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_channels_last_in_memory_and_differs_by_rounding(
-    small, runs, monkeypatch
-):
-    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
-    main(Config(**small))
-    save, network = Run.save, []
-
-    def stop(run, *args):
-        save(run, *args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            main(Config(**small | {"name": "last"}))
-    monkeypatch.setattr(
-        finetune_unetr.Segmenter, "save", lambda segmenter, _: network.append(segmenter.model)
-    )
-    main(Config(**small | {"name": "last", "channels_last": True}))
-    kernels = [p for p in network[-1].parameters() if p.dim() == 5 and p.shape[1] > 1]
-    assert any(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
-    losses = [
-        [line["loss"] for line in Run(runs / name).records() if "loss" in line]
-        for name in ("toy", "last")
-    ]
-    assert len(losses[0]) == 4
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"channel_gains": (1.0, 0.0)},
         {"channels": "shared"},
         {"patch_size": 4},
         {"peft": "lora", "peft_size": 2},
         {"peft": "bottleneck", "channels": "shared"},
     ],
-    ids=["gains", "shared", "patch", "lora", "bottleneck-shared"],
+    ids=["shared", "patch", "lora", "bottleneck-shared"],
 )
 def test_a_model_of_two_channels_is_plain_to_read(
     small, runs, two_channels, tiny_weights, monkeypatch, capsys, knobs
@@ -241,7 +252,7 @@ def test_a_model_of_two_channels_is_plain_to_read(
 def test_the_encoder_of_a_shared_model_serves_as_weights(small, two_channels, tmp_path):
     cfg = Config(**small | {"data": str(two_channels), "channels": "shared"})
     card = make_card(cfg, read_dataset(two_channels))
-    network, _ = make_model(cfg, card, "Toy")
+    network = made(cfg, card)[0]
     Segmenter(network, card).save(tmp_path / "shared.safetensors")
     taken = encoder("tiny", weights=tmp_path / "shared.safetensors")
     tensor = "blocks.3.attn.qkv.weight"
@@ -252,15 +263,15 @@ def test_an_encoder_with_bottlenecks_is_no_weights(small, toy_data, tiny_weights
     knobs = {"scratch": False, "weights": tiny_weights, "peft": "bottleneck"}
     cfg = Config(**small | knobs)
     card = make_card(cfg, read_dataset(toy_data))
-    network, _ = make_model(cfg, card, "Toy")
+    network = made(cfg, card)[0]
     Segmenter(network, card).save(tmp_path / "narrow.safetensors")
-    with pytest.raises(ValueError, match="pass the weights that it began with"):
+    with pytest.raises(ValueError, match="bottleneck"):
         encoder("tiny", weights=tmp_path / "narrow.safetensors")
 
 
 def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, tiny_weights):
     cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
-    model, start = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy")
+    model, start = made(cfg, make_card(cfg, read_dataset(toy_data)))
     stored = load_file(tiny_weights)
     name = "blocks.3.attn.qkv.weight"
     assert torch.equal(model.encoder.state_dict()[name], stored[name])
@@ -268,28 +279,12 @@ def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, 
     assert "weights from tiny.safetensors" in start["weights"]
 
 
-def test_scratch_ignores_the_weights(small, toy_data, tiny_weights):
-    cfg = Config(**small | {"weights": tiny_weights})
-    model, start = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy")
-    stored = load_file(tiny_weights)["blocks.3.attn.qkv.weight"]
-    assert not torch.equal(model.encoder.blocks[3].attn.qkv.weight, stored)
-    assert "random weights" in start["weights"]
-
-
-def test_the_control_loads_nothing_and_says_so(small, toy_data, tiny_weights):
-    zeros = {"scratch": False, "weights": tiny_weights, "control": "zero_encoder"}
-    cfg = Config(**small | zeros)
-    _, start = make_model(cfg, make_card(cfg, read_dataset(toy_data)), "Toy")
-    assert "random weights" in start["weights"]
-    assert start["contamination"] == "random start: no dataset was seen in pretraining"
-
-
 @pytest.fixture
 def model_of_toys(small, toy_data, tmp_path):
     """A fine-tuned model of the toy data that was trained on case_0, and its card."""
     cfg = Config(**small)
     card = make_card(cfg, read_dataset(toy_data))
-    network, start = make_model(cfg, card, "Toy")
+    network, start = made(cfg, card)
     card = replace(card, training={**card.training, "start": start, "cases": ["case_0"]})
     Segmenter(network, card).save(tmp_path / "model.safetensors")
     return str(tmp_path / "model.safetensors"), card
@@ -297,7 +292,7 @@ def model_of_toys(small, toy_data, tmp_path):
 
 def test_training_goes_on_from_a_fine_tuned_model(small, model_of_toys):
     path, card = model_of_toys
-    model, _ = make_model(Config(**small), card, "Toy")
+    model, _ = made(Config(**small), card)
     told, cases = init_from_checkpoint(model, card, path, ["case_1"])
     stored = load_file(path)
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
@@ -322,7 +317,7 @@ def test_what_an_earlier_model_was_trained_on_stays_known(small, model_of_toys, 
 def test_a_card_names_files_but_not_the_folders_they_lie_in(small, toy_data, tiny_weights):
     cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
     card = make_card(cfg, read_dataset(toy_data))
-    _, start = make_model(cfg, card, "Toy")
+    _, start = made(cfg, card)
     card = replace(card, training={**card.training, "start": start})
     assert card.training["config"]["data"] == toy_data.name
     assert "tiny.safetensors" in json.dumps(card.to_dict())
@@ -333,9 +328,9 @@ def test_a_card_names_files_but_not_the_folders_they_lie_in(small, toy_data, tin
 @pytest.mark.parametrize(
     ("knobs", "labels", "val", "remedy"),
     [
-        ({}, {1: "front"}, [], "pass it as weights= to take its encoder only"),
-        ({}, {}, ["case_0"], "trained on 1 of the cases to validate on, case_0 for one"),
-        ({"feature_size": 8}, {}, [], "give the variant=, img_size= and feature_size="),
+        ({}, {1: "front"}, [], "labels"),
+        ({}, {}, ["case_0"], "case_0"),
+        ({"feature_size": 8}, {}, [], "feature_size"),
     ],
     ids=["classes", "cases", "sizes"],
 )
@@ -344,7 +339,7 @@ def test_a_model_that_cannot_be_trained_on_is_refused(
 ):
     cfg = Config(**small | knobs)
     card = make_card(cfg, read_dataset(toy_data))
-    model, _ = make_model(cfg, card, "Toy")
+    model, _ = made(cfg, card)
     card = replace(card, labels={0: "background", **labels} if labels else card.labels)
     with pytest.raises(ValueError, match=remedy):
         init_from_checkpoint(model, card, model_of_toys[0], val)
@@ -357,7 +352,13 @@ def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
     cases = prepare_cases(
         dataset, ["case_0", "case_1"], make_card(cfg, dataset).preprocessing, progress=False
     )
-    stream = CropStream(cases, 16, samples=40, seed=0, augment=augmentation(cfg))
+    stream = CropStream(
+        cases,
+        make_card(cfg, dataset).preprocessing,
+        samples=40,
+        seed=0,
+        augment=augmentation(cfg.flip_axes),
+    )
     for i in range(40):
         label = stream[i]["label"][0]
         centre = [torch.nonzero(label == value).float()[:, 1].mean() for value in (1, 2)]
@@ -365,9 +366,9 @@ def test_flips_happen_on_the_allowed_axes_only(small, toy_data):
             assert centre[0] > centre[1]
 
 
-def test_flips_do_happen(small):
+def test_flips_do_happen():
     ramp = torch.arange(4.0).reshape(1, 4, 1, 1).expand(1, 4, 4, 4)
-    flips = augmentation(Config(**small | {"flip_axes": (0,)})).transforms[0]
+    flips = augmentation((0,)).transforms[0]
     flipped = 0
     for seed in range(40):
         flips.set_random_state(seed)
@@ -389,7 +390,7 @@ def test_a_class_that_was_not_looked_for_gets_no_score(small, toy_data, tmp_path
     assert summary["mean_dice"] == summary["dice"]["front"]
 
 
-def test_few_labels_are_those_of_whole_subjects(small, toy_data, tmp_path, monkeypatch, capsys):
+def test_few_subjects_are_whole_subjects(small, toy_data, tmp_path, monkeypatch, capsys):
     subjects = tmp_path / "subjects.json"
     subjects.write_text(json.dumps({f"case_{i}": f"person_{i // 2}" for i in range(6)}))
     splits = {"folds": [{"train": [f"case_{i}" for i in range(4)], "val": ["case_4", "case_5"]}]}
@@ -397,44 +398,58 @@ def test_few_labels_are_those_of_whole_subjects(small, toy_data, tmp_path, monke
         (tmp_path / part).symlink_to(toy_data / part)
     (tmp_path / "splits.json").write_text(json.dumps(splits))
     monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
-    main(Config(**small | {"data": str(tmp_path), "subjects": str(subjects), "labels": 1}))
+    main(Config(**small | {"data": str(tmp_path), "subjects": str(subjects)}), num_subjects=1)
     assert "Toy: 2 cases to train on, 2 to validate on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
     cfg = config.load(Config, path)
-    assert cfg.img_size % VARIANTS[cfg.variant].patch_size == 0
-    assert engine.Schedule(
-        cfg.steps, cfg.validate_every, cfg.lr, cfg.warmup_steps, cfg.clip, 1, 1, 1
-    ).next_stop(0)
+    assert (cfg.crop_vox or 64) % VARIANTS[cfg.variant].patch_size == 0
     assert cfg.warmup_steps < cfg.steps
 
 
 @pytest.mark.parametrize(
-    ("knob", "remedy"),
+    ("knobs", "named"),
     [
-        ({"batch": 0}, "batch=0; give 1 or more"),
-        ({"validate_every": 0}, "validate_every=0; give 1 or more"),
-        ({"scratch_lr": 0.0}, r"scratch_lr=0\.0; give a number above 0"),
-        ({"foreground_weight": -1.0}, r"foreground_weight=-1\.0; give a number above 0"),
-        ({"lr": math.nan}, "lr=nan; give a number above 0"),
-        ({"overlap": 1.0}, "give 0 or more, and less than 1"),
-        ({"accumulate": 0}, "accumulate=0; give 1 or more"),
-        ({"freeze": "decoder_first"}, "give decoder_first 1 or more freeze_steps"),
-        ({"freeze": "decoder_first", "freeze_steps": 9, "steps": 9}, "fewer than steps"),
-        ({"freeze_steps": 9}, "and others none"),
-        ({"model": "basicunet", "freeze": "encoder"}, "take model=unetr"),
-        ({"model": "basicunet", "checkpointing": True}, "take model=unetr"),
-        ({"model": "basicunet", "channels": "shared"}, "leave out .* channels="),
-        ({"peft": "lora", "peft_size": 0}, "give a peft_size of 1 or more"),
-        ({"peft": "lora", "freeze": "encoder"}, "leave out freeze="),
-        ({"peft": "bottleneck", "scratch": True}, "leave out freeze=, scratch="),
-        ({"peft": "lora", "init": "MODEL"}, "pass init= as weights="),
-        ({"flip_axes": (3,)}, r"give axes among \[0, 1, 2\]"),
+        ({"batch": 0}, "batch"),
+        ({"validate_every": 0}, "validate_every"),
+        ({"foreground_weight": -1.0}, "foreground_weight"),
+        ({"lr": math.nan}, "lr"),
+        ({"lr": 0.0}, "lr"),
+        ({"overlap": 1.0}, "overlap"),
+        ({"accumulate": 0}, "accumulate"),
+        ({"freeze": "decoder_first"}, "freeze_steps"),
+        ({"freeze": "decoder_first", "freeze_steps": 9, "steps": 9}, "freeze_steps"),
+        ({"freeze_steps": 9}, "freeze_steps"),
+        ({"model": "basicunet", "freeze": "encoder"}, "basicunet"),
+        ({"model": "basicunet", "checkpointing": True}, "basicunet"),
+        ({"model": "basicunet", "channels": "shared"}, "basicunet"),
+        ({"model": "basicunet", "peft": "lora"}, "basicunet"),
+        ({"peft": "lora", "peft_size": 0}, "peft_size"),
+        ({"peft": "lora", "freeze": "encoder"}, "freeze"),
+        ({"peft": "bottleneck", "scratch": True}, "scratch"),
+        ({"peft": "lora", "init": "MODEL"}, "init"),
+        ({"flip_axes": (3,)}, "flip_axes"),
     ],
     ids=str,
 )
-def test_knobs_out_of_range_are_refused_before_anything_is_read(knob, remedy):
-    with pytest.raises(ValueError, match=remedy):
-        Config(name="toy", data="nowhere", **knob)
+def test_knobs_out_of_range_are_refused_before_anything_is_read(knobs, named):
+    with pytest.raises(ValueError, match=named):
+        Config(name="toy", data="nowhere", **knobs)
+
+
+def test_the_preprocessing_is_the_weights_unless_overridden(small, toy_data, capsys):
+    dataset = read_dataset(toy_data)
+    free = {"spacing_mm": None, "crop_vox": None, "statistics": None, "intensity": None}
+    card = make_card(Config(**small | free), dataset)
+    assert card.preprocessing.statistics == WEIGHTS["tiny"].preprocessing.statistics
+    assert card.preprocessing.crop_vox == WEIGHTS["tiny"].preprocessing.crop_vox
+    assert card.preprocessing.spacing_mm == WEIGHTS["tiny"].preprocessing.spacing_mm
+    assert "instead of" not in capsys.readouterr().out
+    card = make_card(Config(**small | free | {"spacing_mm": (0, 0, 0), "intensity": "mr"}), dataset)
+    assert card.preprocessing.spacing_mm is None
+    assert card.preprocessing.intensity == {"default": "mr"}
+    assert capsys.readouterr().out.count("instead of") == 2
+    ct = replace(dataset, channels=("CT",))
+    assert make_card(Config(**small | free), ct).preprocessing.intensity == {"default": "ct"}

@@ -45,9 +45,7 @@ class Toy:
         torch.manual_seed(0)
         model = Noisy()
         self.ema = ModelEmaV3(model, decay=0.9, use_warmup=True)
-        self.model, self.optimizer = self.accelerator.prepare(
-            model, optim.layer_decayed(model, 1e-2)
-        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optim.layer_decayed(model))
         self.progress, self.run = Progress(), Run(folder)
         self.training = State(self.model, self.optimizer, self.ema, self.progress)
         self.resumed = self.run.resume(self.accelerator, self.training)

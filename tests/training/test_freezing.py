@@ -47,7 +47,7 @@ def test_a_frozen_encoder_has_no_drop_path(network, generator):
 
 def test_a_frozen_encoder_is_out_of_the_optimiser_and_gets_no_gradient(network, generator):
     set_frozen(network.encoder, True)
-    optimizer = optim.layer_decayed(network, 1e-3, layer_decay=0.75)
+    optimizer = optim.layer_decayed(network, layer_decay=0.75)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert not held & {id(p) for p in network.encoder.parameters()}
     assert held == {id(p) for p in network.parameters() if p.requires_grad}
@@ -86,7 +86,8 @@ def test_a_copy_of_a_frozen_part_is_frozen_on_its_own(network):
 def test_what_had_no_gradient_has_no_moments_and_no_decay():
     """The optimiser skips it, so a part that waits is as it was when it joins."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    optimizer = optim.layer_decayed(model, 1e-1, weight_decay=0.5)
+    optimizer = optim.layer_decayed(model, weight_decay=0.5)
+    optim.set_lr(optimizer, 1e-1)
     before = model[0].weight.clone()
     set_frozen(model[0], True)
     model(torch.ones(1, 2)).sum().backward()

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from sammed3d_backbone.recipes import finetune_unetr
 from sammed3d_backbone.recipes.studies import tables, transfer_study
+from sammed3d_backbone.recipes.studies.arms import ArmConfig
 from sammed3d_backbone.recipes.studies.transfer_study import (
     Study,
     class_table,
@@ -30,7 +31,7 @@ OF_TRANSFER = [path for path in STUDIES if "grid" in yaml.safe_load(path.read_te
 def study(tmp_path, small):
     """Two draws of two arms on boxes."""
     task = tmp_path / "boxes.yaml"
-    task.write_text(config.dump(finetune_unetr.Config(**small)))
+    task.write_text(config.dump(ArmConfig(**small)))
     return Study(
         out=str(tmp_path / "study"),
         arms={"scratch": {"scratch": True}, "frozen": {"scratch": True, "freeze": "encoder"}},
@@ -47,7 +48,7 @@ def trained(monkeypatch, runs):
 
     seen = Seen()
 
-    def train(cfg):
+    def train(cfg, **_):
         if len(seen) == seen.limit:
             raise KeyboardInterrupt
         seen.append(cfg)

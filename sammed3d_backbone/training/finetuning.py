@@ -1,0 +1,214 @@
+"""The two ends of a fine-tuning: the network with its initial weights, and the final report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.adapters.lora import add_lora
+from sammed3d_backbone.data.datasets import Dataset
+from sammed3d_backbone.data.preparation import load_image
+from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing, Statistics
+from sammed3d_backbone.evaluation.report import About, write_results
+from sammed3d_backbone.evaluation.scores import score_cases, summarise
+from sammed3d_backbone.inference.card import Card
+from sammed3d_backbone.inference.segmenter import (
+    Segmenter,
+    adapters,
+    build_network,
+    wrap_encoder,
+)
+from sammed3d_backbone.loading.checkpoint import read
+from sammed3d_backbone.loading.exposure import seen_in_pretraining
+from sammed3d_backbone.loading.factory import CARD_KEY, encoder
+from sammed3d_backbone.loading.hub import resolve
+from sammed3d_backbone.loading.inflation import DepthFilter
+from sammed3d_backbone.loading.registry import from_metadata
+from sammed3d_backbone.provenance import command_line, provenance, strip_directory
+from sammed3d_backbone.training.runs import Progress, Run
+
+
+def choose_preprocessing(
+    weights: str | None,
+    dataset: Dataset,
+    *,
+    spacing_mm: tuple[float, float, float] | None = None,
+    intensity: str | None = None,
+    statistics: Statistics | None = None,
+    crop_vox: int | None = None,
+) -> tuple[Preprocessing, list[str]]:
+    """The preprocessing that weights expect, with some fields overridden, and lines that say so.
+
+    Args:
+        weights: Name or file; None if there are none.
+        dataset: Its channels decide whether the intensity mode is that of CT.
+        spacing_mm: Voxel spacing; (0, 0, 0) keeps that of each scan. None leaves it to the weights,
+            as for the other fields.
+        intensity: A mode of `data.intensity.normalise`.
+        statistics: Voxels behind mean and deviation.
+        crop_vox: Side of the crop.
+    """
+    known = None if weights is None else _preprocessing_of(weights)
+    notes = []
+    if known is None:
+        known = SAM_MED3D
+        notes.append("the weights do not state theirs; that of SAM-Med3D is assumed")
+    modes, is_ct = known.intensity, {name.upper() for name in dataset.channels} == {"CT"}
+    known = replace(
+        known, intensity={DEFAULT: modes.get("ct" if is_ct else DEFAULT, modes[DEFAULT])}
+    )
+    given: dict[str, Any] = {}
+    if spacing_mm is not None:
+        given["spacing_mm"] = spacing_mm if any(spacing_mm) else None
+    if intensity is not None:
+        given["intensity"] = {DEFAULT: intensity}
+    if statistics is not None:
+        given["statistics"] = statistics
+    if crop_vox is not None:
+        given["crop_vox"] = (crop_vox,) * 3
+    chosen = replace(known, **given)
+    changed = [name for name in given if getattr(chosen, name) != getattr(known, name)]
+    notes += [f"{n}={getattr(chosen, n)} instead of {getattr(known, n)}" for n in changed]
+    return chosen, [*notes, str(chosen.to_dict())]
+
+
+def _preprocessing_of(weights: str) -> Preprocessing | None:
+    """What the record of weights says; None if it says nothing."""
+    record, path = resolve(weights)
+    if path is None or record.preprocessing is not None:
+        return record.preprocessing
+    metadata = read(path)[1]
+    if CARD_KEY in metadata:
+        return Card.from_json(metadata[CARD_KEY]).preprocessing
+    return from_metadata(record, metadata).preprocessing
+
+
+def build_model(
+    card: Card,
+    dataset_name: str,
+    *,
+    scratch: bool = False,
+    weights: str | None = None,
+    inflate: DepthFilter | None = None,
+    drop_path_rate: float = 0.0,
+    lora_rank: int = 0,
+    channel_gains: Sequence[float] | None = None,
+    wrap: Callable[[Encoder], Encoder] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The card's network with pretrained weights in its encoder, and a description of its start.
+
+    Args:
+        card: Describes the network.
+        dataset_name: Name of the data set, to look up whether the weights were trained on it.
+        scratch: Random initialisation.
+        weights: As for `encoder`, like `inflate`.
+        inflate: How weights of a 2-D encoder are converted.
+        drop_path_rate: Stochastic depth of the last block.
+        lora_rank: Rank of LoRA in the encoder; 0 is none.
+        channel_gains: As for `encoder`.
+        wrap: Replaces the encoder in front of the decoder; for controls.
+    """
+    if not card.encoder:
+        return build_network(card), {}
+    backbone: Any = encoder(
+        pretrained=not scratch,
+        weights=weights,
+        inflate=inflate,
+        drop_path_rate=drop_path_rate,
+        channel_gains=channel_gains,
+        **card.encoder,
+    )
+    record, loaded = backbone.pretrained_cfg, backbone.load_report
+    start: dict[str, Any] = {"weights": f"{card.encoder['variant']}: random initialisation"}
+    if loaded is not None:
+        start["weights"] = str(replace(loaded, source=strip_directory(loaded.source)))
+    if record is not None:
+        record = replace(record, name=strip_directory(record.name))
+    start["contamination"] = str(seen_in_pretraining(record, dataset_name))
+    start["citations"] = [record.citation] if record and record.citation else []
+    if lora_rank:
+        add_lora(backbone, rank=lora_rank)
+    wrapped = wrap_encoder(backbone, card)
+    if wrap is not None:
+        wrapped = wrap(wrapped)
+    return adapters()[card.network](wrapped, len(card.labels), **card.adapter), start
+
+
+def count_parameters(network: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: all, those of the encoder, and those that are trained."""
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()
+    }
+    return {
+        "all": sum(parts.values()),
+        "encoder": parts.get("encoder", 0),
+        "trained": sum(p.numel() for p in network.parameters() if p.requires_grad),
+    }
+
+
+def report(
+    accelerator: Accelerator,
+    run: Run,
+    segmenter: Segmenter,
+    dataset: Dataset,
+    cases: Sequence[str],
+    progress: Progress,
+    *,
+    title: str,
+    split: str,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Scores a finished run on the grid of the files, and writes tables, figure and page.
+
+    Every process predicts its share of the cases; the main process writes.
+
+    Args:
+        accelerator: Knows the processes.
+        run: Its folder gets `results/`.
+        segmenter: The network to score.
+        dataset: The data set.
+        cases: Names of the cases to score.
+        progress: Cost of the training.
+        title: Title of the page.
+        split: Which cases these are, for the page.
+        config: The configuration, for the page.
+    """
+    results = run.folder / "results"
+    mine = score_cases(
+        lambda case: segmenter.predict(load_image(case)),
+        dataset,
+        cases[accelerator.process_index :: accelerator.num_processes],
+        folder=results / "predictions",
+        progress=accelerator.is_main_process,
+    )
+    scores = sorted(gather_object(mine), key=lambda score: score.case)
+    if not accelerator.is_main_process:
+        return summarise(scores, dataset.classes)
+    about = About(
+        title=title,
+        command=command_line(accelerator.num_processes),
+        model="averaged weights of the last step",
+        **segmenter.card.training["start"],
+        steps=progress.step,
+        seconds=round(progress.seconds, 1),
+        cpu_seconds=round(progress.cpu_seconds, 1),
+        peak_memory_mb=round(progress.peak_bytes / 1e6),
+        dataset=segmenter.card.training["dataset"],
+        split=split,
+        config=config,
+        provenance=provenance(Path(__file__).parent),
+    )
+    summary = write_results(results, scores, dataset, about, run.records())
+    for key, value in summary["dice"].items():
+        accelerator.print(f"Dice {key}: {value}")
+    accelerator.print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
+    pages = f"{results / 'report.html'} and {results / 'figure.png'}"
+    accelerator.print(f"training took {progress.seconds:.0f} s; see {pages}")
+    return summary
