@@ -86,7 +86,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
     report = (run / "results/report.html").read_text()
     for part in (
         "random initialisation",
-        "no dataset was seen",
+        "data set",
         "training loss",
         "made of boxes",
     ):
