@@ -31,7 +31,7 @@ OF_TRANSFER = [path for path in STUDIES if "grid" in yaml.safe_load(path.read_te
 def study(tmp_path, small):
     """Two draws of two arms on boxes."""
     task = tmp_path / "boxes.yaml"
-    task.write_text(config.dump(ArmConfig(**small)))
+    task.write_text(config.dump(ArmConfig(**small, lr=3e-4)))
     return Study(
         out=str(tmp_path / "study"),
         arms={"scratch": {"scratch": True}, "frozen": {"scratch": True, "freeze": "encoder"}},
@@ -180,7 +180,7 @@ def test_a_study_that_cannot_be_read_is_refused(changes, token, tmp_path):
 def test_weights_of_another_study_are_found_where_runs_lie(study, runs):
     (runs / "other").mkdir(parents=True)
     (runs / "other/last.safetensors").write_bytes(b"")
-    arms = {"scratch": {"weights": "other/last.safetensors"}}
+    arms = {"scratch": {"scratch": False, "weights": "other/last.safetensors"}}
     study = replace(study, arms=arms, grid=[{**study.grid[0], "arms": ["scratch"]}])
     run = next(in_order(study))
     settings = settings_of(run, study, Path())
