@@ -43,7 +43,7 @@ from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fo
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import prepare_cases
-from sammed3d_backbone.evaluation.scores import summarise
+from sammed3d_backbone.evaluation.scores import summarise_scores
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter, init_from_checkpoint
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS
@@ -296,7 +296,7 @@ def main(  # noqa: C901 (the whole training in one place)
         save_due = meter.log()
         if progress.step % cfg.validate_every == 0 or progress.step == cfg.steps:
             scores = validate(accelerator, segmenter.logits, val, dataset.classes)
-            summary = summarise(scores, dataset.classes)
+            summary = summarise_scores(scores, dataset.classes)
             if is_main:
                 bar.write(f"step {progress.step}: validation Dice {summary['mean_dice']}")
             run.record(step=progress.step, **summary)

@@ -1,20 +1,19 @@
 """Dataclass <- YAML <- ``key=value``: the whole configuration language of the recipes.
 
-A recipe states its knobs as a frozen dataclass of plain fields. `parse` reads the YAML file and the
-``key=value`` arguments of the command line into it; what a field cannot hold is an error that names
-the key. There is no nesting, no interpolation and no inheritance between files.
+A recipe states its settings as a frozen dataclass. `parse` reads the YAML file and the
+``key=value`` arguments of the command line into it; pydantic holds every value against the type of
+its field. There is no nesting, no interpolation and no inheritance between files.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import inspect
 import json
-import types
+import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,13 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 
+# YAML 1.1, as PyYAML reads it, takes no for false and 1e-4 for text; YAML 1.2 and people do not.
+SCALARS = {  # the first pattern that matches counts
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(0|[1-9]\d*)", "-+0123456789"),
+    "float": (r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", "-+0123456789."),
+}
+
 
 def parse(
     cls: type[C],
@@ -34,21 +40,21 @@ def parse(
     description: str | None = None,
     flags: Mapping[str, str] | None = None,
 ) -> tuple[C, dict[str, bool]]:
-    """The configuration that a recipe's command line asks for, and which of its flags are set.
+    """Parses a recipe's command line into its configuration and its flags.
 
     Args:
-        cls: Dataclass of the recipe's knobs.
-        argv: Arguments without the program name; the command line when left out.
-        description: Shown by ``--help``, above the knobs and their defaults.
-        flags: Name -> help of what is no knob, since it changes nothing of a run: given as
+        cls: Dataclass of the configuration.
+        argv: Arguments without the program name; `sys.argv` when left out.
+        description: Shown by ``--help`` above the fields and their defaults.
+        flags: Boolean flags that are not part of the configuration, name -> help; given as
             ``--some-flag``, returned as ``some_flag``.
     """
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="knobs:\n" + "\n".join(f"  {line}" for line in _knobs(cls)),
+        epilog="keys:\n" + "\n".join(f"  {line}" for line in _listed_fields(cls)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="YAML file with values for the knobs below")
+    parser.add_argument("config", type=Path, help="YAML file with values for the keys below")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
     for name, meaning in (flags or {}).items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
@@ -61,18 +67,15 @@ def parse(
 
 
 def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
-    """A configuration from a YAML file, with ``key=value`` strings on top.
+    """Reads a configuration from a YAML file, with ``key=value`` strings on top.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no flat mapping, or a key or value does not fit the dataclass.
+        ValueError: If the file is not a flat mapping, or a key or value does not fit the dataclass.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}; pass one of recipes/configs/*.yaml")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no key: value lines; see recipes/configs/ for the form")
     hints = typing.get_type_hints(cls)
@@ -80,13 +83,9 @@ def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         key, equals, text = override.partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not of the form key=value")
-        if _is_text(hints.get(key)) and text not in ("null", "~"):
-            values[key] = text  # YAML would read 010 as a number and yes as true
-            continue
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{override!r} is not valid YAML behind the =: {error}") from None
+        is_text = hints.get(key) is str or {*typing.get_args(hints.get(key))} == {str, type(None)}
+        as_it_is = is_text and text not in ("null", "~")  # a name 010 or true stays one
+        values[key] = text if as_it_is else _read_yaml(text, repr(override))
     try:
         return build(cls, values)
     except ValueError as error:
@@ -94,41 +93,54 @@ def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
-    """A configuration from plain values, each brought to its field's type.
+    """A configuration from plain values, each held against the type of its field.
 
     Raises:
         ValueError: If a key is unknown or missing, or a value does not fit.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
-            raise ValueError(f"unknown key {key!r}{hint}")
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
+            raise ValueError(f"unknown key {key!r}; {hint}")
     missing = [
-        name
-        for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in values
+        and field.default is field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ValueError(f"no value for {', '.join(missing)}; add it as key=value or to the file")
-    return cls(**{key: _fit(key, hints[key], value) for key, value in values.items()})
+    fitted = {}
+    for key, value in values.items():
+        try:
+            # As JSON, since pydantic then takes lists for tuples and whole numbers for floats, but
+            # still no boolean for a number and no number for text.
+            text = json.dumps(value, default=str)
+            fitted[key] = TypeAdapter(hints[key]).validate_json(text, strict=True)
+        except ValidationError as error:
+            needed = error.errors()[0]["msg"].replace("Input should be", "give")
+            kind = inspect.formatannotation(hints[key])
+            raise ValueError(f"{key}={value!r}: {needed}, the type is {kind}") from None
+    return cls(**fitted)
 
 
 def dump(config: DataclassInstance) -> str:
     """The configuration as YAML that `load` reads back to an equal one."""
-    values = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
+    values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as lists
     return yaml.safe_dump(values, sort_keys=False)
 
 
 def digest(config: DataclassInstance, leave_out: Collection[str] = ()) -> str:
-    """Twelve letters that stand for a configuration's values, but those of the keys left out."""
+    """Twelve hexadecimal digits that identify the values of a configuration.
+
+    Args:
+        config: The configuration.
+        leave_out: Keys whose values do not count.
+    """
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in leave_out}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -141,49 +153,28 @@ def differences(
     return {key: (a[key], b[key]) for key in a if a[key] != b[key]}
 
 
-def _is_text(hint: object) -> bool:
-    """Whether a field holds a string, or a string or None."""
-    return hint is str or {*typing.get_args(hint)} == {str, type(None)}
+class _Loader(yaml.SafeLoader):
+    """Reads plain scalars as YAML 1.2 does."""
 
 
-def _fit(key: str, hint: object, value: object) -> object:
-    """The value brought to the type its field declares."""
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in choices:
-            return None
-        (hint,) = (choice for choice in choices if choice is not type(None))
-        return _fit(key, hint, value)
-    if origin is typing.Literal:
-        if value is False and "no" in choices:
-            value = "no"  # YAML 1.1 reads a bare no as false
-        if value not in choices:
-            raise ValueError(f"{key}={value!r}: give one of {', '.join(map(str, choices))}")
-        return value
-    if origin is tuple:
-        items = list(value) if isinstance(value, (list, tuple)) else [value]
-        if choices[-1] is not Ellipsis and len(items) != len(choices):
-            raise ValueError(f"{key}={value!r}: give {len(choices)} values, as [a, b, ...]")
-        return tuple(_fit(key, choices[0], item) for item in items)
-    return _fit_scalar(key, hint, value)
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] == "tag:yaml.org,2002:null"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, (_pattern, _first) in SCALARS.items():
+    _tag = f"tag:yaml.org,2002:{_kind}"
+    _Loader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), list(_first))
 
 
-def _fit_scalar(key: str, hint: object, value: object) -> object:
-    """The value as a bool, int, float or str."""
-    if isinstance(value, bool) is not (hint is bool):
-        pass  # Python counts booleans as integers; a configuration does not
-    elif hint is str and isinstance(value, (str, int, float)):
-        return str(value)
-    elif hint is float and isinstance(value, (str, int, float)):
-        # YAML 1.1 reads 1e-4 (without a dot) as a string, and people write it all the time.
-        with contextlib.suppress(ValueError):
-            return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint):
-        return value
-    raise ValueError(f"{key}={value!r}: give a value of type {getattr(hint, '__name__', hint)}")
+def _read_yaml(text: str, source: str) -> object:
+    try:
+        content: object = yaml.load(text, _Loader)  # a safe loader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from None
+    return content
 
 
-def _knobs(cls: type[DataclassInstance]) -> list[str]:
+def _listed_fields(cls: type[DataclassInstance]) -> list[str]:
     """One line per field: name, type and default."""
     lines = []
     for field in dataclasses.fields(cls):

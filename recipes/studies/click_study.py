@@ -29,11 +29,11 @@ from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
 
 from sammed3d_backbone import config, sam
-from sammed3d_backbone.clickbench.bench import header_of, run
+from sammed3d_backbone.clickbench.bench import header_of, run_benchmark
 from sammed3d_backbone.clickbench.cases import ClickCase, ClickSet, read_click_set
 from sammed3d_backbone.clickbench.journal import Journal, read_journal, read_times
 from sammed3d_backbone.clickbench.presets import rules_of
-from sammed3d_backbone.clickbench.protocol import Promptable, Rules
+from sammed3d_backbone.clickbench.protocol import ClickRules, PromptableModel
 from sammed3d_backbone.data.datasets import read_fold
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.geometry import Triple
@@ -60,7 +60,7 @@ TARGET = ("case", "class", "step")  # what two players are paired by
 BINS = 5  # groups of equal count in which predicted and true Dice are compared
 
 # What the results of a player depend on; its objects, each with what it is played on.
-Entry = tuple[dict[str, Any], list[tuple[Promptable, ClickSet]]]
+Entry = tuple[dict[str, Any], list[tuple[PromptableModel, ClickSet]]]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def main(cfg: Config, *, report: bool = False) -> None:
             print(f"{name}: {header['model']}")
             journal = Journal(runs_folder() / Path(cfg.out).name / name, header, rules.steps)
             for model, click_set in turns:
-                run(model, rules, click_set, journal, [cfg.first])
+                run_benchmark(model, rules, click_set, journal, [cfg.first])
             row = row_of(name, header, journal.folder)
             tables.add(out, row, scores=scores_of(journal.folder))
             write_report(out, cfg.clicks)
@@ -142,7 +142,7 @@ def main(cfg: Config, *, report: bool = False) -> None:
 # --- who plays, and on what ---------------------------------------------------------------------
 
 
-def players_of(cfg: Config, rules: Rules) -> dict[str, Entry]:
+def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
     """Every player and the header of its journal, before anything is played.
 
     Raises:

@@ -12,7 +12,7 @@ from sammed3d_backbone.cli.prompts import add_network
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
-    from sammed3d_backbone.clickbench.protocol import Promptable
+    from sammed3d_backbone.clickbench.protocol import PromptableModel
 
 CHECKED_TARGETS = 3  # that are played again by --check-determinism
 
@@ -62,12 +62,12 @@ def _run_clicks(args: argparse.Namespace) -> int:
         return _compare(*args.compare)
     if args.data is None:
         raise ValueError("no data set; name a folder, or two results with --compare")
-    from sammed3d_backbone.clickbench.bench import first_difference, header_of, run
+    from sammed3d_backbone.clickbench.bench import first_difference, header_of, run_benchmark
     from sammed3d_backbone.clickbench.cases import read_click_set
     from sammed3d_backbone.clickbench.journal import Journal, read_journal
     from sammed3d_backbone.clickbench.presets import rules_of
-    from sammed3d_backbone.clickbench.report import write_report
-    from sammed3d_backbone.clickbench.summary import summarise
+    from sammed3d_backbone.clickbench.report import write_click_report
+    from sammed3d_backbone.clickbench.summary import summarise_clicks
     from sammed3d_backbone.provenance import provenance
 
     rules = rules_of(args.protocol)
@@ -91,9 +91,9 @@ def _run_clicks(args: argparse.Namespace) -> int:
         **{name: machine.pop(name) for name in ("commit", "python", "torch", "monai", "numpy")},
     }
     folder = args.out or Path(f"clicks-{click_set.name}-{rules.name.replace('/', '-')}")
-    run(model, rules, click_set, Journal(folder, header, rules.steps), tracks)
-    report = write_report(folder, click_set, machine)
-    for line in _main_figures(summarise(read_journal(folder)[1], rules.published)):
+    run_benchmark(model, rules, click_set, Journal(folder, header, rules.steps), tracks)
+    report = write_click_report(folder, click_set, machine)
+    for line in _main_figures(summarise_clicks(read_journal(folder)[1], rules.published)):
         print(line)
     print(report)
     if args.check_determinism:
@@ -103,13 +103,13 @@ def _run_clicks(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dict[str, Any]]":
+def _model(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel, dict[str, Any]]":
     """The object to be tested, and what the header says of it."""
     if args.model is None:
         return _predictor(args, dataset)
     module, _, name = args.model.partition(":")
     try:
-        model: Promptable = getattr(importlib.import_module(module), name)()
+        model: PromptableModel = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--model {args.model} cannot be made ({error}); give MODULE:NAME of a class or "
@@ -118,7 +118,7 @@ def _model(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dict[st
     return model, {"model": args.model}
 
 
-def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dict[str, Any]]":
+def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel, dict[str, Any]]":
     """Our own predictor with the network that was asked for."""
     import torch
 
@@ -145,7 +145,7 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[Promptable, dic
 def _compare(one: Path, other: Path) -> int:
     """Prints the paired differences of two results."""
     from sammed3d_backbone.clickbench.journal import read_journal
-    from sammed3d_backbone.clickbench.summary import compare
+    from sammed3d_backbone.clickbench.summary import compare_runs
 
     (header, lines), (other_header, other_lines) = read_journal(one), read_journal(other)
     if header["protocol"] != other_header["protocol"]:
@@ -154,7 +154,7 @@ def _compare(one: Path, other: Path) -> int:
             "compare runs of one protocol"
         )
     print(f"{other} minus {one}, {header['protocol']}")
-    for track, found in compare(lines, other_lines).items():
+    for track, found in compare_runs(lines, other_lines).items():
         print(f"{track}: {found['targets']} common targets of {found['subjects']} subjects")
         for name, (mean, low, high) in found["difference"].items():
             interval = "no interval" if low is None else f"{low:+.4f} to {high:+.4f}"

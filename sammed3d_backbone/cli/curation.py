@@ -49,7 +49,7 @@ def add_curate(commands: "Commands") -> None:
 
 
 def _run_curate(args: argparse.Namespace) -> int:
-    from sammed3d_backbone.curation.report import VERDICTS, write_report
+    from sammed3d_backbone.curation.report import VERDICTS, write_curation_report
     from sammed3d_backbone.curation.rules import preset
     from sammed3d_backbone.curation.runs import Workers, curate
     from sammed3d_backbone.data.layouts import read_layout
@@ -69,7 +69,7 @@ def _run_curate(args: argparse.Namespace) -> int:
         "preset": args.preset,
         **provenance(Path(__file__).parent),
     }
-    report = write_report(args.out, raw_sets, decisions, rules, about)
+    report = write_curation_report(args.out, raw_sets, decisions, rules, about)
     verdicts = Counter(decision["verdict"] for decision in decisions)
     shown = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in VERDICTS)
     print(f"{shown}; {verdicts['refused']} cases refused")

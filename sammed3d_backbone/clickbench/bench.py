@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from sammed3d_backbone.clickbench.cases import ClickSet, Target
+from sammed3d_backbone.clickbench.cases import ClickSet, ClickTarget
 from sammed3d_backbone.clickbench.journal import Journal, Line, key_of, read_journal
-from sammed3d_backbone.clickbench.protocol import Player, Promptable, Rules, Step
+from sammed3d_backbone.clickbench.protocol import ClickRules, ClickStep, Player, PromptableModel
 from sammed3d_backbone.clickbench.scoring import plain, score
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.provenance import resident_bytes
@@ -20,7 +20,7 @@ from sammed3d_backbone.strategies import Click, Draws
 
 
 def header_of(
-    rules: Rules, click_set: ClickSet, tracks: Iterable[str], *, classes: Sequence[str] = ()
+    rules: ClickRules, click_set: ClickSet, tracks: Iterable[str], *, classes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What the lines of a result depend on, apart from model and versions.
 
@@ -46,9 +46,9 @@ def header_of(
     }
 
 
-def run(
-    model: Promptable,
-    rules: Rules,
+def run_benchmark(
+    model: PromptableModel,
+    rules: ClickRules,
     click_set: ClickSet,
     journal: Journal,
     tracks: Iterable[str],
@@ -76,7 +76,7 @@ def run(
 
 
 def played(
-    player: Player, rules: Rules, target: Target, track: str
+    player: Player, rules: ClickRules, target: ClickTarget, track: str
 ) -> tuple[list[Line], list[Line], Volume | None]:
     """Lines, times and last mask of one target and track."""
     about = {
@@ -92,7 +92,7 @@ def played(
     draws = Draws(target.dataset, target.case, target.name, "first")
     lines: list[Line] = []
     times: list[Line] = []
-    before: Step | None = None
+    before: ClickStep | None = None
     figures: Line = {}
     for step in rules.show(player, target, rules.tracks[track], draws, rules.steps):
         if before is None or step.mask is not before.mask:
@@ -113,7 +113,7 @@ def played(
 
 
 def first_difference(
-    model: Promptable, rules: Rules, click_set: ClickSet, folder: Path, targets: int
+    model: PromptableModel, rules: ClickRules, click_set: ClickSet, folder: Path, targets: int
 ) -> str:
     """Plays the first targets of a finished run again; "" if every line comes out as it was."""
     _, lines = read_journal(folder)
@@ -130,7 +130,7 @@ def first_difference(
     return ""
 
 
-def _clicked(click: Click, step: Step) -> Line:
+def _clicked(click: Click, step: ClickStep) -> Line:
     """A click for the file: voxel of the volume that the object was given, and the place in mm."""
     point_mm = (step.clicked_affine @ [*click.point_vox, 1])[:3]
     return {

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,11 @@ from sammed3d_backbone.data.datasets import Case, DatasetError, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, load_label
+from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.strategies import Mask, connected_parts
 
-Modality = Literal["ct", "mr", "us"]
 MODALITIES: dict[str, Modality] = {
     "ct": "ct",
     "mr": "mr",
@@ -37,7 +37,7 @@ MODEL_MASKS = "The masks are another model's output: scores are agreement with i
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class ClickTarget:
     """One object to be clicked.
 
     Shapes:
@@ -72,7 +72,7 @@ class ClickSet:
     instances: bool = False  # every connected part of a class is a target of its own
     spacing_is_xyz: bool = False  # how the spacing of npz files is read, see `read_npz`
 
-    def targets(self, case: ClickCase) -> Iterator[Target]:
+    def targets(self, case: ClickCase) -> Iterator[ClickTarget]:
         """The objects of a case, in the order of their label values; opens its files.
 
         Raises:
@@ -93,9 +93,11 @@ class ClickSet:
                 numbered = enumerate(connected_parts(truth, image.affine), start=1)
                 parts = {f"{name} {number}": part for number, part in numbered}
             for called, part in parts.items():
-                yield Target(self.name, files.id, files.subject, called, image, part, case.modality)
+                yield ClickTarget(
+                    self.name, files.id, files.subject, called, image, part, case.modality
+                )
 
-    def target(self, case: str, name: str) -> Target:
+    def target(self, case: str, name: str) -> ClickTarget:
         """The target of a case's id and a class; opens the files of the case."""
         return next(
             target

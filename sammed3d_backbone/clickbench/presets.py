@@ -1,8 +1,8 @@
 """The rules by name: our own protocol, and published ones as they were really run.
 
 A published protocol that takes more from the truth than its clicks is stamped as an oracle: its
-figures cannot be had by a user. `Rules.differs` says what is not as it was published; random clicks
-are drawn as published, but from other random numbers.
+figures cannot be had by a user. `ClickRules.differs` says what is not as it was published;
+random clicks are drawn as published, but from other random numbers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from sammed3d_backbone.clickbench.cases import Target
-from sammed3d_backbone.clickbench.protocol import Player, Rules, Step, interact
+from sammed3d_backbone.clickbench.cases import ClickTarget
+from sammed3d_backbone.clickbench.protocol import ClickRules, ClickStep, Player, interact
 from sammed3d_backbone.data.geometry import Geometry, nearest_ras
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.strategies import (
@@ -38,16 +38,16 @@ CVPR25_DIFFERS = (
 
 
 def whole_volume(
-    player: Player, target: Target, strategies: Sequence[Strategy], draws: Draws, steps: int
-) -> Iterator[Step]:
+    player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
+) -> Iterator[ClickStep]:
     """The object gets the volume as it is stored, and is scored there."""
     image, truth = target.image, target.truth
     return interact(player, image, truth, target.modality, strategies, draws, steps)
 
 
 def label_crop(
-    player: Player, target: Target, strategies: Sequence[Strategy], draws: Draws, steps: int
-) -> Iterator[Step]:
+    player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
+) -> Iterator[ClickStep]:
     """The object gets 128 voxels of 1.5 mm around the truth, and is scored in them."""
     geometry, truth = _around_label(target)
     if not truth.any():
@@ -57,8 +57,8 @@ def label_crop(
 
 
 def label_crop_scored_outside(
-    player: Player, target: Target, strategies: Sequence[Strategy], draws: Draws, steps: int
-) -> Iterator[Step]:
+    player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
+) -> Iterator[ClickStep]:
     """The object gets the same crop; its mask is brought back by nearest voxels and scored there.
 
     Outside the crop, the mask is empty.
@@ -71,8 +71,8 @@ def label_crop_scored_outside(
 
 
 def slice_by_slice(
-    player: Player, target: Target, strategies: Sequence[Strategy], draws: Draws, steps: int
-) -> Iterator[Step]:
+    player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
+) -> Iterator[ClickStep]:
     """The object gets the axial slices that hold the truth, one by one, each with its own clicks.
 
     Step n is the stack of all slices after n clicks each; the other slices are empty.
@@ -82,7 +82,7 @@ def slice_by_slice(
     axial = axes[2]
     held = np.flatnonzero(truth.any(axis=tuple(a for a in range(3) if a != axial)))
     stacked = [
-        Step(np.zeros_like(truth), truth, image.affine, (), image.affine, (), ())
+        ClickStep(np.zeros_like(truth), truth, image.affine, (), image.affine, (), ())
         for _ in range(steps)
     ]
     for index in held.tolist():
@@ -101,7 +101,7 @@ def slice_by_slice(
 RULES = {
     rules.name: rules
     for rules in (
-        Rules(
+        ClickRules(
             "clickbench/1",
             steps=10,
             tracks={"centre": (largest_centre,), "random": (uniform, largest_centre)},
@@ -109,7 +109,7 @@ RULES = {
             source="this package",
             min_voxels=27,  # of which those thinner than 3 voxels along every axis are a part
         ),
-        Rules(
+        ClickRules(
             "sammed3d-2023",
             steps=10,
             tracks={"deep": (deep, deep, uniform)},
@@ -119,7 +119,7 @@ RULES = {
             published="best_dice",
             differs="errors are those of the mask, not of logits above 0.5",
         ),
-        Rules(
+        ClickRules(
             "sammed3d-main",
             steps=1,
             tracks={"random": (uniform,)},
@@ -129,7 +129,7 @@ RULES = {
             published="class_mean_dice",
             differs="classes do not overwrite each other",
         ),
-        Rules(
+        ClickRules(
             "cvpr25",
             steps=5,
             tracks={"centre": (joint_centre,)},
@@ -138,7 +138,7 @@ RULES = {
             published="cvpr25",
             differs=CVPR25_DIFFERS,
         ),
-        Rules(
+        ClickRules(
             "cvpr25-xyz",
             steps=5,
             tracks={"centre": (joint_centre,)},
@@ -152,7 +152,7 @@ RULES = {
 }
 
 
-def rules_of(name: str) -> Rules:
+def rules_of(name: str) -> ClickRules:
     """The rules of a name; ``slicewise-N`` for N clicks per slice.
 
     Raises:
@@ -162,7 +162,7 @@ def rules_of(name: str) -> Rules:
         return RULES[name]
     slicewise = re.fullmatch(r"slicewise-([1-9]\d*)", name)
     if slicewise:
-        return Rules(
+        return ClickRules(
             name,
             steps=int(slicewise[1]),
             tracks={"random": (uniform,)},
@@ -176,7 +176,7 @@ def rules_of(name: str) -> Rules:
     raise ValueError(f"no protocol {name!r}; choose {', '.join(RULES)} or slicewise-N")
 
 
-def _around_label(target: Target) -> tuple[Geometry, Mask]:
+def _around_label(target: ClickTarget) -> tuple[Geometry, Mask]:
     """The crop around a target, and the truth in it, by nearest voxels as in the published code."""
     image = target.image
     whole = Geometry.plan(image.shape, image.affine, CROP_SPACING_MM)
@@ -195,7 +195,7 @@ def _around_label(target: Target) -> tuple[Geometry, Mask]:
     return geometry, geometry.to_box(torch.from_numpy(truth)[None])[0].numpy() > 0
 
 
-def _with_slice(stack: Step, step: Step, axis: int, index: int) -> Step:
+def _with_slice(stack: ClickStep, step: ClickStep, axis: int, index: int) -> ClickStep:
     """A stack's record with the clicks, failures and seconds of one more slice."""
     seconds = dict(stack.seconds)
     for part, value in step.seconds.items():

@@ -1,7 +1,7 @@
 """Click, look, click again: any promptable object, played by the rules of a protocol.
 
 Comes in: an object with ``set_volume``, ``click``, ``predict`` and ``reset``, and a target. Goes
-out: a `Step` per click, its mask on the grid that is scored. What an object raises is a failed
+out: a `ClickStep` per click, its mask on the grid that is scored. What an object raises is a failed
 answer, an empty mask, and is counted. Nothing here knows a network.
 """
 
@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.clickbench.cases import Modality, Target
+from sammed3d_backbone.clickbench.cases import ClickTarget
 from sammed3d_backbone.data.geometry import Triple, TripleMm
+from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.strategies import Click, Draws, Errors, Mask, Strategy
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 FAILED = "the object failed, which counts as an empty mask"
 
 
-class Prediction(Protocol):
+class MaskAnswer(Protocol):
     """What an object answers.
 
     It may also have ``seconds``, a mapping such as ``{"encode": 1.2, "decode": 0.03}``, which is
@@ -38,7 +39,7 @@ class Prediction(Protocol):
         """(X, Y, Z) of the volume that was set, bool or 0 and 1."""
 
 
-class Promptable(Protocol):
+class PromptableModel(Protocol):
     """All that the benchmark asks of an object."""
 
     def set_volume(self, volume: Volume, *, modality: Modality | None = None) -> object:
@@ -47,7 +48,7 @@ class Promptable(Protocol):
     def click(self, point_vox: Triple, positive: bool = True) -> object:
         """Takes one more click, in voxels of the volume."""
 
-    def predict(self) -> Prediction:
+    def predict(self) -> MaskAnswer:
         """The mask after all clicks since the last reset."""
 
     def reset(self) -> object:
@@ -55,7 +56,7 @@ class Promptable(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class ClickStep:
     """One answer of an object, with the clicks that led to it.
 
     Shapes:
@@ -83,11 +84,11 @@ class Step:
         return x, y, z
 
 
-Show = Callable[["Player", Target, Sequence[Strategy], Draws, int], Iterator[Step]]
+Show = Callable[["Player", ClickTarget, Sequence[Strategy], Draws, int], Iterator[ClickStep]]
 
 
 @dataclass(frozen=True)
-class Rules:
+class ClickRules:
     """A protocol: where clicks go, how many, what the object is shown and what is scored."""
 
     name: str
@@ -103,7 +104,7 @@ class Rules:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class ModelAnswer:
     """What came back after a click.
 
     Shapes:
@@ -119,7 +120,7 @@ class Answer:
 class Player:
     """An object under test, the volume it was given last, and how long its answers take."""
 
-    def __init__(self, model: Promptable) -> None:
+    def __init__(self, model: PromptableModel) -> None:
         self.model = model
         self._shown: Volume | None = None  # what it has; None after a failure
         self._refused = ""  # what it raised when it was given the volume
@@ -140,7 +141,7 @@ class Player:
         else:
             self._shown = volume
 
-    def answer(self, click: Click, shape: Triple) -> Answer:
+    def answer(self, click: Click, shape: Triple) -> ModelAnswer:
         """What the object says after one more click.
 
         Raises:
@@ -149,7 +150,7 @@ class Player:
         seconds, self._seconds = self._seconds, {}
         nothing = np.zeros(shape, dtype=bool)
         if self._refused:
-            return Answer(nothing, seconds, self._refused)
+            return ModelAnswer(nothing, seconds, self._refused)
         start = time.perf_counter()
         try:
             self.model.click(click.point_vox, click.positive)
@@ -157,7 +158,7 @@ class Player:
         except Exception as error:
             log.exception(FAILED)
             self._shown = None  # set anew before the next target
-            return Answer(nothing, seconds, type(error).__name__)
+            return ModelAnswer(nothing, seconds, type(error).__name__)
         seconds["click"] = time.perf_counter() - start
         seconds.update(getattr(prediction, "seconds", {}))
         mask = np.asarray(prediction.mask)
@@ -166,7 +167,9 @@ class Player:
                 f"the object answered {mask.shape} voxels to a volume of {shape}; its mask has to "
                 "be on the grid of the volume"
             )
-        return Answer(mask > 0, seconds, predicted_dice=getattr(prediction, "predicted_dice", None))
+        return ModelAnswer(
+            mask > 0, seconds, predicted_dice=getattr(prediction, "predicted_dice", None)
+        )
 
 
 def interact(
@@ -177,7 +180,7 @@ def interact(
     strategies: Sequence[Strategy],
     draws: Draws,
     steps: int,
-) -> Iterator[Step]:
+) -> Iterator[ClickStep]:
     """One click per step where the strategies want it, scored on the volume's own grid.
 
     Where no click is left to be made, the last answer is carried forward.
@@ -194,7 +197,7 @@ def interact(
     player.show(volume, modality)
     clicked: list[Click] = []
     mask = np.zeros(volume.shape, dtype=bool)
-    step: Step | None = None
+    step: ClickStep | None = None
     for number in range(steps):
         strategy = strategies[min(number, len(strategies) - 1)]
         click = strategy(Errors(truth, mask, volume.affine, draws, clicked))
@@ -207,7 +210,7 @@ def interact(
         answer = player.answer(click, volume.shape)
         mask = answer.mask
         kept = tuple(bool(mask[c.point_vox]) == c.positive for c in clicked)
-        step = Step(
+        step = ClickStep(
             mask=mask,
             truth=truth,
             affine=volume.affine,

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from sammed3d_backbone.clickbench.cases import ClickSet, Target
+from sammed3d_backbone.clickbench.cases import ClickSet, ClickTarget
 from sammed3d_backbone.clickbench.journal import (
     Key,
     Line,
@@ -25,7 +25,7 @@ from sammed3d_backbone.clickbench.journal import (
 from sammed3d_backbone.clickbench.presets import rules_of
 from sammed3d_backbone.clickbench.summary import (
     reported_steps,
-    summarise,
+    summarise_clicks,
     times_by_part,
 )
 from sammed3d_backbone.data.volume import Volume
@@ -70,7 +70,7 @@ MEANINGS = {
 }
 
 
-def write_report(folder: Path, click_set: ClickSet, machine: Mapping[str, Any]) -> Path:
+def write_click_report(folder: Path, click_set: ClickSet, machine: Mapping[str, Any]) -> Path:
     """Writes ``summary.json``, ``worst.png`` and ``report.html`` of a finished run.
 
     Args:
@@ -80,7 +80,11 @@ def write_report(folder: Path, click_set: ClickSet, machine: Mapping[str, Any]) 
     """
     header, lines = read_journal(folder)
     rules = rules_of(header["protocol"])
-    summary = {"header": header, **summarise(lines, rules.published), "machine": dict(machine)}
+    summary = {
+        "header": header,
+        **summarise_clicks(lines, rules.published),
+        "machine": dict(machine),
+    }
     seconds = times_by_part(read_times(folder))
     summary["seconds"] = seconds
     write_json(folder / "summary.json", summary)
@@ -305,7 +309,7 @@ def _worst_targets(lines: Sequence[Line]) -> list[Line]:
     return list(worst.values())[:WORST]
 
 
-def _shown(folder: Path, line: Line, target: Target) -> Shown:
+def _shown(folder: Path, line: Line, target: ClickTarget) -> Shown:
     """A target for drawing; a mask on a crop's grid is brought back by nearest voxels."""
     mask = Volume.load(mask_path(folder, line))
     image = target.image

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from sammed3d_backbone.clickbench.protocol import Step
+from sammed3d_backbone.clickbench.protocol import ClickStep
 from sammed3d_backbone.data.geometry import nearest_ras
 from sammed3d_backbone.evaluation.metrics import hausdorff95_mm, surface_dice
 from sammed3d_backbone.strategies import Mask
@@ -32,7 +32,7 @@ TOLERANCE_MM = 2.0
 DIGITS = 6  # that are kept, so that a file does not depend on the last bit
 
 
-def score(step: Step) -> dict[str, Any]:
+def score(step: ClickStep) -> dict[str, Any]:
     """The figures of a step, ready for JSON: no NaN, six digits."""
     mask, truth, spacing_mm = step.mask, step.truth, step.spacing_mm
     tolerance_mm = max(TOLERANCE_MM, *spacing_mm)

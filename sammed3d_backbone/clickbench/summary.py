@@ -95,7 +95,7 @@ def played_targets(lines: Iterable[Line]) -> list[Played]:
     ]
 
 
-def summarise(lines: Sequence[Line], published: str = "") -> dict[str, Any]:
+def summarise_clicks(lines: Sequence[Line], published: str = "") -> dict[str, Any]:
     """Everything that a report shows, by track; ready for JSON.
 
     Args:
@@ -120,7 +120,7 @@ def summarise(lines: Sequence[Line], published: str = "") -> dict[str, Any]:
     }
 
 
-def compare(one: Sequence[Line], other: Sequence[Line]) -> dict[str, dict[str, Any]]:
+def compare_runs(one: Sequence[Line], other: Sequence[Line]) -> dict[str, dict[str, Any]]:
     """The other file's figures minus the one's, target by target, by track.
 
     Raises:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from sammed3d_backbone.curation.rules import Rules, Target, without_islands
+from sammed3d_backbone.curation.rules import ClassMask, CurationRules, without_islands
 from sammed3d_backbone.curation.sides import (
     MARGIN_MM,
     centre_mm,
@@ -42,7 +42,7 @@ OWN_FILES = re.compile(r".*\.nii(\.gz)?|.*decisions\.json")  # temporary names a
 Decision = dict[str, Any]
 
 
-def curate_case(raw: RawCase, folder: Path, rules: Rules) -> None:
+def curate_case(raw: RawCase, folder: Path, rules: CurationRules) -> None:
     """Writes the folder of a case.
 
     Args:
@@ -117,7 +117,7 @@ def open_grid(case: Case) -> Volume:
     return dataclasses.replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
 
 
-def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[Target, float]]:
+def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[ClassMask, float]]:
     """The masks of a case as they are, one at a time, and how far in mm each lay off the grid.
 
     Args:
@@ -145,12 +145,12 @@ def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[Target, float]]:
                 is_empty = False
                 number = (case.numbers or (*raw.labels,))[index] if case.masks else value
                 x, y, z = (int(side.start) for side in box)
-                yield Target(raw.labels[number], labels[box] == value, (x, y, z)), apart_mm
+                yield ClassMask(raw.labels[number], labels[box] == value, (x, y, z)), apart_mm
     if is_empty:
         raise ValueError(class_problems(case, [])[0])
 
 
-def _decide(raw: RawCase, rules: Rules, staging: Path) -> list[Decision]:
+def _decide(raw: RawCase, rules: CurationRules, staging: Path) -> list[Decision]:
     """Judges all masks of a case and writes those that stay."""
     grid = open_grid(raw.case)
     annotated = raw.case.annotated
@@ -203,7 +203,7 @@ def _mask_name(name: str, decisions: Mapping[str, Decision], case: Case) -> str:
     return mask
 
 
-def _judge(target: Target, grid: Volume, rules: Rules) -> tuple[Decision, Target]:
+def _judge(target: ClassMask, grid: Volume, rules: CurationRules) -> tuple[Decision, ClassMask]:
     """What the rules say of a mask by itself, and the mask without islands."""
     cleaned, islands = without_islands(target, rules)
     extent = cleaned.extent(grid)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sammed3d_backbone.curation.cases import Decision, open_grid, raw_targets
-from sammed3d_backbone.curation.rules import PRESETS, Extent, Rules
+from sammed3d_backbone.curation.rules import PRESETS, CurationRules, Extent
 from sammed3d_backbone.curation.sources import RawSet
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
@@ -92,7 +92,7 @@ GALLERIES = (
 )
 
 
-def summarise(decisions: Sequence[Decision]) -> dict[str, Any]:
+def count_decisions(decisions: Sequence[Decision]) -> dict[str, Any]:
     """Counts of masks in all, per step, data set, modality and class."""
     masks = [decision for decision in decisions if decision["verdict"] != "refused"]
     return {
@@ -111,11 +111,11 @@ def summarise(decisions: Sequence[Decision]) -> dict[str, Any]:
     }
 
 
-def write_report(
+def write_curation_report(
     folder: Path,
     raw_sets: Sequence[RawSet],
     decisions: Sequence[Decision],
-    rules: Rules,
+    rules: CurationRules,
     about: Mapping[str, object],
 ) -> Path:
     """Writes ``summary.json``, ``examples/*.png`` and ``report.html`` of a finished run.
@@ -128,7 +128,7 @@ def write_report(
         about: Command, preset, machine and versions.
     """
     limits = dataclasses.asdict(rules)
-    summary = {**about, "rules": limits, **summarise(decisions)}
+    summary = {**about, "rules": limits, **count_decisions(decisions)}
     write_json(folder / "summary.json", summary)
     masks, steps = summary["masks"], summary["steps"]
     fate = "kept by this preset" if rules.max_background is None else "dropped by this preset"

@@ -19,7 +19,7 @@ ROUNDING = 1e-6  # of limits: spacings are stored as float32
 
 
 @dataclass(frozen=True)
-class Rules:
+class CurationRules:
     """Limits of one preset; None is no limit."""
 
     source: str
@@ -49,19 +49,19 @@ class Rules:
         return f"{extent.background:.2%} of the volume is background, more than {limit:.0%}"
 
 
-PRESETS: Mapping[str, Rules] = {
+PRESETS: Mapping[str, CurationRules] = {
     # Scattered lesions are many parts by nature; the paper's rule would take a fifth of them.
-    "default": Rules(
+    "default": CurationRules(
         source="the paper's rules, but no limit on background, and scattered targets stay whole",
         max_island_share=0.05,
     ),
-    "paper": Rules(
+    "paper": CurationRules(
         source="Wang et al., SAM-Med3D, section 3.2, taken literally on whole volumes",
         max_background=0.99,
     ),
     # In voxels of 1.5 mm there: 1000 of them, sides of 10 to 121. The upper limit is computed in
     # his code, but not seen to be used.
-    "author-list": Rules(
+    "author-list": CurationRules(
         source="the first author's filter of file lists, uni-medical/SAM-Med3D issue 20",
         min_ml=1000 * 1.5**3 / 1000,
         max_side_mm=121 * 1.5,
@@ -69,7 +69,7 @@ PRESETS: Mapping[str, Rules] = {
 }
 
 
-def preset(name: str) -> Rules:
+def preset(name: str) -> CurationRules:
     """The rules of that name.
 
     Raises:
@@ -90,7 +90,7 @@ class Extent:
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class ClassMask:
     """One class of one case: a mask, kept in the box around it.
 
     Shapes:
@@ -103,7 +103,7 @@ class Target:
     start: Triple
 
     @classmethod
-    def cropped(cls, name: str, mask: Mask, start: Triple = (0, 0, 0)) -> Target:
+    def cropped(cls, name: str, mask: Mask, start: Triple = (0, 0, 0)) -> ClassMask:
         """The target of a mask that has a voxel at least.
 
         Shapes:
@@ -143,7 +143,7 @@ class Islands:
     is_removed: bool
 
 
-def without_islands(target: Target, rules: Rules) -> tuple[Target, Islands]:
+def without_islands(target: ClassMask, rules: CurationRules) -> tuple[ClassMask, Islands]:
     """The target with its largest 26-connected parts only; of equal ones the first stay."""
     labels, sizes = labelled_parts(target.mask)
     order = np.argsort(-sizes, kind="stable")
@@ -155,7 +155,7 @@ def without_islands(target: Target, rules: Rules) -> tuple[Target, Islands]:
     if not is_debris:
         return target, found
     kept = np.isin(labels, order[: rules.max_parts] + 1)
-    return Target.cropped(target.name, kept, target.start), found
+    return ClassMask.cropped(target.name, kept, target.start), found
 
 
 def labelled_parts(mask: Mask) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -21,7 +21,7 @@ from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
 from sammed3d_backbone.curation.cases import Decision, curate_case, read_case
-from sammed3d_backbone.curation.rules import Rules
+from sammed3d_backbone.curation.rules import CurationRules
 from sammed3d_backbone.curation.sources import RawSet, read_raw
 from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
@@ -48,7 +48,7 @@ class Workers:
 def curate(
     raw: Path,
     out: Path,
-    rules: Rules,
+    rules: CurationRules,
     workers: Workers,
     *,
     layout: Layout | None = None,
@@ -90,7 +90,7 @@ def curate(
     return raw_sets, decisions
 
 
-def _claim(out: Path, rules: Rules) -> None:
+def _claim(out: Path, rules: CurationRules) -> None:
     """Makes the result folder, or refuses that of another run."""
     header = json.loads(json.dumps({"format": FORMAT, "rules": dataclasses.asdict(rules)}))
     path = out / "run.json"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from sammed3d_backbone.curation.rules import Target, labelled_parts
+from sammed3d_backbone.curation.rules import ClassMask, labelled_parts
 
 SIDE = re.compile("left|right", re.IGNORECASE)
 OTHER = {"left": "right", "right": "left"}
@@ -96,7 +96,7 @@ def separations_mm(x_mm: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def split(target: Target, affine: NDArray[np.float64]) -> tuple[Target, Target] | None:
+def split(target: ClassMask, affine: NDArray[np.float64]) -> tuple[ClassMask, ClassMask] | None:
     """The left and the right half of a pair; None where there are no two parts side by side.
 
     The two largest 26-connected parts are the halves; every other part goes to the nearer one.
@@ -114,18 +114,18 @@ def split(target: Target, affine: NDArray[np.float64]) -> tuple[Target, Target] 
     to_left, to_right = (np.linalg.norm(centres - centres[half], axis=1) for half in (left, right))
     is_right = np.concatenate([[False], to_right < to_left])[labels]
     return (
-        Target.cropped(f"{target.name} left", target.mask & ~is_right, target.start),
-        Target.cropped(f"{target.name} right", target.mask & is_right, target.start),
+        ClassMask.cropped(f"{target.name} left", target.mask & ~is_right, target.start),
+        ClassMask.cropped(f"{target.name} right", target.mask & is_right, target.start),
     )
 
 
-def centre_mm(target: Target, affine: NDArray[np.float64]) -> NDArray[np.float64]:
+def centre_mm(target: ClassMask, affine: NDArray[np.float64]) -> NDArray[np.float64]:
     """World coordinates of the middle of a target, (3,)."""
     return _world_mm(ndimage.center_of_mass(target.mask), target, affine)
 
 
 def _world_mm(
-    voxels: ArrayLike, target: Target, affine: NDArray[np.float64]
+    voxels: ArrayLike, target: ClassMask, affine: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Voxels of the box of a target, (..., 3), in the world."""
     world: NDArray[np.float64] = (np.asarray(voxels) + target.start) @ affine[:3, :3].T

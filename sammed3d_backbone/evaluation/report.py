@@ -36,7 +36,7 @@ from sammed3d_backbone.evaluation.scores import (
     Score,
     case_means,
     class_table,
-    differences,
+    paired_differences,
     read_scores,
     write_scores,
 )
@@ -236,7 +236,7 @@ def _comparison(scores: Sequence[Score], baseline: Path | None) -> str:
     """How far a baseline's scores on the same cases are exceeded."""
     if baseline is None:
         return ""
-    gains = class_table(differences(scores, read_scores(baseline)), _class_names(scores))
+    gains = class_table(paired_differences(scores, read_scores(baseline)), _class_names(scores))
     caption = (
         f"Difference to {baseline} on the same cases, with the 95 % bootstrap interval of paired "
         "differences, resampling subjects. Better: Dice and NSD above 0, HD95 below 0."

@@ -143,7 +143,7 @@ def score_case(
     return scores
 
 
-def summarise(scores: Sequence[Score], classes: Sequence[str]) -> dict[str, Any]:
+def summarise_scores(scores: Sequence[Score], classes: Sequence[str]) -> dict[str, Any]:
     """Mean Dice per class over cases, and their mean over classes; NaN becomes None."""
     per_class = {
         name: mean_of_known([score.dice for score in scores if score.name == name])
@@ -175,7 +175,7 @@ def case_means(scores: Sequence[Score]) -> dict[str, float]:
     return dict(sorted(means.items(), key=lambda item: (math.isnan(item[1]), -item[1])))
 
 
-def differences(scores: Sequence[Score], baseline: Sequence[Score]) -> list[Score]:
+def paired_differences(scores: Sequence[Score], baseline: Sequence[Score]) -> list[Score]:
     """Case by case and class by class, how far a baseline's scores are exceeded.
 
     The `class_table` of this is the paired comparison.
@@ -212,7 +212,7 @@ def write_scores(
     """
     whole = [score for score in scores if not score.truncated]
     summary = {
-        **summarise(scores, classes),
+        **summarise_scores(scores, classes),
         "tables": {
             "all": _as_json(class_table(scores, classes)),
             "without truncated": _as_json(class_table(whole, classes)),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from standins import Sphere, box, made_set, played_into
 
-from sammed3d_backbone.clickbench.cases import Target
+from sammed3d_backbone.clickbench.cases import ClickTarget
 from sammed3d_backbone.data.volume import Volume
 
 
@@ -15,7 +15,7 @@ def cube():
     def make(start=(3, 3, 3), side=4, spacing_mm=(1.0, 1.0, 1.0), shape=(10, 10, 10)):
         truth = box(shape, start, side)
         image = Volume(truth.astype(np.float32), np.diag([*spacing_mm, 1.0]))
-        return Target("made", "case", "case", "cube", image, truth, "ct")
+        return ClickTarget("made", "case", "case", "cube", image, truth, "ct")
 
     return make
 

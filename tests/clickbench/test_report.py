@@ -8,7 +8,7 @@ from standins import SHORT, Sphere, played_into
 
 from sammed3d_backbone.clickbench.cases import MODEL_MASKS, read_click_set
 from sammed3d_backbone.clickbench.presets import RULES
-from sammed3d_backbone.clickbench.report import write_report
+from sammed3d_backbone.clickbench.report import write_click_report
 from sammed3d_backbone.clickbench.summary import times_by_part
 
 
@@ -28,7 +28,7 @@ def reported(finished, tmp_path):
         }
         data, _ = finished
         out = played_into(tmp_path / "out", Sphere(4.0), data, rules, **about)
-        page = write_report(out, read_click_set(data), {"processor": "a fast one"})
+        page = write_click_report(out, read_click_set(data), {"processor": "a fast one"})
         return page.read_text(), json.loads((out / "summary.json").read_text())
 
     return make
@@ -84,7 +84,7 @@ def test_a_missing_start_is_asked_for(finished, tmp_path):
     }
     kept = [line for line in lines[1:] if '"first": "random"' not in line]
     (tmp_path / "out" / "clicks.jsonl").write_text(json.dumps(about) + "\n" + "".join(kept))
-    page = write_report(tmp_path / "out", read_click_set(data), {}).read_text()
+    page = write_click_report(tmp_path / "out", read_click_set(data), {}).read_text()
     assert "The protocol asks for random starts as well." in page
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from standins import Flickering, Sphere, box
 
-from sammed3d_backbone.clickbench.protocol import Step
+from sammed3d_backbone.clickbench.protocol import ClickStep
 from sammed3d_backbone.clickbench.scoring import score, slice_likeness
 
 SHAPE = (12, 12, 12)
@@ -14,7 +14,7 @@ SHAPE = (12, 12, 12)
 
 def step(mask, truth, spacing_mm=(1, 1, 1), honoured=(True,), kept=(True,), affine=None):
     affine = np.diag([*spacing_mm, 1.0]) if affine is None else affine
-    return Step(mask, truth, affine, (), affine, honoured, kept)
+    return ClickStep(mask, truth, affine, (), affine, honoured, kept)
 
 
 def test_a_cube_that_is_moved_by_one_voxel():

@@ -5,10 +5,10 @@ import pytest
 from sammed3d_backbone.clickbench.journal import read_journal
 from sammed3d_backbone.clickbench.presets import RULES, rules_of
 from sammed3d_backbone.clickbench.summary import (
-    compare,
+    compare_runs,
     played_targets,
     reported_steps,
-    summarise,
+    summarise_clicks,
 )
 
 
@@ -38,7 +38,7 @@ def lines_of(dice, case="a", name="liver", first="centre", subject=None, **chang
 
 
 def one(lines, published=""):
-    (track,) = summarise(lines, published)["tracks"].values()
+    (track,) = summarise_clicks(lines, published)["tracks"].values()
     return track
 
 
@@ -107,7 +107,7 @@ def test_classes_and_cases_can_count_alike():
 
 def test_tracks_are_never_mixed():
     lines = [*lines_of([0.2], first="centre"), *lines_of([0.4], first="random")]
-    tracks = summarise(lines)["tracks"]
+    tracks = summarise_clicks(lines)["tracks"]
     assert {name: track["curve"]["dice"][0][0] for name, track in tracks.items()} == {
         "centre": 0.2,
         "random": 0.4,
@@ -123,7 +123,7 @@ def test_failures_and_slices_are_counted():
 
 def test_dropped_targets_are_listed_and_not_counted():
     dropped = {"case": "a", "subject": "a", "class": "dot", "first": "centre", "dropped": "small"}
-    summary = summarise([*lines_of([0.5]), dropped])
+    summary = summarise_clicks([*lines_of([0.5]), dropped])
     assert summary["dropped"] == [{"case": "a", "class": "dot", "reason": "small"}]
     assert summary["tracks"]["centre"]["targets"] == 1
 
@@ -177,7 +177,7 @@ def test_a_comparison_is_paired_by_target():
     base = [0.1, 0.5, 0.9]
     ours = [line for i, d in enumerate(base) for line in lines_of([d - 0.05, d], f"c{i}")]
     theirs = [line for i, d in enumerate(base) for line in lines_of([d - 0.05, d + 0.1], f"c{i}")]
-    found = compare(ours, [*theirs, *lines_of([0.0, 0.0], "other")])
+    found = compare_runs(ours, [*theirs, *lines_of([0.0, 0.0], "other")])
     assert found["centre"]["targets"] == 3
     difference = found["centre"]["difference"]
     assert difference["dice, click 2"] == pytest.approx([0.1, 0.1, 0.1])
@@ -188,7 +188,7 @@ def test_a_comparison_is_paired_by_target():
 
 def test_files_without_a_common_target_are_refused():
     with pytest.raises(ValueError, match="compare runs on the same data"):
-        compare(lines_of([0.1], "a"), lines_of([0.1], "b"))
+        compare_runs(lines_of([0.1], "a"), lines_of([0.1], "b"))
 
 
 @pytest.mark.parametrize(
@@ -201,4 +201,4 @@ def test_reported_steps_fit_the_budget(steps, expected):
 def test_lines_of_a_run_give_a_summary(finished):
     _, lines = read_journal(finished[1])
     assert len(played_targets(lines)) == 4
-    assert set(summarise(lines)["tracks"]) == {"centre", "random"}
+    assert set(summarise_clicks(lines)["tracks"]) == {"centre", "random"}

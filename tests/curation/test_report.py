@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sammed3d_backbone.curation.report import summarise, write_report
+from sammed3d_backbone.curation.report import count_decisions, write_curation_report
 from sammed3d_backbone.curation.rules import PRESETS
 from sammed3d_backbone.curation.runs import Workers, curate
 from sammed3d_backbone.data.volume import Volume
@@ -40,12 +40,14 @@ def finished(tmp_path_factory):
         )
     (folder / "raw/set/labels.json").write_text(json.dumps(entries))
     found = curate(folder / "raw", folder / "out", PRESETS["default"], Workers(), progress=False)
-    report = write_report(folder / "out", *found, PRESETS["default"], {"preset": "default"})
+    report = write_curation_report(
+        folder / "out", *found, PRESETS["default"], {"preset": "default"}
+    )
     return folder / "out", found[1], report.read_text()
 
 
 def test_masks_are_counted_by_verdict_and_step(finished):
-    summary = summarise(finished[1])
+    summary = count_decisions(finished[1])
     assert summary["masks"] == {
         "masks": 5,  # the kidneys are two
         "kept": 1,
@@ -69,7 +71,7 @@ def test_masks_are_counted_by_verdict_and_step(finished):
 def test_a_rule_that_drops_alone_is_told_from_one_that_agrees_with_others(finished):
     cyst = next(d for d in finished[1] if d["class"] == "cyst")
     sparse = {**cyst, "steps": {**cyst["steps"], "background": {"did": "dropped"}}}
-    steps = summarise([cyst, sparse])["steps"]
+    steps = count_decisions([cyst, sparse])["steps"]
     assert steps["1 size"]["dropped by this only"] == 1
     assert steps["2 background"]["dropped by this only"] == 0
 
@@ -94,4 +96,4 @@ def test_the_summary_is_written_beside_it(finished):
     written = json.loads((folder / "summary.json").read_text())
     assert written["preset"] == "default"
     assert written["rules"]["max_background"] is None
-    assert written["masks"] == summarise(decisions)["masks"]
+    assert written["masks"] == count_decisions(decisions)["masks"]

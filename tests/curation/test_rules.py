@@ -3,10 +3,16 @@
 import numpy as np
 import pytest
 
-from sammed3d_backbone.curation.rules import PRESETS, Rules, Target, preset, without_islands
+from sammed3d_backbone.curation.rules import (
+    PRESETS,
+    ClassMask,
+    CurationRules,
+    preset,
+    without_islands,
+)
 from sammed3d_backbone.data.volume import Volume
 
-PLAIN = Rules(source="a test")
+PLAIN = CurationRules(source="a test")
 
 
 def grid(shape, spacing_mm=1.0):
@@ -14,7 +20,7 @@ def grid(shape, spacing_mm=1.0):
 
 
 def boxed(shape):
-    return Target("box", np.ones(shape, bool), (1, 1, 1))
+    return ClassMask("box", np.ones(shape, bool), (1, 1, 1))
 
 
 def hollow(voxels):
@@ -22,7 +28,7 @@ def hollow(voxels):
     indices = np.indices((15, 15, 15)).reshape(3, -1)
     mask = np.zeros((15, 15, 15), bool)
     mask[tuple(indices[:, np.argsort(indices.min(axis=0), kind="stable")[:voxels]])] = True
-    return Target("hollow", mask, (1, 1, 1))
+    return ClassMask("hollow", mask, (1, 1, 1))
 
 
 def dots(*sizes):
@@ -30,13 +36,13 @@ def dots(*sizes):
     mask = np.zeros((2 * len(sizes), 3, max(sizes)), bool)
     for number, size in enumerate(sizes):
         mask[2 * number, 1, :size] = True
-    return Target.cropped("bars", mask)
+    return ClassMask.cropped("bars", mask)
 
 
 def test_a_target_is_kept_in_the_box_around_it_and_measured_there():
     mask = np.zeros((30, 30, 30), bool)
     mask[3:9, 4:5, 5:25] = True
-    target = Target.cropped("bar", mask)
+    target = ClassMask.cropped("bar", mask)
     assert (target.start, target.mask.shape) == ((3, 4, 5), (6, 1, 20))
     extent = target.extent(Volume(np.broadcast_to(np.uint8(0), mask.shape), np.diag([1, 2, 3, 1])))
     assert extent.ml == pytest.approx(6 * 20 * 6 / 1000)
@@ -112,7 +118,7 @@ def test_of_equal_parts_the_first_stay():
 def test_voxels_that_share_a_corner_are_one_part():
     mask = np.zeros((7, 7, 7), bool)
     mask[range(7), range(7), range(7)] = True
-    assert without_islands(Target.cropped("diagonal", mask), PLAIN)[1].parts == 1
+    assert without_islands(ClassMask.cropped("diagonal", mask), PLAIN)[1].parts == 1
 
 
 @pytest.mark.parametrize(("sizes", "is_removed"), [((19,) * 5 + (5,), True), ((9,) * 9, False)])

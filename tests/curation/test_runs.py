@@ -11,7 +11,7 @@ import pytest
 from blocks import SHAPE, block
 
 from sammed3d_backbone.curation import runs
-from sammed3d_backbone.curation.rules import PRESETS, Rules
+from sammed3d_backbone.curation.rules import PRESETS, CurationRules
 from sammed3d_backbone.curation.runs import Workers, curate
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import load_image, load_label, prepare_cases
@@ -69,7 +69,7 @@ def test_the_result_is_a_data_set_without_what_was_dropped(folder, tmp_path):
 
 def test_all_channels_of_a_case_come_along(nnunet, tmp_path, labels):
     out = tmp_path.parent / f"{tmp_path.name}-out"
-    rules = Rules(source="a test", min_ml=0, min_side_mm=0)
+    rules = CurationRules(source="a test", min_ml=0, min_side_mm=0)
     curate(nnunet(), out, rules, Workers(), progress=False)
     dataset = read_dataset(out)
     assert dataset.channels == ("T1", "FLAIR")

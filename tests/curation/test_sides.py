@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sammed3d_backbone.curation.rules import Target
+from sammed3d_backbone.curation.rules import ClassMask
 from sammed3d_backbone.curation.sides import (
     centre_mm,
     counterpart,
@@ -69,7 +69,7 @@ def test_only_the_whole_name_of_a_pair_is_one(name, expected):
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_a_pair_is_split_along_the_affine(codes):
     mask, affine = stored_as(pair(), codes)
-    left, right = split(Target.cropped("kidney", mask), affine)
+    left, right = split(ClassMask.cropped("kidney", mask), affine)
     assert (left.name, right.name) == ("kidney left", "kidney right")
     assert int(left.mask.sum()) == 6 * 6 * 12 + 1  # the crumb is nearer to the left one
     assert int(right.mask.sum()) == 5 * 6 * 12
@@ -79,7 +79,7 @@ def test_a_pair_is_split_along_the_affine(codes):
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_the_right_one_of_a_pair_lies_towards_the_right(codes):
     mask, affine = stored_as(pair(), codes)
-    left, right = split(Target.cropped("kidney", mask), affine)
+    left, right = split(ClassMask.cropped("kidney", mask), affine)
     x_mm = {
         "kidney_left": centre_mm(left, affine)[0],
         "kidney_right": centre_mm(right, affine)[0],
@@ -102,4 +102,4 @@ def test_the_right_one_of_a_pair_lies_towards_the_right(codes):
     ],
 )
 def test_what_has_no_two_halves_side_by_side_stays_whole(mask):
-    assert split(Target.cropped("kidney", mask), np.eye(4)) is None
+    assert split(ClassMask.cropped("kidney", mask), np.eye(4)) is None

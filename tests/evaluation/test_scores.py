@@ -17,10 +17,10 @@ from sammed3d_backbone.evaluation.scores import (
     Score,
     case_means,
     class_table,
-    differences,
+    paired_differences,
     read_scores,
     score_cases,
-    summarise,
+    summarise_scores,
     write_scores,
 )
 
@@ -131,7 +131,7 @@ def test_a_class_in_neither_has_no_score(dataset):
 
 
 def test_classes_are_averaged_over_cases_and_then_over_each_other():
-    assert summarise(SCORES, CLASSES) == {
+    assert summarise_scores(SCORES, CLASSES) == {
         "mean_dice": 0.55,
         "dice": {"head": 0.5, "tail": 0.6},
         "cases": 3,
@@ -139,7 +139,7 @@ def test_classes_are_averaged_over_cases_and_then_over_each_other():
 
 
 def test_no_known_score_is_none():
-    assert summarise([Score("a", "a", "head", math.nan)], ("head",))["mean_dice"] is None
+    assert summarise_scores([Score("a", "a", "head", math.nan)], ("head",))["mean_dice"] is None
 
 
 def test_the_table_has_every_class_and_their_mean():
@@ -162,13 +162,13 @@ def test_the_best_case_comes_first_and_one_without_scores_last():
 
 def test_a_comparison_is_paired(tmp_path):
     better = [dataclasses.replace(score, dice=score.dice + 0.1) for score in SCORES]
-    gain = class_table(differences(better, SCORES), CLASSES)[0].dice
+    gain = class_table(paired_differences(better, SCORES), CLASSES)[0].dice
     assert gain == pytest.approx((0.1, 0.1, 0.1))
 
 
 def test_a_comparison_of_other_cases_is_refused():
     with pytest.raises(ValueError, match=r"1 scores have no partner, e\.g\. c tail; compare"):
-        differences(SCORES, SCORES[:-1])
+        paired_differences(SCORES, SCORES[:-1])
 
 
 def test_the_tables_hold_every_case(tmp_path):

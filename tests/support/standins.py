@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 
-from sammed3d_backbone.clickbench.bench import run
+from sammed3d_backbone.clickbench.bench import run_benchmark
 from sammed3d_backbone.clickbench.cases import read_click_set
 from sammed3d_backbone.clickbench.journal import Journal
 from sammed3d_backbone.clickbench.presets import RULES
@@ -120,5 +120,5 @@ def made_set(folder):
 def played_into(out, model, data, rules=SHORT, /, **header):
     """Plays a folder of volumes by some rules; goes on where `out` has results already."""
     journal = Journal(out, {"protocol": rules.name, **header}, rules.steps)
-    run(model, rules, read_click_set(data), journal, rules.tracks, progress=False)
+    run_benchmark(model, rules, read_click_set(data), journal, rules.tracks, progress=False)
     return out
