@@ -17,7 +17,7 @@ from sammed3d_backbone.data.datasets import Dataset
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing, Statistics
 from sammed3d_backbone.evaluation.report import About, write_results
-from sammed3d_backbone.evaluation.scores import score_cases, summarise
+from sammed3d_backbone.evaluation.scores import score_cases, summarise_scores
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import (
     Segmenter,
@@ -190,7 +190,7 @@ def report(
     )
     scores = sorted(gather_object(mine), key=lambda score: score.case)
     if not accelerator.is_main_process:
-        return summarise(scores, dataset.classes)
+        return summarise_scores(scores, dataset.classes)
     about = About(
         title=title,
         command=command_line(accelerator.num_processes),
