@@ -1,7 +1,7 @@
 """Time from a file and clicks to masks, against the reference's own procedure, and peak memory.
 
     python recipes/benchmarks/click_speed.py          # measures, writes click_speed.json
-    python recipes/benchmarks/click_speed.py --table  # prints the README's table from that file
+    python recipes/benchmarks/click_speed.py --table  # renews the table of README.md
 
 Both networks are of the size `vit_b` and hold the same random values, so the masks mean nothing
 and the work is that of trained ones. All clicks lie in the middle of one window, and objects are
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from medim.models.sam_med3d import build_sam3D_vit_b_ori
+from sammed3d_backbone.recipes.benchmarks.readme import write_table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -328,7 +329,7 @@ def main() -> None:
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({**result, **provenance(HERE)}, indent=1) + "\n")
-    print(table(json.loads(args.out.read_text())))
+    write_table("click_speed", table(json.loads(args.out.read_text())))
 
 
 if __name__ == "__main__":

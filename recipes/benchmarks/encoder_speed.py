@@ -1,7 +1,7 @@
 """Time and memory of the encoder against the reference, and of UNETR against MONAI's.
 
     python recipes/benchmarks/encoder_speed.py            # measures, writes encoder_speed.json
-    python recipes/benchmarks/encoder_speed.py --table    # prints the README's table from that file
+    python recipes/benchmarks/encoder_speed.py --table    # renews the table of README.md
 
 One 128-voxel cube, batch 1, float32. Two networks that are compared run in turn in one process
 (A B A B ...), the median of the runs counts, and ratios are what to quote. Peak memory is taken
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from medim.models.sam_med3d import ImageEncoderViT3D
 from monai.networks.nets import UNETR as MonaiUNETR
+from sammed3d_backbone.recipes.benchmarks.readme import write_table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -301,7 +302,7 @@ def main() -> None:
     elif not arguments.table:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(measure(arguments.runs), indent=1) + "\n")
-    print(table(json.loads(arguments.out.read_text())))
+    write_table("encoder_speed", table(json.loads(arguments.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/parity.py                 # measures, writes parity.json
     python recipes/benchmarks/parity.py --only prompts  # one part anew
-    python recipes/benchmarks/parity.py --table         # prints the README's tables from that file
+    python recipes/benchmarks/parity.py --table         # renews the tables of README.md
 
 Both networks get the same random weights (tables, biases and the position table too: they start
 at zero, where half of what is compared would vanish) and the same random volumes. The reference
@@ -30,6 +30,7 @@ from medim.models.sam_med3d import (
     PromptEncoder3D,
     TwoWayTransformer3D,
 )
+from sammed3d_backbone.recipes.benchmarks.readme import write_table
 from torch import Tensor, nn
 
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D, resample_pos_embed
@@ -422,9 +423,15 @@ def main() -> None:
             result["prompts"] = {"rows": prompt_rows(), **provenance(HERE)}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    for part, as_table in (("rows", table), ("prompts", prompt_table)):
+    parts = {"rows": ("parity", table), "prompts": ("parity_prompts", prompt_table)}
+    for part, (name, as_table) in parts.items():
         if part in result:
-            print(as_table(result), end="\n\n")
+            made = result if part == "rows" else result[part]
+            machine = (
+                f"{made['processor']}, {made['threads']} threads, torch {made['torch']}, commit "
+                f"{made['commit']}, {made['date'][:10]}."
+            )
+            write_table(name, f"{as_table(result).strip()}\n\n{machine}")
 
 
 if __name__ == "__main__":

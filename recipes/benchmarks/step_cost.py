@@ -1,7 +1,7 @@
 """Memory and time of a fine-tuning step of UNETR on `vit_b`.
 
     python recipes/benchmarks/step_cost.py             # measures, writes step_cost.json
-    python recipes/benchmarks/step_cost.py --table     # prints the table from that file
+    python recipes/benchmarks/step_cost.py --table     # renews the table in README.md
 
 One 128-voxel cube, 14 classes, with and without recomputing blocks and bf16: each is a dry run of
 finetune_unetr.py in a process of its own, so that no peak is another's.
@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from sammed3d_backbone.recipes.benchmarks.readme import write_table
 from sammed3d_backbone.recipes.finetune_unetr import Config
 from sammed3d_backbone.recipes.finetune_unetr import main as finetune
 from tqdm import tqdm
@@ -128,7 +129,7 @@ def main() -> None:
         return
     if not arguments.table:
         arguments.out.write_text(json.dumps(measure(arguments.threads), indent=1) + "\n")
-    print(table(json.loads(arguments.out.read_text())))
+    write_table("step_cost", table(json.loads(arguments.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Benchmarks: speed, memory and parity against the reference; README.md has the tables."""
