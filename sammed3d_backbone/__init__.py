@@ -7,19 +7,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sammed3d_backbone.adapters.flexible_unet import flexible_unet
+    from sammed3d_backbone.adapters.pyramid import pyramid
+    from sammed3d_backbone.adapters.segresnet import segresnet
+    from sammed3d_backbone.adapters.unetr import unetr
+    from sammed3d_backbone.data.volume import Volume
+    from sammed3d_backbone.inference.interactive.predictor import Predictor
+    from sammed3d_backbone.inference.segmenter import Segmenter
     from sammed3d_backbone.loading.factory import encoder, sam
     from sammed3d_backbone.loading.registry import list_weights
     from sammed3d_backbone.loading.variants import list_variants
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["encoder", "list_variants", "list_weights", "sam"]
+__all__ = [
+    "Predictor",
+    "Segmenter",
+    "Volume",
+    "encoder",
+    "flexible_unet",
+    "list_variants",
+    "list_weights",
+    "pyramid",
+    "sam",
+    "segresnet",
+    "unetr",
+]
 
 _HOMES = {
+    "Predictor": "inference.interactive.predictor",
+    "Segmenter": "inference.segmenter",
+    "Volume": "data.volume",
     "encoder": "loading.factory",
+    "flexible_unet": "adapters.flexible_unet",
     "list_variants": "loading.variants",
     "list_weights": "loading.registry",
+    "pyramid": "adapters.pyramid",
     "sam": "loading.factory",
+    "segresnet": "adapters.segresnet",
+    "unetr": "adapters.unetr",
 }
 
 

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     },
     "pretraining": {"data", "models", "strategies", "training"},
 }
-MAY_IMPORT["__init__"] = {"loading"}
+MAY_IMPORT["__init__"] = {"adapters", "data.volume", "inference", "loading"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}
 
 HEAVY = {
