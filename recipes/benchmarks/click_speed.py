@@ -3,7 +3,7 @@
     python recipes/benchmarks/click_speed.py          # measures, writes click_speed.json
     python recipes/benchmarks/click_speed.py --table  # renews the table of README.md
 
-Both networks are of the size `vit_b` and hold the same random values, so the masks mean nothing
+Both networks are of the size `vit_b` and have the same random weights, so the masks mean nothing
 and the work is that of trained ones. All clicks lie in the middle of one window, and objects are
 not followed beyond it. Every time runs from the path of the scan to masks on its own grid, in one
 process, after imports and after building the networks; the two take turns.

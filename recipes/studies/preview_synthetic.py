@@ -1,4 +1,4 @@
-"""Draw made-up volumes with their labels, to see what pretraining is fed.
+"""Draw synthetic volumes with their labels, to see what pretraining is given.
 
     python recipes/studies/preview_synthetic.py OUT.png
     python recipes/studies/preview_synthetic.py OUT.png seed=100 side_vox=64 contrast=[0.4,1]
@@ -25,7 +25,7 @@ from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 
 @dataclass(frozen=True)
 class Config(Synthesis):
-    """The knobs of the volumes, and which to draw."""
+    """The settings of the volumes, and which to draw."""
 
     seed: int = 0  # of the first
     side_vox: int = 64
@@ -49,11 +49,13 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="PNG to write")
-    parser.add_argument("knobs", nargs="*", metavar="key=value", help="of a volume, or of Config")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="of a volume, or of Config"
+    )
     args = parser.parse_args()
     try:
         values = {
-            key: yaml.safe_load(text) for key, _, text in (k.partition("=") for k in args.knobs)
+            key: yaml.safe_load(text) for key, _, text in (k.partition("=") for k in args.settings)
         }
         main(args.out, config.build(Config, values))
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The measuring scripts count what they say they count, and the README quotes their files."""
+"""The measuring scripts count what they say they count."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The figure of made-up volumes."""
+"""The figure of synthetic volumes."""
 
 from sammed3d_backbone.recipes.studies import preview_synthetic
 from sammed3d_backbone.recipes.studies.preview_synthetic import Config
