@@ -47,7 +47,6 @@ from sammed3d_backbone.data.datasets import few_subjects, read_fold
 from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.singles import DESCRIPTION
-from sammed3d_backbone.inference.interactive.validation import intensity_of
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.hub import locate
 from sammed3d_backbone.loading.registry import PretrainingSet, Weights, to_metadata
@@ -345,7 +344,9 @@ def open_sources(
             (mine, training, cfg.zoom, cfg.stretch),
             (apart, scored, 1.0, 1.0),
         ):
-            scans = [read_scan(entry.case, intensity_of(entry.modality)) for entry in cases]
+            scans = [
+                read_scan(entry.case, SAM_MED3D.intensity_mode(entry.modality)) for entry in cases
+            ]
             if scans:
                 sources.append(Scans(name, scans, cfg.spacing_mm, zoom=zoom, stretch=stretch))
         seen[name] = [entry.case.id for entry in mine]

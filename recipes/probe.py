@@ -37,8 +37,9 @@ from sammed3d_backbone.data.preparation import annotated_classes, load_image, lo
 from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.evaluation.probes import PROBES, Voxels, probe
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
-from sammed3d_backbone.evaluation.voxel_features import draw_voxels, features_at
+from sammed3d_backbone.evaluation.voxel_features import draw_voxels, sampled
 from sammed3d_backbone.files import write_text
+from sammed3d_backbone.inference.features import token_maps
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.registry import Weights
 from sammed3d_backbone.pretraining.init import give_places
@@ -154,15 +155,15 @@ def voxels_of(
     features: dict[int, list[np.ndarray]] = {block: [] for block in blocks}
     values, subjects = [], []
     for case in tqdm(cases, desc=desc, unit="case"):
-        image, geometry = preprocessing.image(load_image(case))
+        found = token_maps(network, load_image(case), preprocessing, blocks=blocks)
         label = load_label(case)
         annotated = annotated_classes(case, dataset).tolist()
         # Where an organ was not looked for, what is called background may be that organ.
         known = [v for v, is_known in enumerate(annotated) if is_known and (v or all(annotated))]
         drawn = draw_voxels(label.array, known, cfg.per_class, rng)
-        places = apply_affine(np.linalg.inv(geometry.affine) @ label.affine, drawn)
-        for block, found in features_at(network, image, places, blocks).items():
-            features[block].append(found.numpy())
+        places = torch.from_numpy(apply_affine(np.linalg.inv(found.affine) @ label.affine, drawn))
+        for block in blocks:
+            features[block].append(sampled(found.maps[f"block_{block}"], places).numpy())
         values.append(label.array[tuple(drawn.T)])
         subjects.append(np.repeat(case.subject, len(drawn)))
     sides = np.concatenate(values), np.concatenate(subjects)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sammed3d_backbone import sam
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.inference.interactive.windows import Windows
@@ -145,12 +146,12 @@ def clicks_in_one_window(scan: Path, labels: Path, wanted: int) -> Clicks:
     """
     volume, label = Volume.load(scan), Volume.load(labels)
     masks = {str(int(v)): label.array == v for v in np.unique(label.array[label.array > 0])}
-    windows = Windows(volume, (SPACING_MM,) * 3, SIDE, "ct")
+    windows = Windows(volume, SAM_MED3D, "ct")
     best: Clicks = {}
     for name, mask in masks.items():
         first = _centre(mask, label)
         middle = np.zeros_like(mask)
-        start = windows.around(windows.place(first), None)
+        start = windows.around(windows.grid_point(first), None)
         bounds = [np.add((SIDE // 4, 3 * SIDE // 4), s - 0.5) for s in start]
         box = [np.searchsorted(windows.own_places(a), bounds[a]) for a in range(3)]
         windows.geometry.oriented(middle)[tuple(slice(*side) for side in box)] = True

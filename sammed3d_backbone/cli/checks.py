@@ -1,4 +1,4 @@
-"""What every command checks before it begins: outputs that nobody loses, devices that exist."""
+"""Checks before any work: no file is overwritten unasked, and the device exists."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from torch import nn
 
-    from sammed3d_backbone.data.volume import Volume
-
-    Network = TypeVar("Network", bound=nn.Module)
+    NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 def require_free(targets: Sequence[Path | None], source: Path, *, force: bool) -> None:
-    """Refuses outputs that would replace something.
+    """Checks that no output would overwrite a file.
 
     Args:
-        targets: Files to be written; None for those that were not asked for.
-        source: The input, which is never replaced.
-        force: Whether other files may be.
+        targets: Files to be written; None for outputs that are not wanted.
+        source: The input, which is never overwritten.
+        force: Whether other existing files may be overwritten.
 
     Raises:
-        FileExistsError: If a file would be replaced unasked, or is the input.
+        FileExistsError: If a file exists and may not be overwritten, or is the input.
         IsADirectoryError: If a target is a folder.
         ValueError: If two targets are one file.
     """
@@ -37,32 +35,7 @@ def require_free(targets: Sequence[Path | None], source: Path, *, force: bool) -
             )
 
 
-def opened(source: Path, channel: int | None) -> "Volume":
-    """The volume of a file, or one channel of it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be used, or it is not said which of its channels.
-    """
-    from sammed3d_backbone.data.volume import Volume
-    from sammed3d_backbone.inference.interactive.validation import checked_range, opened_volume
-
-    volume = Volume.load(source)
-    if channel is not None and not 0 <= channel < volume.channels:
-        raise ValueError(f"--channel {channel}: {source} has {volume.channels}, counted from 0")
-    if channel is None and volume.channels > 1:
-        raise ValueError(f"{source} has {volume.channels} channels; name one with --channel N")
-    if volume.array.ndim == 4:
-        volume = Volume(volume.array[channel or 0], volume.affine, volume.header)
-    try:
-        volume = opened_volume(volume, None)
-        checked_range(volume)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    return volume
-
-
-def on_device(network: "Network", device: str) -> "Network":
+def on_device(network: "NetworkT", device: str) -> "NetworkT":
     """The network on a device.
 
     Raises:

@@ -1,23 +1,25 @@
 """Commands on the promptable model: `sammed3d segment` and `features`."""
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sammed3d_backbone.cli.checks import on_device, opened, require_free
+from sammed3d_backbone.cli.checks import on_device, require_free
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sammed3d_backbone.cli import Commands
-    from sammed3d_backbone.data.geometry import TripleMm
+    from sammed3d_backbone.data.preprocessing import Preprocessing
     from sammed3d_backbone.data.volume import Volume
     from sammed3d_backbone.inference.interactive import Prediction, Predictor
-    from sammed3d_backbone.inference.interactive.merging import Labels
-    from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+    from sammed3d_backbone.inference.interactive.click_io import ClickList
+    from sammed3d_backbone.inference.validation import Scan
 
-OBJECT = "object"  # what is clicked where --object names nothing
-RANDOM = "the weights are random, so the masks mean nothing"
+OBJECT = "object"  # name of the object before the first --object
+RANDOM = "the network has random initialisation, so its masks mean nothing"
 
 
 # --- segment -----------------------------------------------------------------------------------
@@ -27,49 +29,56 @@ def add_segment(commands: "Commands") -> None:
     """Declares `sammed3d segment`."""
     parser = commands.add_parser(
         "segment",
-        help="segment what was clicked in a NIfTI volume",
+        help="segment objects of a NIfTI volume from clicks",
         description=(
-            "The labels lie on the volume's own grid, with its affine; objects are numbered in "
-            "their order. Write --point=-31,12,40 where the first number is negative."
+            "Writes a label map on the volume's own grid, with its affine; objects are numbered in "
+            "their order. Write --point=-31,12,40 if the first number is negative."
         ),
     )
     _add_files(parser, "OUT.nii.gz")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
-        "--point", type=_point, action=_Prompt, metavar="I,J,K", help="a voxel inside the object"
+        "--point", type=_triple, action=_Prompt, metavar="I,J,K", help="a voxel inside the object"
     )
     prompts.add_argument(
-        "--negative", type=_point, action=_Prompt, metavar="I,J,K", help="a voxel outside it"
+        "--negative", type=_triple, action=_Prompt, metavar="I,J,K", help="a voxel outside it"
     )
     prompts.add_argument(
-        "--object", action=_Prompt, metavar="NAME", help="whom the following points belong to"
+        "--object", action=_Prompt, metavar="NAME", help="name of the object of the next points"
     )
     prompts.add_argument("--mm", action="store_true", help="points are x,y,z in RAS+ mm")
     prompts.add_argument("--points", type=Path, metavar="FILE.json", help="a saved click list")
-    prompts.add_argument("--save-clicks", type=Path, metavar="FILE.json", help="for a replay")
-    add_network(parser)
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--all-clicks", action="store_true", help="tell every pass all clicks, not the newest only"
+    prompts.add_argument(
+        "--save-clicks", type=Path, metavar="FILE.json", help="write the clicks as a click list"
     )
-    how.add_argument("--no-follow", action="store_true", help="end objects with their window")
-    how.add_argument("--honour-clicks", action="store_true", help="clicks win over the network")
+    add_network(parser)
+    _add_preprocessing(parser)
+    how = parser.add_argument_group("prediction")
+    how.add_argument(
+        "--all-clicks", action="store_true", help="give every pass all clicks, not the newest only"
+    )
+    how.add_argument("--no-follow", action="store_true", help="cut objects off at their window")
+    how.add_argument(
+        "--enforce-clicks", action="store_true", help="make the masks agree with all clicks"
+    )
     how.add_argument(
         "--merge",
         choices=("refuse", "first", "last", "likeliest"),
         default="likeliest",
-        help="who gets a voxel that several objects claim; likeliest when left out",
+        help="which object gets a voxel that several claim (default: likeliest)",
     )
     how.add_argument("--cache", type=Path, metavar="FOLDER", help="keep encoded windows there")
     out = parser.add_argument_group("output")
     out.add_argument("--png", type=Path, metavar="FIG.png", help="three planes through each object")
-    out.add_argument("--quality", action="store_true", help="agreement over moved clicks")
+    out.add_argument(
+        "--stability", action="store_true", help="Dice with the masks of slightly moved clicks"
+    )
     out.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=_run_segment, prompts=[])
 
 
 class _Prompt(argparse.Action):
-    """Keeps points and names in the order in which they were written."""
+    """Keeps points and names in the order in which they were given."""
 
     def __call__(
         self,
@@ -82,27 +91,27 @@ class _Prompt(argparse.Action):
         namespace.prompts = [*namespace.prompts, (self.dest, values)]
 
 
-def _point(text: str) -> tuple[float, float, float]:
+def _triple(text: str) -> tuple[float, float, float]:
     try:
         x, y, z = (float(number) for number in text.split(","))
     except ValueError:
-        message = f"{text!r} is no point; write three numbers: 12,34,56"
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(f"{text!r}: expected three numbers: 12,34,56") from None
     return x, y, z
 
 
 def _run_segment(args: argparse.Namespace) -> int:
     from sammed3d_backbone import sam
     from sammed3d_backbone.data.volume import require_nifti_name
-    from sammed3d_backbone.inference.interactive import Predictor, merge
+    from sammed3d_backbone.inference.interactive import Predictor
+    from sammed3d_backbone.inference.label_map import merge_masks
+    from sammed3d_backbone.inference.validation import validate
 
-    # What can be wrong is found before minutes of work.
-    clicks = _clicks(args)
+    # Everything that can be wrong is found before the network is loaded.
     require_nifti_name(args.target)
     _require_png_name(args.png)
     require_free((args.target, args.png, args.save_clicks), args.source, force=args.force)
-    volume = opened(args.source, args.channel)
-    _require_places(volume, clicks, args.points)
+    scan = validate(args.source, channel=args.channel)
+    listed, clicks = _clicks(args, scan)
     model = on_device(
         sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
     )
@@ -110,89 +119,83 @@ def _run_segment(args: argparse.Namespace) -> int:
         model,
         clicks="all" if args.all_clicks else "newest",
         follow=not args.no_follow,
-        honour_clicks=args.honour_clicks,
+        enforce_clicks=args.enforce_clicks,
+        preprocessing=_preprocessing(args, model),
         cache_folder=args.cache,
         progress=True,
     )
-    predictor.set_volume(volume, modality=args.modality)
-    if args.points is not None:
-        predictor.load_clicks(args.points)
+    predictor.set_volume(scan, modality=args.modality)
+    if listed is not None:
+        predictor.load_clicks(listed)
     for click in clicks:
         predictor.click(**click)
     found = {name: predictor.predict(name) for name in predictor.objects}
-    labels = merge(found, args.merge)
-    labels.volume.save(args.target)
+    labels, overlap = merge_masks(found, args.merge)
+    labels.save(args.target)
     if args.save_clicks is not None:
         predictor.save_clicks(args.save_clicks, overwrite=args.force)
     if args.png is not None:
-        _draw(args.png, volume, found, predictor)
-    _report(args, predictor, found, labels)
+        _draw(args.png, scan.volume, found, predictor)
+    _report(args, predictor, found, labels, overlap)
     return 0
 
 
-def _clicks(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The points of the command line as arguments of `Predictor.click`."""
+def _clicks(
+    args: argparse.Namespace, scan: "Scan"
+) -> "tuple[ClickList | None, list[dict[str, Any]]]":
+    """The click list of a file, and the points of the command line; all lie in the scan."""
+    from sammed3d_backbone.inference.interactive.click_io import ClickList
+
     unit = "point_mm" if args.mm else "point_vox"
     name, clicks = OBJECT, []
     for kind, value in args.prompts:
         if kind == "object":
             name = value
         else:
-            clicks.append({unit: value, "positive": kind == "point", "object": name})
+            voxel = scan.voxel(**{unit: value})
+            clicks.append({"point_vox": voxel, "positive": kind == "point", "object": name})
     if not clicks and args.points is None:
-        raise ValueError("nothing was clicked; give --point I,J,K or --points FILE.json")
-    return clicks
-
-
-def _require_places(
-    volume: "Volume", clicks: Sequence[Mapping[str, Any]], listed: Path | None
-) -> None:
-    """Refuses points that do not lie in the volume."""
-    from sammed3d_backbone.inference.interactive import click_io as clicklist
-    from sammed3d_backbone.inference.interactive.prompts import voxel_of
-
-    for click in (*clicks, *(clicklist.read(listed).clicks if listed else ())):
-        voxel_of(volume, click.get("point_vox"), click.get("point_mm"))
+        raise ValueError("there are no clicks; give --point I,J,K or --points FILE.json")
+    listed = None if args.points is None else ClickList.load(args.points)
+    for click in () if listed is None else listed.clicks:
+        scan.voxel(click.get("point_vox"), click.get("point_mm"))
+    return listed, clicks
 
 
 def _report(
     args: argparse.Namespace,
     predictor: "Predictor",
     found: "dict[str, Prediction]",
-    labels: "Labels",
+    labels: "Volume",
+    overlap: int,
 ) -> None:
-    """Prints what was found, for people or as JSON."""
+    """Prints the result as text or as JSON."""
     rows: list[dict[str, Any]] = []
-    for value, name in labels.names.items():
-        prediction = found[name]
-        voxels = int((labels.volume.array == value).sum())
+    for value, (name, prediction) in enumerate(found.items(), start=1):
+        voxels = int((labels.array == value).sum())
         row: dict[str, Any] = {
             "value": value,
             "object": name,
             "voxels": voxels,
-            "ml": round(voxels * labels.volume.voxel_ml, 3),
+            "ml": round(voxels * labels.voxel_ml, 3),
             "windows": prediction.windows,
             "clicks": prediction.clicks,
             "clicks_agreed": prediction.clicks_agreed,
         }
-        if args.quality:
-            row["agreement"] = round(predictor.quality(name).agreement, 4)
+        if args.stability:
+            row["stability"] = round(predictor.stability(name), 4)
         rows.append(row)
     notes = [RANDOM] if args.random else []
     notes += dict.fromkeys(note for p in found.values() for note in p.notes)
-    if labels.overlap:
-        notes.append(f"objects overlapped in {labels.overlap} voxels: {args.merge}")
+    if overlap:
+        notes.append(f"objects overlapped in {overlap} voxels: {args.merge}")
     if args.json:
-        seconds = [p.seconds for p in found.values()]
-        total = {k: round(sum(s.get(k, 0.0) for s in seconds), 3) for s in seconds for k in s}
-        print(
-            json.dumps({"out": str(args.target), "objects": rows, "notes": notes, "seconds": total})
-        )
+        print(json.dumps({"out": str(args.target), "objects": rows, "notes": notes}))
         return
     for row in rows:
         line = "{value} {object}: {voxels} voxels, {ml:.2f} ml, {windows} windows".format(**row)
-        agreement = f", agreement {row['agreement']:.2f}" if args.quality else ""
-        print(line + f", {row['clicks_agreed']} of {row['clicks']} clicks agreed" + agreement)
+        line += f", {row['clicks_agreed']} of {row['clicks']} clicks agreed"
+        print(line + (f", stability {row['stability']:.2f}" if args.stability else ""))
     for note in notes:
         print(f"note: {note}")
     print(args.target)
@@ -220,16 +223,19 @@ def add_features(commands: "Commands") -> None:
         help="write or draw the encoder's token maps of a NIfTI volume",
         description=(
             "Tensors (F, x, y, z) with axes towards R, A, S, and `affine`: token index -> RAS+ mm "
-            "of the token's centre. The picture shows each block, or the last, on the volume's own "
-            "grid, alike features in alike colours; for it, windows overlap and share one scale."
+            "of the token's centre. The figure shows the maps of the same blocks (of the last one "
+            "without --blocks) on the volume's own grid, similar features in similar colours."
         ),
     )
     _add_files(parser, "OUT.safetensors", is_optional=True)
     parser.add_argument(
-        "--blocks", type=_blocks, default=(), metavar="N,N", help="outputs of these blocks too"
+        "--blocks", type=_blocks, default=[], metavar="N,N", help="outputs of these blocks, too"
     )
-    parser.add_argument("--png", type=Path, metavar="FIG.png", help="principal parts as colours")
+    parser.add_argument(
+        "--png", type=Path, metavar="FIG.png", help="draw three principal components as colours"
+    )
     add_network(parser)
+    _add_preprocessing(parser)
     parser.set_defaults(run=_run_features)
 
 
@@ -237,75 +243,56 @@ def _blocks(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        message = f"{text!r} names no blocks; write numbers: 2,5,8"
-        raise argparse.ArgumentTypeError(message) from None
+        raise argparse.ArgumentTypeError(f"{text!r}: expected block numbers: 2,5,8") from None
 
 
 def _run_features(args: argparse.Namespace) -> int:
     import torch
 
     from sammed3d_backbone import encoder
+    from sammed3d_backbone.data.preprocessing import preprocessing_of
+    from sammed3d_backbone.evaluation.figures import features_figure
     from sammed3d_backbone.inference.features import token_maps
-    from sammed3d_backbone.inference.interactive.validation import spacing_of
+    from sammed3d_backbone.inference.validation import validate
     from sammed3d_backbone.loading.checkpoint import write
 
     if args.target is None and args.png is None:
-        raise ValueError("nothing would be written; give OUT.safetensors or --png FIG.png")
+        raise ValueError("there is no output; give OUT.safetensors or --png FIG.png")
     if args.target is not None and args.target.suffix != ".safetensors":
-        raise ValueError(f"{args.target} would hold safetensors; give it the ending .safetensors")
+        raise ValueError(f"{args.target}: expected a name that ends in .safetensors")
     _require_png_name(args.png)
     require_free((args.target, args.png), args.source, force=args.force)
-    volume = opened(args.source, args.channel)
+    scan = validate(args.source, channel=args.channel)
     network = on_device(
         encoder(args.variant, pretrained=not args.random, weights=args.weights), args.device
     )
-    spacing_mm, notes = spacing_of(network)
+    preprocessing, notes = preprocessing_of(network, _preprocessing(args, network))
+    blocks = args.blocks or ([] if args.png is None else [network.depth - 1])
+    found = token_maps(
+        network, scan.volume, preprocessing, modality=args.modality, blocks=blocks, progress=True
+    )
     if args.target is not None:
-        found = token_maps(
-            network,
-            volume,
-            spacing_mm=spacing_mm,
-            modality=args.modality,
-            blocks=args.blocks,
-            progress=True,
-        )
         tensors = {**found.maps, "affine": torch.from_numpy(found.affine)}
-        metadata = {"volume": args.source.name, "spacing_mm": str(spacing_mm), "axes": "F, R, A, S"}
+        metadata = {
+            "volume": args.source.name,
+            "preprocessing": json.dumps(preprocessing.to_dict()),
+            "axes": "F, R, A, S",
+        }
         args.target.parent.mkdir(parents=True, exist_ok=True)
         write(args.target, tensors, metadata, overwrite=args.force)
         for name, part in found.maps.items():
             print(f"{name}: {' x '.join(map(str, part.shape))}")
     if args.png is not None:
-        _draw_features(args, network.eval(), volume, spacing_mm)
+        record = getattr(network, "pretrained_cfg", None)
+        weights = "random initialisation" if record is None else Path(record.name).name
+        shown = {name: part for name, part in found.maps.items() if name != "neck"}
+        title = f"{args.source.name} through {args.variant}, {weights}"
+        features_figure(args.png, scan.volume, shown, found.affine, title=title)
     for note in notes:
         print(f"note: {note}")
     for path in filter(None, (args.target, args.png)):
         print(path)
     return 0
-
-
-def _draw_features(
-    args: argparse.Namespace, network: "ImageEncoder3D", volume: "Volume", spacing_mm: "TripleMm"
-) -> None:
-    from sammed3d_backbone.data.preprocessing import Preprocessing
-    from sammed3d_backbone.evaluation.figures import features_figure
-    from sammed3d_backbone.evaluation.voxel_features import feature_grid
-    from sammed3d_backbone.inference.interactive.validation import intensity_of
-
-    mode = {"default": intensity_of(args.modality)}
-    preparation = Preprocessing(spacing_mm, mode, "volume", network.img_size)
-    image, geometry = preparation.image(volume)
-    blocks = args.blocks or [network.depth - 1]
-    maps, affine = feature_grid(network, image, geometry, blocks, progress=True)
-    record = vars(network)["pretrained_cfg"]
-    source = "random values" if record is None else Path(record.name).name
-    features_figure(
-        args.png,
-        volume,
-        {f"block {b}": maps[b] for b in blocks},
-        affine,
-        title=f"{args.source.name} through {args.variant}, {source}",
-    )
 
 
 # --- both --------------------------------------------------------------------------------------
@@ -314,20 +301,47 @@ def _draw_features(
 def _add_files(parser: argparse.ArgumentParser, target: str, *, is_optional: bool = False) -> None:
     parser.add_argument("source", metavar="IN.nii.gz", type=Path)
     parser.add_argument("target", metavar=target, type=Path, nargs="?" if is_optional else None)
-    parser.add_argument("--channel", type=int, metavar="N", help="of a 4-D file, counted from 0")
-    parser.add_argument("--modality", choices=("ct", "mr", "us"), help="ct is clamped to HU")
+    parser.add_argument(
+        "--channel", type=int, metavar="N", help="channel of a 4-D file, counted from 0"
+    )
+    parser.add_argument(
+        "--modality", choices=("ct", "mr", "us"), help="modality of the scan (CT in HU is clamped)"
+    )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+
+def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
+    override = parser.add_argument_group("preprocessing (default: that of the weights)")
+    override.add_argument("--spacing", type=_triple, metavar="X,Y,Z", help="in mm along R, A, S")
+    override.add_argument(
+        "--statistics",
+        choices=("crop", "volume"),
+        help="normalise by each window or by the whole volume",
+    )
+
+
+def _preprocessing(args: argparse.Namespace, network: "nn.Module") -> "Preprocessing | None":
+    """The preprocessing of the weights with the command line's overrides; None without any."""
+    from sammed3d_backbone.data.preprocessing import preprocessing_of
+
+    given = {"spacing_mm": args.spacing, "statistics": args.statistics}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if not changes:
+        return None
+    return dataclasses.replace(preprocessing_of(network)[0], **changes)
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
     """Declares which network a command runs, and where."""
     network = parser.add_argument_group("network")
-    network.add_argument("--variant", default="vit_b", help="vit_b when left out")
-    network.add_argument("--weights", help="a name, a file or hf-hub:OWNER/REPO")
+    network.add_argument("--variant", default="vit_b", help="sizes of the network (default: vit_b)")
+    network.add_argument(
+        "--weights", help="a name, a file or hf-hub:OWNER/REPO (default: those of the variant)"
+    )
     network.add_argument("--random", action="store_true", help="random initialisation")
-    network.add_argument("--device", default="cpu", help="such as cuda; cpu when left out")
+    network.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
 
 
 def _require_png_name(path: Path | None) -> None:
     if path is not None and path.suffix != ".png":
-        raise ValueError(f"{path} is not named .png; choose such a name")
+        raise ValueError(f"{path}: expected a name that ends in .png")

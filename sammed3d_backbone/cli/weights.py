@@ -159,7 +159,7 @@ def _run_verify(args: argparse.Namespace) -> int:
     return int(any(right is False for right, _ in findings))
 
 
-# What a check says: right, wrong, or cannot be told.
+# Result of a check: right, wrong, or undecidable.
 MARKS = {True: "ok   ", False: "WRONG", None: "-    "}
 Finding = tuple[bool | None, str]
 

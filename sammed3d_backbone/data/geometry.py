@@ -12,7 +12,7 @@ voxels ``n'`` nearest to the wanted one; it is recorded as `spacing_mm` and the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsInt
 
@@ -140,6 +140,35 @@ class Geometry:
         """
         x = self._orient(array).float()
         return _interpolate(x, self.resampled_shape)
+
+    def resample_box(self, array: NDArray[Any], start: Triple, shape: Triple) -> Tensor:
+        """A box of the resampled grid, interpolated linearly; only that box is computed.
+
+        Args:
+            array: (X, Y, Z), on the input grid.
+            start: First voxel of the box; negative in padding.
+            shape: Voxels of the box.
+
+        Shapes:
+            returns: (*shape) float32; zeros outside the volume.
+        """
+        oriented = self.oriented(array)
+        positions, padding, region = [], [], []
+        for axis, (first, side) in enumerate(zip(start, shape, strict=True)):
+            n, m = oriented.shape[axis], self.resampled_shape[axis]
+            low, high = max(first, 0), min(first + side, m)
+            own = (np.arange(low, high) + 0.5) * (n / m) - 0.5
+            lower, upper = max(int(own[0]), 0), min(int(own[-1]) + 2, n)
+            positions.append(own - lower)
+            padding.append((low - first, first + side - high))
+            region.append(slice(lower, upper))
+        x = torch.from_numpy(np.ascontiguousarray(oriented[tuple(region)], dtype=np.float32))
+        # What shrinks most goes first, what grows most last. Of equal axes the third, along which
+        # values are slow to gather, goes where there are fewest of them.
+        growth = [len(own) / n for own, n in zip(positions, x.shape, strict=True)]
+        for axis in sorted(range(3), key=lambda a: (growth[a], a if growth[a] < 1 else -a)):
+            x = interpolate_axis(x, axis, positions[axis])
+        return F.pad(x, [p for pair in reversed(padding) for p in pair])
 
     def resample_labels(self, labels: NDArray[Any] | Tensor) -> Tensor:
         """Integer labels on the resampled grid: the class with the largest linear share.
@@ -279,6 +308,25 @@ class Geometry:
         inside_box, inside_volume = self._overlap()
         volume[(slice(None), *inside_volume)] = values[(slice(None), *inside_box)]
         return volume
+
+
+def interpolate_axis(
+    x: Tensor, axis: int, positions: NDArray[np.float64] | Sequence[float]
+) -> Tensor:
+    """Values along an axis at continuous indices, linear between them, constant beyond the ends.
+
+    Shapes:
+        x: (..., n, ...), n along the axis.
+        positions: (m,).
+        returns: (..., m, ...).
+    """
+    at = torch.as_tensor(positions, dtype=torch.float64).clamp(0, x.shape[axis] - 1)
+    lower = at.floor().long()
+    upper = (lower + 1).clamp_max(x.shape[axis] - 1)
+    share = (at - lower).to(x.dtype).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    if not share.any():
+        return x.index_select(axis, lower)
+    return torch.lerp(x.index_select(axis, lower), x.index_select(axis, upper), share)
 
 
 def nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, bool]]:

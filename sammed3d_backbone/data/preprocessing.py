@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sammed3d_backbone.data.geometry import Geometry, TripleMm
+from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
 from sammed3d_backbone.data.intensity import MODES, normalise
 
 if TYPE_CHECKING:
@@ -81,12 +81,25 @@ class Preprocessing:
             raise ValueError(f"modality={modality!r}: these weights know {known or 'none'}")
         return self.intensity[name]
 
-    def image(self, volume: Volume, modality: Modality | None = None) -> tuple[Tensor, Geometry]:
+    def image(
+        self,
+        volume: Volume,
+        modality: Modality | None = None,
+        *,
+        min_shape: Triple | None = None,
+        multiple_of: int = 1,
+    ) -> tuple[Tensor, Geometry]:
         """A volume on the network's grid, and the way back to its own grid.
 
         With statistics over the volume the intensities are already normalised; with statistics over
-        crops they are raw, and `crops` normalises each crop. Volumes smaller than the network's
-        input are padded on both sides with what a raw zero becomes.
+        crops they are raw, and `crops` normalises each crop. Padding on both sides has the value
+        that a raw zero gets.
+
+        Args:
+            volume: Any number of channels.
+            modality: Chooses the intensity mode.
+            min_shape: Least number of voxels along each axis; None for `crop_vox`.
+            multiple_of: Each side is padded to a multiple of this.
 
         Shapes:
             returns: (C, X', Y', Z') float32, axes towards R, A, S.
@@ -97,9 +110,12 @@ class Preprocessing:
         mode = self.intensity_mode(modality)
         if count := volume.array.size - int(np.isfinite(volume.array).sum()):
             raise ValueError(f"the volume has {count} non-finite voxels; replace those voxels")
-        geometry = Geometry.plan(
-            volume.shape, volume.affine, self.spacing_mm, min_shape=self.crop_vox
+        plain = Geometry.plan(volume.shape, volume.affine, self.spacing_mm)
+        x, y, z = (
+            max(side, -(-n // multiple_of) * multiple_of)
+            for side, n in zip(min_shape or self.crop_vox, plain.resampled_shape, strict=True)
         )
+        geometry = Geometry.plan(volume.shape, volume.affine, self.spacing_mm, min_shape=(x, y, z))
         raw = geometry.resample(volume.array)
         if self.statistics == "crop":
             return geometry.to_box(raw), geometry
@@ -158,3 +174,29 @@ SAM_MED3D = Preprocessing(
     statistics="crop",
     crop_vox=(128, 128, 128),
 )
+
+
+def preprocessing_of(
+    network: object, given: Preprocessing | None = None
+) -> tuple[Preprocessing, tuple[str, ...]]:
+    """The preprocessing of a network's input, with notes on what is assumed or overridden.
+
+    Args:
+        network: A network that `encoder` or `sam` built, or any other.
+        given: Used instead of the record of the weights.
+    """
+    known = getattr(getattr(network, "pretrained_cfg", None), "preprocessing", None)
+    if known is None:
+        if given is not None:
+            return given, ()
+        return SAM_MED3D, (
+            "the weights do not state their preprocessing; that of SAM-Med3D is assumed",
+        )
+    if given is None:
+        return known, ()
+    changed = [
+        f"{field.name}={getattr(given, field.name)} instead of {getattr(known, field.name)}"
+        for field in dataclasses.fields(Preprocessing)
+        if field.name != "crop_vox" and getattr(given, field.name) != getattr(known, field.name)
+    ]
+    return given, ((f"preprocessing overridden: {', '.join(changed)}",) if changed else ())

@@ -1,26 +1,19 @@
-"""What the encoder says about every place of a volume: token maps with their place in the body.
-
-Windows lie side by side over the whole volume, each normalised by its own voxels like every crop
-that the network was trained on, so values may step between windows. No prompts take part.
-"""
+"""The encoder's token maps of a whole volume, on one grid with a known place in the body."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from sammed3d_backbone.data.geometry import TripleMm
+from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.data.preprocessing import Modality, Preprocessing
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.interactive.validation import Modality, intensity_of
-from sammed3d_backbone.inference.interactive.windows import Windows
-from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +21,8 @@ class TokenMaps:
     """Token maps of a whole volume on one grid.
 
     Shapes:
-        maps: name -> (F, x, y, z) float32, axes towards R, A, S; "block_2" is what comes out of
-            transformer block 2, "neck" what the mask decoder reads: the encoder of a fine-tuned
-            network may have none.
+        maps: name -> (F, x, y, z) float32, axes towards R, A, S; "block_2" is the output of
+            transformer block 2, "neck" the input of the mask decoder, which pruned encoders lack.
         affine: (4, 4), token index -> RAS+ mm of the token's centre.
     """
 
@@ -39,59 +31,74 @@ class TokenMaps:
 
 
 def token_maps(
-    encoder: ImageEncoder3D,
+    encoder: Encoder,
     volume: Volume,
+    preprocessing: Preprocessing,
     *,
-    spacing_mm: TripleMm,
     modality: Modality | None = None,
     blocks: Sequence[int] = (),
     progress: bool = False,
 ) -> TokenMaps:
-    """The encoder's maps of a volume.
+    """The encoder's token maps of a volume, from windows that overlap by half.
+
+    Where windows overlap, their maps are averaged with Gaussian weights. Prompts are not involved.
 
     Args:
-        encoder: With a cubic input; it is set to evaluation.
-        volume: One channel.
-        spacing_mm: Along R, A, S, that the encoder was trained with.
-        modality: As of `Predictor.set_volume`.
-        blocks: Transformer blocks whose output is wanted beside the neck's.
+        encoder: Is set to evaluation mode.
+        volume: Has as many channels as the encoder.
+        preprocessing: Expected by the weights; the window is the encoder's `img_size`.
+        modality: Chooses the intensity mode.
+        blocks: Transformer blocks whose output is also returned.
         progress: Show a bar of windows on standard error.
 
     Raises:
-        ValueError: If there is no such modality or block.
+        ValueError: If a block does not exist, a voxel is not finite, or the weights do not know
+            the modality.
     """
-    side, patch = encoder.img_size[0], encoder.patch_size
-    windows = Windows(volume, spacing_mm, side, intensity_of(modality))
-    resampled = windows.geometry.resampled_shape
-    counts = [-(-m // side) for m in resampled]
-    first = [-((n * side - m) // 2) for n, m in zip(counts, resampled, strict=True)]
-    device = next(encoder.parameters()).device
-    encoder.eval()
-    tokens = side // patch
-    maps: dict[str, Tensor] = {}
-    for number in tqdm(np.ndindex(*counts), total=math.prod(counts), disable=not progress):
-        x, y, z = (f + n * side for f, n in zip(first, number, strict=True))
-        place = tuple(slice(n * tokens, (n + 1) * tokens) for n in number)
-        parts = _maps_of(encoder, windows.image((x, y, z)).to(device), sorted(set(blocks)))
-        for name, part in parts.items():
-            if name not in maps:
-                maps[name] = torch.zeros(part.shape[1], *(n * tokens for n in counts))
-            maps[name][(slice(None), *place)] = part[0].float().cpu()
-    box = windows.geometry.boxed((first[0], first[1], first[2]), (side, side, side))
-    to_voxel = np.diag([patch, patch, patch, 1.0])
-    to_voxel[:3, 3] = (patch - 1) / 2  # the centre of the first token
-    return TokenMaps(maps, box.affine @ to_voxel)
+    from monai.inferers import sliding_window_inference
 
+    module = cast("nn.Module", encoder).eval()
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    sides, patch = encoder.img_size, encoder.patch_size
+    image, geometry = preprocessing.image(volume, modality, min_shape=sides, multiple_of=patch)
+    chosen = sorted(set(blocks))
+    has_neck = not isinstance(getattr(module, "neck", None), nn.Identity | None)
 
-def _maps_of(encoder: ImageEncoder3D, image: Tensor, blocks: Sequence[int]) -> dict[str, Tensor]:
-    """The maps of one window, each (1, F, g, g, g)."""
-    with torch.inference_mode():
-        if not blocks:
-            return {"neck": encoder(image)}
-        if encoder.neck is None:
-            maps = {}
-            parts = encoder.forward_intermediates(image, indices=blocks, intermediates_only=True)
+    def maps_of(crops: Tensor) -> dict[str, Tensor]:
+        x = preprocessing.crops(crops, modality)
+        if not chosen:
+            return {"neck": module(x)}
+        if has_neck:
+            neck, parts = encoder.forward_intermediates(x, indices=chosen)
+            found = {"neck": neck}
         else:
-            neck, parts = encoder.forward_intermediates(image, indices=blocks)
-            maps = {"neck": neck}
-    return maps | {f"block_{b}": part for b, part in zip(blocks, parts, strict=True)}
+            parts = encoder.forward_intermediates(x, indices=chosen, intermediates_only=True)
+            found = {}
+        return found | {f"block_{b}": part for b, part in zip(chosen, parts, strict=True)}
+
+    # Neighbouring windows are whole tokens apart; the half voxel guards against rounding down.
+    steps = [max(1, side // patch // 2) * patch for side in sides]
+    with torch.inference_mode():
+        found = sliding_window_inference(
+            image[None],
+            sides,
+            sw_batch_size=1,
+            predictor=maps_of,
+            overlap=[1 - (step + 0.5) / side for step, side in zip(steps, sides, strict=True)],
+            mode="gaussian",
+            sw_device=device,
+            device="cpu",
+            progress=progress,
+        )
+    assert isinstance(found, dict)  # as `maps_of` returns one
+    # Tokens that lie in padding alone are left out.
+    first = [-start // patch for start in geometry.box_start]
+    last = [
+        -(-(n - start) // patch)
+        for start, n in zip(geometry.box_start, geometry.resampled_shape, strict=True)
+    ]
+    kept = (slice(None), *map(slice, first, last))
+    to_voxel = np.diag([patch, patch, patch, 1.0])
+    to_voxel[:3, 3] = np.multiply(first, patch) + (patch - 1) / 2  # centre of the first token
+    maps = {name: part[0][kept].contiguous() for name, part in found.items()}
+    return TokenMaps(maps, geometry.affine @ to_voxel)

@@ -30,12 +30,12 @@ from sammed3d_backbone.inference.hub import model_card, upload
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
 from sammed3d_backbone.loading.fitting import part_of
-from sammed3d_backbone.loading.hub import WEIGHTS_FILE, locate
+from sammed3d_backbone.loading.hub import WEIGHTS_FILE, WEIGHTS_SUFFIXES, locate
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.provenance import strip_directory
 
 CONFIG_FILE = "config.json"
-_REPOSITORY = re.compile(r"(hf-hub:)?(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_REPOSITORY = re.compile(r"(hf-hub:)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 @dataclass
@@ -290,15 +290,19 @@ def init_from_checkpoint(
 
 def _files(source: str | os.PathLike[str], weights_file: str) -> tuple[Path, str | None]:
     """The local safetensors file of a model, and the text of the `config.json` beside it."""
-    path = Path(source).expanduser()
+    text, path = os.fspath(source), Path(source).expanduser()
     if path.is_dir():
         config = path / CONFIG_FILE
-        text = config.read_text(encoding="utf-8") if config.is_file() else None
-        return path / weights_file, text
-    if path.exists() or not (named := _REPOSITORY.fullmatch(str(source))) or path.suffix:
+        card = config.read_text(encoding="utf-8") if config.is_file() else None
+        return locate(path, weights_file)[1], card
+    if path.exists() or path.suffix in WEIGHTS_SUFFIXES or not _REPOSITORY.fullmatch(text):
         return locate(source)[1], None
-    repository = f"hf-hub:{named['repo_id']}@{named['revision'] or 'main'}"
-    return locate(repository, weights_file)[1], None
+    repository = f"hf-hub:{text.removeprefix('hf-hub:')}"
+    tensors = locate(repository, weights_file)[1]
+    try:
+        return tensors, locate(repository, CONFIG_FILE)[1].read_text(encoding="utf-8")
+    except FileNotFoundError:  # a repository with one file, whose metadata is the card
+        return tensors, None
 
 
 def _keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:

@@ -101,15 +101,14 @@ class Sam3D(nn.Module):
             embedding: (1 or P, F, x, y, z), the image encoder's output.
             returns: (P, 1, 4 x, 4 y, 4 z), to be fed back with the next click.
         """
-        return self.decode_and_rate(embedding, points, mask_logits)[0]
+        return self.predict_masks(embedding, points, mask_logits)[0]
 
-    def decode_and_rate(
+    def predict_masks(
         self, embedding: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What `decode` returns, and the network's own opinion of it.
+        """Mask logits as from `decode`, and the Dice that the network predicts for them.
 
-        The opinion means something where training taught it, which that of the released weights
-        did not.
+        The released weights were not trained to predict it.
 
         Shapes:
             returns: (P, 1, 4 x, 4 y, 4 z) and (P, 1).
@@ -117,10 +116,10 @@ class Sam3D(nn.Module):
         if mask_logits is None:
             mask_logits = embedding.new_zeros(1, 1, *self.prompt_encoder.mask_size)
         sparse, dense = self.prompt_encoder(points=points, masks=mask_logits)
-        answer: tuple[Tensor, Tensor] = self.mask_decoder(
+        predicted: tuple[Tensor, Tensor] = self.mask_decoder(
             embedding, self.prompt_encoder.get_dense_pe(), sparse, dense
         )
-        return answer
+        return predicted
 
     def upsample(self, low_res: Tensor) -> Tensor:
         """The decoder's logits on the input's voxels, trilinear between voxel centres.

@@ -106,7 +106,7 @@ class Interaction(nn.Module):
                 newest = next_points(truth[:, 0], mask[:, 0], share.flatten())
                 points = newest if points is None or self.newest_only else _joined(points, newest)
                 given = points
-            low_res, quality = self.network.decode_and_rate(embedding, given, low_res)
+            low_res, quality = self.network.predict_masks(embedding, given, low_res)
             logits = self.network.upsample(low_res.float())  # (Q, 1, S, S, S)
             mask = logits.detach() > 0
             dice = _dice(mask, truth)  # (Q, 1)

@@ -10,6 +10,7 @@ from standin import StandIn
 
 from sammed3d_backbone import encoder
 from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.features import token_maps
 from sammed3d_backbone.loading.checkpoint import read
@@ -50,7 +51,7 @@ def test_a_click_becomes_a_mask_with_the_inputs_affine(known, scan, out, capsys)
     voxels = int(mask.array.sum())
     assert f"1 object: {voxels} voxels, {voxels * 1.5**3 / 1000:.2f} ml, 1 windows" in printed
     assert "1 of 1 clicks agreed" in printed
-    assert "note: the weights do not say their spacing" in printed
+    assert "SAM-Med3D" in printed
     assert printed.splitlines()[-1] == str(out)
 
 
@@ -65,7 +66,7 @@ def test_points_belong_to_the_object_named_before_them(known, scan, out, capsys)
     command = ["segment", scan, str(out), "--object", "left", "--point", "22,40,36"]
     command += ["--object", "both", "--point", "22,40,36", "--point", "36,54,36"]
     command += ["--object", "right", "--point", "22,40,36", "--point", "36,54,36"]
-    command += ["--negative", "22,40,37", "--json", "--merge", "first", "--quality"]
+    command += ["--negative", "22,40,37", "--json", "--merge", "first", "--stability"]
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
     assert [(row["value"], row["object"]) for row in result["objects"]] == [
@@ -74,7 +75,7 @@ def test_points_belong_to_the_object_named_before_them(known, scan, out, capsys)
         (3, "right"),
     ]
     assert result["objects"][2]["voxels"] == 0  # "both" was first
-    assert result["objects"][0]["agreement"] == 1
+    assert result["objects"][0]["stability"] == 1
     assert result["out"] == str(out)
     assert any("overlapped" in note and note.endswith("first") for note in result["notes"])
     labels = Volume.load(out).array
@@ -103,7 +104,7 @@ def test_encoded_windows_are_kept_on_request(known, scan, out, tmp_path):
     assert len(list(cache.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("switch", ["--all-clicks", "--no-follow", "--honour-clicks"])
+@pytest.mark.parametrize("switch", ["--all-clicks", "--no-follow", "--enforce-clicks"])
 def test_every_switch_is_taken(known, scan, out, switch):
     assert main(["segment", scan, str(out), "--point", "22,40,36", switch]) == 0
 
@@ -112,7 +113,7 @@ def test_the_whole_command_runs_with_a_real_network(scan, out, capsys):
     command = ["segment", scan, str(out), "--point", "22,40,36", "--variant", "tiny", "--no-follow"]
     assert main([*command, "--random", "--modality", "mr"]) == 0
     assert Volume.load(out).shape == (90, 80, 70)
-    assert "the weights are random" in capsys.readouterr().out
+    assert "random initialisation" in capsys.readouterr().out
 
 
 # --- features ----------------------------------------------------------------------------------
@@ -124,13 +125,13 @@ def test_features_are_token_maps_with_their_affine(scan, tmp_path, capsys):
     assert main([*command, "--blocks", "11,2"]) == 0
     tensors, metadata = read(out)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        "neck": (64, 16, 16, 16),
-        "block_2": (192, 16, 16, 16),
-        "block_11": (192, 16, 16, 16),
+        "neck": (64, 12, 10, 9),
+        "block_2": (192, 12, 10, 9),
+        "block_11": (192, 12, 10, 9),
         "affine": (4, 4),
     }
     assert metadata["volume"] == "in.nii.gz"
-    assert "neck: 64 x 16 x 16 x 16" in capsys.readouterr().out
+    assert "neck: 64 x 12 x 10 x 9" in capsys.readouterr().out
 
 
 def test_features_are_drawn_without_a_file_of_them(scan, tmp_path, capsys):
@@ -149,7 +150,7 @@ def test_a_fine_tuned_encoder_gives_its_blocks_at_its_spacing(scan, tmp_path, fi
     assert main([*command, "--blocks", "2,5", "--png", str(figure)]) == 0
     tensors, metadata = read(out)
     assert set(tensors) == {"block_2", "block_5", "affine"}
-    assert metadata["spacing_mm"] == "(2.0, 2.0, 2.0)"
+    assert json.loads(metadata["preprocessing"])["spacing_mm"] == [2.0, 2.0, 2.0]
     assert figure.is_file()
     assert "spacing" not in capsys.readouterr().out
 
@@ -157,12 +158,12 @@ def test_a_fine_tuned_encoder_gives_its_blocks_at_its_spacing(scan, tmp_path, fi
 @pytest.mark.parametrize(
     ("outputs", "remedy"),
     [
-        ((), "give OUT.safetensors or --png FIG.png"),
-        (("--png", "fig.jpg"), "choose such a name"),
-        (("maps.pt",), "give it the ending .safetensors"),
-        (("--png", "precious.png"), "pass --force"),
-        (("--png", "fig.png", "--block", "12"), "give block numbers from -12 to 11"),
-        (("maps.safetensors", "--block", "12"), "give block numbers from -12 to 11"),
+        ((), "OUT.safetensors"),
+        (("--png", "fig.jpg"), "fig.jpg"),
+        (("maps.pt",), "maps.pt"),
+        (("--png", "precious.png"), "precious.png"),
+        (("--png", "fig.png", "--block", "12"), "-12 to 11"),
+        (("maps.safetensors", "--block", "12"), "-12 to 11"),
     ],
 )
 def test_features_that_cannot_be_written_are_refused(
@@ -176,6 +177,31 @@ def test_features_that_cannot_be_written_are_refused(
     assert (tmp_path / "precious.png").read_text() == "precious"
 
 
+def test_the_figure_shows_the_numbers_of_the_file(scan, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "sammed3d_backbone.evaluation.figures.features_figure",
+        lambda path, volume, maps, affine, title: drawn.update(maps, affine=affine),
+    )
+    out = tmp_path / "maps.safetensors"
+    command = ["features", scan, str(out), "--variant", "tiny", "--random", "--blocks"]
+    assert main([*command, "2,5", "--png", str(tmp_path / "fig.png"), "--modality", "mr"]) == 0
+    tensors, _ = read(out)
+    assert set(drawn) == {"block_2", "block_5", "affine"}
+    assert all(torch.equal(tensors[name], torch.as_tensor(part)) for name, part in drawn.items())
+
+
+def test_features_follow_the_statistics_of_the_preprocessing(scan, tmp_path, capsys):
+    maps = {}
+    for statistics in ("crop", "volume"):
+        out = tmp_path / f"{statistics}.safetensors"
+        torch.manual_seed(0)
+        command = ["features", scan, str(out), "--variant", "tiny", "--random"]
+        assert main([*command, "--statistics", statistics]) == 0
+        maps[statistics] = read(out)[0]["neck"]
+    assert (maps["crop"] - maps["volume"]).abs().max() > 1e-3
+
+
 def test_a_token_lies_where_its_affine_says(scan):
     torch.manual_seed(0)
     array = Volume.load(scan).array[:, :50, :50]
@@ -183,7 +209,7 @@ def test_a_token_lies_where_its_affine_says(scan):
     bright[50, 20, 41] = 1e6
     network = encoder("tiny", pretrained=False)
     found, plain = (
-        token_maps(network, Volume(a, AFFINE), spacing_mm=(1.5, 1.5, 1.5), blocks=[0])
+        token_maps(network, Volume(a, AFFINE), SAM_MED3D, blocks=[0])
         for a in (array + bright, array)
     )
     change = (found.maps["block_0"] - plain.maps["block_0"]).norm(dim=0)

@@ -19,6 +19,7 @@ import numpy as np
 from standin import StandIn
 
 from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 
@@ -150,7 +151,7 @@ METRES = np.diag([0.0015, 0.0015, 0.0015, 1.0]).astype("<f4").ravel()[:12].tolis
 
 # Files, given to `sammed3d segment` with a click on voxel (1, 2, 3).
 FILES = [
-    Row("four dimensions, two of them", array_file(np.stack([GRID, GRID], -1)), "--channel"),
+    Row("four dimensions, two of them", array_file(np.stack([GRID, GRID], -1)), "channel"),
     Row("a picture of two dimensions", array_file(GRID[0]), "in.nii.gz"),
     Row("colours", array_file(COLOURS), "in.nii.gz"),
     Row("complex numbers", array_file(GRID.astype(np.complex64)), "in.nii.gz"),
@@ -199,7 +200,7 @@ def unrelated(folder: Path) -> None:
     (folder / "folder.nii.gz").mkdir()
 
 
-TINY = " --variant tiny --weights none"
+TINY = " --variant tiny --random"
 POINT = "in.nii.gz out.nii.gz --point 22,40,36"
 # Words after `sammed3d segment`, run where in.nii.gz holds the balls, beside files of `unrelated`.
 COMMANDS = [
@@ -214,7 +215,7 @@ COMMANDS = [
     Row("a click list that is not there", POINT + " --points no.json", "no.json"),
     Row("a click list of no such kind", POINT + " --points fig.png", "fig.png"),
     Row("a click list outside", POINT + " --points list.json", "point_vox"),
-    Row("a channel that is not there", POINT + " --channel 1", "--channel"),
+    Row("a channel that is not there", POINT + " --channel 1", "channel"),
     Row("no NIfTI name for the output", "in.nii.gz out.mha --point 22,40,36", "out.mha"),
     Row("a folder for the output", "in.nii.gz folder.nii.gz --point 22,40,36", "folder.nii.gz"),
     Row("the input for the output", "in.nii.gz in.nii.gz --force --point 22,40,36", "in.nii.gz"),
@@ -261,7 +262,7 @@ def noted(given: tuple[np.ndarray | Volume, dict[str, Any]]) -> str:
     """The notes on a volume of `NOTES`."""
     volume, how = given
     point = how.get("point", (22, 40, volume.shape[2] // 2))
-    predictor = Predictor(StandIn(), spacing_mm=(1.5, 1.5, 1.5), follow=False)
+    predictor = Predictor(StandIn(), preprocessing=SAM_MED3D, follow=False)
     found = predictor.segment(volume, [point], affine=AFFINE, modality=how.get("modality"))
     return " / ".join(found["object"].notes)
 

@@ -98,7 +98,7 @@ class StandIn(nn.Module):
         self.mask_decoder = Component()
         self.mask_decoder.side_vox = side_vox
 
-    def decode_and_rate(self, embedding, points=None, mask_logits=None):
+    def predict_masks(self, embedding, points=None, mask_logits=None):
         """As of `Sam3D`."""
         if mask_logits is None:
             mask_logits = torch.zeros(1, 1, 32, 32, 32)

@@ -1,14 +1,14 @@
-"""Click lists as JSON: what was clicked on which volume, with which weights and settings.
+"""Click lists as JSON: clicks on a volume, with hashes of the volume and weights, and settings.
 
-Replayed on the same, a list gives the same masks bit for bit; on anything else it is refused. A
-list written by hand may leave out all but the clicks, and give places in mm.
+With the same volume, weights and settings a list reproduces the masks exactly; with others it is
+refused. A list written by hand needs only its clicks, and may give points in mm.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,20 @@ from typing import Any
 import numpy as np
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.interactive.prompts import Click
 
-FORMAT = "sammed3d-clicks/1"
-POINT_KEYS = ("point_vox", "point_mm")
-KEYS = {"format", "volume_sha256", "weights_sha256", "settings", "clicks"}
+CLICKS_FORMAT = "sammed3d-clicks/2"
+CLICK_TYPES = {"object": str, "positive": bool, "point_vox": list, "point_mm": list}
 
 
 @dataclass(frozen=True)
 class ClickList:
-    """The content of a file.
+    """The content of a click list.
 
     Args:
         clicks: Arguments of `Predictor.click`, in order.
-        volume_sha256: Of the volume they were made on; None if the file does not say.
-        weights_sha256: Of the network; likewise.
-        settings: Of the predictor; those that the file does not name are free.
+        volume_sha256: Hash of the volume; None if it is not recorded.
+        weights_sha256: Hash of the weights; None if it is not recorded.
+        settings: Settings of the predictor that the list depends on.
     """
 
     clicks: tuple[Mapping[str, Any], ...]
@@ -39,72 +37,49 @@ class ClickList:
     weights_sha256: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def load(cls, path: str | Path) -> ClickList:
+        """Reads a click list.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is not a click list; the message says where.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no click list at {path}; check the path")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(content, dict) or not isinstance(content.get("clicks"), list):
+            raise ValueError(f'{path} has no list "clicks"; give a file of `save_clicks`')
+        if (given := content.pop("format", CLICKS_FORMAT)) != CLICKS_FORMAT:
+            raise ValueError(f"{path} has format {given!r}, this version reads {CLICKS_FORMAT!r}")
+        known = cls.__dataclass_fields__.keys()
+        if unknown := sorted(content.keys() - known):
+            raise ValueError(f"{path} has unknown entries {unknown}; expected {sorted(known)}")
+        for number, click in enumerate(content["clicks"], start=1):
+            if not isinstance(click, dict) or not all(
+                isinstance(value, CLICK_TYPES.get(key, ())) for key, value in click.items()
+            ):
+                raise ValueError(
+                    f"{path}, click {number}: {click!r}; expected an object with "
+                    f"{', '.join(f'{key} ({kind.__name__})' for key, kind in CLICK_TYPES.items())}"
+                )
+        return cls(**{**content, "clicks": tuple(content["clicks"])})
+
+    def to_json(self) -> str:
+        """The text of the file, with a line per click."""
+        values = {"format": CLICKS_FORMAT, **vars(self)}
+        clicks = ",\n  ".join(json.dumps(click) for click in values.pop("clicks"))
+        return json.dumps(values, indent=1)[:-2] + f',\n "clicks": [\n  {clicks}\n ]\n}}\n'
+
 
 def volume_sha256(volume: Volume) -> str:
-    """A hash of shape, affine and values as float32, whatever their type and order in memory."""
+    """A hash of shape, affine and values as float32, independent of their storage in memory."""
     digest = hashlib.sha256(f"{volume.shape}".encode())
     digest.update(np.ascontiguousarray(volume.affine, dtype="<f8").data)
     for plane in volume.array:  # a plane at a time, so that no copy of the volume is made
         digest.update(np.ascontiguousarray(plane, dtype="<f4").data)
     return digest.hexdigest()
-
-
-def to_json(
-    clicks: Iterable[Click], volume_sha256: str, weights_sha256: str, settings: Mapping[str, Any]
-) -> str:
-    """The text of a click list."""
-    entries = [
-        {"object": c.object, "point_vox": list(c.point_vox), "positive": c.positive} for c in clicks
-    ]
-    head = {
-        "format": FORMAT,
-        "volume_sha256": volume_sha256,
-        "weights_sha256": weights_sha256,
-        "settings": dict(settings),
-    }
-    lines = ",\n  ".join(json.dumps(entry) for entry in entries)
-    return json.dumps(head, indent=1)[:-2] + f',\n "clicks": [\n  {lines}\n ]\n}}\n'
-
-
-def read(path: str | Path) -> ClickList:
-    """The click list of a file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no click list; the message says where.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no click list at {path}; check the path")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); give a file of `save_clicks`") from None
-    if not isinstance(content, dict) or not isinstance(content.get("clicks"), list):
-        raise ValueError(f'{path} holds no "clicks"; give a file of `save_clicks`')
-    if content.get("format", FORMAT) != FORMAT:
-        raise ValueError(
-            f"{path} is of format {content['format']!r}, this version reads {FORMAT!r}; "
-            "upgrade sammed3d-backbone"
-        )
-    unknown = sorted(content.keys() - KEYS)
-    if unknown:
-        raise ValueError(f"{path} names {unknown}; known are {sorted(KEYS)}")
-    for number, entry in enumerate(content["clicks"], start=1):
-        _require_click(path, number, entry)
-    return ClickList(
-        tuple(content["clicks"]),
-        content.get("volume_sha256"),
-        content.get("weights_sha256"),
-        content.get("settings", {}),
-    )
-
-
-def _require_click(path: Path, number: int, entry: object) -> None:
-    known = {"object", "positive", *POINT_KEYS}
-    if not isinstance(entry, dict) or not entry.keys() <= known:
-        raise ValueError(f"{path}, click {number}: {entry!r}; a click has {sorted(known)}")
-    if not isinstance(entry.get("positive", True), bool):
-        raise ValueError(f'{path}, click {number}: "positive" is true or false')
-    if not isinstance(entry.get("object", ""), str):
-        raise ValueError(f'{path}, click {number}: "object" is a name')

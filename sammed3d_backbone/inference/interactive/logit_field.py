@@ -1,9 +1,9 @@
-"""One object's low-resolution logits in all its windows -> one field -> a mask on the own grid.
+"""One object's low-resolution logits in all its windows, as a field on the volume's own grid.
 
-The network answers with one logit per *cell*, a cube of several voxels. Between the centres of the
-cells of a window the answer is linear; where windows overlap, their answers are averaged with
-weights that fall to the window's border, so that the field has no seams. It is evaluated straight
-at the voxel centres of the volume's own grid and then compared with 0 (probability 0.5).
+The network predicts one logit per *cell*, a cube of several voxels. Between the centres of a
+window's cells the field is linear; where windows overlap, they are averaged with weights that
+decrease towards the window's border, so the field has no seams. It is evaluated directly at the
+voxel centres of the volume's own grid; the mask is where it exceeds 0 (probability 0.5).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sammed3d_backbone.data.geometry import Triple
-from sammed3d_backbone.inference.interactive.windows import Windows, linear
+from sammed3d_backbone.data.geometry import Triple, interpolate_axis
+from sammed3d_backbone.inference.interactive.windows import Windows
 
-Axes = Sequence[NDArray[np.float64]]  # places along each of the three oriented axes
+Axes = Sequence[NDArray[np.float64]]  # grid coordinates along each of the three oriented axes
 SLAB_VOXELS = 2**24  # evaluated at a time, which bounds the memory
-LEAST_WEIGHT = 1e-3  # of a window at its border, where no other covers it
+LEAST_WEIGHT = 1e-3  # weight of a window at its border, where no other window covers it
 
 
-class Field:
+class LogitField:
     """Logits of an object, defined wherever one of its windows lies.
 
     Shapes:
@@ -35,31 +35,31 @@ class Field:
         self.windows = windows
         self.logits = logits
 
-    def at(self, places: Axes) -> tuple[Tensor, Tensor]:
-        """The logits on a grid of places, and where they are known.
+    def at(self, points: Axes) -> tuple[Tensor, Tensor]:
+        """The logits at a grid of points, and where they are known.
 
         Shapes:
-            places: three ascending arrays of X, Y, Z places.
+            points: three ascending arrays of X, Y, Z grid coordinates.
             returns: (X, Y, Z) float32 and bool; logits are 0 where there is no window.
         """
-        weights = torch.zeros([len(axis) for axis in places])
+        weights = torch.zeros([len(axis) for axis in points])
         for start in self.logits:
-            rows, (x, y, z) = self._weights(start, places)
+            rows, (x, y, z) = self._weights(start, points)
             weights[rows] += x[:, None, None] * y[:, None] * z
         known = weights > 0
-        return torch.where(known, self._weighted(places) / weights, 0), known
+        return torch.where(known, self._weighted(points) / weights, 0), known
 
-    def _weighted(self, places: Axes) -> Tensor:
-        """The logits on a grid of places, times a positive number that varies: for their sign."""
-        total = torch.zeros([len(axis) for axis in places])
+    def _weighted(self, points: Axes) -> Tensor:
+        """The logits at a grid of points, times a positive weight: enough for their sign."""
+        total = torch.zeros([len(axis) for axis in points])
         for start, logits in self.logits.items():
-            rows, weights = self._weights(start, places)
+            rows, weights = self._weights(start, points)
             values = logits.float().cpu()
             for axis, (row, weight) in enumerate(zip(rows, weights, strict=True)):
                 cell = self.windows.side_vox / logits.shape[axis]
-                cells = (places[axis][row] - start[axis] + 0.5) / cell - 0.5
+                cells = (points[axis][row] - start[axis] + 0.5) / cell - 0.5
                 # One matrix per axis and window: interpolation times weight.
-                matrix = linear(torch.eye(logits.shape[axis]), 0, cells) * weight[:, None]
+                matrix = interpolate_axis(torch.eye(logits.shape[axis]), 0, cells) * weight[:, None]
                 values = torch.tensordot(values, matrix, dims=([0], [1]))  # the axis goes last
             total[rows] += values
         return total
@@ -69,26 +69,26 @@ class Field:
         # Memory that is never written costs nothing, however large the volume.
         mask = np.zeros(self.windows.geometry.input_shape, dtype=np.bool_)
         oriented = self.windows.geometry.oriented(mask)
-        for slab, places in self._slabs(self._positive()):
-            oriented[slab] = (self._weighted(places) > 0).numpy()
+        for slab, points in self._slabs(self._positive()):
+            oriented[slab] = (self._weighted(points) > 0).numpy()
         return mask
 
     def probs(self) -> NDArray[np.float32]:
         """Probabilities on the volume's own grid, (X, Y, Z); 0 where there is no window."""
         probs = np.zeros(self.windows.geometry.input_shape, dtype=np.float32)
         oriented = self.windows.geometry.oriented(probs)
-        for slab, places in self._slabs(self._covered()):
-            logits, known = self.at(places)
+        for slab, points in self._slabs(self._covered()):
+            logits, known = self.at(points)
             oriented[slab] = torch.where(known, logits.sigmoid(), 0).numpy()
         return probs
 
     def _weights(
-        self, start: Triple, places: Axes
+        self, start: Triple, points: Axes
     ) -> tuple[tuple[slice, slice, slice], tuple[Tensor, Tensor, Tensor]]:
-        """Which places of each axis lie in a window, and the window's weights there."""
+        """Which points along each axis lie in a window, and the window's weights there."""
         side = self.windows.side_vox
         rows, weights = [], []
-        for first, along in zip(start, places, strict=True):
+        for first, along in zip(start, points, strict=True):
             low, high = np.searchsorted(along, [first - 0.5, first + side - 0.5])
             depth = along[low:high] - first + 0.5  # from the window's border, in voxels
             weight = torch.from_numpy(np.minimum(depth, side - depth) / (side / 2))
@@ -97,14 +97,14 @@ class Field:
         return (rows[0], rows[1], rows[2]), (weights[0], weights[1], weights[2])
 
     def _covered(self) -> list[tuple[float, float]]:
-        """Per axis, the lowest and highest place in any window."""
+        """The lowest and highest grid coordinate in any window, per axis."""
         starts = np.array(list(self.logits))
         side = self.windows.side_vox
         lows, highs = starts.min(0) - 0.5, starts.max(0) + side - 0.5
         return list(zip(lows.tolist(), highs.tolist(), strict=True))
 
     def _positive(self) -> list[tuple[float, float]]:
-        """Per axis, the places beyond which no window has a positive logit."""
+        """The grid coordinates beyond which no window has a positive logit, per axis."""
         lows, highs = [], []
         for start, logits in self.logits.items():
             found = torch.nonzero(logits > 0).cpu().numpy()
@@ -118,17 +118,17 @@ class Field:
         return list(zip(np.min(lows, 0).tolist(), np.max(highs, 0).tolist(), strict=True))
 
     def _slabs(self, bounds: Sequence[tuple[float, float]]) -> list[tuple[Any, Axes]]:
-        """The own grid's voxels between bounds, in slabs: their index and their places."""
-        slices, places = [], []
+        """The voxels of the own grid between bounds, in slabs: their index and grid coordinates."""
+        slices, points = [], []
         for axis, (low, high) in enumerate(bounds):
-            own = self.windows.own_places(axis)
+            own = self.windows.grid_points(axis)
             first, last = np.searchsorted(own, [low, high])
             slices.append(slice(int(first), int(last)))
-            places.append(own[first:last])
-        rows = max(1, SLAB_VOXELS // max(1, len(places[1]) * len(places[2])))
+            points.append(own[first:last])
+        rows = max(1, SLAB_VOXELS // max(1, len(points[1]) * len(points[2])))
         slabs: list[tuple[Any, Axes]] = []
         for first in range(slices[0].start, slices[0].stop, rows):
             slab = slice(first, min(first + rows, slices[0].stop))
-            part = places[0][slab.start - slices[0].start : slab.stop - slices[0].start]
-            slabs.append(((slab, slices[1], slices[2]), [part, *places[1:]]))
+            part = points[0][slab.start - slices[0].start : slab.stop - slices[0].start]
+            slabs.append(((slab, slices[1], slices[2]), [part, *points[1:]]))
         return slabs

@@ -1,18 +1,18 @@
-"""What the predictor gives back: one object's mask on the caller's grid, and how it came about."""
+"""The result of the predictor: one object's mask on the volume's own grid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.interactive.logit_field import Field
-from sammed3d_backbone.inference.interactive.prompts import Click
+from sammed3d_backbone.inference.interactive.logit_field import LogitField
+from sammed3d_backbone.inference.interactive.prompts import ClickPrompt
 
-BALL_MM = 3.0  # around a click that the mask contradicts
+BALL_MM = 3.0  # radius around a click that the mask contradicts
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,17 +20,15 @@ class Prediction:
     """One object's mask.
 
     Args:
-        mask: What was found.
-        source: The volume that was segmented, for its grid.
-        clicks: On this object.
-        clicks_agreed: Clicks with which the network's own mask agreed.
-        windows: In how many windows the object was looked for.
-        predicted_dice: The Dice that the network expects of its own mask in the window around the
-            newest click; None where that lies in no window of the object. It means something where
-            training taught it, which that of the released weights did not.
-        notes: What the reader has to know before believing it.
-        seconds: Since the last prediction: "image" (resampling, normalisation), "encode",
-            "decode" and "mask" (the way back to the volume's grid).
+        mask: The mask.
+        source: The segmented volume.
+        clicks: Number of clicks on this object.
+        clicks_agreed: Number of clicks with which the network's own mask agrees.
+        windows: Number of windows in which the object was segmented.
+        predicted_dice: Dice of its own mask that the network predicts in the window around the
+            newest prompt; None where that lies in no window of the object. The released weights
+            were not trained to predict it.
+        notes: What the reader has to know before trusting the mask.
         logits: The network's logits, for `probs`.
 
     Shapes:
@@ -44,32 +42,26 @@ class Prediction:
     windows: int
     predicted_dice: float | None
     notes: tuple[str, ...]
-    seconds: Mapping[str, float]
-    logits: Field = field(repr=False)
+    logits: LogitField = field(repr=False)
 
     @property
     def volume(self) -> Volume:
-        """The mask as a volume of 0 and 1, with the affine of the input bit for bit."""
+        """The mask as a volume of 0 and 1 with exactly the affine of the input."""
         return Volume(self.mask.astype(np.uint8), self.source.affine, self.source.header)
 
     def probs(self) -> NDArray[np.float32]:
-        """The network's probability per voxel, (X, Y, Z); 0 where it has not looked.
+        """The network's probability per voxel, (X, Y, Z); 0 outside the windows.
 
-        Clicks that were enforced change the mask and not the probabilities.
+        Enforced clicks change the mask and not the probabilities.
         """
         return self.logits.probs()
 
 
-def agreeing(mask: NDArray[np.bool_], clicks: Sequence[Click]) -> int:
-    """The number of clicks with which a mask agrees."""
-    return sum(bool(mask[click.point_vox]) == click.positive for click in clicks)
+def enforce_clicks(mask: NDArray[np.bool_], clicks: Sequence[ClickPrompt], volume: Volume) -> None:
+    """Changes a mask so that it contains every positive click and no negative one, in place.
 
-
-def honour(mask: NDArray[np.bool_], clicks: Sequence[Click], volume: Volume) -> None:
-    """Puts every positive click inside the mask and every negative one outside, in place.
-
-    A click that the mask contradicts is given the ball around it, short of half the way to the
-    nearest click of the other sign; the rest of the mask stays as it is.
+    Around a click that the mask contradicts, a ball is added or removed; it ends before half of the
+    distance to the nearest click of the other sign.
 
     Shapes:
         mask: (X, Y, Z), on the volume's own grid.

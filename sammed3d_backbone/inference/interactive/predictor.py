@@ -1,12 +1,13 @@
 """The predictor: a volume and prompts in, masks on the volume's own grid out.
 
-Nothing runs before `predict`; a prompt only notes what was said, after checking it. The answer is a
-function of the volume, the weights and the prompts in their order: asking in between, undoing and
-doing again, or a cache change nothing.
+Nothing runs before `predict`; a prompt is only validated and stored. The result is a function of
+the volume, the weights, the settings and the prompts in their order: predicting in between, undo
+and redo, or a cache do not change it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,54 +15,57 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
 
-from sammed3d_backbone.data.geometry import Triple, TripleMm
+from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.intensity import CT_WINDOW_HU
+from sammed3d_backbone.data.preprocessing import Modality, Preprocessing, preprocessing_of
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import write_text
-from sammed3d_backbone.inference.interactive import click_io as clicklist
-from sammed3d_backbone.inference.interactive.click_io import to_json, volume_sha256
-from sammed3d_backbone.inference.interactive.embedding_cache import Network, Promptable
-from sammed3d_backbone.inference.interactive.logit_field import Field
-from sammed3d_backbone.inference.interactive.prediction import Prediction, agreeing, honour
+from sammed3d_backbone.files import atomic_path
+from sammed3d_backbone.inference.interactive.click_io import ClickList, volume_sha256
+from sammed3d_backbone.inference.interactive.embedding_cache import (
+    EmbeddingCache,
+    PromptableNetwork,
+)
+from sammed3d_backbone.inference.interactive.logit_field import LogitField
+from sammed3d_backbone.inference.interactive.prediction import Prediction, enforce_clicks
 from sammed3d_backbone.inference.interactive.prompts import (
-    Click,
+    ClickPrompt,
     MaskPrompt,
     Prompt,
+    mask_values,
     require_consistent,
-    voxel_of,
 )
-from sammed3d_backbone.inference.interactive.propagation import ClickMode, State, Tracer
-from sammed3d_backbone.inference.interactive.stability import Quality, compare, voxel_near
-from sammed3d_backbone.inference.interactive.validation import (
-    Modality,
-    checked_mask,
-    checked_range,
-    intensity_of,
-    opened_volume,
-    spacing_of,
-    volume_notes,
+from sammed3d_backbone.inference.interactive.propagation import (
+    ClickMode,
+    ObjectState,
+    WindowPropagator,
 )
 from sammed3d_backbone.inference.interactive.windows import Windows
+from sammed3d_backbone.inference.validation import Scan, validate
 
 Points = Sequence[Sequence[float]]
 
-OBJECT = "object"  # the name of what is clicked where nobody named it
+OBJECT = "object"  # name of the object if none is given
 
 
 class Predictor:
-    """Segments objects of a volume from clicks on them.
+    """Segments objects of a volume from clicks.
+
+    The settings `clicks`, `follow`, `max_windows` and `enforce_clicks` are attributes and may be
+    changed at any time; prompts and encoded windows stay.
 
     Args:
-        model: A promptable network such as `sam(...)` builds; it is set to evaluation, and its
+        model: A promptable network such as `sam(...)` builds; it is set to evaluation mode, and its
             values must not change while it is in use here.
-        clicks: What each pass is given: "newest", as in training, or "all" clicks so far.
-        follow: Whether an object that runs into a window's border is followed into the next.
-        max_windows: In which one object is followed.
-        honour_clicks: Whether positive clicks always end inside the mask and negative ones outside.
-        spacing_mm: Along R, A, S, instead of that of the weights.
-        cache_bytes: Of encoded windows that are kept in memory.
-        cache_folder: Where encoded windows are also kept for later sessions; None for nowhere.
+        clicks: Whether each pass gets the "newest" click, as in training, or "all" clicks so far.
+        follow: Whether an object that touches a window's border is followed into the next window.
+        max_windows: Bound on the windows of one object.
+        enforce_clicks: Whether positive clicks always end inside the mask and negative outside.
+        preprocessing: Used instead of the record of the weights, for example
+            `replace(model.pretrained_cfg.preprocessing, statistics="volume")`.
+        cache_bytes: Bound on the encoded windows in memory.
+        cache_folder: Folder that also keeps encoded windows for later sessions.
         progress: Show a bar of encoded windows on standard error.
 
     Example:
@@ -74,67 +78,62 @@ class Predictor:
 
     def __init__(
         self,
-        model: Promptable,
+        model: PromptableNetwork,
         *,
         clicks: ClickMode = "newest",
         follow: bool = True,
         max_windows: int = 27,
-        honour_clicks: bool = False,
-        spacing_mm: TripleMm | None = None,
+        enforce_clicks: bool = False,
+        preprocessing: Preprocessing | None = None,
         cache_bytes: int = 2**28,
         cache_folder: str | Path | None = None,
         progress: bool = False,
     ) -> None:
-        if clicks not in ("newest", "all"):
-            raise ValueError(f"clicks={clicks!r}; give 'newest', as in training, or 'all'")
-        if max_windows < 1:
-            raise ValueError(f"max_windows={max_windows}; give the number of windows, 1 or more")
-        known_mm, self._setup_notes = spacing_of(model)
-        if spacing_mm is not None:
-            self._setup_notes = ()
-        self.spacing_mm = spacing_mm or known_mm
+        used, self._setup_notes = preprocessing_of(model, preprocessing)
+        # The window is the network's input, whatever size the weights were stored with.
+        self.preprocessing = replace(used, crop_vox=tuple(model.image_encoder.img_size))
         self.clicks = clicks
         self.follow = follow
         self.max_windows = max_windows
-        self.honour_clicks = honour_clicks
-        self._network = Network(
-            model, cache_bytes=cache_bytes, cache_folder=cache_folder, progress=progress
+        self.enforce_clicks = enforce_clicks
+        self._network = EmbeddingCache(
+            model, max_bytes=cache_bytes, folder=cache_folder, progress=progress
         )
-        self._volume: Volume | None = None
+        self._scan: Scan | None = None
+        self._require_settings()
 
     # --- the volume ----------------------------------------------------------------------------
 
     def set_volume(
         self,
-        volume: str | Path | Volume | NDArray[Any],
+        volume: str | Path | Volume | NDArray[Any] | Scan,
         affine: ArrayLike | None = None,
         *,
         modality: Modality | None = None,
     ) -> None:
-        """Begins with a volume; earlier prompts are forgotten.
+        """Starts with a volume and forgets earlier prompts.
 
         Args:
-            volume: A NIfTI file, a `Volume`, or an array (X, Y, Z), which is used as it is and must
-                not be changed meanwhile.
-            affine: Of an array: voxel -> RAS+ mm, (4, 4).
-            modality: "ct" for intensities in HU, which are clamped to [-1000, 1000] as in training;
-                "mr" and "us" are taken as they are, and so is None.
+            volume: The result of `validate`, or what `validate` takes.
+            affine: As for `validate`.
+            modality: "ct", "mr" or "us" choose the intensity mode that the weights were trained
+                with; None is their default.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            TypeError: If an array comes without its affine, or holds no real numbers.
-            ValueError: If the volume cannot be used; the message says what to do.
+            ValueError: If the weights do not know the modality; and the errors of `validate`.
         """
-        intensity = intensity_of(modality)
-        opened = opened_volume(volume, affine)
-        low, high = checked_range(opened)
-        windows = Windows(opened, self.spacing_mm, self._network.side_vox, intensity)
-        self._volume = opened
-        self._tracer = Tracer(windows, self._network, self.clicks, self.follow, self.max_windows)
+        scan = volume if isinstance(volume, Scan) else validate(volume, affine)
+        self._windows = Windows(scan.volume, self.preprocessing, modality)
+        self._scan = scan
         self._modality = modality
-        self._lowest = max(low, CT_WINDOW_HU[0]) if modality == "ct" else low
-        self._notes = volume_notes(opened, windows, low, high, modality)
-        self._network.forget()
+        self._notes = scan.notes(modality)
+        thin = min(self._windows.geometry.resampled_shape)
+        if thin < self._windows.side_vox / 8:
+            self._notes.append(
+                f"the volume is only {thin} voxels thick at the network's spacing, so the network "
+                "sees mostly padding; expect lower accuracy"
+            )
+        self._network.clear()
         self.reset()
 
     # --- prompts -------------------------------------------------------------------------------
@@ -147,25 +146,23 @@ class Predictor:
         point_mm: Sequence[float] | None = None,
         object: str = OBJECT,
     ) -> None:
-        """Notes a click.
+        """Adds a click.
 
         Args:
             point_vox: Voxel i, j, k of the volume's own grid, counted from 0.
-            positive: Inside the object; False corrects what is not the object.
+            positive: Whether the point lies inside the object.
             point_mm: x, y, z in RAS+ mm, instead of `point_vox`.
-            object: Name of what was clicked.
+            object: Name of the object.
 
         Raises:
-            TypeError: If the point is no sequence of numbers.
-            ValueError: If there is no volume, the point lies outside it, or an earlier click says
-                the opposite of the same voxel.
+            TypeError: If the point is not a sequence of numbers.
+            ValueError: If there is no volume, the point lies outside it, or an earlier click on
+                the same voxel has the other sign.
         """
-        voxel = voxel_of(self._required_volume(), point_vox, point_mm)
-        windows = self._tracer.windows
-        window = windows.around(windows.place(voxel), self._anchor) if positive else None
-        click = Click(object, voxel, bool(positive), window)
-        clicks = [prompt for prompt in self._prompts if isinstance(prompt, Click)]
-        require_consistent(clicks, click, len(clicks) + 1)
+        voxel = self._require_scan().voxel(point_vox, point_mm)
+        window = self._window_around(voxel) if positive else None
+        click = ClickPrompt(object, voxel, bool(positive), window)
+        require_consistent(self._prompts, click)
         self._prompts.append(click)
 
     def mask_prompt(
@@ -175,102 +172,94 @@ class Predictor:
         mask: NDArray[Any] | Volume | None = None,
         object: str = OBJECT,
     ) -> None:
-        """Notes an earlier answer to go on from; it replaces what was said about the object.
+        """Adds an earlier mask to refine; it replaces earlier prompts on the object.
 
         Args:
-            logits: Of an earlier answer. The network was trained with logits.
-            mask: Instead: nonzero inside. It counts as logits of 10 and -10.
-            object: Name of what it shows.
+            logits: Logits of an earlier prediction, as in training.
+            mask: Nonzero inside the object; it counts as logits of 10 and -10.
+            object: Name of the object.
 
         Shapes:
             logits: (X, Y, Z) on the volume's own grid.
-            mask: the same.
+            mask: (X, Y, Z) on the volume's own grid.
 
         Raises:
-            TypeError: If the logits are not of a floating type.
-            ValueError: If there is no volume, not exactly one of both is given, it is not on the
-                volume's grid, or it shows no voxel of the object.
+            ValueError: If the mask is empty; and the errors of `mask_values`.
         """
-        volume = self._required_volume()
-        if (logits is None) == (mask is None):
-            raise ValueError("a mask prompt is logits= or mask=; give one of them")
-        values = checked_mask(volume, logits, mask)
-        inside = values > 0
-        if not inside.any():
-            raise ValueError("the mask prompt shows no voxel of the object; click on it instead")
-        spans = [np.flatnonzero(inside.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-        middle = [int(span[0] + span[-1]) // 2 for span in spans]
-        windows = self._tracer.windows
-        window = windows.around(windows.place((middle[0], middle[1], middle[2])), self._anchor)
-        self._prompts.append(MaskPrompt(object, values, window))
+        values = mask_values(self._require_scan().volume, logits, mask)
+        boxes = ndimage.find_objects((values > 0).view(np.uint8))
+        if not boxes:
+            raise ValueError("the mask prompt is empty; click on the object instead")
+        x, y, z = ((side.start + side.stop - 1) // 2 for side in boxes[0])
+        self._prompts.append(MaskPrompt(object, values, self._window_around((x, y, z))))
 
     def undo(self) -> None:
-        """Takes the last prompt back, whatever its object; as often as there are prompts.
+        """Removes the newest prompt, of whichever object.
 
         Raises:
-            ValueError: If there is none left.
+            ValueError: If there is none.
         """
         if not self._prompts:
-            raise ValueError("nothing to undo: there is no click left; click first")
+            raise ValueError("nothing to undo: there is no prompt")
         name = self._prompts.pop().object
-        states = self._states.get(name, [])
-        del states[len(self._of(name)) :]
+        left = len(self._prompts_on(name))
+        for (about, *_), states in self._states.items():
+            if about == name:
+                del states[left:]
 
     def reset(self) -> None:
-        """Takes all prompts back; the volume and its encoded windows stay."""
+        """Removes all prompts; the volume and its encoded windows stay.
+
+        Windows lie on a lattice that the first prompt starts. A next object under another name
+        shares it and often needs no encoder pass; after a reset the lattice starts anew.
+        """
         self._prompts: list[Prompt] = []
-        self._states: dict[str, list[State]] = {}
+        self._states: dict[tuple[str, ClickMode, bool, int], list[ObjectState]] = {}
 
     @property
     def objects(self) -> list[str]:
-        """Names of the objects that were prompted, in order."""
+        """Names of the prompted objects, in order."""
         return list(dict.fromkeys(prompt.object for prompt in self._prompts))
 
-    def clicks_on(self, object: str) -> list[Click]:
+    def clicks_on(self, object: str) -> list[ClickPrompt]:
         """The clicks on an object, in order."""
-        return [prompt for prompt in self._of(object) if isinstance(prompt, Click)]
+        return [prompt for prompt in self._prompts_on(object) if isinstance(prompt, ClickPrompt)]
 
-    # --- answers -------------------------------------------------------------------------------
+    # --- predictions ---------------------------------------------------------------------------
 
     def predict(self, object: str | None = None) -> Prediction:
         """The mask of an object.
 
         Args:
-            object: Its name; None where there is only one.
+            object: Name of the object; None if there is only one.
 
         Raises:
-            ValueError: If there is no such object, or nothing positive was said about it.
+            ValueError: If there is no such object, or it has no positive prompt.
         """
-        volume = self._required_volume()
+        volume = self._require_scan().volume
         name = self._only_object() if object is None else object
         state = self._state(name)
         clicks = self.clicks_on(name)
-        with self._network.watch.of("mask"):
-            field = self._field(state)
-            mask = field.mask()
-            agreed = agreeing(mask, clicks)
-            if self.honour_clicks:
-                honour(mask, clicks, volume)
+        field = self._field(state)
+        mask = field.mask()
+        agreed = sum(bool(mask[click.point_vox]) == click.positive for click in clicks)
+        if self.enforce_clicks:
+            enforce_clicks(mask, clicks, volume)
+        notes = (*self._setup_notes, *self._notes, *self._click_notes(clicks, mask), *state.notes)
         return Prediction(
             mask=mask,
             source=volume,
             clicks=len(clicks),
             clicks_agreed=agreed,
-            windows=len(state.answers),
-            predicted_dice=self._tracer.rating(state, self._of(name)[-1]),
-            notes=(
-                *self._setup_notes,
-                *self._notes,
-                *self._click_notes(clicks, mask),
-                *state.notes,
-            ),
-            seconds=self._network.watch.taken(),
+            windows=len(state.windows),
+            predicted_dice=self._propagator().predicted_dice(state, self._prompts_on(name)[-1]),
+            notes=notes,
             logits=field,
         )
 
     def segment(
         self,
-        volume: str | Path | Volume | NDArray[Any],
+        volume: str | Path | Volume | NDArray[Any] | Scan,
         points: Points | Mapping[str, Points],
         *,
         negative: Points | Mapping[str, Points] = (),
@@ -281,56 +270,61 @@ class Predictor:
         """The masks of all objects of a volume in one call.
 
         Args:
-            volume: As for `set_volume`.
+            volume: As `affine` and `modality` for `set_volume`.
             points: Positive clicks, or those of each object by its name.
-            negative: Negative clicks, in the same form; they come after all positive ones.
+            negative: Negative clicks, in the same form; they follow all positive ones.
             in_mm: Whether points are RAS+ mm instead of voxels of the volume's own grid.
-            affine: As for `set_volume`.
-            modality: As for `set_volume`.
+            affine: See `volume`.
+            modality: See `volume`.
 
         Returns:
-            A prediction by name; "object" is the name where none was given. Masks do not know of
-            each other and may overlap.
+            Predictions by name, "object" if none is given. Masks are independent of each other and
+            may overlap.
         """
         self.set_volume(volume, affine, modality=modality)
+        unit = "point_mm" if in_mm else "point_vox"
         for group, positive in ((points, True), (negative, False)):
             named = group if isinstance(group, Mapping) else {OBJECT: group}
-            for name, places in named.items():
-                for place in places:
-                    unit = {"point_mm": place} if in_mm else {"point_vox": place}
-                    self.click(**unit, positive=positive, object=name)
+            for name, given in named.items():
+                for point in given:
+                    self.click(**{unit: point}, positive=positive, object=name)
         if not self._prompts:
-            raise ValueError("no points were given; give at least one positive point")
+            raise ValueError("points: expected at least one positive point")
         return {name: self.predict(name) for name in self.objects}
 
-    def quality(
-        self, object: str | None = None, *, answers: int = 8, radius_mm: float = 3.0, seed: int = 0
-    ) -> Quality:
-        """Whether an object's mask stands when its clicks fall a little elsewhere.
+    def stability(
+        self, object: str | None = None, *, trials: int = 8, radius_mm: float = 3.0, seed: int = 0
+    ) -> float:
+        """Mean Dice of an object's mask with the masks of slightly moved clicks.
+
+        1 is a mask that does not depend on the exact position of the clicks. Only the decoder runs.
 
         Args:
-            object: Its name; None where there is only one.
-            answers: To moved clicks; each costs the decoder's passes of all clicks again.
-            radius_mm: How far a click moves at most.
-            seed: Of the random moves.
+            object: Name of the object; None if there is only one.
+            trials: Number of masks to compare with.
+            radius_mm: Largest distance by which a click moves.
+            seed: Seed of the moves.
 
         Raises:
-            ValueError: As for `predict`, or if there are no answers to compare with.
+            ValueError: As for `predict`, or if there are no trials.
         """
-        self._required_volume()
+        if trials < 1:
+            raise ValueError(f"trials={trials}: expected 1 or more")
+        self._require_scan()
         name = self._only_object() if object is None else object
-        if not 1 <= answers < 255:
-            raise ValueError(f"answers={answers}; give a number of answers from 1 to 254")
         mask = self._field(self._state(name)).mask()
-        others = []
-        for number in range(answers):
-            rng = np.random.default_rng((seed, number))
-            prompts = [self._moved(prompt, radius_mm, rng) for prompt in self._of(name)]
-            state = State()
+        propagator = self._propagator()
+        scores = []
+        for trial in range(trials):
+            rng = np.random.default_rng((seed, trial))
+            prompts = [self._moved(prompt, radius_mm, rng) for prompt in self._prompts_on(name)]
+            state = ObjectState()
             for count in range(len(prompts)):
-                state = self._tracer.advance(state, prompts[: count + 1])
-            others.append(self._field(state).mask())
-        return compare(mask, others)
+                state = propagator.advance(state, prompts[: count + 1])
+            other = self._field(state).mask()
+            total = int(mask.sum()) + int(other.sum())
+            scores.append(2 * int((mask & other).sum()) / total if total else 1.0)
+        return float(np.mean(scores))
 
     # --- click lists ---------------------------------------------------------------------------
 
@@ -338,123 +332,146 @@ class Predictor:
         """Writes all clicks as JSON, with hashes of the volume and the weights.
 
         Raises:
-            FileExistsError: If the file exists and is not to be replaced.
-            ValueError: If there is no volume, or a mask prompt, which such a list cannot hold.
+            FileExistsError: If the file exists and is not to be overwritten.
+            ValueError: If there is a mask prompt, which a click list cannot hold.
         """
-        path = Path(path)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists; choose another name, or pass overwrite=True")
-        volume = self._required_volume()
-        clicks = [prompt for prompt in self._prompts if isinstance(prompt, Click)]
+        volume = self._require_scan().volume
+        clicks = [prompt for prompt in self._prompts if isinstance(prompt, ClickPrompt)]
         if len(clicks) < len(self._prompts):
-            raise ValueError(
-                "a click list cannot hold mask prompts; save the mask as NIfTI beside it and give "
-                "both again"
-            )
-        text = to_json(clicks, volume_sha256(volume), self._network.weights_sha256, self._settings)
-        write_text(path, text)
+            raise ValueError("a click list cannot hold mask prompts; save the mask as NIfTI")
+        content = ClickList(
+            tuple(click.to_dict() for click in clicks),
+            volume_sha256(volume),
+            self._network.weights_sha256,
+            self._settings,
+        )
+        with atomic_path(path, overwrite=overwrite) as draft:
+            draft.write_text(content.to_json(), encoding="utf-8")
 
-    def load_clicks(self, path: str | Path) -> None:
-        """Replaces all prompts by the clicks of a file.
+    def load_clicks(self, clicks: str | Path | ClickList) -> None:
+        """Replaces all prompts by those of a click list.
+
+        Args:
+            clicks: A file, or its content.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is no click list, or was made with another volume, other weights or
-                other settings; the prompts then stay as they are.
+            ValueError: If it was made with another volume, weights or settings, or a click is not
+                valid; the prompts then stay as they are.
         """
-        volume = self._required_volume()
-        listed = clicklist.read(path)
+        volume = self._require_scan().volume
+        listed = clicks if isinstance(clicks, ClickList) else ClickList.load(clicks)
         if listed.volume_sha256 not in (None, volume_sha256(volume)):
-            raise ValueError(f"{path} was made on another volume; open that one")
+            raise ValueError("the click list was made on another volume; open that volume")
         if listed.weights_sha256 not in (None, self._network.weights_sha256):
-            raise ValueError(f"{path} was made with other weights; load those")
+            raise ValueError("the click list was made with other weights; load those weights")
         mine = self._settings
-        for key, value in listed.settings.items():
-            if mine.get(key) != value:
-                raise ValueError(
-                    f"{path} was made with {key}={value!r}, here it is {mine.get(key)!r}; "
-                    "use the same"
-                )
+        if other := {k: v for k, v in listed.settings.items() if mine.get(k) != v}:
+            raise ValueError(f"the click list was made with {other}; use the same settings")
         before = self._prompts, self._states
         self.reset()
         try:
             for entry in listed.clicks:
                 self.click(**entry)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError):
             self._prompts, self._states = before
-            raise ValueError(f"{path}: {error}") from None
+            raise
 
     # --- inside --------------------------------------------------------------------------------
 
+    def _propagator(self) -> WindowPropagator:
+        """The propagator with the settings of this moment."""
+        self._require_settings()
+        return WindowPropagator(
+            self._windows, self._network, self.clicks, self.follow, self.max_windows
+        )
+
+    def _require_settings(self) -> None:
+        if self.clicks not in ("newest", "all"):
+            raise ValueError(f"clicks={self.clicks!r}: expected 'newest' or 'all'")
+        if self.max_windows < 1:
+            raise ValueError(f"max_windows={self.max_windows}: expected 1 or more")
+
     def _moved(self, prompt: Prompt, radius_mm: float, rng: np.random.Generator) -> Prompt:
-        """The prompt; if it is a click, at a random voxel near it."""
-        if not isinstance(prompt, Click):
+        """A click moved to a random voxel near it; other prompts unchanged."""
+        if not isinstance(prompt, ClickPrompt):
             return prompt
-        voxel = voxel_near(prompt.point_vox, self._required_volume(), radius_mm, rng)
-        windows = self._tracer.windows
-        window, place = prompt.window, windows.place(voxel)
-        if window is not None and windows.inside(window, place) is None:
-            window = windows.around(place, self._anchor)
+        voxel = voxel_near(prompt.point_vox, self._require_scan().volume, radius_mm, rng)
+        window = prompt.window
+        if window is not None:
+            moved = self._windows.inside(window, self._windows.grid_point(voxel))
+            window = self._window_around(voxel) if moved is None else window
         return replace(prompt, point_vox=voxel, window=window)
 
-    @property
-    def _anchor(self) -> Triple | None:
-        """Start of the first window that a prompt asked for, which places all others."""
-        return next((p.window for p in self._prompts if p.window is not None), None)
+    def _window_around(self, voxel: Triple) -> Triple:
+        """Start of the window around a voxel, on the lattice of the first prompt."""
+        anchor = next((p.window for p in self._prompts if p.window is not None), None)
+        return self._windows.around(self._windows.grid_point(voxel), anchor)
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """What an answer depends on beside volume, weights and clicks."""
+        """What a mask depends on besides volume, weights and clicks."""
         return {
             "clicks": self.clicks,
             "follow": self.follow,
             "max_windows": self.max_windows,
-            "honour_clicks": self.honour_clicks,
-            "spacing_mm": list(self.spacing_mm),
+            "enforce_clicks": self.enforce_clicks,
             "modality": self._modality,
+            "preprocessing": json.loads(json.dumps(self.preprocessing.to_dict())),
         }
 
-    def _field(self, state: State) -> Field:
-        return Field(self._tracer.windows, {s: a.logits for s, a in state.answers.items()})
+    def _field(self, state: ObjectState) -> LogitField:
+        return LogitField(self._windows, {s: w.logits for s, w in state.windows.items()})
 
-    def _of(self, name: str) -> list[Prompt]:
+    def _prompts_on(self, name: str) -> list[Prompt]:
         return [prompt for prompt in self._prompts if prompt.object == name]
 
-    def _required_volume(self) -> Volume:
-        if self._volume is None:
-            raise ValueError("there is no volume yet; call set_volume first")
-        return self._volume
+    def _require_scan(self) -> Scan:
+        if self._scan is None:
+            raise ValueError("there is no volume; call set_volume first")
+        return self._scan
 
     def _only_object(self) -> str:
         names = self.objects
         if not names:
-            raise ValueError("nothing was clicked yet; call click first")
+            raise ValueError("there is no click; call click first")
         if len(names) > 1:
-            raise ValueError(f"several objects were clicked; name one of {', '.join(names)}")
+            raise ValueError(f"there are several objects; choose one of {', '.join(names)}")
         return names[0]
 
-    def _state(self, name: str) -> State:
-        """The answers to all prompts of an object, of which those known are not asked again."""
-        prompts = self._of(name)
+    def _state(self, name: str) -> ObjectState:
+        """The state after all prompts on an object; known states are reused."""
+        prompts = self._prompts_on(name)
         if all(prompt.window is None for prompt in prompts):
-            raise ValueError(
-                f"{name!r} has no positive click"
-                f"{' but negative ones' if prompts else ''}; click inside it first"
-            )
-        states = self._states.setdefault(name, [])
+            raise ValueError(f"object {name!r} has no positive click; click inside it first")
+        propagator = self._propagator()
+        key = (name, self.clicks, self.follow, self.max_windows)
+        states = self._states.setdefault(key, [])
         for count in range(len(states), len(prompts)):
-            before = states[-1] if states else State()
-            states.append(self._tracer.advance(before, prompts[: count + 1]))
+            before = states[-1] if states else ObjectState()
+            states.append(propagator.advance(before, prompts[: count + 1]))
         return states[-1]
 
-    def _click_notes(self, clicks: Sequence[Click], mask: NDArray[np.bool_]) -> list[str]:
-        """What is odd about clicks, without being wrong."""
-        array = self._required_volume().array
+    def _click_notes(self, clicks: Sequence[ClickPrompt], mask: NDArray[np.bool_]) -> list[str]:
+        """What is unusual about the clicks."""
+        scan = self._require_scan()
+        lowest = max(scan.low, CT_WINDOW_HU[0]) if self._modality == "ct" else scan.low
         notes = [
-            f"click {click.point_vox} lies on the volume's lowest value, as padding and air have it"
+            f"click {click.point_vox} lies on the lowest value of the volume, probably padding or "
+            "air"
             for click in clicks
-            if click.positive and array[click.point_vox] <= self._lowest
+            if click.positive and scan.volume.array[click.point_vox] <= lowest
         ]
         if not mask.any():
             notes.append("the network finds nothing at these clicks")
         return notes
+
+
+def voxel_near(
+    point_vox: Triple, volume: Volume, radius_mm: float, rng: np.random.Generator
+) -> Triple:
+    """A voxel of the volume, drawn uniformly from the ball around a voxel."""
+    direction = rng.normal(size=3)
+    offset_mm = direction / np.linalg.norm(direction) * radius_mm * rng.random() ** (1 / 3)
+    offset = np.linalg.solve(volume.affine[:3, :3], offset_mm)
+    i, j, k = np.clip(np.rint(point_vox + offset), 0, np.array(volume.shape) - 1).astype(int)
+    return int(i), int(j), int(k)

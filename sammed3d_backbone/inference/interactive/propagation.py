@@ -1,10 +1,10 @@
-"""Clicks on one object -> the network's answer in every window that the object reaches.
+"""Prompts on one object -> the network's prediction in every window that the object reaches.
 
-Each window is a crop as in training: it is opened with a zero mask and a click on the object, and
-every further click in it is one more pass on the logits of the last. Where the object runs into a
-window's border, the neighbouring window on the lattice is opened, with half of it shared; its
-opening click is the deepest voxel of what is known of the object there. A neighbour whose answer
-contradicts the shared half is left out, so that one wrong answer does not spread.
+Each window is a crop as in training: its first pass gets a zero mask and a click on the object, and
+every further click in it is one more pass on the previous logits. Where the object touches a
+window's border, the neighbouring window on the lattice is opened; it shares half of its voxels, and
+its first click is the deepest voxel of the object that is known there. A neighbour whose prediction
+contradicts the shared half is left out, so that one wrong prediction does not spread.
 """
 
 from __future__ import annotations
@@ -21,204 +21,196 @@ from scipy import ndimage
 from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Triple
-from sammed3d_backbone.inference.interactive.embedding_cache import CELLS_PER_TOKEN, Network, Point
-from sammed3d_backbone.inference.interactive.logit_field import Field
-from sammed3d_backbone.inference.interactive.prompts import Click, MaskPrompt, Prompt
-from sammed3d_backbone.inference.interactive.windows import Place, Windows
+from sammed3d_backbone.inference.interactive.embedding_cache import (
+    CELLS_PER_TOKEN,
+    EmbeddingCache,
+    WindowClick,
+)
+from sammed3d_backbone.inference.interactive.logit_field import LogitField
+from sammed3d_backbone.inference.interactive.prompts import ClickPrompt, MaskPrompt, Prompt
+from sammed3d_backbone.inference.interactive.windows import GridPoint, Windows
 
 ClickMode = Literal["newest", "all"]
-MASK_LOGIT = 10.0  # what a voxel of a binary mask prompt counts as, up or down
-LEAST_AGREEMENT = 0.5  # Dice that a neighbour's answer must reach in the half that is known
+MASK_LOGIT = 10.0  # logit of a voxel of a binary mask prompt, positive or negative
+LEAST_AGREEMENT = 0.5  # Dice that a neighbour's prediction must reach in the known half
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
-    """What the network says in one window, and what it was told.
+class WindowPrediction:
+    """The network's prediction in one window, and the clicks that led to it.
 
-    Shapes:
+    Args:
         logits: (s, s, s), one per cell.
+        predicted_dice: Dice that the network predicts for it.
+        clicks: Clicks of all passes so far.
+        seed: First click where the window was opened by propagation; None for a user's prompt.
     """
 
     logits: Tensor
-    rating: float  # the Dice that the network expects of it
-    points: tuple[Point, ...]
-    seed: Place | None = None  # the opening click, where no user's click opened the window
+    predicted_dice: float
+    clicks: tuple[WindowClick, ...]
+    seed: GridPoint | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class State:
-    """All answers about one object after some of its prompts."""
+class ObjectState:
+    """The predictions about one object, by window, after some of its prompts."""
 
-    answers: Mapping[Triple, Answer] = field(default_factory=dict)
+    windows: Mapping[Triple, WindowPrediction] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Tracer:
-    """How the prompts of an object become answers.
-
-    Args:
-        windows: Of the volume.
-        network: With its memory of encoded windows.
-        clicks: What a pass is given: the newest click, as in training, or all clicks so far.
-        follow: Whether neighbouring windows are opened.
-        max_windows: Of one object; more are not opened.
-    """
+class WindowPropagator:
+    """Turns the prompts of an object into predictions in windows; arguments as in `Predictor`."""
 
     windows: Windows
-    network: Network
+    network: EmbeddingCache
     clicks: ClickMode
     follow: bool
     max_windows: int
 
-    def advance(self, state: State, prompts: Sequence[Prompt]) -> State:
-        """The state after the last of an object's prompts, from the state before it.
-
-        Args:
-            state: After all prompts but the last.
-            prompts: Of this object, in order.
-        """
+    def advance(self, state: ObjectState, prompts: Sequence[Prompt]) -> ObjectState:
+        """The state after all of an object's prompts, from that after all but the last."""
         new = prompts[-1]
-        # A mask prompt stands for everything that was said before it.
+        # A mask prompt replaces everything before it.
         masks = [n for n, prompt in enumerate(prompts) if isinstance(prompt, MaskPrompt)]
         prior = prompts[masks[-1]] if masks else None
         assert prior is None or isinstance(prior, MaskPrompt)
-        clicks = [p for p in prompts[masks[-1] + 1 if masks else 0 :] if isinstance(p, Click)]
+        clicks = [p for p in prompts[masks[-1] + 1 if masks else 0 :] if isinstance(p, ClickPrompt)]
         if isinstance(new, MaskPrompt):
-            answers = {new.window: self._open(new.window, [], prior)}
+            found = {new.window: self._open(new.window, [], prior)}
         else:
-            answers = self._clicked(state.answers, clicks, prior)
+            found = self._after_click(state.windows, clicks, prior)
         asked = dict.fromkeys(p.window for p in (prior, *clicks) if p and p.window is not None)
-        roots = {start: answers[start] for start in asked if start in answers}
+        roots = {start: found[start] for start in asked if start in found}
         if not self.follow:
-            return State(roots)
-        return self._followed(roots, answers, clicks, prior)
+            return ObjectState(roots)
+        return self._followed(roots, found, clicks, prior)
 
-    def rating(self, state: State, newest: Prompt) -> float | None:
-        """The network's opinion of its answer in the window around an object's newest prompt.
+    def predicted_dice(self, state: ObjectState, newest: Prompt) -> float | None:
+        """The predicted Dice in the window around an object's newest prompt.
 
-        A correction asks for no window: of those that it lies in, it is the one whose middle is
-        nearest. None where it lies in none.
+        A negative click opens no window: of those that it lies in, the window whose middle is
+        nearest counts. None if it lies in none.
         """
         if isinstance(newest, MaskPrompt):
-            return state.answers[newest.window].rating
-        place = self.windows.place(newest.point_vox)
+            return state.windows[newest.window].predicted_dice
+        point = self.windows.grid_point(newest.point_vox)
         middle = (self.windows.side_vox - 1) / 2
-        away = {
-            start: max(abs(s + middle - p) for s, p in zip(start, place, strict=True))
-            for start in state.answers
-            if self.windows.inside(start, place) is not None
+        distance = {
+            start: max(abs(s + middle - p) for s, p in zip(start, point, strict=True))
+            for start in state.windows
+            if self.windows.inside(start, point) is not None
         }
-        around = newest.window or min(away, key=lambda start: away[start], default=None)
-        return None if around is None else state.answers[around].rating
+        around = newest.window or min(distance, key=lambda start: distance[start], default=None)
+        return None if around is None else state.windows[around].predicted_dice
 
-    def _clicked(
-        self, before: Mapping[Triple, Answer], clicks: Sequence[Click], prior: MaskPrompt | None
-    ) -> dict[Triple, Answer]:
-        """The answers with the newest click told to every window that it lies in."""
-        answers = dict(before)
+    def _after_click(
+        self,
+        before: Mapping[Triple, WindowPrediction],
+        clicks: Sequence[ClickPrompt],
+        prior: MaskPrompt | None,
+    ) -> dict[Triple, WindowPrediction]:
+        """The predictions after one more pass, with the newest click, in every window around it."""
+        found = dict(before)
         new = clicks[-1]
-        if new.window is not None and new.window not in answers:
-            answers[new.window] = self._open(new.window, clicks, prior)
-        place = self.windows.place(new.point_vox)
-        for start, answer in before.items():
-            index = self.windows.inside(start, place)
+        if new.window is not None and new.window not in found:
+            found[new.window] = self._open(new.window, clicks, prior)
+        point = self.windows.grid_point(new.point_vox)
+        for start, earlier in before.items():
+            index = self.windows.inside(start, point)
             if index is not None:
-                point = Point(index, new.positive)
-                told = self._told(start, answer.logits, answer.points, [point])
-                answers[start] = Answer(*told, answer.seed)
-        return answers
+                found[start] = self._passes(
+                    start, earlier.logits, earlier.clicks, [(index, new.positive)], earlier.seed
+                )
+        return found
 
-    def _told(
-        self, start: Triple, logits: Tensor | None, told: tuple[Point, ...], new: Sequence[Point]
-    ) -> tuple[Tensor, float, tuple[Point, ...]]:
-        """Logits and rating after one pass for each new click, and all that the window was told."""
-        rating: float | None = None
+    def _passes(
+        self,
+        start: Triple,
+        logits: Tensor | None,
+        clicks: tuple[WindowClick, ...],
+        new: Sequence[WindowClick],
+        seed: GridPoint | None,
+    ) -> WindowPrediction:
+        """The prediction after one pass for each new click, or one without clicks."""
         if not new:
-            logits, rating = self.network.decode(self.windows, start, (), logits)
-        for point in new:
-            told = (*told, point)
-            given = told if self.clicks == "all" else (point,)
-            logits, rating = self.network.decode(self.windows, start, given, logits)
+            logits, predicted_dice = self.network.decode(self.windows, start, (), logits)
+        for click in new:
+            clicks = (*clicks, click)
+            given = clicks if self.clicks == "all" else (click,)
+            logits, predicted_dice = self.network.decode(self.windows, start, given, logits)
         assert logits is not None  # there was a pass
-        assert rating is not None
-        return logits, rating, told
+        return WindowPrediction(logits, predicted_dice, clicks, seed)
 
     def _open(
         self,
         start: Triple,
-        clicks: Sequence[Click],
+        clicks: Sequence[ClickPrompt],
         prior: MaskPrompt | None,
-        seed: Place | None = None,
-    ) -> Answer:
-        """The answer in a window that was not open: all that was said so far, in order."""
-        points = self._points(start, clicks)
+        seed: GridPoint | None = None,
+    ) -> WindowPrediction:
+        """The prediction in a new window, from all prompts so far, in order."""
+        found: list[WindowClick] = []
         if seed is not None:
             index = self.windows.inside(start, seed)
             assert index is not None  # a seed lies in the window it opens
-            points.insert(0, Point(index, positive=True))
-        logits = None if prior is None else self._cells_of(start, prior.values)
-        return Answer(*self._told(start, logits, (), points), seed)
+            found.append((index, True))
+        for click in clicks:
+            index = self.windows.inside(start, self.windows.grid_point(click.point_vox))
+            if index is not None:
+                found.append((index, click.positive))
+        logits = None if prior is None else self._prior_logits(start, prior.values)
+        return self._passes(start, logits, (), found, seed)
 
-    def _points(self, start: Triple, clicks: Sequence[Click]) -> list[Point]:
-        """The clicks that lie in a window."""
-        places = ((click, self.windows.place(click.point_vox)) for click in clicks)
-        found = ((click, self.windows.inside(start, place)) for click, place in places)
-        return [Point(index, click.positive) for click, index in found if index is not None]
-
-    def _cells_of(self, start: Triple, values: NDArray[Any]) -> Tensor:
-        """A mask prompt as the logits that a window's pass is given, (s, s, s)."""
-        oriented = self.windows.geometry.oriented(values)
-        inside = self.windows.resampled(oriented, start)
-        cells = self._cells(start)
+    def _prior_logits(self, start: Triple, values: NDArray[Any]) -> Tensor:
+        """A mask prompt as the logits that a window's first pass gets, (s, s, s)."""
+        side = self.windows.side_vox
+        inside = self.windows.geometry.resample_box(values, start, (side, side, side))
+        cells = CELLS_PER_TOKEN * int(self.network.embedding(self.windows, start).shape[-1])
         pooled = torch.nn.functional.adaptive_avg_pool3d(inside[None], cells)[0]
         return pooled if values.dtype != np.bool_ else (2 * pooled - 1) * MASK_LOGIT
 
-    def _cells(self, start: Triple) -> int:
-        """Cells along a side of a window."""
-        return CELLS_PER_TOKEN * int(self.network.embedding(self.windows, start).shape[-1])
-
-    # --- following -----------------------------------------------------------------------------
-
     def _followed(
         self,
-        roots: Mapping[Triple, Answer],
-        known: Mapping[Triple, Answer],
-        clicks: Sequence[Click],
+        roots: Mapping[Triple, WindowPrediction],
+        known: Mapping[Triple, WindowPrediction],
+        clicks: Sequence[ClickPrompt],
         prior: MaskPrompt | None,
-    ) -> State:
-        """The answers in the windows that were asked for and in all that the object runs into.
+    ) -> ObjectState:
+        """The predictions in the prompted windows and in all that the object reaches from them.
 
-        It walks anew after every click, so what a correction has cut off is dropped again; answers
-        that still hold are taken from `known`.
+        The walk starts anew after every click, so parts that a correction cuts off are dropped;
+        predictions that still hold are taken from `known`.
         """
-        answers, notes = dict(roots), []
+        found, notes = dict(roots), []
         queue, refused = deque(roots), set()
         while queue:
             start = queue.popleft()
-            for neighbour in self._run_into(start, answers[start].logits):
-                if neighbour in answers or neighbour in refused:
+            for neighbour in self._touched(start, found[start].logits):
+                if neighbour in found or neighbour in refused:
                     continue
-                if len(answers) >= self.max_windows:
+                if len(found) >= self.max_windows:
                     notes.append(
-                        f"the object goes on beyond {self.max_windows} windows and is cut there; "
-                        "raise max_windows, or correct it where it should end"
+                        f"the object extends beyond {self.max_windows} windows and is cut off "
+                        "there; raise max_windows, or correct it where it should end"
                     )
-                    return State(answers, tuple(notes))
-                answer = self._neighbour(neighbour, answers, known.get(neighbour), clicks, prior)
-                if answer is None:
+                    return ObjectState(found, tuple(notes))
+                opened = self._neighbour(neighbour, found, known.get(neighbour), clicks, prior)
+                if opened is None:
                     refused.add(neighbour)
                     continue
-                answers[neighbour] = answer
+                found[neighbour] = opened
                 queue.append(neighbour)
         if refused:
             notes.append(
-                f"{len(refused)} windows at the object's border say something else about it and "
-                "were left out; click there if it goes on"
+                f"{len(refused)} windows at the object's border contradict it and were left out; "
+                "click there if the object continues"
             )
-        return State(answers, tuple(notes))
+        return ObjectState(found, tuple(notes))
 
-    def _run_into(self, start: Triple, logits: Tensor) -> list[Triple]:
+    def _touched(self, start: Triple, logits: Tensor) -> list[Triple]:
         """The neighbours across those faces of a window that the object touches."""
         touching = (logits > 0).numpy() & self.windows.cells_inside(start, logits.shape[0])
         found = []
@@ -233,51 +225,41 @@ class Tracer:
     def _neighbour(
         self,
         start: Triple,
-        answers: Mapping[Triple, Answer],
-        earlier: Answer | None,
-        clicks: Sequence[Click],
+        found: Mapping[Triple, WindowPrediction],
+        earlier: WindowPrediction | None,
+        clicks: Sequence[ClickPrompt],
         prior: MaskPrompt | None,
-    ) -> Answer | None:
-        """The answer in a neighbouring window; None if it contradicts what is known there."""
-        logits, known = self._sampled(start, answers)
-        known &= self.windows.cells_inside(start, len(known))
-        inside = (logits > 0) & known
-        if earlier is not None and self._holds(start, earlier, inside | ~known):
+    ) -> WindowPrediction | None:
+        """The prediction in a neighbouring window; None if it contradicts what is known there."""
+        cells = next(iter(found.values())).logits.shape[0]
+        field = LogitField(self.windows, {s: w.logits for s, w in found.items()})
+        points = self.windows.cell_points(start, cells)
+        known_logits, is_known = field.at(points)
+        known = is_known.numpy() & self.windows.cells_inside(start, cells)
+        inside = (known_logits.numpy() > 0) & known
+        if earlier is not None and self._still_holds(start, earlier, inside | ~known):
             return earlier
         seed = None
         if prior is None:
             if not inside.any():
                 return None
-            seed = self._deepest(start, inside)
-        answer = self._open(start, clicks, prior, seed)
-        here = (answer.logits > 0).numpy() & known
+            # The cell deepest inside the known part, the window's border counting as outside.
+            depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1, 1:-1]
+            index = np.unravel_index(int(depth.argmax()), inside.shape)
+            x, y, z = (float(axis[i]) for axis, i in zip(points, index, strict=True))
+            seed = (x, y, z)
+        opened = self._open(start, clicks, prior, seed)
+        here = (opened.logits > 0).numpy() & known
         both = int((here & inside).sum())
         agrees = 2 * both >= LEAST_AGREEMENT * int(here.sum() + inside.sum())
-        return answer if agrees else None
+        return opened if agrees else None
 
-    def _sampled(
-        self, start: Triple, answers: Mapping[Triple, Answer]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The logits known at the cells of a window, and where they are known; (s, s, s)."""
-        cells = next(iter(answers.values())).logits.shape[0]
-        cell = self.windows.side_vox / cells
-        offsets = np.arange(cells, dtype=np.float64) * cell + (cell - 1) / 2
-        field = Field(self.windows, {s: a.logits for s, a in answers.items()})
-        logits, known = field.at([s + offsets for s in start])
-        return logits.numpy(), known.numpy()
-
-    def _holds(self, start: Triple, earlier: Answer, possible: NDArray[np.bool_]) -> bool:
+    def _still_holds(
+        self, start: Triple, earlier: WindowPrediction, possible: NDArray[np.bool_]
+    ) -> bool:
         """Whether the click that opened a window still lies where the object may be."""
-        if earlier.seed is None:  # a user's click or mask opened it
+        if earlier.seed is None:  # opened by a user's prompt
             return True
         cell = self.windows.side_vox / possible.shape[0]
         index = [int((p - s + 0.5) / cell) for p, s in zip(earlier.seed, start, strict=True)]
         return bool(possible[tuple(index)])
-
-    def _deepest(self, start: Triple, inside: NDArray[np.bool_]) -> Place:
-        """The place deepest inside a mask of a window's cells, the window's border counting."""
-        depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1, 1:-1]
-        index = np.unravel_index(int(depth.argmax()), inside.shape)
-        cell = self.windows.side_vox / inside.shape[0]
-        x, y, z = (s + (int(i) + 0.5) * cell - 0.5 for s, i in zip(start, index, strict=True))
-        return x, y, z

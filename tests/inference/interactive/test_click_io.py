@@ -61,32 +61,24 @@ def edited(saved, **changes):
 
 
 REFUSED = {
-    "no file": (lambda p: p.with_name("no.json"), FileNotFoundError, "check the path"),
-    "no JSON": (lambda p: [p.write_text("{,"), p][1], ValueError, "give a file of `save_clicks`"),
-    "other JSON": (lambda p: [p.write_text("[1]"), p][1], ValueError, 'holds no "clicks"'),
-    "newer": (lambda p: edited(p, format="x/2"), ValueError, "upgrade sammed3d-backbone"),
-    "unknown entry": (lambda p: edited(p, boxes=[]), ValueError, "known are"),
-    "unknown part": (lambda p: edited(p, clicks=[{"xyz": 1}]), ValueError, "click 1: .* a click h"),
+    "no file": (lambda p: p.with_name("no.json"), FileNotFoundError, "no.json"),
+    "no JSON": (lambda p: [p.write_text("{,"), p][1], ValueError, "JSON"),
+    "other JSON": (lambda p: [p.write_text("[1]"), p][1], ValueError, "clicks"),
+    "newer": (lambda p: edited(p, format="x/2"), ValueError, "format"),
+    "unknown entry": (lambda p: edited(p, boxes=[]), ValueError, "boxes"),
+    "unknown part": (lambda p: edited(p, clicks=[{"xyz": 1}]), ValueError, "click 1"),
     "no sign": (
         lambda p: edited(p, clicks=[{"point_vox": [1, 2, 3], "positive": 1}]),
         ValueError,
-        '"positive" is true or false',
+        "positive",
     ),
     "no name": (
         lambda p: edited(p, clicks=[{"point_vox": [1, 2, 3], "object": 1}]),
         ValueError,
-        '"object" is a name',
+        "object",
     ),
-    "outside": (
-        lambda p: edited(p, clicks=[{"point_vox": [1, 2, 300]}]),
-        ValueError,
-        "voxels run from",
-    ),
-    "other settings": (
-        lambda p: edited(p, settings={"follow": False}),
-        ValueError,
-        "made with follow=False, here it is True; use the same",
-    ),
+    "outside": (lambda p: edited(p, clicks=[{"point_vox": [1, 2, 300]}]), ValueError, "point_vox"),
+    "other settings": (lambda p: edited(p, settings={"follow": False}), ValueError, "follow"),
 }
 
 
@@ -103,15 +95,15 @@ def test_another_volume_or_network_is_refused(saved, predictor, balls):
     other.register_buffer("value", torch.ones(1))
     stranger = Predictor(other)
     stranger.set_volume(balls[0])
-    with pytest.raises(ValueError, match="other weights; load those"):
+    with pytest.raises(ValueError, match="weights"):
         stranger.load_clicks(saved)
     predictor.set_volume(balls[0].array + 1, balls[0].affine)
-    with pytest.raises(ValueError, match="another volume; open that one"):
+    with pytest.raises(ValueError, match="volume"):
         predictor.load_clicks(saved)
 
 
 def test_a_list_is_not_overwritten_in_passing(saved, predictor):
-    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="clicks"):
         predictor.save_clicks(saved)
     predictor.undo()
     predictor.save_clicks(saved, overwrite=True)
@@ -121,6 +113,6 @@ def test_a_list_is_not_overwritten_in_passing(saved, predictor):
 def test_a_mask_prompt_does_not_fit_into_a_list(tmp_path, predictor, balls):
     predictor.set_volume(balls[0])
     predictor.mask_prompt(mask=balls[1])
-    with pytest.raises(ValueError, match="save the mask as NIfTI"):
+    with pytest.raises(ValueError, match="mask"):
         predictor.save_clicks(tmp_path / "clicks.json")
     assert not list(tmp_path.iterdir())

@@ -1,12 +1,13 @@
-"""Results: volumes, probabilities, clicks that are honoured, masks that are merged."""
+"""Results: volumes, probabilities, clicks that are enforced, masks that are merged."""
 
 import numpy as np
 import pytest
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.interactive import Predictor, merge
-from sammed3d_backbone.inference.interactive.prediction import honour
-from sammed3d_backbone.inference.interactive.prompts import Click
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.interactive.prediction import enforce_clicks
+from sammed3d_backbone.inference.interactive.prompts import ClickPrompt
+from sammed3d_backbone.inference.label_map import merge_masks
 
 SHEARED = np.array([[0, 0, -2.0, 5], [-0.9, 0.3, 0, 1], [0.1, 2.4, 0.2, 2], [0, 0, 0, 1]])
 
@@ -28,11 +29,11 @@ def test_the_mask_is_where_the_probability_exceeds_one_half(predictor, balls):
     assert np.array_equal(found.probs() > 0.5, found.mask)
 
 
-# --- honoured clicks ---------------------------------------------------------------------------
+# --- enforced clicks ---------------------------------------------------------------------------
 
 
 def test_clicks_win_over_the_network_on_request(model, balls):
-    predictor = Predictor(model, honour_clicks=True)
+    predictor = Predictor(model, enforce_clicks=True)
     predictor.set_volume(balls[0])
     clicks = [((22, 40, 36), True), ((60, 40, 36), True), ((24, 44, 36), False)]
     predictor.click(*clicks[0])
@@ -46,13 +47,15 @@ def test_clicks_win_over_the_network_on_request(model, balls):
 
 
 @pytest.mark.parametrize("affine", [np.diag([1.5, 1.5, 1.5, 1]), SHEARED])
-def test_every_click_is_honoured_and_nothing_far_from_it_changes(affine, rng):
+def test_every_click_is_enforced_and_nothing_far_from_it_changes(affine, rng):
     for _ in range(20):
         mask = rng.random((20, 21, 22)) > 0.5
         voxels = np.unique(rng.integers(0, 6, (12, 3)) + rng.integers(0, 14, 3), axis=0)
-        clicks = [Click("x", tuple(map(int, v)), bool(rng.random() > 0.5), None) for v in voxels]
+        clicks = [
+            ClickPrompt("x", tuple(map(int, v)), bool(rng.random() > 0.5), None) for v in voxels
+        ]
         changed = mask.copy()
-        honour(changed, clicks, Volume(mask.astype(np.uint8), affine))
+        enforce_clicks(changed, clicks, Volume(mask.astype(np.uint8), affine))
         assert all(changed[c.point_vox] == c.positive for c in clicks)
         for voxel in np.argwhere(changed != mask):
             offsets = voxels - voxel
@@ -72,35 +75,34 @@ def overlapping(predictor, balls):
 
 def test_objects_that_do_not_overlap_need_no_rule(overlapping):
     overlapping.pop("both")
-    labels = merge(overlapping, "refuse")
-    assert labels.names == {1: "first", 2: "second"}
-    assert labels.overlap == 0
-    assert labels.volume.array.dtype == np.uint8
-    for value, name in labels.names.items():
-        assert np.array_equal(labels.volume.array == value, overlapping[name].mask)
+    labels, overlap = merge_masks(overlapping, "refuse")
+    assert overlap == 0
+    assert labels.array.dtype == np.uint8
+    for value, name in enumerate(("first", "second"), start=1):
+        assert np.array_equal(labels.array == value, overlapping[name].mask)
 
 
 @pytest.mark.parametrize(("policy", "winner"), [("first", 1), ("last", 2)])
 def test_the_rule_says_who_gets_a_disputed_voxel(overlapping, policy, winner):
-    labels = merge(overlapping, policy)
-    assert labels.volume.array[22, 40, 36] == winner
-    assert labels.overlap == int(overlapping["both"].mask.sum())
+    labels, overlap = merge_masks(overlapping, policy)
+    assert labels.array[22, 40, 36] == winner
+    assert overlap == int(overlapping["both"].mask.sum())
 
 
 def test_the_likeliest_object_gets_a_disputed_voxel(overlapping):
     surer = overlapping["second"].logits.logits
     for start in surer:
         surer[start] = surer[start] * 2
-    labels = merge(overlapping, "likeliest").volume.array
+    labels = merge_masks(overlapping, "likeliest")[0].array
     assert labels[36, 54, 36] == 3
     assert labels[22, 40, 36] == 1  # a tie: the earlier one
     assert labels[60, 40, 36] == 0
 
 
 def test_overlap_is_refused_by_name(overlapping):
-    with pytest.raises(ValueError, match=r"first, both, second overlap in .* say by policy="):
-        merge(overlapping, "refuse")
-    with pytest.raises(ValueError, match="give one of refuse, first, last, likeliest"):
-        merge(overlapping, "largest")
-    with pytest.raises(ValueError, match="give at least one prediction"):
-        merge({}, "first")
+    with pytest.raises(ValueError, match="first, both, second"):
+        merge_masks(overlapping, "refuse")
+    with pytest.raises(ValueError, match="policy"):
+        merge_masks(overlapping, "largest")
+    with pytest.raises(ValueError, match="predictions"):
+        merge_masks({}, "first")

@@ -7,6 +7,7 @@ import torch
 from sammed3d_backbone import sam
 from sammed3d_backbone.data.geometry import Geometry
 from sammed3d_backbone.data.intensity import normalise
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 
@@ -31,7 +32,7 @@ def network():
 def test_two_clicks_are_answered_as_by_hand(shared_data, network, name, point, modality):
     volume = Volume.load(shared_data / f"singles/{name}.nii.gz")
     clicks = [(point, True), (tuple(n + 2 for n in point), False)]
-    predictor = Predictor(network, follow=False)
+    predictor = Predictor(network, follow=False, preprocessing=SAM_MED3D)
     predictor.set_volume(volume, modality=modality)
     for voxel, positive in clicks:
         predictor.click(voxel, positive)

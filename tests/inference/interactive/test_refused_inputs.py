@@ -87,7 +87,7 @@ def test_paths_may_hold_any_letters(tmp_path):
 
 
 def test_an_unknown_modality_is_refused(predictor):
-    with pytest.raises(ValueError, match="give 'ct', 'mr', 'us' or None"):
+    with pytest.raises(ValueError, match="modality"):
         predictor.set_volume(GRID, AFFINE, modality="pet")
 
 
@@ -102,37 +102,37 @@ def test_a_click_may_contradict_another_objects(predictor, balls):
 def test_a_click_is_the_voxel_that_it_lies_in(predictor, balls):
     predictor.set_volume(balls[0])
     predictor.click((22.4, 39.6, 36.0))
-    with pytest.raises(ValueError, match=r"voxel \(22, 40, 36\) is negative"):
+    with pytest.raises(ValueError, match=r"\(22, 40, 36\)"):
         predictor.click((22, 40, 36), False)
 
 
 @pytest.mark.parametrize("call", ["click", "mask_prompt", "predict"])
 def test_without_a_volume_there_is_nothing_to_do(predictor, call):
-    with pytest.raises(ValueError, match="call set_volume first"):
+    with pytest.raises(ValueError, match="set_volume"):
         getattr(predictor, call)()
 
 
 def test_without_a_positive_click_there_is_no_answer(predictor, balls):
     predictor.set_volume(balls[0])
-    with pytest.raises(ValueError, match="call click first"):
+    with pytest.raises(ValueError, match="click"):
         predictor.predict()
     predictor.click((22, 40, 36), False)
-    with pytest.raises(ValueError, match="no positive click but negative ones; click inside it"):
+    with pytest.raises(ValueError, match="'object'"):
         predictor.predict()
-    with pytest.raises(ValueError, match="'liver' has no positive click; click inside it first"):
+    with pytest.raises(ValueError, match="'liver'"):
         predictor.predict("liver")
-    with pytest.raises(ValueError, match="give at least one positive point"):
+    with pytest.raises(ValueError, match="points"):
         predictor.segment(balls[0], [])
 
 
 @pytest.mark.parametrize(
-    ("knob", "said"),
-    [
-        ({"clicks": "last"}, "give 'newest', as in training, or 'all'"),
-        ({"max_windows": 0}, "give the number of windows"),
-        ({"spacing_mm": (1.5, 0, 1.5)}, "give three positive numbers"),
-    ],
+    ("name", "value"), [("clicks", "last"), ("max_windows", 0)], ids=["clicks", "max_windows"]
 )
-def test_knobs_have_ranges(model, balls, knob, said):
-    with pytest.raises(ValueError, match=said):
-        Predictor(model, **knob).set_volume(balls[0])
+def test_settings_have_ranges_whenever_they_are_set(predictor, model, balls, name, value):
+    with pytest.raises(ValueError, match=name):
+        Predictor(model, **{name: value})
+    predictor.set_volume(balls[0])
+    predictor.click((22, 40, 36))
+    setattr(predictor, name, value)
+    with pytest.raises(ValueError, match=name):
+        predictor.predict()

@@ -1,16 +1,20 @@
 """Where windows lie, what the network sees in them, and where a click is in them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from sammed3d_backbone.data.geometry import Geometry
+from sammed3d_backbone.data.geometry import Geometry, interpolate_axis
 from sammed3d_backbone.data.intensity import normalise
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.interactive.windows import Windows, linear
+from sammed3d_backbone.inference.interactive.windows import Windows
 
 AFFINE = np.array([[0, 0, -2.0, 5], [-0.9, 0, 0, 1], [0, 2.4, 0, 2], [0, 0, 0, 1]])
 SPACING_MM = (1.5, 1.5, 1.5)
+SMALL = replace(SAM_MED3D, crop_vox=(16, 16, 16))
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def volume(rng):
 
 @pytest.fixture
 def windows(volume):
-    return Windows(volume, SPACING_MM, 16, "zscore_positive")
+    return Windows(volume, SMALL)
 
 
 @pytest.mark.parametrize("start", [(0, 0, -1), (7, 11, -1), (24, 20, -1), (-9, 30, 1)])
@@ -33,21 +37,21 @@ def test_a_window_shows_what_resampling_the_whole_volume_would(volume, windows, 
 
 def test_nothing_is_resampled_where_the_spacing_is_the_networks(rng):
     array = rng.integers(1, 200, (20, 20, 20)).astype(np.int16)
-    windows = Windows(Volume(array, np.diag([1.5, 1.5, 1.5, 1])), SPACING_MM, 16, "ct")
-    seen = windows.resampled(array, (1, 2, 3))
+    windows = Windows(Volume(array, np.diag([1.5, 1.5, 1.5, 1])), SMALL, "ct")
+    seen = windows.geometry.resample_box(array, (1, 2, 3), (16, 16, 16))
     assert np.array_equal(seen.numpy(), array[1:17, 2:18, 3:19])
 
 
 def test_a_window_of_a_stored_integer_volume_leaves_it_alone(rng):
     array = rng.integers(0, 200, (20, 20, 20)).astype(">i2")
     array.setflags(write=False)
-    Windows(Volume(array, np.eye(4)), SPACING_MM, 16, "ct").image((0, 0, 0))
+    Windows(Volume(array, np.eye(4)), SMALL, "ct").image((0, 0, 0))
 
 
-def test_places_agree_with_the_affines(volume, windows):
-    to_place = np.linalg.inv(windows.geometry.affine) @ volume.affine
+def test_grid_points_agree_with_the_affines(volume, windows):
+    to_grid = np.linalg.inv(windows.geometry.affine) @ volume.affine
     for point in [(0, 0, 0), (59, 8, 29), (13, 4, 22)]:
-        assert np.allclose(windows.place(point), (to_place @ [*point, 1])[:3])
+        assert np.allclose(windows.grid_point(point), (to_grid @ [*point, 1])[:3])
 
 
 def test_the_first_window_is_centred_on_the_click_or_on_a_small_volume(windows):
@@ -81,13 +85,30 @@ def test_cells_in_padding_are_told_from_those_in_the_volume(windows):
 
 @pytest.mark.parametrize("point", [(0, 0, 0), (59, 8, 29), (13, 4, 22)])
 def test_every_voxel_lies_in_the_window_around_it(windows, point):
-    place = windows.place(point)
-    index = windows.inside(windows.around(place, None), place)
+    grid_point = windows.grid_point(point)
+    index = windows.inside(windows.around(grid_point, None), grid_point)
     assert index is not None
-    assert windows.inside((100, 100, 100), place) is None
+    assert windows.inside((100, 100, 100), grid_point) is None
 
 
 def test_linear_agrees_with_torch(generator):
     x = torch.randn(1, 1, 7, generator=generator)
     expected = torch.nn.functional.interpolate(x, size=12, mode="linear")
-    assert torch.allclose(linear(x, 2, (np.arange(12) + 0.5) * 7 / 12 - 0.5), expected, atol=1e-6)
+    assert torch.allclose(
+        interpolate_axis(x, 2, (np.arange(12) + 0.5) * 7 / 12 - 0.5), expected, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mode", ["zscore_positive", "zscore", "ct", "mr"])
+def test_statistics_of_the_volume_are_those_of_the_resampled_volume_in_one_piece(volume, mode):
+    """They are measured in slabs; the windows are cut from the same normalised volume."""
+    used = replace(SMALL, statistics="volume", intensity={"default": mode})
+    whole, geometry = used.image(volume)
+    windows = Windows(volume, used)
+    for start in [(0, 0, -1), (7, 11, -1), (24, 20, -1)]:
+        box = geometry.boxed(start, (16, 16, 16))
+        raw = geometry.resample(volume.array)
+        normalised = normalise(raw, mode)
+        expected = box.to_box(normalised.image, normalised.zero)
+        assert torch.allclose(windows.image(start)[0], expected, atol=2e-4)
+    assert float(whole[0, :40, :36, 1:15].mean()) == pytest.approx(0, abs=0.2)

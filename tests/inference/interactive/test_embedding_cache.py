@@ -6,7 +6,6 @@ import torch
 from standin import StandIn
 
 from sammed3d_backbone.inference.interactive import Predictor
-from sammed3d_backbone.inference.interactive.embedding_store import Store
 
 
 def session(folder, volume, model=None, **how):
@@ -59,7 +58,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(tmp_path, balls, monkeypat
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("sammed3d_backbone.inference.interactive.embedding_store.write", full)
+    monkeypatch.setattr("sammed3d_backbone.inference.interactive.embedding_cache.write", full)
     mask, _ = session(tmp_path, balls[0])
     assert mask.any()
     assert "encoded windows are not kept: no space left" in caplog.text
@@ -67,5 +66,5 @@ def test_a_folder_that_cannot_be_written_is_only_read(tmp_path, balls, monkeypat
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="give a folder"):
-        Store(tmp_path / "file", "0")
+    with pytest.raises(NotADirectoryError, match="file"):
+        Predictor(StandIn(), cache_folder=tmp_path / "file")

@@ -1,0 +1,163 @@
+"""Validation of a scan and of points in it, once, before a network is loaded or run.
+
+What cannot be used is refused; what is unusual but usable becomes a note.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sammed3d_backbone.data.geometry import Triple
+from sammed3d_backbone.data.preprocessing import Modality
+from sammed3d_backbone.data.volume import Volume
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A validated volume: one channel of finite real numbers with contrast and a usable spacing.
+
+    Args:
+        volume: (X, Y, Z).
+        low: Lowest value.
+        high: Highest value.
+    """
+
+    volume: Volume
+    low: float
+    high: float
+
+    def voxel(
+        self,
+        point_vox: Sequence[float] | None = None,
+        point_mm: Sequence[float] | None = None,
+    ) -> Triple:
+        """The voxel in which a point lies.
+
+        Args:
+            point_vox: Voxel i, j, k of the volume's own grid, counted from 0.
+            point_mm: x, y, z in RAS+ mm; give one of the two.
+
+        Raises:
+            TypeError: If the point is not a sequence of numbers.
+            ValueError: If not exactly one point is given, or it lies outside the volume.
+        """
+        if (point_vox is None) == (point_mm is None):
+            raise ValueError("give either point_vox=(i, j, k) or point_mm=(x, y, z)")
+        given = point_vox if point_mm is None else point_mm
+        name = "point_vox" if point_mm is None else "point_mm"
+        try:
+            point = np.asarray(given, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}={given!r}: expected three numbers") from None
+        if point.shape != (3,) or not np.isfinite(point).all():
+            raise ValueError(f"{name}={given!r}: expected three finite numbers")
+        shape = self.volume.shape
+        if point_mm is not None:
+            point = (np.linalg.inv(self.volume.affine) @ [*point, 1])[:3]
+        # Rounding to nine digits first: a point in mm on a voxel's border falls to one side
+        # whatever the last digit of the affine's inverse.
+        index = np.floor(np.round(np.clip(point, -1, shape), 9) + 0.5)
+        if not ((index >= 0) & (index < shape)).all():
+            if point_mm is None:
+                limits = f"voxels run from (0, 0, 0) to {tuple(n - 1 for n in shape)}"
+            else:
+                corners = _corners(shape, margin=0.5) @ self.volume.affine.T
+                low, high = (np.round(f(corners[:, :3], axis=0), 1) for f in (np.min, np.max))
+                limits = f"its box runs from {tuple(low.tolist())} to {tuple(high.tolist())} mm"
+            raise ValueError(f"{name}={given!r} lies outside the volume; {limits}")
+        i, j, k = (int(n) for n in index)
+        return i, j, k
+
+    def notes(self, modality: Modality | None) -> list[str]:
+        """Properties of the volume that are unusual but usable."""
+        notes = []
+        if modality is None and self.low <= -500 and self.high >= 500:
+            notes.append("the values look like CT in HU; pass modality='ct' to clamp them")
+        if modality == "ct" and self.low >= 0:
+            notes.append("no value is below 0, so these are probably not HU; check the modality")
+        if self.high <= 0:
+            notes.append("no value is above 0, so the network sees an empty image")
+        header = self.volume.header
+        if header is None:
+            return notes
+        qform, sform = header.get_qform(coded=True)[0], header.get_sform(coded=True)[0]
+        if qform is None and sform is None:
+            notes.append("the header has neither qform nor sform; left and right may be swapped")
+        elif qform is not None and sform is not None:
+            corners = _corners(self.volume.shape)
+            apart_mm = float(np.linalg.norm(corners @ (qform - sform).T, axis=1).max())
+            if apart_mm > min(self.volume.spacing_mm) / 2:
+                notes.append(f"qform and sform differ by {apart_mm:.1f} mm; the sform is used")
+        return notes
+
+
+def validate(
+    volume: str | Path | Volume | NDArray[Any],
+    affine: ArrayLike | None = None,
+    *,
+    channel: int | None = None,
+) -> Scan:
+    """Opens and validates a volume for segmentation by clicks.
+
+    Args:
+        volume: A NIfTI file, a `Volume`, or an array (X, Y, Z), which is not copied and must not
+            be changed while it is in use.
+        affine: Voxel -> RAS+ mm, (4, 4); needed for an array.
+        channel: Which channel of several, counted from 0.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        TypeError: If an array comes without its affine, or does not hold real numbers.
+        ValueError: If the volume cannot be used; the message says why and what to do.
+    """
+    source = ""
+    if isinstance(volume, str | Path):
+        source = f"{volume}: "
+        volume = Volume.load(volume)
+    elif not isinstance(volume, Volume):
+        if affine is None:
+            raise TypeError("an array needs its affine, voxel -> RAS+ mm; give affine=")
+        volume = Volume(np.asarray(volume), np.array(affine, dtype=np.float64))
+    volume = _one_channel(volume, channel, source)
+    if volume.array.dtype.kind not in "iuf":
+        raise TypeError(f"{source}expected a real-valued volume, got dtype {volume.array.dtype}")
+    spacing = volume.spacing_mm
+    if min(spacing) < 0.01 or max(spacing) > 100:
+        raise ValueError(
+            f"{source}implausible spacing {tuple(round(s, 6) for s in spacing)} mm: the header may "
+            "use metres or micrometres; correct its affine"
+        )
+    low, high = float(volume.array.min()), float(volume.array.max())
+    if not np.isfinite([low, high]).all():
+        non_finite = volume.array.size - int(np.isfinite(volume.array).sum())
+        raise ValueError(f"{source}{non_finite} voxels are NaN or infinite; replace them")
+    if low == high:
+        raise ValueError(f"{source}all voxels have the value {low:g}; check the file")
+    return Scan(volume, low, high)
+
+
+def _one_channel(volume: Volume, channel: int | None, source: str) -> Volume:
+    """The chosen channel of a volume, or its only one, (X, Y, Z)."""
+    if channel is not None and not 0 <= channel < volume.channels:
+        raise ValueError(f"{source}channel={channel}: expected 0 to {volume.channels - 1}")
+    if channel is None and volume.channels > 1:
+        raise ValueError(
+            f"{source}the volume has {volume.channels} channels, the network takes one; choose one "
+            "by channel="
+        )
+    if volume.array.ndim == 4:
+        return Volume(volume.array[channel or 0], volume.affine, volume.header)
+    return volume
+
+
+def _corners(shape: Triple, margin: float = 0.0) -> NDArray[np.float64]:
+    """The eight corner voxels as homogeneous coordinates, (8, 4), moved outwards by a margin."""
+    ends = ((-margin, n - 1 + margin) for n in shape)
+    return np.array([[*corner, 1] for corner in itertools.product(*ends)])
