@@ -21,7 +21,7 @@ AFFINE = np.array([[-1.5, 0, 0, 40], [0, -1.5, 0, 31], [0, 0, 1.5, -7], [0, 0, 0
 @pytest.fixture
 def known(monkeypatch):
     """The network whose answer is known, in place of a trained one."""
-    monkeypatch.setattr("sammed3d_backbone.sam", lambda variant, weights: StandIn())
+    monkeypatch.setattr("sammed3d_backbone.sam", lambda variant, **how: StandIn())
 
 
 @pytest.fixture
