@@ -8,7 +8,7 @@ and takes volumes that lack some of them.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +85,9 @@ class SharedEncoder(nn.Module):
         """Number of blocks."""
         return self.encoder.depth
 
-    @overload
-    def forward_intermediates(
-        self, x: Tensor, indices: Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]: ...
-
-    @overload
-    def forward_intermediates(
-        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: Literal[True]
-    ) -> list[Tensor]: ...
-
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+    ) -> Any:  # noqa: ANN401 (a list with intermediates_only=True)
         """Merged maps: the final one (B, F, x, y, z) unless told not, and (B, E, x, y, z) each."""
         wanted = range(self.depth) if indices is None else indices
         if lost := [i for i in wanted if str(i) not in self.merges]:

@@ -127,14 +127,13 @@ class Attention(nn.Module):
         """
         batch, *extents, _ = x.shape
         grid = (extents[0], extents[1], extents[2])
+        pad_q, pad_v = self._padding(x) if self._is_padded(grid) else (None, None)
         qkv = self.qkv(x.flatten(1, 3))  # (B, N, 3 * E)
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, A, N, C)
         q, k, v = qkv.flatten(1, 2).unbind(0)  # (B * A, N, C)
-        heads = self.qkv.bias.view(3, self.num_heads, 1, -1)
-        b_q, _, b_v = heads.repeat(1, batch, 1, 1).unbind(0)  # (B * A, 1, C)
-        terms = self._axial(q, grid) if self.rel_pos == "axial" else self._sammed3d(q, b_q, grid)
-        if len(terms.keys) > q.shape[1]:
-            k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, b_v], dim=1)  # (Z, N + 1, C)
+        terms = self._axial(q, grid) if self.rel_pos == "axial" else self._sammed3d(q, pad_q, grid)
+        if pad_v is not None:
+            k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, pad_v], dim=1)  # (Z, N + 1, C)
         # What differs between queries rides along in the matrix product, on indicator keys.
         q = torch.cat([q, terms.queries], dim=-1)
         k = torch.cat([k * self.scale, terms.keys.expand(k.shape[0], -1, -1)], dim=-1)
@@ -143,7 +142,26 @@ class Attention(nn.Module):
         projected: Tensor = self.proj(out).unflatten(1, grid)
         return projected
 
-    def _sammed3d(self, q: Tensor, b_q: Tensor, grid: Grid) -> "Terms":
+    def _is_padded(self, grid: Grid) -> bool:
+        """Whether padded positions take part in a window with these real extents."""
+        return self.rel_pos == "sammed3d" and min(grid) < (self.window_size or grid[0])
+
+    def _padding(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The query and the value that all padded positions share, by head.
+
+        They are read through the module and not from its bias, so that hooks and adapters on it
+        (LoRA, IA3, offloading) act on them, too.
+
+        Shapes:
+            x: (B, x, y, z, E).
+            returns: (B * A, 1, C) twice.
+        """
+        nothing = self.qkv(x.new_zeros(1, x.shape[-1]))  # (1, 3 * E)
+        heads = nothing.view(3, self.num_heads, 1, -1)
+        q, _, v = heads.repeat(1, len(x), 1, 1).unbind(0)
+        return q, v
+
+    def _sammed3d(self, q: Tensor, pad_q: Tensor | None, grid: Grid) -> "Terms":
         """SAM-Med3D's relative positions and, where the window is padded, the extra key's logit.
 
         Faithful: the mis-broadcast axes and the unmasked window padding; pinned by
@@ -151,7 +169,7 @@ class Attention(nn.Module):
 
         Shapes:
             q: (Z, N, C), unscaled queries.
-            b_q: (Z, 1, C), the query of a padded position.
+            pad_q: (Z, 1, C), the query of a padded position; None without padding.
         """
         x, y, z = grid
         side = self.window_size or x
@@ -161,15 +179,15 @@ class Attention(nn.Module):
         q = q.contiguous()  # two views of it follow
         t = torch.matmul(q.unflatten(1, (x, y * z)), rel_d.mT).flatten(1, 2)  # (Z, N, S)
         lines = q.unflatten(1, (x * y, z))  # (Z, x * y, z, C)
-        if z < side:
-            pads = b_q[:, None].expand(-1, x * y, side - z, -1)
+        if pad_q is not None and z < side:
+            pads = pad_q[:, None].expand(-1, x * y, side - z, -1)
             lines = torch.cat([lines, pads], dim=2)  # (Z, x * y, S, C)
         u = torch.matmul(lines.unflatten(1, (x, y)), rel_h.mT).flatten(1, 2)  # (Z, x * y, S, S)
         v = torch.matmul(lines.flatten(0, 1).transpose(0, 1), rel_w.mT)  # (S, Z * x * y, S)
         v = v.transpose(0, 1).unflatten(0, (-1, x * y))  # (Z, x * y, S, S)
         lines_bias = (u[:, :, :x, None, :z] + v[:, :, None, :y, :z]).flatten(2)  # (Z, x * y, N)
         keys = torch.eye(z, dtype=q.dtype, device=q.device).repeat(x * y, 1)  # (N, z)
-        if min(grid) == side:
+        if pad_q is None:
             return Terms(t, keys, lines_bias)
         extra = _padding_logit(t.unflatten(1, (x * y, z)), u, v, grid).flatten(1)  # (Z, N)
         return Terms(

@@ -10,7 +10,7 @@ Reading weights, resampling volumes and downloads happen elsewhere.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,21 @@ from torch.utils.checkpoint import checkpoint
 
 from sammed3d_backbone.models.attention import Attention, Grid, RelPos
 from sammed3d_backbone.models.layers import LayerNorm3d, MLPBlock
+
+
+class PatchConv(nn.Conv3d):
+    """A convolution whose stride equals its kernel, as one matrix product: much faster on CPUs.
+
+    Shapes:
+        x: (B, C, X, Y, Z).
+        returns: (B, E, x, y, z).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.kernel_size[0]
+        patches = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p))
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, x, y, z, C * p**3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -31,14 +46,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.proj = PatchConv(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.proj.stride[0]
-        # A stride equal to the kernel makes this one matrix product, much faster than conv3d.
-        patches = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p))
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, x, y, z, C * p**3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        tokens: Tensor = self.proj(x)
+        return tokens.movedim(1, -1)
 
 
 class Block(nn.Module):
@@ -162,14 +174,19 @@ class ImageEncoder3D(nn.Module):
             )
             for i in range(depth)
         )
-        self.neck: nn.Sequential | None = nn.Sequential(
+        self.neck: nn.Module = nn.Sequential(
             nn.Conv3d(embed_dim, out_chans, kernel_size=1, bias=False),
             LayerNorm3d(out_chans),
             nn.Conv3d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
             LayerNorm3d(out_chans),
         )
         self.feature_info = [
-            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"}
+            {
+                "num_chs": embed_dim,
+                "num_chs_norm": out_chans,
+                "reduction": patch_size,
+                "module": f"blocks.{i}",
+            }
             for i in range(depth)
         ]
 
@@ -180,53 +197,37 @@ class ImageEncoder3D(nn.Module):
         return x, y, z
 
     @property
+    def num_features(self) -> int:
+        """Channels of the map that `forward` returns, by timm's name."""
+        return self.out_chans
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._through_neck(self.forward_features(x))
+        return self.forward_features(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The residual stream after the last block, before the neck.
+        """The neck's map, as in timm's SAM encoder.
 
         Shapes:
             x: (B, C, X, Y, Z).
-            returns: (B, E, x, y, z).
+            returns: (B, F, x, y, z).
         """
-        return self.forward_intermediates(x, indices=1, intermediates_only=True)[0]
-
-    @overload
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        norm: bool = False,
-        stop_early: bool = False,
-        intermediates_only: Literal[False] = False,
-    ) -> tuple[Tensor, list[Tensor]]: ...
-
-    @overload
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        norm: bool = False,
-        stop_early: bool = False,
-        intermediates_only: Literal[True],
-    ) -> list[Tensor]: ...
+        final: Tensor = self.forward_intermediates(x, 1)[0]
+        return final
 
     def forward_intermediates(
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
-        *,
         norm: bool = False,
         stop_early: bool = False,
+        output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+    ) -> Any:  # noqa: ANN401 (a tuple, or a list with intermediates_only=True)
         """Token maps after chosen blocks, with timm's arguments.
 
         Args:
@@ -236,6 +237,7 @@ class ImageEncoder3D(nn.Module):
                 norm after the blocks. Maps then have F channels.
             stop_early: Skip the blocks behind the last chosen one; implied by
                 `intermediates_only`, since nothing reads them.
+            output_fmt: Only "NCHW", timm's word for channels before the spatial axes.
             intermediates_only: Leave out the neck's map.
 
         Shapes:
@@ -244,8 +246,10 @@ class ImageEncoder3D(nn.Module):
                 the order of the blocks; or the list alone.
 
         Raises:
-            ValueError: If the volume does not fit `img_size`, or an index no block.
+            ValueError: If the volume does not fit `img_size`, or an index is out of range.
         """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported")
         wanted = self._block_indices(indices)
         self._check_input(x)
         x = self.patch_embed(x) + self.pos_embed  # (B, x, y, z, E)
@@ -258,10 +262,10 @@ class ImageEncoder3D(nn.Module):
                 x = block(x)
             if i in wanted:
                 tokens = x.movedim(-1, 1)  # (B, E, x, y, z)
-                maps.append(self._through_neck(tokens) if norm else tokens)
+                maps.append(self.neck(tokens) if norm else tokens)
         if intermediates_only:
             return maps
-        return self._through_neck(x.movedim(-1, 1)), maps
+        return self.neck(x.movedim(-1, 1)), maps
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Makes the encoder take volumes of another size.
@@ -302,15 +306,20 @@ class ImageEncoder3D(nn.Module):
         self.feature_info = [{**info, "reduction": patch_size} for info in self.feature_info]
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] | None = None, *, prune_norm: bool = False
+        self,
+        indices: int | Sequence[int] | None = None,
+        prune_norm: bool = False,
+        prune_head: bool = True,  # noqa: ARG002 (timm's)
     ) -> list[int]:
-        """Removes what `forward_intermediates` with these indices does not need, with timm's words.
+        """Removes what `forward_intermediates` with these indices does not need, as in timm.
 
         A module without gradient stalls multi-process training, so an adapter calls this once.
 
         Args:
             indices: Blocks that stay readable; the blocks behind the last of them are removed.
-            prune_norm: Remove the neck as well; what needs it is an error from then on.
+            prune_norm: Replace the neck by `nn.Identity()`, so that `forward` returns the map of
+                the last block.
+            prune_head: Ignored, there is no classifier head.
 
         Returns:
             The indices as block numbers from 0.
@@ -319,7 +328,9 @@ class ImageEncoder3D(nn.Module):
         self.blocks = self.blocks[: wanted[-1] + 1]
         self.feature_info = self.feature_info[: wanted[-1] + 1]
         if prune_norm:
-            self.neck = None
+            self.neck = nn.Identity()
+            self.out_chans = self.embed_dim
+            self.feature_info = [{**i, "num_chs_norm": self.embed_dim} for i in self.feature_info]
         return wanted
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -343,16 +354,6 @@ class ImageEncoder3D(nn.Module):
             "blocks": r"^blocks" if coarse else [(r"^blocks\.(\d+)", None)],
             "neck": r"^neck",
         }
-
-    def _through_neck(self, tokens: Tensor) -> Tensor:
-        """The neck's map (B, F, x, y, z) of a token map (B, E, x, y, z)."""
-        if self.neck is None:
-            raise ValueError(
-                "this encoder's neck was removed when a network that does not read it took the "
-                "encoder over; build a fresh encoder, or read forward_features"
-            )
-        out: Tensor = self.neck(tokens)
-        return out
 
     def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
         """Chosen blocks as numbers from 0."""

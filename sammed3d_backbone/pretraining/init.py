@@ -64,7 +64,7 @@ def start_afresh(network: Sam3D) -> None:
             module.k_proj.load_state_dict(module.q_proj.state_dict())
             nn.init.orthogonal_(module.v_proj.weight)
             module.out_proj.weight.copy_(module.v_proj.weight.T)
-    neck = encoder.neck or ()
+    neck = encoder.neck if isinstance(encoder.neck, nn.Sequential) else ()
     for norm in (*neck[-1:], *(layer.norm4 for layer in decoder.transformer.layers)):
         nn.init.constant_(norm.get_parameter("weight"), QUIET)
     for kind in network.prompt_encoder.point_embeddings:

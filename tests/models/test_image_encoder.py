@@ -131,10 +131,11 @@ def test_a_batch_of_two_equals_two_batches_of_one(encoder, volume):
     torch.testing.assert_close(encoder(volume), alone, rtol=1e-5, atol=1e-5)
 
 
-def test_forward_is_the_neck_of_the_features(encoder, volume):
-    features = encoder.forward_features(volume)
-    assert features.shape == (2, 24, 4, 4, 4)
-    assert torch.equal(encoder(volume), encoder.neck(features))
+def test_forward_is_the_neck_of_the_last_block(encoder, volume):
+    (tokens,) = encoder.forward_intermediates(volume, 1, intermediates_only=True)
+    assert tokens.shape == (2, 24, 4, 4, 4)
+    assert torch.equal(encoder(volume), encoder.neck(tokens))
+    assert torch.equal(encoder.forward_features(volume), encoder(volume))
 
 
 def test_intermediates_are_the_blocks_outputs_in_their_order(encoder, volume):
@@ -171,7 +172,12 @@ def test_an_index_without_a_block_says_which_there_are(encoder, volume, indices)
 
 
 def test_feature_info_says_channels_stride_and_module(encoder):
-    assert encoder.feature_info[2] == {"num_chs": 24, "reduction": 4, "module": "blocks.2"}
+    assert encoder.feature_info[2] == {
+        "num_chs": 24,
+        "num_chs_norm": 10,
+        "reduction": 4,
+        "module": "blocks.2",
+    }
     assert len(encoder.feature_info) == 4
 
 
@@ -184,13 +190,11 @@ def test_pruning_keeps_what_the_taps_need(encoder, volume):
     assert len(encoder.feature_info) == 3
 
 
-def test_a_neck_that_was_removed_is_missed_loudly(encoder, volume):
+def test_without_its_neck_the_encoder_ends_at_the_last_block(encoder, volume):
+    (tokens,) = encoder.forward_intermediates(volume, 1, intermediates_only=True)
     encoder.prune_intermediate_layers([3], prune_norm=True)
-    with pytest.raises(ValueError, match="build a fresh encoder, or read forward_features"):
-        encoder(volume)
-    with pytest.raises(ValueError, match="build a fresh encoder"):
-        encoder.forward_intermediates(volume, norm=True, intermediates_only=True)
-    assert encoder.forward_features(volume).shape == (2, 24, 4, 4, 4)
+    assert torch.equal(encoder(volume), tokens)
+    assert encoder.num_features == encoder.out_chans == 24
 
 
 def test_numbers_from_numpy_are_numbers(volume):
