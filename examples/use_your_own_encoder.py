@@ -7,7 +7,7 @@ import torch
 from monai.networks.nets import ViT
 
 from sammed3d_backbone.adapters.contract import check_encoder
-from sammed3d_backbone.inference.segmenter import adapters
+from sammed3d_backbone.adapters.registry import ADAPTERS, adapter
 
 
 class MonaiViT(ViT):
@@ -54,6 +54,6 @@ class MonaiViT(ViT):
 
 if __name__ == "__main__":
     check_encoder(MonaiViT())
-    for name, adapter in adapters().items():
-        logits = adapter(MonaiViT(), out_channels=2).eval()(torch.randn(1, 1, 32, 32, 32))
+    for name in ADAPTERS:
+        logits = adapter(name)(MonaiViT(), out_channels=2).eval()(torch.randn(1, 1, 32, 32, 32))
         print(f"{name}: logits {tuple(logits.shape)}")

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config
+from sammed3d_backbone.adapters.registry import accepted_options
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
@@ -72,9 +73,7 @@ class Config:
     fold: int = 0  # of splits.json or the published split; else of `folds` dealt by subject
     folds: int = 5
     subjects: str | None = None  # JSON file, case -> subject, relative to recipes/
-    model: Literal[  # basicunet: MONAI's network without our encoder, the baseline to beat
-        "unetr", "flexible_unet", "segresnet", "linear_head", "expanding_head", "basicunet"
-    ] = "unetr"
+    model: str = "unetr"  # a name in adapters/registry.py, or basicunet: MONAI's, no encoder
     pyramid: Literal["simple", "multi_level", "conv_stem"] = "conv_stem"  # flexible_unet, segresnet
     feature_size: int = 16  # channels of the decoder at full resolution
     variant: str = "tiny"
@@ -345,10 +344,8 @@ def make_card(cfg: Config, dataset: Dataset, say: Callable[[str], object] = prin
     if cfg.patch_size is not None:
         encoder["patch_size"] = cfg.patch_size
     adapter: dict[str, Any] = {}
-    if cfg.model not in ("linear_head", "basicunet"):
-        adapter["feature_size"] = cfg.feature_size
-    if cfg.model in ("flexible_unet", "segresnet"):
-        adapter["kind"] = cfg.pyramid
+    if cfg.model != "basicunet":
+        adapter = accepted_options(cfg.model, feature_size=cfg.feature_size, kind=cfg.pyramid)
     return Card(
         network=cfg.model,
         encoder={} if cfg.model == "basicunet" else encoder,

@@ -22,7 +22,7 @@ class Card:
     """Everything about a fine-tuned network except its tensors.
 
     Args:
-        network: A name in `adapters()`, or "basicunet".
+        network: A name in `adapters.registry.ADAPTERS`, or "basicunet".
         encoder: Arguments of `encoder()` without weights; empty for a network without an encoder.
         adapter: Arguments of the adapter's function without encoder and number of classes.
         labels: Class value -> name, including the background.

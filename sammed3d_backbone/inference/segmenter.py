@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.lora import merged
+from sammed3d_backbone.adapters.registry import adapter
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import write_text
@@ -208,11 +209,9 @@ def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn
         from monai.networks.nets import BasicUNet
 
         return BasicUNet(3, len(card.channels), len(card.labels), **card.adapter)
-    known = adapters()
-    if card.network not in known:
-        raise ValueError(f"unknown network {card.network!r}; known: {', '.join(known)}, basicunet")
+    build = adapter(card.network)
     backbone = wrap_encoder(_build_encoder(card, part_of(tensors or {}, MODEL_ENCODER)), card)
-    return known[card.network](backbone, len(card.labels), **card.adapter)
+    return build(backbone, len(card.labels), **card.adapter)
 
 
 def wrap_encoder(backbone: ImageEncoder3D, card: Card) -> Encoder:
@@ -223,25 +222,6 @@ def wrap_encoder(backbone: ImageEncoder3D, card: Card) -> Encoder:
     if card.bottleneck:
         add_bottlenecks(backbone, width=card.bottleneck)
     return SharedEncoder(backbone, len(card.channels)) if card.shared else backbone
-
-
-def adapters() -> dict[str, Callable[..., nn.Module]]:
-    """The networks around an encoder, by the names that cards give them.
-
-    Each is a function of an encoder, the number of classes and `Card.adapter`.
-    """
-    from sammed3d_backbone.adapters.flexible_unet import flexible_unet
-    from sammed3d_backbone.adapters.heads import expanding_head, linear_head
-    from sammed3d_backbone.adapters.segresnet import segresnet
-    from sammed3d_backbone.adapters.unetr import unetr
-
-    return {
-        "unetr": unetr,
-        "flexible_unet": flexible_unet,
-        "segresnet": segresnet,
-        "linear_head": linear_head,
-        "expanding_head": expanding_head,
-    }
 
 
 def init_from_checkpoint(

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sammed3d_backbone.adapters.contract import check_encoder
-from sammed3d_backbone.inference.segmenter import adapters
 from tests.checks.check_adapters import CHECKS, CUBE, ENCODERS, NETWORKS, NOTES, PYRAMIDS, Pair
 
 
@@ -33,6 +32,5 @@ def test_a_pair_passes_every_check(encoder, adapter):
     assert Pair(ENCODERS[encoder], adapter).failed() == []
 
 
-def test_every_network_that_a_card_can_name_is_paired_and_every_check_explained():
-    assert NETWORKS.keys() == adapters().keys()
+def test_every_check_is_explained():
     assert NOTES.keys() == CHECKS.keys()

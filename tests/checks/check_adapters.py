@@ -24,10 +24,11 @@ from tqdm import tqdm
 from sammed3d_backbone import encoder
 from sammed3d_backbone.adapters.contract import Encoder, check_encoder
 from sammed3d_backbone.adapters.pyramid import KINDS, Pyramid, pyramid
+from sammed3d_backbone.adapters.registry import ADAPTERS, accepted_options, adapter
 from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.card import Card
-from sammed3d_backbone.inference.segmenter import Segmenter, adapters
+from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.freezing import set_frozen
@@ -138,13 +139,7 @@ ENCODERS = {
     "MONAI's SwinUNETR encoder": Source(SwinOnOneGrid, ODD_BOX),
 }
 PYRAMIDS = {f"pyramid, {kind}": kind for kind in KINDS}
-NETWORKS: dict[str, dict[str, Any]] = {
-    "unetr": {"feature_size": WIDTH},
-    "flexible_unet": {"feature_size": WIDTH},
-    "segresnet": {"feature_size": WIDTH},
-    "linear_head": {},
-    "expanding_head": {"feature_size": WIDTH},
-}
+NETWORKS = {name: accepted_options(name, feature_size=WIDTH) for name in ADAPTERS}
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,7 @@ class Pair:
         made = self.source.make(channels or self.source.channels, img_size)
         if self.adapter in PYRAMIDS:
             return pyramid(made, PYRAMIDS[self.adapter], feature_size=WIDTH)
-        return adapters()[self.adapter](made, CLASSES, **NETWORKS[self.adapter])
+        return adapter(self.adapter)(made, CLASSES, **NETWORKS[self.adapter])
 
     def failed(self) -> list[str]:
         """Names of the checks that it does not pass."""
@@ -260,8 +255,8 @@ def table() -> str:
     for name, source in ENCODERS.items():
         check_encoder(source.make(source.channels, CUBE))
         cells = []
-        for adapter in columns:
-            failed = Pair(source, adapter).failed()
+        for column in columns:
+            failed = Pair(source, column).failed()
             passed += len(CHECKS) - len(failed)
             cells.append(f"fails: {', '.join(failed)}" if failed else f"{len(CHECKS)}")
             pairs.update()

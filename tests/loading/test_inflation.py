@@ -11,8 +11,8 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 from sammed3d_backbone import encoder
 from sammed3d_backbone.adapters.bottleneck import add_bottlenecks
+from sammed3d_backbone.adapters.registry import ADAPTERS, adapter
 from sammed3d_backbone.cli import main
-from sammed3d_backbone.inference.segmenter import adapters
 from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.inflation import inflate_2d
@@ -283,11 +283,11 @@ def test_a_frozen_inflated_encoder_learns_beside_itself(file, generator):
     assert all(".bottleneck." in name for name in learns)
 
 
-@pytest.mark.parametrize("name", adapters())
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_no_decoder_of_the_recipe_reads_the_random_neck(file, generator, name):
     network = inflated(file)
     add_bottlenecks(network, width=2)
-    model = adapters()[name](network, 2)
+    model = adapter(name)(network, 2)
     assert isinstance(model.encoder.neck, torch.nn.Identity)
     logits = model(torch.randn(1, 1, 16, 16, 16, generator=generator))
     assert (logits[0] if isinstance(logits, list) else logits).shape == (1, 2, 16, 16, 16)
