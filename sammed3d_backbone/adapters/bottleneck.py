@@ -1,7 +1,7 @@
 """Bottlenecks with a spatial convolution behind the blocks of an encoder that stays frozen.
 
-The strategy in which a pretrained encoder is not touched: every block is followed by a narrow
-detour, the only part that learns, in which tokens also see their neighbours on the grid.
+Every block is followed by a narrow residual branch, the only trainable part, in which tokens also
+see their neighbours on the grid.
 
 Source: Houlsby et al., Parameter-efficient transfer learning for NLP, ICML 2019; with a depthwise
 3-D convolution inside as in Gong et al., 3DSAM-adapter, Medical Image Analysis 98, 2024.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
-    """Tokens plus what a narrow convolution makes of them: nothing, before the first step.
+    """Adds the output of a narrow convolution to the tokens; zero at initialisation.
 
     Shapes:
         x: (B, x, y, z, E).
@@ -36,9 +36,9 @@ class Bottleneck(nn.Module):
 
 
 def add_bottlenecks(encoder: nn.Module, *, width: int) -> None:
-    """Puts a bottleneck behind each block, and freezes all that was.
+    """Adds a trainable bottleneck behind each block and freezes the encoder.
 
-    Each learns about 2 * E * `width` numbers, and its tensors are called
+    Each has about 2 * E * `width` parameters, and its tensors are called
     ``blocks.<i>.bottleneck.*``; all others keep their names.
 
     Args:
@@ -49,7 +49,7 @@ def add_bottlenecks(encoder: nn.Module, *, width: int) -> None:
         ValueError: If the width is not positive, or the encoder has no blocks.
     """
     if width < 1:
-        raise ValueError(f"width={width}; give the channels of a bottleneck, 1 or more")
+        raise ValueError(f"width={width}: expected the channels of a bottleneck, 1 or more")
     blocks, embed_dim = getattr(encoder, "blocks", None), getattr(encoder, "embed_dim", None)
     if not isinstance(blocks, nn.ModuleList) or not isinstance(embed_dim, int):
         raise ValueError(

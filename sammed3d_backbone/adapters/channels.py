@@ -18,9 +18,9 @@ from sammed3d_backbone.adapters.network import groups_under_encoder
 
 
 class ChannelMerge(nn.Module):
-    """One map of the maps of several channels, their mean before the first step.
+    """Merges the maps of several channels; at initialisation it is their mean.
 
-    A matrix per channel, C * E * E numbers; what is missing counts nothing, and the others more.
+    A matrix per channel, C * E * E parameters; missing channels get weight 0, the others more.
 
     Shapes:
         maps: (B * C, E, x, y, z).
@@ -48,11 +48,11 @@ class SharedEncoder(nn.Module):
     It fulfils the contract. A channel that is zero everywhere counts as missing, so a scan that
     was not made is stacked as zeros; a volume that is zero in all channels has none missing. If all
     is frozen, the merge is the mean of the channels that are there. Pruning keeps a merge for every
-    block it is told; UNETR with `deepest="neck"` does not read the last of them, which then gets no
+    given block; UNETR with `deepest="neck"` does not read the last of them, which then gets no
     gradient.
 
     Args:
-        encoder: Of the contract, for one channel; it becomes part of this one.
+        encoder: Fulfils `contract.Encoder` with in_chans=1; it becomes part of this module.
         channels: Number of input channels C.
 
     Shapes:
@@ -88,7 +88,7 @@ class SharedEncoder(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
     ) -> Any:  # noqa: ANN401 (a list with intermediates_only=True)
-        """Merged maps: the final one (B, F, x, y, z) unless told not, and (B, E, x, y, z) each."""
+        """Merged maps: the final one (B, F, x, y, z) unless left out, and (B, E, x, y, z) each."""
         wanted = range(self.depth) if indices is None else indices
         if lost := [i for i in wanted if str(i) not in self.merges]:
             raise ValueError(

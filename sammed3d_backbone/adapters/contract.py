@@ -1,4 +1,4 @@
-"""What an adapter may ask of an encoder, as a type and as a check that anyone can run.
+"""The interface between encoders and adapters, as a type and as a check.
 
 An encoder turns a volume into token maps of one resolution. Adapters rely on the names below and
 on nothing else, so a foreign encoder that has them works in every adapter. The words are timm's.
@@ -37,12 +37,12 @@ class Encoder(Protocol):
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
     ) -> Any:  # noqa: ANN401 (a list with intermediates_only=True)
-        """The final map (B, F, x, y, z) unless told not, and maps (B, E, x, y, z) of blocks."""
+        """The final map (B, F, x, y, z) unless left out, and maps (B, E, x, y, z) of blocks."""
 
     def prune_intermediate_layers(
         self, indices: Sequence[int] | None = None, *, prune_norm: bool = False
     ) -> list[int]:
-        """Drops blocks behind the last index and, if asked, whatever makes the final map."""
+        """Drops blocks behind the last index and, with `prune_norm`, what makes the final map."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass."""

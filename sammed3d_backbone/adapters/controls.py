@@ -1,7 +1,6 @@
-"""Encoders that know nothing: what a decoder reaches on one is not the encoder's merit.
+"""A control without an encoder: what a decoder reaches on it is not the encoder's merit.
 
-Each fulfils the contract, so that it runs through the same network, loop and scores as what it is
-compared with.
+It fulfils the contract, so that it runs through the same network, loop and scores.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from sammed3d_backbone.adapters.contract import Encoder
 
 
 class ZeroedEncoder(nn.Module):
-    """The control: maps of zeros in place of an encoder's, so a decoder is on its own.
+    """Returns maps of zeros in place of an encoder's.
 
-    It has no parameters; shapes and everything else an adapter asks for are the encoder's.
+    It has no parameters; shapes and everything else that an adapter needs are the encoder's.
     """
 
     def __init__(self, replaced: Encoder) -> None:
@@ -32,7 +31,7 @@ class ZeroedEncoder(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Zeros (B, E, x, y, z), one map per index; first (B, F, x, y, z) unless told not."""
+        """Zeros (B, E, x, y, z), one map per index; first (B, F, x, y, z) unless left out."""
         grid = [n // self.patch_size for n in x.shape[2:]]
         chosen = range(self.depth) if indices is None else indices
         maps = [x.new_zeros(len(x), self.embed_dim, *grid) for _ in chosen]

@@ -48,7 +48,7 @@ def expanding_head(encoder: Encoder, out_channels: int, *, feature_size: int = 1
     """Each token unfolded to its P³ voxels, by halves of its side, without its neighbours.
 
     Args:
-        encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
+        encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
         out_channels: Number of classes K, background included.
         feature_size: Channels W at full resolution; each halving of the resolution doubles them.
 

@@ -1,7 +1,7 @@
-"""LoRA: low-rank changes of an encoder's linear layers, learned while the layers stay as they are.
+"""LoRA: trainable low-rank updates of an encoder's frozen linear layers.
 
-The layers are peft's, which is an extra: ``pip install sammed3d_backbone[peft]``. What is learned
-can be added to the weights it belongs to, so a trained network needs no peft.
+The layers are peft's, an extra: ``pip install sammed3d-backbone[peft]``. Trained updates can be
+merged into the weights, so a trained network needs no peft.
 
 Source: Hu et al., LoRA: low-rank adaptation of large language models, ICLR 2022.
 """
@@ -15,13 +15,13 @@ BLOCKS = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.lin[12])"
 
 
 def add_lora(encoder: nn.Module, *, rank: int, targets: str = BLOCKS) -> None:
-    """Puts a low-rank change, zero at first, beside the chosen layers and freezes all that was.
+    """Adds low-rank updates, initialised to zero, to the chosen layers and freezes the encoder.
 
-    With rank r, a layer of A inputs and B outputs learns r * (A + B) numbers instead of A * B.
+    With rank r, a layer of A inputs and B outputs trains r * (A + B) parameters instead of A * B.
 
     Args:
         encoder: Changed in place.
-        rank: Of the changes.
+        rank: Rank of the updates.
         targets: Regular expression that the whole name of a linear layer matches; by default
             attention's two and the MLP's two of every block.
 
@@ -30,7 +30,7 @@ def add_lora(encoder: nn.Module, *, rank: int, targets: str = BLOCKS) -> None:
         ModuleNotFoundError: If peft is not installed.
     """
     if rank < 1:
-        raise ValueError(f"rank={rank}; give the rank of the changes, 1 or more")
+        raise ValueError(f"rank={rank}: expected 1 or more")
     linear = [name for name, part in encoder.named_modules() if isinstance(part, nn.Linear)]
     if not any(re.fullmatch(targets, name) for name in linear):
         names = ", ".join(linear[:4]) or "none"
@@ -48,8 +48,8 @@ def add_lora(encoder: nn.Module, *, rank: int, targets: str = BLOCKS) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), encoder)
 
 
-def merged(model: nn.Module) -> nn.Module:
-    """A copy in which plain layers hold what LoRA learned; the model itself where there is none."""
+def merge_lora(model: nn.Module) -> nn.Module:
+    """A copy with LoRA updates merged into plain layers; the model itself if there are none."""
     # Asked by name, since only who uses LoRA needs peft.
     found = [name for name, part in model.named_modules() if hasattr(part, "lora_A")]
     if not found:

@@ -81,7 +81,9 @@ def require_out_indices(encoder: Encoder, out_indices: Sequence[int], count: int
 def require_classes(out_channels: int) -> None:
     """Refuses a network without classes."""
     if out_channels < 1:
-        raise ValueError(f"out_channels={out_channels}; give the number of classes, background too")
+        raise ValueError(
+            f"out_channels={out_channels}: expected the number of classes including background"
+        )
 
 
 def _under_encoder(pattern: str) -> str:

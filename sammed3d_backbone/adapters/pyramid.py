@@ -64,7 +64,7 @@ class PyramidNetwork(EncoderNetwork):
         self.branch = nn.ModuleList(
             UnetrBasicBlock(3, width // 2, width, stride=2, **blocks) for width in grafts
         )
-        self.joins = nn.ModuleList(_silent(width) for width in grafts)
+        self.joins = nn.ModuleList(_zero_conv(width) for width in grafts)
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """The maps.
@@ -115,7 +115,7 @@ def pyramid(
     index, and the neck.
 
     Args:
-        encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
+        encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
         kind: "simple" makes all maps from the last block's. "multi_level" makes each from a block
             of its own, the finest from the earliest. "conv_stem" is "simple" plus a convolution
             branch on the raw volume, added to every map finer than the tokens. The branch is
@@ -179,8 +179,8 @@ def _level(embed_dim: int, width: int, scale: float, blocks: dict[str, Any]) -> 
     return nn.Sequential(project, *(Halve(width) for _ in range(halvings)))
 
 
-def _silent(width: int) -> nn.Conv3d:
-    """A convolution that says nothing until it is trained."""
+def _zero_conv(width: int) -> nn.Conv3d:
+    """A convolution initialised to zero."""
     conv = nn.Conv3d(width, width, kernel_size=1)
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # it has one

@@ -85,9 +85,9 @@ def segresnet(
     Args:
         encoder: A module that fulfils `contract.Encoder`; it becomes part of the network.
         out_channels: Number of classes K, background included.
-        kind: Of the pyramid, see `pyramid.pyramid`, as `feature_size` and `multi_level`.
+        kind: Kind of pyramid, see `pyramid.pyramid`.
         feature_size: Also the decoder's channels at full resolution.
-        out_indices: Block numbers.
+        out_indices: Block numbers, see `pyramid.pyramid`.
         dsdepth: Resolutions that give logits while training, full resolution first; 1 for no deep
             supervision.
         norm_name: Norm of pyramid and decoder, in MONAI's words.

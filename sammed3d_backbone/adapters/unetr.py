@@ -116,7 +116,7 @@ def unetr(
     behind the last index and, with `deepest="block"`, the neck.
 
     Args:
-        encoder: A module that fulfils `contract.Encoder`; `check_encoder` tells.
+        encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
         out_channels: Number of classes K, background included.
         feature_size: Channels at full resolution.
         out_indices: Block numbers from 0, fine to coarse, one per halving from the volume to the

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
-from sammed3d_backbone.adapters.lora import merged
+from sammed3d_backbone.adapters.lora import merge_lora
 from sammed3d_backbone.adapters.registry import adapter
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.volume import Volume
@@ -94,7 +94,7 @@ class Segmenter:
 
         LoRA updates are merged into the weights that they belong to.
         """
-        tensors = merged(self.model).state_dict()
+        tensors = merge_lora(self.model).state_dict()
         write(path, tensors, {CARD_KEY: json.dumps(self.card.to_dict())}, overwrite=True)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -116,9 +116,9 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _matches(asked: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Listed names that are the asked set, and those that are another edition of it."""
-    plain = _plain(asked)
+def _matches(name: str, names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Listed names that are the same set, and those that are another edition of it."""
+    plain = _plain(name)
     task = re.fullmatch(r"(?:msd)?(?:task|dataset)(\d{2,3})([a-z].*)", plain)
     if task:
         organ = _plain(_DECATHLON.get(int(task[1]), ""))

@@ -276,10 +276,10 @@ def variant_of(tensors: Mapping[str, Tensor]) -> str | None:
         )
     except (KeyError, IndexError):
         return None
-    told = seen[:-1] if is_2d(tensors) else seen
+    compared = seen[:-1] if is_2d(tensors) else seen
     for name, v in VARIANTS.items():
         sizes = (v.patch_size, v.embed_dim, v.depth, v.num_heads, v.out_chans)
-        if told == sizes[: len(told)]:
+        if compared == sizes[: len(compared)]:
             return name
     return None
 

@@ -1,7 +1,7 @@
 """Sizes of the networks, one frozen record per variant.
 
 Everything else about a network is code. What was *trained* at such a size, on which
-spacing and with which normalisation, is a matter of the weights: `pretrained.py`.
+spacing and with which normalisation, belongs to the weights: `registry.py`.
 """
 
 import difflib
@@ -63,7 +63,7 @@ class Variant:
 
 # `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
 # with all blocks global, since 512 tokens need no windows. Nothing was trained in its size before,
-# so its decoder begins with the consistent form of positions.
+# so its decoder starts with aligned point positions.
 TINY = Variant(
     img_size=64,
     patch_size=8,
@@ -76,8 +76,8 @@ TINY = Variant(
 )
 # `vit_b` is the reference's `vit_b_ori`, the only size with public weights; the reference's own
 # `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
-# The released form of positions splits the neck's width into three waves, and 64 is no multiple of
-# 3: `tiny_96` takes both forms, to compare them.
+# point_pos="swapped" splits the neck's width by 3, and 64 is not a multiple: `tiny_96` takes both
+# forms, to compare them.
 VARIANTS: dict[str, Variant] = {
     "tiny": TINY,
     "tiny_96": replace(TINY, out_chans=96),

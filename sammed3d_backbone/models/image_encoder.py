@@ -277,7 +277,8 @@ class ImageEncoder3D(nn.Module):
             img_size: Side in voxels, or three of them (axial positions only).
 
         Raises:
-            ValueError: If the size is no whole number of patches, or no cube in released mode.
+            ValueError: If the size is not a multiple of the patch, or not a cube with
+                rel_pos="sammed3d".
         """
         self.img_size = self._checked_size(img_size)
         table = resample_pos_embed(self.pos_embed.detach(), self.grid)
@@ -362,15 +363,14 @@ class ImageEncoder3D(nn.Module):
         if not isinstance(indices, Iterable):
             if not 1 <= indices <= self.depth:
                 raise ValueError(
-                    f"indices={indices} asks for the last {indices} of {self.depth} blocks; "
-                    f"give 1 to {self.depth}, or a list of block numbers"
+                    f"indices={indices}: expected a number of last blocks, 1 to {self.depth}, or a "
+                    "list of block numbers"
                 )
             return set(range(self.depth - int(indices), self.depth))
         chosen = [int(i) for i in indices]
         if not chosen or any(not -self.depth <= i < self.depth for i in chosen):
             raise ValueError(
-                f"indices={chosen} does not name blocks; "
-                f"give block numbers from {-self.depth} to {self.depth - 1}"
+                f"indices={chosen}: expected block numbers from {-self.depth} to {self.depth - 1}"
             )
         return {i % self.depth for i in chosen}
 
@@ -379,7 +379,9 @@ class ImageEncoder3D(nn.Module):
         given = list(img_size) if isinstance(img_size, Iterable) else [img_size] * 3
         sides = tuple(int(n) for n in given)
         if len(sides) != 3 or min(sides) < 1:
-            raise ValueError(f"img_size={img_size} is no size; give one side in voxels, or three")
+            raise ValueError(
+                f"img_size={img_size} is not valid; expected one side in voxels, or three"
+            )
         p = self.patch_size
         if any(n % p for n in sides):
             fit = tuple(-(-n // p) * p for n in sides)
@@ -412,7 +414,7 @@ class ImageEncoder3D(nn.Module):
 
 def _require_patch(patch_size: int) -> None:
     if patch_size < 1:
-        raise ValueError(f"patch_size={patch_size}; give a side in voxels, 1 or more")
+        raise ValueError(f"patch_size={patch_size}: expected a side in voxels, 1 or more")
 
 
 def resample_patch_filter(filters: Tensor, patch_size: int) -> Tensor:

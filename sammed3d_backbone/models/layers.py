@@ -29,7 +29,7 @@ class LayerNorm3d(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """Two linear layers with an activation between them, an exact GELU unless told otherwise.
+    """Two linear layers with an activation between them, an exact GELU by default.
 
     Shapes:
         x: (..., E).

@@ -113,7 +113,7 @@ class PromptEncoder3D(nn.Module):
         """Measures points and image tokens on an input of another size, in voxels and tokens.
 
         Raises:
-            ValueError: If point_pos="swapped" meets an input that is no cube.
+            ValueError: If point_pos="swapped" meets an input that is not a cube.
         """
         if self.point_pos == "swapped" and len(set(img_size)) > 1:
             raise ValueError(
@@ -180,7 +180,7 @@ class PromptEncoder3D(nn.Module):
         is_point = (labels != -1).unsqueeze(-1)
         kinds = torch.cat([none, *self.point_embeddings.parameters()])  # (3, F)
         tokens = torch.where(is_point, self.pe_layer(place), 0.0) + kinds[labels + 1]
-        # Faithful: a token that is no point ends every set of points; pinned by
+        # Faithful: a "not a point" token ends every set of points; pinned by
         # `test_points_end_with_a_token_that_is_no_point`.
         return torch.cat([tokens, none.expand(len(tokens), 1, -1)], dim=1)
 

@@ -91,7 +91,7 @@ class Sam3D(nn.Module):
     def decode(
         self, embedding: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
     ) -> Tensor:
-        """Mask logits of prompts on an embedding that is there already.
+        """Mask logits of prompts on a precomputed embedding.
 
         Without `mask_logits` the network reads a mask of zeros, as in its training; the embedding
         that means "no mask" got no gradient there. Without points it goes by the mask alone, as
@@ -137,7 +137,8 @@ class Sam3D(nn.Module):
             img_size: Side in voxels, or three of them where both forms of position allow it.
 
         Raises:
-            ValueError: If the size is no whole number of patches, or no cube in released form.
+            ValueError: If the size is not a multiple of the patch, or not a cube with
+                rel_pos="sammed3d" or point_pos="swapped".
         """
         self.image_encoder.set_input_size(img_size)
         self.prompt_encoder.set_input_size(self.img_size, self.image_encoder.grid)

@@ -86,8 +86,8 @@ class TwoWayLayer(nn.Module):
         read = self.cross_attn_token_to_image(tokens + token_pos, placed_image, image)
         tokens = self.norm2(tokens + read)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        told = self.cross_attn_image_to_token(placed_image, tokens + token_pos, tokens)
-        return tokens, self.norm4(image + told)
+        update = self.cross_attn_image_to_token(placed_image, tokens + token_pos, tokens)
+        return tokens, self.norm4(image + update)
 
 
 class TwoWayTransformer(nn.Module):

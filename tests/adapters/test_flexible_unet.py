@@ -62,5 +62,5 @@ def test_a_two_dimensional_network_is_refused(names):
 
 
 def test_no_class_is_refused():
-    with pytest.raises(ValueError, match="give the number of classes, background too"):
+    with pytest.raises(ValueError, match="out_channels"):
         flexible_unet(ConvEncoder(), 0)

@@ -31,5 +31,5 @@ def test_an_expanded_token_depends_on_no_other_token(generator):
 
 @pytest.mark.parametrize("head", [linear_head, expanding_head])
 def test_no_class_is_refused(head):
-    with pytest.raises(ValueError, match="give the number of classes, background too"):
+    with pytest.raises(ValueError, match="out_channels"):
         head(ConvEncoder(), 0)

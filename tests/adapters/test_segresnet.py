@@ -28,5 +28,5 @@ def test_a_depth_that_is_not_there_is_refused(dsdepth):
 
 
 def test_no_class_is_refused():
-    with pytest.raises(ValueError, match="give the number of classes, background too"):
+    with pytest.raises(ValueError, match="out_channels"):
         segresnet(ConvEncoder(), 0)

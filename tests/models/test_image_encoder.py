@@ -167,7 +167,7 @@ def test_all_blocks_are_returned_when_none_are_named(encoder, volume):
 
 @pytest.mark.parametrize("indices", [0, 5, [4], [-5], []], ids=str)
 def test_an_index_without_a_block_says_which_there_are(encoder, volume, indices):
-    with pytest.raises(ValueError, match=r"give (1 to 4|block numbers from -4 to 3)"):
+    with pytest.raises(ValueError, match="indices"):
         encoder.forward_intermediates(volume, indices=indices)
 
 
