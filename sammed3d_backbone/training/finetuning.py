@@ -13,6 +13,7 @@ from torch import nn
 
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.lora import add_lora
+from sammed3d_backbone.adapters.registry import adapter
 from sammed3d_backbone.data.datasets import Dataset
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing, Statistics
@@ -21,7 +22,6 @@ from sammed3d_backbone.evaluation.scores import score_cases, summarise_scores
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import (
     Segmenter,
-    adapters,
     build_network,
     wrap_encoder,
 )
@@ -138,7 +138,7 @@ def build_model(
     wrapped = wrap_encoder(backbone, card)
     if wrap is not None:
         wrapped = wrap(wrapped)
-    return adapters()[card.network](wrapped, len(card.labels), **card.adapter), start
+    return adapter(card.network)(wrapped, len(card.labels), **card.adapter), start
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:
