@@ -158,7 +158,7 @@ class Attention(nn.Module):
         """
         nothing = self.qkv(x.new_zeros(1, x.shape[-1]))  # (1, 3 * E)
         heads = nothing.view(3, self.num_heads, 1, -1)
-        q, _, v = heads.repeat(1, len(x), 1, 1).unbind(0)
+        q, _, v = heads.repeat(1, x.shape[0], 1, 1).unbind(0)
         return q, v
 
     def _sammed3d(self, q: Tensor, pad_q: Tensor | None, grid: Grid) -> "Terms":
