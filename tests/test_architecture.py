@@ -24,6 +24,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
 # What only users call; the README or a docstring names it.
 PUBLIC = {
     "register_backbones",  # for MONAI's FlexibleUNet
+    "expanding_head",  # by name, in adapters/registry.py
+    "linear_head",  # by name, in adapters/registry.py
+    "num_features",  # for timm
     "mask_prompt",  # a mask to begin with
     "invert",  # Geometry's way back for values that are no labels
 }
