@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,13 +53,15 @@ from sammed3d_backbone.loading.registry import PretrainingSet, Weights, to_metad
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import Interaction, dice_per_click
 from sammed3d_backbone.pretraining.contrast import Contrast
-from sammed3d_backbone.pretraining.init import rehearse_places, start_afresh
+from sammed3d_backbone.pretraining.dense_labels import DenseLabels
+from sammed3d_backbone.pretraining.init import init_weights, warm_up_decoder
 from sammed3d_backbone.pretraining.object_crops import (
     Curriculum,
-    MadeUp,
     ObjectStream,
-    Scans,
+    Scan,
+    ScanSource,
     Source,
+    SyntheticSource,
     read_scan,
 )
 from sammed3d_backbone.pretraining.objective import Objective
@@ -83,31 +85,40 @@ class Config:
     exclude: tuple[str, ...] = ()  # sets that are refused and cases that are left out, by name
     held_out_folds: tuple[int, ...] = ()  # whose validation cases stay out of everything
     val_cases: int = 6  # subjects of each data set that are set apart to be scored
+    scored: tuple[str, ...] = ()  # sources that are scored; (): all
     val_crops: int = 24  # crops that are scored
     variant: str = "tiny"
     weights: str | None = None  # a name or file of whole promptable networks; None: random
-    rehearsal_steps: int = 0  # of a random decoder, before all others: a click means a place
+    decoder_warmup_steps: int = 0  # of a random decoder, before all others: a click means a place
     rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
     point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
     spacing_mm: float = 1.5  # that the network is meant for
     zoom: float = 2.0  # largest factor on the spacing, up and down
     stretch: float = 1.15  # the same for each axis by itself
+    flips: tuple[float, float, float] = (0.5, 0.5, 0.5)  # probability along R, A, S
+    recolour: float = 0.0  # share of the crops of scans that get a random contrast
     objects: int = 12  # of a volume
     interactions: int = 4  # steps with each object
+    graded: tuple[int, ...] = ()  # steps, counted from 0, that are part of the loss; (): all
+    deep_share: float = 0.5  # of the clicks that go to the deepest place of an error
     without_point: tuple[int, ...] = ()  # steps, counted from 0, that only refine the last mask
     clicks: Literal["newest", "all"] = "newest"  # that a step is given
-    detach: bool = True  # no gradient through masks that are fed back
     balance: float = 0.5  # 1: the voxels of an object weigh as much as all others; 0: as one each
     quality_weight: float = 0.1  # of the predicted Dice in the loss
-    objectives: tuple[Literal["clicks", "reconstruction", "contrast"], ...] = ("clicks",)
+    objectives: tuple[Literal["clicks", "dense", "reconstruction", "contrast"], ...] = ("clicks",)
+    dense_classes: tuple[str, ...] = ()  # of all voxels; without Left and Right
+    dense_weight: float = 1.0  # beside the clicks
     hidden_share: float = 0.6  # of the patches, where those are told from the rest
     reconstruction_weight: float = 1.0  # beside the clicks
     contrast_weight: float = 1.0  # beside the clicks
     smallest_vox: tuple[int, int] = (2000, 200)  # of objects that are asked for, first and last
-    structures: tuple[int, int] = (5, 12)  # most in a made-up volume, first and last
+    structures: tuple[int, int] = (5, 12)  # most in a synthetic volume, first and last
     curriculum_steps: int = 0  # from the first to the last of these; 0: all is as in the end
     steps: int = 1000  # of the optimiser
+    first_step: int = 0  # steps that the weights have behind them: samples and schedule go on there
+    decay_steps: int | None = None  # last steps, in which a constant rate falls to 0; None: cosine
+    optimizer: Literal["adamw", "muon"] = "adamw"
     batch: int = 1  # volumes per process and pass
     accumulate: int = 1  # passes per step, whose gradients are averaged
     lr: float = 5e-4  # of the image encoder
@@ -116,7 +127,8 @@ class Config:
     warmup_steps: int = 100
     clip: float = 1.0  # of the gradient's norm
     ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"  # on a CPU: of encoder and high-resolution maps
+    compiled: bool = False  # the encoder, by torch.compile
     validate_every: int = 500  # steps
     log_every: int = 10  # steps
     save_every_s: float = 300.0  # seconds between checkpoints
@@ -152,20 +164,7 @@ def main(cfg: Config) -> dict[str, float]:
     run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
     say(f"{config.dump(cfg)}hash of what counts: {config.digest(cfg, leave_out=('name', *FREE))}")
 
-    torch.manual_seed(cfg.seed)
-    network = sam(
-        cfg.variant,
-        pretrained=cfg.weights is not None,
-        weights=cfg.weights,
-        img_size=cfg.img_size,
-        rel_pos=cfg.rel_pos,
-        point_pos=cfg.point_pos,
-    )
-    if cfg.weights is None:
-        start_afresh(network)
-        if cfg.rehearsal_steps and not run.checkpoints:
-            soft_dice = rehearse_places(network, cfg.rehearsal_steps)
-            say(f"balls around clicks after the rehearsal: soft Dice {soft_dice:.3f}")
+    network = make_network(cfg, warm_up=not run.checkpoints, say=say)
     side_vox = network.img_size[0]
     before = trained_before(cfg.weights)
     training, validation, seen = open_sources(cfg, before)
@@ -175,17 +174,18 @@ def main(cfg: Config) -> dict[str, float]:
         "mask_decoder": cfg.decoder_lr,
         "reconstruction": 1.0,
         "contrast": 1.0,
+        "dense": 1.0,
     }
     objective = make_objective(cfg, network)
     parts = nn.ModuleDict(dict(network.named_children()))
     # In one order always: a checkpoint knows the optimiser's parameters by their numbers.
-    for name in ("reconstruction", "contrast"):
+    for name in ("reconstruction", "contrast", "dense"):
         if (part := getattr(objective, name)) is not None:
             parts[name] = part
-    optimizer = optim.part_scaled(parts, scales, weight_decay=cfg.weight_decay)
+    optimizer = optim.part_scaled(parts, scales, weight_decay=cfg.weight_decay, name=cfg.optimizer)
     say(optim.describe(parts, optimizer, cfg.lr))
     ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
-    progress = Progress(accelerator.num_processes)
+    progress = Progress(accelerator.num_processes, step=cfg.first_step)
     means = engine.Means(accelerator)
     schedule = engine.Schedule(
         steps=cfg.steps,
@@ -196,6 +196,8 @@ def main(cfg: Config) -> dict[str, float]:
         log_every=cfg.log_every,
         save_every_s=cfg.save_every_s,
         seed=cfg.seed,
+        first_step=cfg.first_step,
+        decay_steps=cfg.decay_steps,
     )
 
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
@@ -215,8 +217,10 @@ def main(cfg: Config) -> dict[str, float]:
         steps=cfg.interactions,
         samples=cfg.steps * per_step,
         seed=(cfg.seed, 0),
-        augment=augmentation(),
+        augment=augmentation(cfg.flips),
         patches=patches,
+        classes=len(cfg.dense_classes),
+        recolour=cfg.recolour,
     )
     scored = scored_stream(cfg, validation, network)
 
@@ -247,7 +251,7 @@ def main(cfg: Config) -> dict[str, float]:
                 bar,
                 means.taken,
             )
-            scores = validate(accelerator, ema.module, scored)
+            scores = validate(accelerator, ema.module, scored, cfg.clicks)
             bar.write(f"step {progress.step}: {scores}")
             run.record(step=progress.step, **scores)
             progress.scored(scores["mean_dice"])
@@ -257,6 +261,27 @@ def main(cfg: Config) -> dict[str, float]:
                 save_weights(path, averaged, cfg, seen, volumes, before)
             run.save(accelerator, state)
     return scores
+
+
+def make_network(cfg: Config, *, warm_up: bool, say: Callable[[str], object]) -> Sam3D:
+    """The network that the training starts from."""
+    torch.manual_seed(cfg.seed)
+    network = sam(
+        cfg.variant,
+        pretrained=cfg.weights is not None,
+        weights=cfg.weights,
+        img_size=cfg.img_size,
+        rel_pos=cfg.rel_pos,
+        point_pos=cfg.point_pos,
+    )
+    if cfg.weights is None:
+        init_weights(network)
+        if cfg.decoder_warmup_steps and warm_up:
+            soft_dice = warm_up_decoder(network, cfg.decoder_warmup_steps)
+            say(f"balls around clicks after the warm-up of the decoder: soft Dice {soft_dice:.3f}")
+    if cfg.compiled:
+        network.image_encoder.compile()
+    return network
 
 
 def scored_stream(
@@ -288,9 +313,10 @@ def make_objective(cfg: Config, network: Sam3D) -> Objective:
     image_encoder = network.image_encoder
     interaction = Interaction(
         network,
+        graded=cfg.graded or None,
         without_point=cfg.without_point,
         clicks=cfg.clicks,
-        detach=cfg.detach,
+        deep_share=cfg.deep_share,
         balance=cfg.balance,
         quality_weight=cfg.quality_weight,
     )
@@ -303,8 +329,14 @@ def make_objective(cfg: Config, network: Sam3D) -> Objective:
             else None
         ),
         contrast=Contrast(image_encoder) if "contrast" in cfg.objectives else None,
+        dense=(
+            DenseLabels(image_encoder.out_chans // 8, len(cfg.dense_classes))
+            if "dense" in cfg.objectives
+            else None
+        ),
         reconstruction_weight=cfg.reconstruction_weight,
         contrast_weight=cfg.contrast_weight,
+        dense_weight=cfg.dense_weight,
     )
 
 
@@ -330,8 +362,9 @@ def open_sources(
     seen: dict[str, list[str]] = {}
     for source in cfg.sources:
         if source == SYNTHETIC:
-            training.append(MadeUp())
-            scored.append(MadeUp())
+            training.append(SyntheticSource())
+            if not cfg.scored or SYNTHETIC in cfg.scored:
+                scored.append(SyntheticSource())
             seen[SYNTHETIC] = []
             continue
         name, mine, apart = choose_cases(cfg, source)
@@ -344,13 +377,33 @@ def open_sources(
             (mine, training, cfg.zoom, cfg.stretch),
             (apart, scored, 1.0, 1.0),
         ):
-            scans = [
-                read_scan(entry.case, SAM_MED3D.intensity_mode(entry.modality)) for entry in cases
-            ]
+            scans = [_scan_of(entry, cfg.dense_classes) for entry in cases]
             if scans:
-                sources.append(Scans(name, scans, cfg.spacing_mm, zoom=zoom, stretch=stretch))
+                sources.append(ScanSource(name, scans, cfg.spacing_mm, zoom=zoom, stretch=stretch))
         seen[name] = [entry.case.id for entry in mine]
     return training, scored, seen
+
+
+def _scan_of(entry: ClickCase, dense_classes: Sequence[str]) -> Scan:
+    """A case with the numbers of its dense classes, and which of these were looked for."""
+    number_of = {name: number for number, name in enumerate(dense_classes, start=1)}
+    plain = {
+        value: name.removeprefix("Left").removeprefix("Right")
+        for value, name in (entry.labels or {}).items()
+    }
+    classes = {value: number_of[name] for value, name in plain.items() if name in number_of}
+    drawn = {
+        value
+        for value, name in (entry.labels or {}).items()
+        if entry.case.annotated is None or name in entry.case.annotated
+    }
+    # A class of two sides is known only where both were looked for.
+    known = {
+        number
+        for number in classes.values()
+        if all(value in drawn for value, other in classes.items() if other == number)
+    }
+    return read_scan(entry.case, SAM_MED3D.intensity_mode(entry.modality), classes, known)
 
 
 def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
@@ -382,7 +435,7 @@ def choose_cases(cfg: Config, source: str) -> tuple[str, list[ClickCase], list[C
     held_out = {name for fold in cfg.held_out_folds for name in read_fold(dataset, fold).val}
     cases = [c for c in cases if c.case.id not in held_out]
     apart: set[str] = set()
-    if cfg.val_cases:
+    if cfg.val_cases and (not cfg.scored or source in cfg.scored):
         apart.update(few_subjects(dataset, [c.case.id for c in cases], cfg.val_cases, cfg.seed))
     return (
         found.name,
@@ -391,11 +444,14 @@ def choose_cases(cfg: Config, source: str) -> tuple[str, list[ClickCase], list[C
     )
 
 
-def augmentation() -> Compose:
+def augmentation(flips: Sequence[float] = (0.5, 0.5, 0.5)) -> Compose:
     """Random changes under which an object stays the object that it is."""
     return Compose(
         [
-            *(RandFlipd(["image", "label"], prob=0.5, spatial_axis=axis) for axis in range(3)),
+            *(
+                RandFlipd(["image", "label"], prob=prob, spatial_axis=axis)
+                for axis, prob in enumerate(flips)
+            ),
             RandAdjustContrastd("image", prob=0.3, gamma=(0.6, 1.7), invert_image=True),
             RandScaleIntensityd("image", prob=0.3, factors=0.3),
             RandGaussianSmoothd("image", prob=0.15),
@@ -405,7 +461,10 @@ def augmentation() -> Compose:
 
 
 def validate(
-    accelerator: Accelerator, objective: Objective, crops: ObjectStream
+    accelerator: Accelerator,
+    objective: Objective,
+    crops: ObjectStream,
+    clicks: Literal["newest", "all"],
 ) -> dict[str, float]:
     """Mean Dice after the scored clicks on objects of crops that stay the same, by source too.
 
@@ -417,7 +476,9 @@ def validate(
     for number in range(accelerator.process_index, len(crops), accelerator.num_processes):
         crop = {key: value.to(accelerator.device) for key, value in crops[number].items()}
         with accelerator.autocast(), torch.no_grad():
-            dice = dice_per_click(network, crop["image"], crop["objects"], max(SCORED_CLICKS))
+            dice = dice_per_click(
+                network, crop["image"], crop["objects"], max(SCORED_CLICKS), given=clicks
+            )
             errors: dict[str, float] = {}
             if objective.reconstruction is not None or objective.contrast is not None:
                 _, figures = objective({key: value[None] for key, value in crop.items()})
@@ -426,11 +487,11 @@ def validate(
         mine.append((number, name, dice.mean(0).tolist(), errors))
     rows = sorted(gather_object(mine))
     scores = {}
-    for clicks in SCORED_CLICKS:
-        of = [(name, dice[clicks - 1]) for _, name, dice, _ in rows]
-        scores[f"dice_{clicks}"] = float(np.mean([dice for _, dice in of]))
+    for number in SCORED_CLICKS:
+        of = [(name, dice[number - 1]) for _, name, dice, _ in rows]
+        scores[f"dice_{number}"] = float(np.mean([dice for _, dice in of]))
         for name in sorted({name for name, _ in of}):
-            scores[f"dice_{clicks}_{name}"] = float(np.mean([d for n, d in of if n == name]))
+            scores[f"dice_{number}_{name}"] = float(np.mean([d for n, d in of if n == name]))
     for name in rows[0][3]:
         scores[name] = float(np.mean([errors[name] for *_, errors in rows]))
     return {"mean_dice": scores[f"dice_{max(SCORED_CLICKS)}"], **scores}
@@ -454,7 +515,7 @@ def save_weights(
         network: To be written.
         cfg: Of the run.
         seen: Names of the cases by data set.
-        volumes: That were drawn for training, crops of cases and made-up ones.
+        volumes: That were drawn for training, crops of cases and synthetic ones.
         before: What the weights that it began with say of their training.
     """
     start: Weights | None = network.pretrained_cfg

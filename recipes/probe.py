@@ -42,7 +42,7 @@ from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.features import token_maps
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.registry import Weights
-from sammed3d_backbone.pretraining.init import give_places
+from sammed3d_backbone.pretraining.init import init_sincos_pos_embed
 from sammed3d_backbone.provenance import cores, provenance, strip_directory
 from sammed3d_backbone.training.runs import runs_folder
 
@@ -84,7 +84,7 @@ def main(cfg: Config) -> None:
     # All before the first is probed, so that a wrong file costs no work.
     networks = {BASELINE: encoder(pretrained=False, **card.encoder).eval()}
     networks["placed"] = copy.deepcopy(networks[BASELINE])
-    give_places(networks["placed"])
+    init_sincos_pos_embed(networks["placed"])
     for name, weights in {"scratch": model, "pretrained": cfg.weights}.items():
         if weights is not None:
             networks[name] = encoder(weights=weights, **card.encoder).eval()

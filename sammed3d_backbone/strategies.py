@@ -190,6 +190,21 @@ def deep(errors: Errors) -> Click | None:
     return _drawn_from(chosen > max(missed_mm, extra_mm) / 2, errors)
 
 
+def deepest(errors: Errors) -> Click | None:
+    """One of the deepest voxels, missed or extra, whichever goes deeper; missed ones at a tie.
+
+    Depth is counted in steps to any of the 26 neighbours, and what lies outside the volume is not
+    of the error. Training uses it in batched form, `pretraining.click_cells`.
+    """
+    depths = [
+        ndimage.distance_transform_cdt(np.pad(part, 1), metric="chessboard")[(slice(1, -1),) * 3]
+        for part in (errors.missed, errors.extra)
+    ]
+    missed, extra = (int(depth.max()) for depth in depths)
+    depth = depths[0] if missed >= extra else depths[1]
+    return _drawn_from((depth == max(missed, extra)) & (depth > 0), errors)
+
+
 def joint_centre(errors: Errors) -> Click | None:
     """The deepest voxel of the largest error, missed and extra voxels taken together.
 

@@ -11,6 +11,7 @@ from sammed3d_backbone.strategies import (
     Draws,
     Errors,
     deep,
+    deepest,
     joint_centre,
     largest_centre,
     uniform,
@@ -21,7 +22,7 @@ ORNTS = [
     for axes in itertools.permutations(range(3))
     for flips in itertools.product((1, -1), repeat=3)
 ]
-STRATEGIES = [largest_centre, uniform, deep, joint_centre]
+STRATEGIES = [largest_centre, uniform, deep, deepest, joint_centre]
 
 
 def box(shape, *boxes):
@@ -55,7 +56,7 @@ def test_a_perfect_mask_gets_no_click(strategy, rng):
     assert strategy(errors(truth, truth)) is None
 
 
-@pytest.mark.parametrize("strategy", [largest_centre, uniform, deep])
+@pytest.mark.parametrize("strategy", [largest_centre, uniform, deep, deepest])
 @pytest.mark.parametrize("ornt", ORNTS, ids=lambda ornt: "".join(orientations.ornt2axcodes(ornt)))
 @pytest.mark.parametrize("turned", [0, 45], ids=["straight", "at 45 degrees"])
 def test_the_storage_of_a_volume_moves_no_click(strategy, ornt, turned, rng):
@@ -191,6 +192,14 @@ def test_deep_clicks_go_to_the_deeper_side():
     # The missed box is 2 deep, the extra one 1: only the missed one is clicked.
     truth, mask = box((9, 9, 9), [(0, 3)] * 3), box((9, 9, 9), [(5, 9), (5, 7), (5, 7)])
     assert {deep(errors(truth, mask, name=name)) for name in range(9)} == {Click((1, 1, 1), True)}
+
+
+def test_deepest_clicks_go_to_the_deepest_voxels_of_the_deeper_side():
+    # The missed bar is 2 deep along its middle line, the extra cube 2 deep in its middle.
+    truth, mask = box((9, 9, 9), [(0, 6), (0, 3), (0, 3)]), box((9, 9, 9), [(6, 9)] * 3)
+    found = {deepest(errors(truth, mask, name=name)) for name in range(60)}
+    assert found == {Click((x, 1, 1), True) for x in range(1, 5)}
+    assert deepest(errors(truth & False, mask)) == Click((7, 7, 7), False)
 
 
 def test_joint_clicks_take_missed_and_extra_voxels_together():

@@ -102,8 +102,10 @@ def score(weights: Path, wanted: pretrain_promptable.Config, crops: int) -> pd.D
     for number in tqdm(range(len(stream)), desc=f"{wanted.name}: crops", leave=False):
         crop = stream[number]
         with torch.no_grad():
-            dice = dice_per_click(network, crop["image"], crop["objects"], max(CLICKS))
-        chosen = dice[:, [clicks - 1 for clicks in CLICKS]].numpy().round(5)
+            dice = dice_per_click(
+                network, crop["image"], crop["objects"], max(CLICKS), given=wanted.clicks
+            )
+        chosen = dice[:, [clicks - 1 for clicks in CLICKS]].round(5)
         source = stream.sources[int(crop["source"])].name
         rows.append(pd.DataFrame(chosen, columns=DICE).assign(crop=number, source=source))
     return pd.concat(rows, ignore_index=True)[["crop", "source", *DICE]]

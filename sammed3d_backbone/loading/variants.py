@@ -19,6 +19,8 @@ class DecoderSizes:
         mlp_dim: Hidden width of the MLPs.
         iou_head_hidden_dim: Hidden width of the quality head.
         point_pos: Position code of clicks at random initialisation.
+        high_resolution: Whether the mask decoder also reads maps of the image at two and four
+            times the token grid, see `models.high_resolution`; the released networks do not.
     """
 
     mask_in_chans: int = 16
@@ -26,6 +28,7 @@ class DecoderSizes:
     mlp_dim: int = 2048
     iou_head_hidden_dim: int = 256
     point_pos: Literal["swapped", "aligned"] = "swapped"
+    high_resolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,26 @@ TINY = Variant(
 VARIANTS: dict[str, Variant] = {
     "tiny": TINY,
     "tiny_96": replace(TINY, out_chans=96),
+    # The working name of the next `tiny`: a wider neck and decoder, and sharp masks.
+    "tiny_next": replace(
+        TINY,
+        out_chans=128,
+        decoder=DecoderSizes(
+            num_heads=8,
+            mlp_dim=256,
+            iou_head_hidden_dim=64,
+            point_pos="aligned",
+            high_resolution=True,
+        ),
+    ),
+    "nano": replace(
+        TINY,
+        embed_dim=128,
+        depth=6,
+        num_heads=2,
+        global_attn_indexes=tuple(range(6)),
+        decoder=replace(TINY.decoder, high_resolution=True),
+    ),
     "vit_b": Variant(
         img_size=128,
         patch_size=16,

@@ -7,15 +7,29 @@ spacing and windows are the predictor's. Letters: P prompts, N points, F width o
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sammed3d_backbone.models.attention import Grid
+from sammed3d_backbone.models.high_resolution import HighResolution
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
 from sammed3d_backbone.models.prompt_encoder import PointPos, Points, PromptEncoder3D
+
+
+class Encoding(NamedTuple):
+    """What the network knows of an image before any prompt: all that a cache has to keep.
+
+    Shapes:
+        embedding: (B, F, x, y, z), the image encoder's output.
+        maps: none, or two of `HighResolution`: (B, F / 4, 2 x, 2 y, 2 z) and
+            (B, F / 8, 4 x, 4 y, 4 z).
+    """
+
+    embedding: Tensor
+    maps: tuple[Tensor, ...] = ()
 
 
 class Sam3D(nn.Module):
@@ -55,12 +69,14 @@ class Sam3D(nn.Module):
         mlp_dim: int,
         iou_head_hidden_dim: int,
         point_pos: PointPos,
+        high_resolution: bool = False,
     ) -> "Sam3D":
         """An encoder with a random prompt encoder and mask decoder of its sizes.
 
         The other arguments are those of `PromptEncoder3D` and `MaskDecoder3D`.
         """
         embed_dim = image_encoder.out_chans
+        maps = HighResolution(image_encoder.in_chans, embed_dim, image_encoder.patch_size)
         return cls(
             image_encoder,
             PromptEncoder3D(
@@ -75,6 +91,7 @@ class Sam3D(nn.Module):
                 num_heads=num_heads,
                 mlp_dim=mlp_dim,
                 iou_head_hidden_dim=iou_head_hidden_dim,
+                high_resolution=maps if high_resolution else None,
             ),
         )
 
@@ -86,25 +103,39 @@ class Sam3D(nn.Module):
     def forward(
         self, x: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
     ) -> Tensor:
-        return self.upsample(self.decode(self.image_encoder(x), points, mask_logits))
+        return self.upsample(self.decode(self.encode(x), points, mask_logits))
+
+    def encode(self, x: Tensor) -> Encoding:
+        """Everything that prompts are decoded on, computed once per image."""
+        embedding = self.image_encoder(x)
+        if self.mask_decoder.high_resolution is None:
+            return Encoding(embedding)
+        return Encoding(embedding, self.mask_decoder.high_resolution(x, embedding))
 
     def decode(
-        self, embedding: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
+        self,
+        encoding: Encoding | Tensor,
+        points: Points | None = None,
+        mask_logits: Tensor | None = None,
     ) -> Tensor:
-        """Mask logits of prompts on a precomputed embedding.
+        """Mask logits of prompts on an image that is encoded already.
 
         Without `mask_logits` the network reads a mask of zeros, as in its training; the embedding
         that means "no mask" got no gradient there. Without points it goes by the mask alone, as
         some passes of its training did.
 
         Shapes:
-            embedding: (1 or P, F, x, y, z), the image encoder's output.
+            encoding: of one image, or of B images with P / B consecutive prompts each; a network
+                without high-resolution maps takes the bare embedding, too.
             returns: (P, 1, 4 x, 4 y, 4 z), to be fed back with the next click.
         """
-        return self.predict_masks(embedding, points, mask_logits)[0]
+        return self.predict_masks(encoding, points, mask_logits)[0]
 
     def predict_masks(
-        self, embedding: Tensor, points: Points | None = None, mask_logits: Tensor | None = None
+        self,
+        encoding: Encoding | Tensor,
+        points: Points | None = None,
+        mask_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mask logits as from `decode`, and the Dice that the network predicts for them.
 
@@ -113,11 +144,16 @@ class Sam3D(nn.Module):
         Shapes:
             returns: (P, 1, 4 x, 4 y, 4 z) and (P, 1).
         """
+        embedding, maps = Encoding(encoding) if isinstance(encoding, Tensor) else encoding
         if mask_logits is None:
             mask_logits = embedding.new_zeros(1, 1, *self.prompt_encoder.mask_size)
         sparse, dense = self.prompt_encoder(points=points, masks=mask_logits)
+        if maps and points is not None:
+            sparse = sparse + self.mask_decoder.at_points(maps, points, self.img_size)
+        if 1 < len(embedding) < len(sparse):
+            embedding = embedding.repeat_interleave(len(sparse) // len(embedding), dim=0)
         predicted: tuple[Tensor, Tensor] = self.mask_decoder(
-            embedding, self.prompt_encoder.get_dense_pe(), sparse, dense
+            embedding, self.prompt_encoder.get_dense_pe(), sparse, dense, maps=maps
         )
         return predicted
 

@@ -1,8 +1,8 @@
-"""Random values that a transformer trains well from, put into a network that is to begin anew.
+"""Random initialisation from which the promptable network trains well.
 
-With torch's own values, training by clicks stays for hundreds of steps where every click gets the
-same answer: what a click says is drowned on its way to the mask. `start_afresh` lets it through,
-and after `rehearse_places` it means a place.
+With torch's own initialisation, training by clicks stays for hundreds of steps where every click
+gets the same answer, because what a click says is lost on its way to the mask. `init_weights` lets
+it through, and after `warm_up_decoder` a click means a place.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from monai.networks.blocks.pos_embed_utils import build_sincos_position_embeddin
 from torch import Tensor, nn
 
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-from sammed3d_backbone.models.sam import Sam3D
+from sammed3d_backbone.models.sam import Encoding, Sam3D
 from sammed3d_backbone.models.two_way import PromptAttention
 from sammed3d_backbone.training.optim import set_lr, warmup_cosine
 
 # Chosen by how soon a decoder on random embeddings answered a click with a ball around it.
 GAIN = 1.7  # of queries and keys
 QUIET = 0.25  # of the image beside its position code, whose numbers have this size, too
-WARMUP = 20  # a part of the rehearsal
+WARMUP = 20  # one over the share of the steps in which the learning rate goes up
 
 
 @torch.no_grad()
-def give_places(encoder: ImageEncoder3D) -> None:
-    """Puts sines and cosines into the position table, so that tokens know their place."""
+def init_sincos_pos_embed(encoder: ImageEncoder3D) -> None:
+    """Fills the position table with sines and cosines, so that tokens know their place."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # MONAI's call of it
         table = build_sincos_position_embedding(list(encoder.grid), encoder.embed_dim)
@@ -36,12 +36,13 @@ def give_places(encoder: ImageEncoder3D) -> None:
 
 
 @torch.no_grad()
-def start_afresh(network: Sam3D) -> None:
-    """Values for a network without any.
+def init_weights(network: Sam3D) -> None:
+    """Initialises all parts of the network.
 
     - The position table of the encoder holds sines and cosines; the released code begins with
       zeros, in which tokens do not know their place.
-    - Linear layers and the stem have Xavier's values.
+    - Linear layers and the stem get Xavier's uniform initialisation.
+    - What high-resolution maps add to a click begins at zero.
     - Where prompts and image read each other, queries and keys begin with one projection, values
       come through as they are, and the image and the kinds of clicks are quiet beside the position
       codes: a click attends to its own place, and its place to the click. It helps with consistent
@@ -51,7 +52,7 @@ def start_afresh(network: Sam3D) -> None:
         network: Promptable.
     """
     encoder, decoder = network.image_encoder, network.mask_decoder
-    give_places(encoder)
+    init_sincos_pos_embed(encoder)
     stem = encoder.patch_embed.proj
     for module in (stem, *network.modules()):
         if module is stem or isinstance(module, nn.Linear):
@@ -67,18 +68,20 @@ def start_afresh(network: Sam3D) -> None:
     neck = encoder.neck if isinstance(encoder.neck, nn.Sequential) else ()
     for norm in (*neck[-1:], *(layer.norm4 for layer in decoder.transformer.layers)):
         nn.init.constant_(norm.get_parameter("weight"), QUIET)
+    if decoder.high_resolution is not None:
+        nn.init.zeros_(decoder.high_resolution.to_point.weight)
     for kind in network.prompt_encoder.point_embeddings:
         nn.init.normal_(kind.get_parameter("weight"), std=0.02)
 
 
-def rehearse_places(network: Sam3D, steps: int, *, objects: int = 12, lr: float = 3e-3) -> float:
+def warm_up_decoder(network: Sam3D, steps: int, *, objects: int = 12, lr: float = 3e-3) -> float:
     """Teaches prompts and decoder, without any image, that a click means what is around it.
 
     Clicks in the middle of balls are to be answered with the balls, on random numbers in place of
     an embedding. Training by clicks then begins with a ball around each click.
 
     Args:
-        network: Promptable, after `start_afresh`.
+        network: Promptable, after `init_weights`.
         steps: Of the optimiser, 1 or more.
         objects: Balls of a step, P.
         lr: Largest learning rate; it goes down to 0 along a cosine.
@@ -93,9 +96,9 @@ def rehearse_places(network: Sam3D, steps: int, *, objects: int = 12, lr: float 
     soft_dice = 0.0
     for step in range(steps):
         points, truth = balls.draw(objects)
-        embedding = QUIET * torch.randn(balls.embedding_shape)
+        encoding = balls.random_encoding()
         clicks = torch.ones(objects, 1, dtype=torch.long)
-        logits = network.decode(embedding, (points.unsqueeze(1), clicks))
+        logits = network.decode(encoding, (points.unsqueeze(1), clicks))
         weight = (1 / truth.mean() - 1) ** 0.7  # a ball is small; see Interaction's balance
         not_dice = dice_loss(logits, truth)
         wrong = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight)
@@ -117,11 +120,20 @@ class _Balls:
         self.sides = network.img_size
         self.radius = min(self.sides) / 5
         self.embedding_shape = (1, encoder.out_chans, *encoder.grid)
+        self.maps = network.mask_decoder.high_resolution
         axes = [
             (torch.arange(4 * tokens) + 0.5) * side / (4 * tokens) - 0.5  # middles, in voxels
             for tokens, side in zip(encoder.grid, self.sides, strict=True)
         ]
         self.places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+    def random_encoding(self) -> Encoding:
+        """Random numbers in place of what the encoder makes of an image."""
+        embedding = QUIET * torch.randn(self.embedding_shape)
+        if self.maps is None:
+            return Encoding(embedding)
+        with torch.no_grad():
+            return Encoding(embedding, self.maps(torch.randn(1, 1, *self.sides), embedding))
 
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         """Middles in voxels, (P, 3), and which parts of the mask are inside, (P, 1, x, y, z)."""

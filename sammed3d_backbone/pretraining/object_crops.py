@@ -1,17 +1,17 @@
 """Labelled volumes of many kinds -> numbered crops, each with objects that can be clicked.
 
-`Scans` cuts crops out of real volumes at a random spacing, `MadeUp` makes volumes; `ObjectStream`
-mixes such sources and picks the objects. As in `crops`, sample number n of a run is a pure function
-of (seed, n), the random numbers of its clicks included, so that neither a kill nor another number
-of processes changes what is seen.
+`ScanSource` cuts crops out of real volumes at a random spacing, `SyntheticSource` generates
+volumes; `ObjectStream` mixes such sources and picks the objects. As in `crops`, sample number n of
+a run is a pure function of (seed, n), the random numbers of its clicks included, so that neither a
+kill nor another number of processes changes what is seen.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,24 @@ from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 
-Crop = tuple[Tensor, Tensor]  # image and labels
+Classes = Mapping[int, int]  # value of a label -> number of its class, from 1
 PARTS_OF_PATCH = 8
 TRIES = 10  # crops of a source, until one holds an object that is large enough
+FINEST = 1 / 3  # of a scan's spacing: there is nothing more to be seen in finer crops
+
+
+class Crop(NamedTuple):
+    """A cube of a volume.
+
+    Shapes:
+        image: (1, S, S, S) float32.
+        labels: (1, S, S, S) integers, 0 for no object.
+    """
+
+    image: Tensor
+    labels: Tensor
+    classes: Classes
+    known: frozenset[int]  # classes that were looked for in the volume
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,7 @@ class Curriculum:
 
     Args:
         smallest_vox: Voxels of the smallest object that is asked for.
-        structures: Most structures in a made-up volume.
+        structures: Most structures in a synthetic volume.
         samples: After so many, all is as in the end.
     """
 
@@ -60,29 +75,28 @@ class Source(Protocol):
     """Where crops come from."""
 
     name: str
+    is_real: bool  # scans, whose contrast may be randomised
 
     def draw(
         self, rng: np.random.Generator, side_vox: int, smallest_vox: int, structures: int
     ) -> Crop:
-        """A crop, of which an object of so many voxels may be asked for.
-
-        Shapes:
-            returns: image (1, S, S, S) float32 and labels (1, S, S, S) integers, 0 for no object.
-        """
+        """A crop, of which an object of so many voxels may be asked for."""
 
 
 @dataclass(frozen=True)
-class MadeUp:
-    """Made-up volumes, see `synthetic`."""
+class SyntheticSource:
+    """Synthetic volumes, see `synthetic`."""
 
     name: str = "synthetic"
+    is_real: bool = False
 
     def draw(
         self, rng: np.random.Generator, side_vox: int, smallest_vox: int, structures: int
     ) -> Crop:
         """See `Source`."""
         how = Synthesis(structures=(min(3, structures), structures), smallest_vox=smallest_vox)
-        return synthetic_sample(int(rng.integers(2**32)), side_vox, how)
+        sample = synthetic_sample(int(rng.integers(2**32)), side_vox, how)
+        return Crop(*sample, classes={}, known=frozenset())
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +113,11 @@ class Scan:
     labels: Tensor
     zero: Tensor
     spacing_mm: TripleMm
+    classes: Classes = field(default_factory=dict)
+    known: frozenset[int] = frozenset()  # classes that were looked for
 
     def crop(self, centre_vox: Sequence[float], side_vox: int, spacing_mm: TripleMm) -> Crop:
-        """Image and labels of a cube around a place, (1, S, S, S) each."""
+        """A cube around a place."""
         window, shape, start = [slice(None)], [], []
         sides = zip(centre_vox, self.image.shape[1:], self.spacing_mm, spacing_mm, strict=True)
         for centre, n, own, wanted in sides:
@@ -116,11 +132,20 @@ class Scan:
         geometry = geometry.boxed((i, j, k), (side_vox,) * 3)
         place = tuple(window)
         image = geometry.to_box(geometry.resample(self.image[place]), self.zero)
-        return image, geometry.to_box(geometry.resample_labels(self.labels[place]))
+        labels = geometry.to_box(geometry.resample_labels(self.labels[place]))
+        return Crop(image, labels, self.classes, self.known)
 
 
-def read_scan(case: Case, intensity: str) -> Scan:
+def read_scan(
+    case: Case, intensity: str, classes: Classes | None = None, known: Iterable[int] = ()
+) -> Scan:
     """A case, opened and normalised; its labels keep the values of its file.
+
+    Args:
+        case: The case.
+        intensity: Mode of `data.intensity.normalise`.
+        classes: Number of the class of each value that has one.
+        known: Classes that were looked for in this case.
 
     Raises:
         DatasetError: If image and label do not lie on one grid.
@@ -136,20 +161,23 @@ def read_scan(case: Case, intensity: str) -> Scan:
         geometry.resample_labels(label.array),
         normalised.zero,
         geometry.spacing_mm,
+        classes or {},
+        frozenset(known),
     )
 
 
-class Scans:
+class ScanSource:
     """Crops around the objects of real volumes, each volume and each of its objects as likely.
 
     Args:
         name: Of the source.
         scans: At least one, each with an object.
         spacing_mm: Of the crops, in the middle.
-        zoom: Largest factor on it, and one over the smallest. No crop is finer than half the
-            spacing of its scan: there is nothing more to be seen.
+        zoom: Largest factor on it, and one over the smallest; no crop is finer than `FINEST`.
         stretch: The same for each axis by itself.
     """
+
+    is_real = True
 
     def __init__(
         self,
@@ -179,7 +207,7 @@ class Scans:
         scan = self.scans[which]
         factors = self.zoom ** rng.uniform(-1, 1) * self.stretch ** rng.uniform(-1, 1, 3)
         x, y, z = (
-            max(float(factor) * self.spacing_mm, own / 2)
+            max(float(factor) * self.spacing_mm, own * FINEST)
             for factor, own in zip(factors, scan.spacing_mm, strict=True)
         )
         voxel_share = math.prod(scan.spacing_mm) / (x * y * z)
@@ -199,9 +227,10 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
 
     Shapes:
         returns: ``image`` (1, S, S, S) float32; ``objects`` (P, S, S, S) bool, none of them empty;
-            ``draws`` (N, P) float32 from 0 to 1, for the clicks of N steps; ``hidden`` (T,), too,
-            for T patches that may be hidden; ``labels`` (S, S, S) int16 and ``places`` (8 T,) from
-            0 to 1, for places of objects; ``source`` the number of the source.
+            ``draws`` (N, P, 3) float32 from 0 to 1, for the clicks of N steps; ``hidden`` (T,),
+            too, for T patches that may be hidden; ``labels`` (S, S, S) int16 and ``places`` (8 T,)
+            from 0 to 1, for places of objects; ``classes`` (S, S, S) uint8 and ``known`` (K,) bool
+            for K classes; ``source`` the number of the source.
     """
 
     def __init__(
@@ -217,6 +246,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         seed: tuple[int, ...],
         augment: Augmentation | None = None,
         patches: int = 0,
+        classes: int = 0,
+        recolour: float = 0.0,
     ) -> None:
         """All samples of a run.
 
@@ -231,6 +262,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             seed: Of the run; streams of other numbers see other samples.
             augment: Applied to every crop, as ``image`` and ``label``.
             patches: Number T of the patches of a crop.
+            classes: Number K of the classes.
+            recolour: Share of the crops of scans that get a random contrast.
 
         Raises:
             ValueError: If there is not one positive share for every source.
@@ -249,6 +282,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.augment = augment
         self.patches = patches
+        self.classes = classes
+        self.recolour = recolour
 
     def __len__(self) -> int:
         return self.samples
@@ -256,46 +291,85 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         rng = np.random.default_rng((*self.seed, number))
         which = int(rng.choice(len(self.sources), p=self.shares))
-        image, labels, values = self._crop_with_objects(rng, self.sources[which], number)
+        source = self.sources[which]
+        crop, values = self._crop_with_objects(rng, source, number)
+        image, labels = crop.image, crop.labels
         chosen = np.resize(rng.permutation(values), self.objects)
+        if source.is_real and rng.random() < self.recolour:
+            image = random_contrast(rng, image, labels)
         if self.augment is not None:
             self.augment.set_random_state(seed=int(rng.integers(2**32)))
             changed = self.augment({"image": image, "label": labels})
             # MONAI gives its own subclass of tensors, which would slow down all that follows.
             image, labels = (changed[key].as_subclass(Tensor) for key in ("image", "label"))
+        numbers = torch.arange(1, 1 + self.classes).tolist()
         return {
             "image": image.float().contiguous(),
             "objects": torch.stack([labels[0] == value for value in chosen.tolist()]),
-            "draws": torch.from_numpy(rng.random((self.steps, self.objects), np.float32)),
+            "draws": torch.from_numpy(rng.random((self.steps, self.objects, 3), np.float32)),
             "hidden": torch.from_numpy(rng.random(self.patches, np.float32)),
             "labels": labels[0].to(torch.int16),
             "places": torch.from_numpy(rng.random(PARTS_OF_PATCH * self.patches, np.float32)),
+            "classes": _classes_of(labels[0], crop.classes),
+            "known": torch.tensor([number in crop.known for number in numbers], dtype=torch.bool),
             "source": torch.tensor(which),
         }
 
     def _crop_with_objects(
         self, rng: np.random.Generator, source: Source, number: int
-    ) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+    ) -> tuple[Crop, NDArray[np.int64]]:
         """A crop and the values of the objects in it that are large enough.
 
         If none of several crops has one, it is the largest object of the last crop that has any.
         """
         smallest_vox, structures = self.curriculum.at(number)
-        fallback: tuple[Tensor, Tensor, NDArray[np.int64]] | None = None
+        fallback: tuple[Crop, NDArray[np.int64]] | None = None
         for _ in range(TRIES):
-            image, labels = source.draw(rng, self.side_vox, smallest_vox, structures)
-            values, sizes = np.unique(labels.numpy(), return_counts=True)
-            values, sizes = values[values != 0].astype(np.int64), sizes[values != 0]
-            if (sizes >= smallest_vox).any():
-                return image, labels, values[sizes >= smallest_vox]
+            crop = source.draw(rng, self.side_vox, smallest_vox, structures)
+            counts = np.bincount(crop.labels.numpy().ravel())  # labels are small whole numbers
+            values = np.flatnonzero(counts)
+            values = values[values != 0]
+            if (counts[values] >= smallest_vox).any():
+                return crop, values[counts[values] >= smallest_vox]
             if len(values):
-                fallback = image, labels, values[[sizes.argmax()]]
+                fallback = crop, values[[counts[values].argmax()]]
         if fallback is None:
             raise ValueError(
                 f"{TRIES} crops of {source.name} hold no object; lower smallest_vox=, or leave the "
                 "source out"
             )
         return fallback
+
+
+def random_contrast(rng: np.random.Generator, image: Tensor, labels: Tensor) -> Tensor:
+    """A scan under a contrast that no scanner has: its intensities mapped at random, by label.
+
+    All intensities go through one random piecewise linear curve, which need not rise, and each
+    label gets an offset of its own half of the time; then mean and deviation are as before.
+
+    Shapes:
+        image: (1, S, S, S) float32.
+        labels: (1, S, S, S) integers.
+        returns: (1, S, S, S) float32.
+    """
+    values = image.numpy()
+    low, high = float(values.min()), float(values.max())
+    knots = np.sort(rng.uniform(low, high, 6))
+    levels = rng.normal(0, 1, 8)
+    changed = np.interp(values, [low, *knots, high + 1e-3], levels).astype(np.float32)
+    offsets = rng.normal(0, 0.7, 1 + int(labels.max())) * (rng.random(1 + int(labels.max())) < 0.5)
+    offsets[0] = 0
+    changed = changed + offsets.astype(np.float32)[labels.numpy()]
+    scale = float(values.std()) / max(float(changed.std()), 1e-3)
+    return torch.from_numpy((changed - changed.mean()) * np.float32(scale) + values.mean())
+
+
+def _classes_of(labels: Tensor, classes: Classes) -> Tensor:
+    """Labels as numbers of classes; (S, S, S) -> (S, S, S) uint8."""
+    table = torch.zeros(1 + max((int(labels.max()), *classes)), dtype=torch.uint8)
+    for value, number in classes.items():
+        table[value] = number
+    return table[labels.long()]
 
 
 def _objects(labels: Tensor, most: int = 1024) -> list[tuple[int, NDArray[np.int64]]]:

@@ -1,9 +1,9 @@
 """What a step of pretraining minimises.
 
-Comes in: a batch of `data.objects.ObjectStream`; goes out: the loss, and figures, by one forward
-pass, so that wrappers which average gradients over processes see all of it. Clicks, hidden patches
-and places of objects teach the same encoder, any of them or all; clicks and places share one pass
-of it.
+Comes in: a batch of `object_crops.ObjectStream`; goes out: the loss, and figures, by one forward
+pass, so that wrappers which average gradients over processes see all of it. Clicks, classes, hidden
+patches and places of objects teach the same encoder, any of them or all; all but hidden patches
+share one pass of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import Interaction
 from sammed3d_backbone.pretraining.contrast import Contrast
+from sammed3d_backbone.pretraining.dense_labels import DenseLabels
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 
 
@@ -27,16 +28,18 @@ class Objective(nn.Module):
         with_clicks: Whether the loss of the clicks counts. If not, only the encoder is trained.
         reconstruction: Of hidden patches; None for none.
         contrast: Of places of objects; None for none.
+        dense: Classes of all voxels; None for none. The network has high-resolution maps then.
         reconstruction_weight: Beside the clicks.
         contrast_weight: The same.
+        dense_weight: The same.
 
     Shapes:
-        batch: ``image``, ``objects``, ``draws``, ``hidden``, ``labels`` and ``places`` as the
-            stream has them, with B in front.
+        batch: ``image``, ``objects``, ``draws``, ``hidden``, ``labels``, ``places``, ``classes``
+            and ``known`` as the stream has them, with B in front.
         returns: a scalar, and scalars by name.
 
     Raises:
-        ValueError: If nothing is asked for.
+        ValueError: If nothing is asked for, or classes of a network without high-resolution maps.
     """
 
     def __init__(
@@ -46,22 +49,32 @@ class Objective(nn.Module):
         with_clicks: bool = True,
         reconstruction: Reconstruction | None = None,
         contrast: Contrast | None = None,
+        dense: DenseLabels | None = None,
         reconstruction_weight: float = 1.0,
         contrast_weight: float = 1.0,
+        dense_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if not with_clicks and reconstruction is None and contrast is None:
-            raise ValueError("nothing to learn; give clicks, reconstruction or contrast")
+        if not with_clicks and reconstruction is None and contrast is None and dense is None:
+            raise ValueError("nothing to learn; give clicks, reconstruction, contrast or dense")
+        if dense is not None and interaction.network.mask_decoder.high_resolution is None:
+            raise ValueError("dense labels need a variant with high_resolution, such as tiny_next")
         self.interaction = interaction
         self.with_clicks = with_clicks
         self.reconstruction = reconstruction
         self.contrast = contrast
+        self.dense = dense
         self.reconstruction_weight = reconstruction_weight
         self.contrast_weight = contrast_weight
+        self.dense_weight = dense_weight
         if not with_clicks:
             # Without a gradient, wrappers that average over processes would wait for them.
             self.network.prompt_encoder.requires_grad_(False)
             self.network.mask_decoder.requires_grad_(False)
+            if dense is not None and self.network.mask_decoder.high_resolution is not None:
+                maps = self.network.mask_decoder.high_resolution
+                maps.requires_grad_(True)
+                maps.to_point.requires_grad_(False)
 
     @property
     def network(self) -> Sam3D:
@@ -73,18 +86,20 @@ class Objective(nn.Module):
         image = batch["image"]
         loss = torch.zeros((), device=image.device)
         figures: dict[str, Tensor] = {}
-        if self.with_clicks or self.contrast is not None:
-            embedding = self.network.image_encoder(image)
+        if self.with_clicks or self.contrast is not None or self.dense is not None:
+            encoding = self.network.encode(image)
         if self.with_clicks:
-            loss, figures = self.interaction.on_embedding(
-                embedding, batch["objects"], batch["draws"]
-            )
+            loss, figures = self.interaction.on_encoding(encoding, batch["objects"], batch["draws"])
         if self.reconstruction is not None:
             error = self.reconstruction(self.network.image_encoder, image, batch["hidden"])
             figures = {**figures, "patch_error": error}
             loss = loss + self.reconstruction_weight * error
         if self.contrast is not None:
-            apart, nearest = self.contrast(embedding, batch["labels"], batch["places"])
+            apart, nearest = self.contrast(encoding.embedding, batch["labels"], batch["places"])
             figures = {**figures, "contrast": apart, "nearest_same": nearest}
             loss = loss + self.contrast_weight * apart
+        if self.dense is not None:
+            unlike, agreement = self.dense(encoding, batch["classes"], batch["known"])
+            figures = {**figures, "dense_loss": unlike.detach(), "dense_dice": agreement}
+            loss = loss + self.dense_weight * unlike
         return loss, figures

@@ -40,6 +40,8 @@ class Schedule:
     save_every_s: float
     seed: int
     freeze_steps: int = 0  # at the start, in which a part of the network is frozen
+    first_step: int = 0  # where the run starts; the warm-up begins there
+    decay_steps: int | None = None  # last steps, in which a constant rate falls to 0; None: cosine
 
     def next_stop(self, step: int) -> int:
         """The step after which training pauses for validation, seen from a finished step."""
@@ -52,11 +54,17 @@ class Schedule:
         rate; when the part joins, all warm up again, since a pretrained part that begins at the
         full rate would lose what it has learned.
 
+        With `decay_steps` the rate is constant until the last steps, in which it falls in a line.
+
         Source: the sawtooth schedule of Wald et al., An OpenMind for 3D medical vision
         self-supervised learning, 2025.
         """
         if step < self.freeze_steps:
             return self.lr * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.decay_steps is not None:
+            up = min(1.0, (step - self.first_step + 1) / (self.warmup_steps + 1))
+            down = (self.steps - step) / self.decay_steps if self.decay_steps else 1.0
+            return self.lr * min(up, down)
         waited = self.freeze_steps
         return self.lr * optim.warmup_cosine(step - waited, self.steps - waited, self.warmup_steps)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import timm.optim
 from torch import nn
@@ -51,29 +51,39 @@ def layer_decayed(
 
 
 def part_scaled(
-    network: nn.Module, scales: Mapping[str, float], *, weight_decay: float = 0.05
-) -> AdamW:
-    """AdamW over a network's trainable parameters, each part with a learning rate of its own.
+    network: nn.Module,
+    scales: Mapping[str, float],
+    *,
+    weight_decay: float = 0.05,
+    name: Literal["adamw", "muon"] = "adamw",
+) -> Optimizer:
+    """An optimiser over trainable parameters, each part of a network with its own learning rate.
 
     Args:
         network: Of named parts.
         scales: Name of a part -> factor on the learning rate; all parts have one.
         weight_decay: Not applied to biases, norms, embeddings and what a part's own
             ``no_weight_decay`` names.
+        name: With "muon", matrices of hidden layers take Muon's steps, scaled to the size of
+            AdamW's; everything else takes AdamW's.
     """
     groups: list[dict[str, Any]] = []
-    for name, part in network.named_children():
+    for part_name, part in network.named_children():
         named: Any = part
         exempt = set(named.no_weight_decay()) if hasattr(part, "no_weight_decay") else set()
         exempt |= {
             f"{place}.weight" for place, m in part.named_modules() if isinstance(m, nn.Embedding)
         }
         groups += [
-            {**group, "lr_scale": scales[name]}
+            {**group, "lr_scale": scales[part_name]}
             for group in timm.optim.param_groups_weight_decay(
                 part, weight_decay, no_weight_decay_list=exempt
             )
         ]
+    if name == "muon":
+        # Biases, norms, embeddings and tables, which no decay is for, are not matrices of layers.
+        marked = [group | {"use_fallback": group["weight_decay"] == 0} for group in groups]
+        return timm.optim.Muon(marked, lr=0.0, nesterov=True, adjust_lr_fn="match_rms_adamw")
     return AdamW(groups, lr=0.0)
 
 

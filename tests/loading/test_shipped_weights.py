@@ -14,7 +14,12 @@ from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.hub import locate
 from sammed3d_backbone.loading.registry import WEIGHTS, Weights, from_metadata
 from sammed3d_backbone.pretraining.click_loss import dice_per_click
-from sammed3d_backbone.pretraining.object_crops import Curriculum, ObjectStream, Scans, read_scan
+from sammed3d_backbone.pretraining.object_crops import (
+    Curriculum,
+    ObjectStream,
+    ScanSource,
+    read_scan,
+)
 
 SHIPPED = sorted(name for name, record in WEIGHTS.items() if record.repo_id is None)
 LARGEST_MB = 24
@@ -92,7 +97,7 @@ def test_a_click_finds_more_of_an_organ_of_an_unseen_patient_than_before_trainin
     unseen = read_fold(dataset, 0).val[:1]
     scans = [read_scan(case, "ct") for case in dataset.cases if case.id in unseen]
     crops = ObjectStream(
-        [Scans("HeadNeckCT", scans, 1.5)],
+        [ScanSource("HeadNeckCT", scans, 1.5)],
         [1.0],
         64,
         Curriculum((1000, 1000), (1, 1), 0),

@@ -15,7 +15,8 @@ from torch import nn
 
 from sammed3d_backbone import sam
 from sammed3d_backbone.loading.variants import VARIANTS
-from sammed3d_backbone.models.mask_decoder import MaskDecoder3D
+from sammed3d_backbone.models.high_resolution import HighResolution
+from sammed3d_backbone.models.mask_decoder import MaskDecoder3D, sorted_into_volume
 from sammed3d_backbone.models.prompt_encoder import PromptEncoder3D
 from sammed3d_backbone.models.two_way import TwoWayLayer
 
@@ -274,7 +275,11 @@ def test_every_variant_has_a_decoder(name):
         _, dense = network.prompt_encoder()
         code = network.prompt_encoder.get_dense_pe()
         assert code.shape == dense.shape == (1, width, *grid)
-        logits, _ = network.mask_decoder(code, code, torch.zeros(2, 3, width), dense)
+        maps = ()
+        if network.mask_decoder.high_resolution is not None:
+            x, y, z = network.img_size
+            maps = network.mask_decoder.high_resolution(torch.zeros(1, 1, x, y, z), code)
+        logits, _ = network.mask_decoder(code, code, torch.zeros(2, 3, width), dense, maps=maps)
         assert logits.shape == (2, 1, *network.prompt_encoder.mask_size)
 
 
@@ -310,3 +315,57 @@ def test_masks_in_bfloat16_are_near_those_in_float32(tiny, embedding):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         coarse = tiny.decode(embedding, points)
     assert relative_error(coarse, tiny.decode(embedding, points)) < 0.05
+
+
+@pytest.fixture
+def sharp():
+    """A small network with high-resolution maps."""
+    torch.manual_seed(0)
+    return sam("tiny_next", pretrained=False, rel_pos="axial", img_size=(16, 24, 16)).eval()
+
+
+def test_high_resolution_maps_lie_where_the_image_lies(sharp, generator):
+    image = torch.randn(1, 1, 16, 24, 16, generator=generator)
+    middle, fine = sharp.encode(image).maps
+    assert middle.shape == (1, 32, 4, 6, 4)
+    assert fine.shape == (1, 16, 8, 12, 8)
+    assert torch.equal(sorted_into_volume(HighResolution.parts(fine, 2)), fine)
+    token = middle[0, :, 2:4, 4:6, 0:2]  # of (1, 2, 0)
+    assert torch.equal(HighResolution.parts(middle, 1)[0, 1, 2, 0].T, token.flatten(1))
+
+
+def test_images_of_a_batch_keep_their_prompts_and_maps(sharp, generator):
+    images = torch.randn(2, 1, 16, 24, 16, generator=generator)
+    points = torch.randint(0, 16, (4, 2, 3), generator=generator), torch.tensor([[1, 0]] * 4)
+    with torch.no_grad():
+        together = sharp.decode(sharp.encode(images), points)
+        for number in range(2):
+            own = slice(2 * number, 2 * number + 2)
+            alone = sharp.decode(sharp.encode(images[[number]]), (points[0][own], points[1][own]))
+            torch.testing.assert_close(together[own], alone, rtol=0, atol=1e-5)
+
+
+def test_upsampling_on_tokens_equals_that_on_volumes(generator):
+    decoder = MaskDecoder3D(embed_dim=16, num_heads=2, mlp_dim=8, iou_head_hidden_dim=8)
+    image = torch.randn(3, 16, 2, 3, 4, generator=generator)
+    volume = decoder.output_upscaling(image)
+    parts = decoder._upscaled(image.movedim(1, -1), ())
+    torch.testing.assert_close(sorted_into_volume(parts), volume)
+
+
+def test_a_click_reads_the_maps_where_it_falls(sharp):
+    maps = torch.zeros(1, 32, 4, 6, 4), torch.zeros(1, 16, 8, 12, 8)
+    maps[1][0, 3, 7, 11, 0] = 1
+    points = torch.tensor([[[15, 23, 0], [13, 23, 0], [-1, 30, 0]]])
+    added = sharp.mask_decoder.at_points(maps, (points, torch.tensor([[1, 0, -1]])), (16, 24, 16))
+    layer = sharp.mask_decoder.high_resolution.to_point
+    torch.testing.assert_close(added[0, 0], layer.weight[:, 32 + 3] + layer.bias)
+    torch.testing.assert_close(added[0, 1], layer.bias)
+    assert not added[0, 2:].any()  # no point, and the token that ends the points
+
+
+def test_maps_and_their_decoder_belong_together(sharp, generator):
+    image = torch.randn(1, 1, 16, 24, 16, generator=generator)
+    points = torch.zeros(1, 1, 3), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="encode"):
+        sharp.decode(sharp.image_encoder(image), points)

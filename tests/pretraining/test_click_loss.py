@@ -5,20 +5,15 @@ import torch
 from torch import nn
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.pretraining.click_loss import (
-    UNREAD,
-    Interaction,
-    dice_per_click,
-    next_points,
-)
+from sammed3d_backbone.pretraining.click_loss import UNREAD, Interaction, dice_per_click
 
 SIDE = 16
 
 
-@pytest.fixture
-def network():
+@pytest.fixture(params=["tiny", "tiny_next"])
+def network(request):
     torch.manual_seed(0)
-    return sam("tiny", pretrained=False, img_size=SIDE)
+    return sam(request.param, pretrained=False, img_size=SIDE, rel_pos="axial")
 
 
 def batch(volumes=1, objects=3, steps=3):
@@ -29,7 +24,7 @@ def batch(volumes=1, objects=3, steps=3):
     image = truth.any(1, keepdim=True) + 0.1 * torch.randn(
         volumes, 1, SIDE, SIDE, SIDE, generator=generator
     )
-    return image, truth, torch.rand(volumes, steps, objects, generator=generator)
+    return image, truth, torch.rand(volumes, steps, objects, 3, generator=generator)
 
 
 @pytest.mark.parametrize("clicks", ["newest", "all"])
@@ -70,47 +65,20 @@ def test_the_encoder_runs_once_for_all_objects_and_steps(network):
     assert shapes == [(1, 1, SIDE, SIDE, SIDE)]
 
 
-def test_gradients_flow_through_fed_back_masks_only_if_asked(network):
-    def gradient(detach):
-        network.zero_grad()
-        Interaction(network, detach=detach)(*batch())[0].backward()
-        return network.mask_decoder.mask_tokens.weight.grad.clone()
-
-    assert not torch.allclose(gradient(True), gradient(False))
-
-
-def test_the_first_step_needs_a_point(network):
-    with pytest.raises(ValueError, match="give without_point= later steps"):
-        Interaction(network, without_point=[0])
+def test_ungraded_steps_lead_to_later_ones_and_are_no_part_of_the_loss(network):
+    image, truth, draws = batch(steps=4)
+    passes = []
+    network.mask_decoder.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    loss, _ = Interaction(network, graded=[0, 3])(image, truth, draws)
+    assert passes == [True, False, False, True]
+    whole, _ = Interaction(network)(image, truth, draws)
+    assert 0 < float(loss.detach()) < float(whole.detach())
 
 
-def test_clicks_fall_on_wrong_voxels_and_say_what_is_there():
-    truth = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
-    truth[:, 1:3, 1:3, 1:3] = True
-    mask = truth.clone()
-    mask[0, 0, 0, 0] = True  # one voxel too much
-    mask[1, 2, 2, 2] = False  # one voxel missed
-    points, labels = next_points(truth, mask, torch.tensor([0.999, 0.0]))
-    assert points.tolist() == [[[0, 0, 0]], [[2, 2, 2]]]
-    assert labels.tolist() == [[0], [1]]
-
-
-def test_where_nothing_is_wrong_the_object_is_clicked():
-    truth = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
-    truth[0, 3, 0, 1:3] = True
-    found = [next_points(truth, truth, torch.tensor([u])) for u in (0.0, 0.49, 0.51, 1.0)]
-    assert [points.tolist()[0][0] for points, _ in found] == [[3, 0, 1]] * 2 + [[3, 0, 2]] * 2
-    assert all(labels.tolist() == [[1]] for _, labels in found)
-
-
-def test_every_wrong_voxel_is_as_likely():
-    truth = torch.ones(1, 2, 2, 2, dtype=torch.bool)
-    shares = torch.arange(800) / 800
-    points, _ = next_points(
-        truth.expand(800, -1, -1, -1), torch.zeros(800, 2, 2, 2, dtype=torch.bool), shares
-    )
-    _, counts = torch.unique(points[:, 0], dim=0, return_counts=True)
-    assert counts.tolist() == [100] * 8
+@pytest.mark.parametrize("wrong", [{"without_point": [0]}, {"graded": [1]}])
+def test_the_first_step_needs_a_point_and_is_graded(network, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Interaction(network, **wrong)
 
 
 class Oracle(nn.Module):
@@ -121,10 +89,10 @@ class Oracle(nn.Module):
         self.objects = objects
         self.calls = 0
 
-    def image_encoder(self, image):
+    def encode(self, image):
         return image
 
-    def decode(self, embedding, points, mask_logits):
+    def decode(self, encoding, points, mask_logits):
         self.calls += 1
         self.seen = points
         return self.objects[:, None].float() - 0.5 if self.calls > 1 else -torch.ones(2, 1, 4, 4, 4)

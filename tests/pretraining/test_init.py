@@ -1,16 +1,16 @@
-"""Random values to begin from."""
+"""Random initialisation."""
 
 import pytest
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.pretraining.init import rehearse_places, start_afresh
+from sammed3d_backbone.pretraining.init import init_weights, warm_up_decoder
 
 
 def test_places_are_told_apart_and_linear_layers_keep_the_scale():
     torch.manual_seed(0)
     network = sam("tiny", pretrained=False, img_size=16)
-    start_afresh(network)
+    init_weights(network)
     table = network.image_encoder.pos_embed.detach().flatten(0, 3)  # (8, E)
     assert torch.unique(table, dim=0).shape == table.shape
     assert 0.9 < float(table.abs().max()) <= 1
@@ -25,7 +25,7 @@ def test_places_are_told_apart_and_linear_layers_keep_the_scale():
 def test_a_click_attends_to_its_own_place_before_any_training():
     torch.manual_seed(0)
     network = sam("tiny", pretrained=False)
-    start_afresh(network)
+    init_weights(network)
     code = network.prompt_encoder.get_dense_pe().flatten(2)[0].T  # (N, F)
     for layer in network.mask_decoder.transformer.layers:
         attention = layer.cross_attn_token_to_image
@@ -34,10 +34,10 @@ def test_a_click_attends_to_its_own_place_before_any_training():
 
 
 @pytest.mark.slow
-def test_after_a_rehearsal_clicks_far_apart_get_masks_apart():
+def test_after_the_warm_up_clicks_far_apart_get_masks_apart():
     torch.manual_seed(0)
     network = sam("tiny", pretrained=False, img_size=32)
-    start_afresh(network)
+    init_weights(network)
     places = torch.tensor([[[6, 6, 6]], [[26, 26, 26]]])
     embedding = torch.zeros(1, 64, 4, 4, 4)
 
@@ -49,20 +49,20 @@ def test_after_a_rehearsal_clicks_far_apart_get_masks_apart():
         return float(min(one[here] - one[there], other[there] - other[here]))
 
     before = favour()
-    soft_dice = rehearse_places(network, 200)
+    soft_dice = warm_up_decoder(network, 200)
     assert favour() > max(1.0, 5 * before)
     assert soft_dice > 0.1
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
 @pytest.mark.slow
-def test_the_rehearsal_needs_the_start():
+def test_the_warm_up_needs_the_initialisation():
     learned = []
-    for start in (lambda _: None, start_afresh):
+    for start in (lambda _: None, init_weights):
         torch.manual_seed(0)
         network = sam("tiny", pretrained=False, img_size=32)
         start(network)
-        learned.append(rehearse_places(network, 200))
+        learned.append(warm_up_decoder(network, 200))
     without, after = learned
     assert without < 0.08
     assert after > 2 * without

@@ -1,18 +1,23 @@
 """Crops with objects to be clicked: pure functions of their number."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from monai.transforms import RandFlipd
 from torch import Tensor
 
 from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.pretraining.object_crops import (
+    Crop,
     Curriculum,
-    MadeUp,
     ObjectStream,
     Scan,
-    Scans,
+    ScanSource,
+    SyntheticSource,
+    random_contrast,
     read_scan,
 )
 
@@ -26,7 +31,10 @@ def scan_of_two(spacing_mm=(1.0, 1.0, 2.0)):
 
 
 def stream(sources=None, *, smallest_vox=(50, 50), seed=(0, 0), augment=None, shares=None):
-    sources = sources or [MadeUp(), Scans("boxes", [scan_of_two()], 1.0, zoom=1.5, stretch=1.1)]
+    sources = sources or [
+        SyntheticSource(),
+        ScanSource("boxes", [scan_of_two()], 1.0, zoom=1.5, stretch=1.1),
+    ]
     return ObjectStream(
         sources,
         shares or [1.0] * len(sources),
@@ -54,7 +62,7 @@ def test_samples_come_from_all_sources_and_have_their_shapes():
         assert sample["image"].dtype == torch.float32
         assert sample["objects"].shape == (3, 16, 16, 16)
         assert sample["objects"].flatten(1).any(1).all()
-        assert sample["draws"].shape == (2, 3)
+        assert sample["draws"].shape == (2, 3, 3)
         assert all(type(value) is Tensor for value in sample.values())
 
 
@@ -70,7 +78,7 @@ def test_what_is_asked_for_shrinks_from_first_to_last():
 
 
 def test_small_objects_wait_until_the_curriculum_asks_for_them():
-    boxes = [Scans("boxes", [scan_of_two()], 1.0)]
+    boxes = [ScanSource("boxes", [scan_of_two()], 1.0)]
     early = [stream(boxes, smallest_vox=(600, 20))[number] for number in (0, 1, 2)]
     assert all(sample["objects"].flatten(1).sum(1).min() > 600 for sample in early)
     late = [stream(boxes, smallest_vox=(600, 20))[number] for number in range(10, 20)]
@@ -78,45 +86,78 @@ def test_small_objects_wait_until_the_curriculum_asks_for_them():
 
 
 def test_where_nothing_is_large_enough_the_largest_is_asked_for():
-    sample = stream([Scans("boxes", [scan_of_two()], 1.0)], smallest_vox=(4096, 4096))[0]
+    sample = stream([ScanSource("boxes", [scan_of_two()], 1.0)], smallest_vox=(4096, 4096))[0]
     assert sample["objects"].flatten(1).any(1).all()
 
 
 def test_a_source_without_objects_is_named():
     class Empty:
         name = "void"
+        is_real = False
 
         def draw(self, rng, side_vox, smallest_vox, structures):
-            return torch.zeros(1, 16, 16, 16), torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
+            labels = torch.zeros(1, 16, 16, 16, dtype=torch.uint8)
+            return Crop(torch.zeros(1, 16, 16, 16), labels, {}, frozenset())
 
-    with pytest.raises(ValueError, match=r"crops of void hold no object; lower smallest_vox="):
+    with pytest.raises(ValueError, match="void"):
         stream([Empty()])[0]
 
 
 @pytest.mark.parametrize("shares", [[1.0], [1.0, 0.0]])
 def test_every_source_needs_a_share(shares):
-    with pytest.raises(ValueError, match="give each one a share above 0"):
+    with pytest.raises(ValueError, match="shares"):
         stream(shares=shares)
+
+
+def test_voxels_have_the_numbers_of_their_classes_in_every_augmentation():
+    scan = replace(scan_of_two(), classes={2: 1}, known=frozenset({1}))
+    flipped = RandFlipd(["image", "label"], prob=1.0, spatial_axis=0)
+    for augment in (None, flipped):
+        samples = ObjectStream(
+            [ScanSource("boxes", [scan], 1.0)],
+            [1.0],
+            16,
+            Curriculum((20, 20), (3, 3), 0),
+            objects=1,
+            steps=1,
+            samples=4,
+            seed=(0,),
+            augment=augment,
+            classes=2,
+        )
+        for sample in (samples[number] for number in range(4)):
+            assert torch.equal(sample["classes"] == 1, sample["labels"] == 2)
+            assert sample["known"].tolist() == [True, False]
+
+
+def test_random_contrast_changes_intensities_and_keeps_their_scale():
+    scan = scan_of_two()
+    image = scan.image + 0.1 * torch.randn(scan.image.shape)
+    changed = random_contrast(np.random.default_rng(0), image, scan.labels)
+    assert changed.shape == image.shape
+    assert not torch.allclose(changed, image, atol=0.1)
+    assert float(changed.mean()) == pytest.approx(float(image.mean()), abs=1e-3)
+    assert float(changed.std()) == pytest.approx(float(image.std()), rel=1e-2)
 
 
 @pytest.mark.parametrize("spacing_mm", [1.0, 2.0])
 def test_a_crop_has_its_spacing_and_lies_around_its_centre(spacing_mm):
-    image, labels = scan_of_two().crop((16, 16, 8), 8, (spacing_mm,) * 3)
+    image, labels, *_ = scan_of_two().crop((16, 16, 8), 8, (spacing_mm,) * 3)
     assert image.shape == labels.shape == (1, 8, 8, 8)
     assert (labels == 1).all() == (spacing_mm == 1.0)  # 8 mm fit into the box, 16 x 16 x 16 not
     assert torch.equal(image.round(), labels.float())
 
 
 def test_outside_of_the_scan_lies_what_a_raw_zero_became():
-    image, labels = scan_of_two().crop((0, 0, 0), 8, (1.0, 1.0, 1.0))
+    image, labels, *_ = scan_of_two().crop((0, 0, 0), 8, (1.0, 1.0, 1.0))
     assert (image[0, 0] == -5).all()
     assert not labels[0, 0].any()
 
 
-def test_no_crop_is_finer_than_half_the_scans_spacing():
-    scans = Scans("boxes", [scan_of_two((4.0, 4.0, 4.0))], 1.0)
-    _, labels = scans.draw(np.random.default_rng(0), 160, 1, 3)
-    voxels = 20 * 16 * 8 * 2**3  # not 4 ** 3 of them for each of the scan's
+def test_no_crop_is_finer_than_a_third_of_the_scans_spacing():
+    scans = ScanSource("boxes", [scan_of_two((4.0, 4.0, 4.0))], 1.0)
+    _, labels, *_ = scans.draw(np.random.default_rng(0), 200, 1, 3)
+    voxels = 20 * 16 * 8 * 3**3  # not 4 ** 3 of them for each of the scan's
     assert int((labels == 1).sum()) == pytest.approx(voxels, rel=0.05)
 
 

@@ -6,6 +6,7 @@ import torch
 from sammed3d_backbone import sam
 from sammed3d_backbone.pretraining.click_loss import Interaction
 from sammed3d_backbone.pretraining.contrast import Contrast
+from sammed3d_backbone.pretraining.dense_labels import DenseLabels
 from sammed3d_backbone.pretraining.objective import Objective
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 
@@ -15,7 +16,7 @@ SIDE = 16
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return sam("tiny", pretrained=False, img_size=SIDE)
+    return sam("tiny_next", pretrained=False, img_size=SIDE, rel_pos="axial")
 
 
 @pytest.fixture
@@ -26,10 +27,12 @@ def batch():
     return {
         "image": torch.randn(2, 1, SIDE, SIDE, SIDE, generator=generator),
         "objects": (labels == 1).unsqueeze(1),
-        "draws": torch.rand(2, 2, 1, generator=generator),
+        "draws": torch.rand(2, 2, 1, 3, generator=generator),
         "hidden": torch.rand(2, 8, generator=generator),
         "labels": labels,
         "places": torch.rand(2, 64, generator=generator),
+        "classes": labels.to(torch.uint8),
+        "known": torch.tensor([[True, True], [False, False]]),
     }
 
 
@@ -40,19 +43,31 @@ def objective_of(network, *names, **weights):
         with_clicks="clicks" in names,
         reconstruction=Reconstruction(image_encoder) if "reconstruction" in names else None,
         contrast=Contrast(image_encoder) if "contrast" in names else None,
+        dense=DenseLabels(16, 2) if "dense" in names else None,
         **weights,
     )
 
 
 @pytest.mark.parametrize(
     "names",
-    [("clicks",), ("reconstruction",), ("contrast",), ("clicks", "reconstruction", "contrast")],
+    [
+        ("clicks",),
+        ("reconstruction",),
+        ("contrast",),
+        ("dense",),
+        ("clicks", "reconstruction", "contrast", "dense"),
+    ],
 )
 def test_every_trainable_parameter_gets_a_gradient(network, batch, names):
     objective = objective_of(network, *names)
     loss, figures = objective(batch)
     loss.backward()
-    said = {"clicks": "soft_dice_first", "reconstruction": "patch_error", "contrast": "contrast"}
+    said = {
+        "clicks": "soft_dice_first",
+        "reconstruction": "patch_error",
+        "contrast": "contrast",
+        "dense": "dense_loss",
+    }
     assert {name for name, figure in said.items() if figure in figures} == set(names)
     idle = [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []
@@ -60,20 +75,22 @@ def test_every_trainable_parameter_gets_a_gradient(network, batch, names):
 
 
 def test_losses_add_up_with_their_weights(network, batch):
-    names = ("clicks", "reconstruction", "contrast")
-    weights = {"reconstruction_weight": 0.5, "contrast_weight": 2.0}
+    names = ("clicks", "reconstruction", "contrast", "dense")
+    weights = {"reconstruction_weight": 0.5, "contrast_weight": 2.0, "dense_weight": 3.0}
+    torch.manual_seed(0)
     objective = objective_of(network, *names, **weights)
     with torch.no_grad():
         total, figures = objective(batch)
         clicks, _ = objective_of(network, "clicks")(batch)
     wanted = clicks + 0.5 * figures["patch_error"] + 2 * figures["contrast"]
+    wanted = wanted + 3 * figures["dense_loss"]
     torch.testing.assert_close(total, wanted)
 
 
-def test_clicks_and_places_share_a_pass_of_the_encoder(network, batch):
+def test_clicks_places_and_classes_share_a_pass_of_the_encoder(network, batch):
     passes = []
     network.image_encoder.register_forward_hook(lambda *_: passes.append(1))
-    objective_of(network, "clicks", "contrast")(batch)
+    objective_of(network, "clicks", "contrast", "dense")(batch)
     assert len(passes) == 1
 
 
@@ -85,5 +102,10 @@ def test_no_tensor_is_held_twice(network):
 
 
 def test_nothing_to_learn_is_refused(network):
-    with pytest.raises(ValueError, match="give clicks, reconstruction or contrast"):
+    with pytest.raises(ValueError, match="nothing to learn"):
         objective_of(network)
+
+
+def test_dense_labels_need_high_resolution_maps(batch):
+    with pytest.raises(ValueError, match="high_resolution"):
+        objective_of(sam("tiny", pretrained=False, img_size=SIDE), "dense")

@@ -88,7 +88,7 @@ def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path, objectives)
 def test_two_processes_and_accumulation_train_as_one_process_does(
     small, runs, tmp_path, objectives
 ):
-    small = replace(small, steps=3, validate_every=3, objectives=objectives)
+    small = replace(small, steps=3, validate_every=3, objectives=objectives, lr=3e-4)
     main(replace(small, batch=2))
     main(replace(small, name="accumulated", accumulate=2))
     path = tmp_path / "two.yaml"
@@ -140,11 +140,11 @@ def test_a_later_stage_scores_no_case_that_an_earlier_one_trained_on(small, runs
 
 
 @pytest.mark.slow
-def test_a_network_from_scratch_can_rehearse_places_first(small, runs, capsys):
-    main(replace(small, rehearsal_steps=2, steps=2))
-    assert "balls around clicks after the rehearsal: soft Dice 0." in capsys.readouterr().out
-    main(replace(small, rehearsal_steps=2, steps=2))
-    assert "rehearsal: soft" not in capsys.readouterr().out  # what goes on has begun before
+def test_the_decoder_of_a_network_from_scratch_can_be_warmed_up_first(small, runs, capsys):
+    main(replace(small, decoder_warmup_steps=2, steps=2))
+    assert "warm-up of the decoder" in capsys.readouterr().out
+    main(replace(small, decoder_warmup_steps=2, steps=2))
+    assert "warm-up of the decoder" not in capsys.readouterr().out  # a resumed run has begun before
 
 
 @pytest.mark.slow
