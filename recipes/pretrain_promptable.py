@@ -53,6 +53,7 @@ from sammed3d_backbone.loading.registry import PretrainingSet, Weights, to_metad
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import Interaction, dice_per_click
 from sammed3d_backbone.pretraining.contrast import Contrast
+from sammed3d_backbone.pretraining.curve import draw_training_curve
 from sammed3d_backbone.pretraining.dense_labels import DenseLabels
 from sammed3d_backbone.pretraining.init import init_weights, warm_up_decoder
 from sammed3d_backbone.pretraining.object_crops import (
@@ -259,6 +260,7 @@ def main(cfg: Config) -> dict[str, float]:
                 averaged, volumes = ema.module.network, progress.step * per_step
                 path = run.folder / "last.safetensors"
                 save_weights(path, averaged, cfg, seen, volumes, before)
+                draw_training_curve(run.folder / "curve.png", run.records())
             run.save(accelerator, state)
     return scores
 

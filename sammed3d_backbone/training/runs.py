@@ -269,6 +269,7 @@ def _tensors(accelerator: Accelerator, state: State) -> dict[str, dict[str, Tens
         f"{name}/{key}": value
         for name, parameter in _learning(network, state.optimizer).items()
         for key, value in state.optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)  # timm's Muon keeps flags there, too, which it derives anew
     }
     return {
         MODEL: network.state_dict(),

@@ -59,10 +59,26 @@ def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     assert all(0 <= line["soft_dice_first"] <= 1 for line in lines)
 
 
+NEXT = {  # what the configuration of the next `tiny` asks for
+    "variant": "tiny_next",
+    "rel_pos": "axial",
+    "objectives": ("clicks", "dense"),
+    "dense_classes": ("front", "back"),
+    "interactions": 3,
+    "graded": (0, 2),
+    "clicks": "all",
+    "optimizer": "muon",
+    "decay_steps": 1,
+    "recolour": 0.5,
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("objectives", [("clicks",), ("clicks", "reconstruction", "contrast")])
-def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path, objectives):
-    small = replace(small, objectives=objectives)
+@pytest.mark.parametrize(
+    "changes", [{"objectives": ("clicks", "reconstruction", "contrast")}, NEXT]
+)
+def test_a_killed_run_ends_with_the_same_bits(small, runs, tmp_path, changes):
+    small = replace(small, **changes)
     main(small)
     killed = replace(small, name="killed")
     path = tmp_path / "killed.yaml"
