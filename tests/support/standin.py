@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import nn
 
+from sammed3d_backbone.models.sam import Encoding
+
 
 def fold(cells, side=8):
     """(1, 1, s, s, s) -> (1, C, side, side, side): the cells of a token become its channels."""
@@ -98,9 +100,13 @@ class StandIn(nn.Module):
         self.mask_decoder = Component()
         self.mask_decoder.side_vox = side_vox
 
-    def predict_masks(self, embedding, points=None, mask_logits=None):
+    def encode(self, x):
+        """As of `Sam3D`."""
+        return Encoding(self.image_encoder(x))
+
+    def predict_masks(self, encoding, points=None, mask_logits=None):
         """As of `Sam3D`."""
         if mask_logits is None:
             mask_logits = torch.zeros(1, 1, 32, 32, 32)
         sparse, dense = self.prompt_encoder(points=points, boxes=None, masks=mask_logits)
-        return self.mask_decoder(embedding, None, sparse, dense, False)
+        return self.mask_decoder(encoding.embedding, None, sparse, dense, False)

@@ -2,7 +2,8 @@
 
 The encoder never sees the prompts, so one pass per window serves every click and object. On disk a
 window's file is named by the hash of the weights and of the encoder's input: another volume,
-spacing, modality or checkpoint is another file, and nothing has to be invalidated.
+spacing, modality or checkpoint is another file, and nothing has to be invalidated. It holds all
+tensors of an `Encoding`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from tqdm import tqdm
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.inference.interactive.windows import Windows
 from sammed3d_backbone.loading.checkpoint import CheckpointError, content_sha256, read, write
+from sammed3d_backbone.models.sam import Encoding
 
 logger = logging.getLogger(__name__)
 
 CELLS_PER_TOKEN = 4  # along each axis; the decoder doubles its grid twice
-EMBEDDING = "embedding"  # name of the tensor in a file
+FORMAT = 2  # of the files; part of their names, so that those of another format are not read
+EMBEDDING, MAP = "embedding", "map"  # names of the tensors in a file; maps are numbered
 WindowClick = tuple[Triple, bool]  # voxel of a window, and whether the click is positive
 
 
@@ -39,15 +42,18 @@ class PromptableNetwork(Protocol):
 
     image_encoder: Any
 
+    def encode(self, x: Tensor) -> Encoding:
+        """Everything that prompts are decoded on, of a window (1, 1, S, S, S)."""
+
     def predict_masks(
-        self, embedding: Tensor, points: tuple[Tensor, Tensor] | None, mask_logits: Tensor | None
+        self, encoding: Encoding, points: tuple[Tensor, Tensor] | None, mask_logits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Mask logits and predicted Dice.
 
         Without points the pass uses the mask alone, without a mask a mask of zeros.
 
         Shapes:
-            embedding: (1, F, g, g, g), the image encoder's output.
+            encoding: of the window; its embedding is (1, F, g, g, g).
             points: voxel indices (1, N, 3) of the window and labels (1, N), 1 inside, 0 outside.
             mask_logits: (1, 1, s, s, s) of an earlier pass; s = 4 * g.
             returns: (1, 1, s, s, s) and (1, 1).
@@ -82,7 +88,7 @@ class EmbeddingCache:
         self.folder = None if folder is None else Path(folder).expanduser()
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file; give a folder")
-        self._embeddings: OrderedDict[Triple, Tensor] = OrderedDict()
+        self._encodings: OrderedDict[Triple, Encoding] = OrderedDict()
         # Shown with the first window, and on a terminal only.
         self._bar = tqdm(
             desc="encoding", unit=" window", disable=None if progress else True, delay=1e-9
@@ -95,7 +101,7 @@ class EmbeddingCache:
 
     def clear(self) -> None:
         """Drops all encoded windows in memory, for another volume."""
-        self._embeddings.clear()
+        self._encodings.clear()
 
     def decode(
         self, windows: Windows, start: Triple, clicks: Sequence[WindowClick], prior: Tensor | None
@@ -112,54 +118,64 @@ class EmbeddingCache:
             prior: (s, s, s).
             returns: (s, s, s), on the CPU.
         """
-        embedding = self.embedding(windows, start)
+        encoding = self.encoding(windows, start)
         points = None
         if clicks:
             index = torch.tensor([[index for index, _ in clicks]], dtype=torch.float32)
             labels = torch.tensor([[int(positive) for _, positive in clicks]])
             points = (index.to(self.device), labels.to(self.device))
-        mask_logits = None if prior is None else prior[None, None].to(embedding)
+        mask_logits = None if prior is None else prior[None, None].to(encoding.embedding)
         with torch.inference_mode():
-            logits, predicted_dice = self.model.predict_masks(embedding, points, mask_logits)
+            logits, predicted_dice = self.model.predict_masks(encoding, points, mask_logits)
         return logits[0, 0].float().cpu(), float(predicted_dice)
 
-    def embedding(self, windows: Windows, start: Triple) -> Tensor:
-        """The encoder's output in a window, (1, F, g, g, g), from the cache where possible."""
-        if start not in self._embeddings:
-            self._embeddings[start] = self._encode(windows.image(start))
-        self._embeddings.move_to_end(start)
-        embedding = self._embeddings[start]
-        while len(self._embeddings) > 1 and self._bytes() > self.max_bytes:
-            self._embeddings.popitem(last=False)
-        return embedding
+    def encoding(self, windows: Windows, start: Triple) -> Encoding:
+        """An encoded window, from the cache where possible."""
+        if start not in self._encodings:
+            self._encodings[start] = self._encode(windows.image(start))
+        self._encodings.move_to_end(start)
+        encoding = self._encodings[start]
+        while len(self._encodings) > 1 and self._bytes() > self.max_bytes:
+            self._encodings.popitem(last=False)
+        return encoding
 
-    def _encode(self, image: Tensor) -> Tensor:
+    def _encode(self, image: Tensor) -> Encoding:
         path = None if self.folder is None else self._path(self.folder, image)
-        if path is not None and (stored := _read_embedding(path)) is not None:
-            return stored.to(self.device)
+        if path is not None and (stored := _read_encoding(path)) is not None:
+            return Encoding(
+                stored.embedding.to(self.device), tuple(m.to(self.device) for m in stored.maps)
+            )
         with torch.inference_mode():
-            embedding: Tensor = self.model.image_encoder(image.to(self.device))
+            encoding = self.model.encode(image.to(self.device))
         self._bar.update()
         if path is not None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 metadata = {"weights_sha256": self.weights_sha256}
-                write(path, {EMBEDDING: embedding}, metadata, overwrite=True)
+                write(path, _tensors(encoding), metadata, overwrite=True)
             except OSError as error:
                 logger.warning("encoded windows are not kept: %s", error)
-        return embedding
+        return encoding
 
     def _path(self, folder: Path, image: Tensor) -> Path:
-        digest = hashlib.sha256(self.weights_sha256.encode())
+        digest = hashlib.sha256(f"{FORMAT} {self.weights_sha256}".encode())
         digest.update(image.contiguous().numpy().data)
         return folder / f"{digest.hexdigest()}.safetensors"
 
     def _bytes(self) -> int:
-        return sum(embedding.nbytes for embedding in self._embeddings.values())
+        encodings = self._encodings.values()
+        return sum(tensor.nbytes for one in encodings for tensor in _tensors(one).values())
 
 
-def _read_embedding(path: Path) -> Tensor | None:
-    """The encoder's output in a file; None if the file does not exist or is damaged."""
+def _tensors(encoding: Encoding) -> dict[str, Tensor]:
+    """The tensors of an encoding by their names in a file."""
+    return {EMBEDDING: encoding.embedding} | {
+        f"{MAP}_{number}": values for number, values in enumerate(encoding.maps)
+    }
+
+
+def _read_encoding(path: Path) -> Encoding | None:
+    """The encoded window in a file; None if the file does not exist or is damaged."""
     if not path.is_file():
         return None
     try:
@@ -170,4 +186,5 @@ def _read_embedding(path: Path) -> Tensor | None:
     if content_sha256(tensors) != metadata.get("content_sha256"):
         logger.warning("%s was altered since it was written; the window is encoded again", path)
         return None
-    return tensors[EMBEDDING]
+    maps = (tensors[f"{MAP}_{number}"] for number in range(len(tensors) - 1))
+    return Encoding(tensors[EMBEDDING], tuple(maps))

@@ -168,7 +168,8 @@ class WindowPropagator:
         """A mask prompt as the logits that a window's first pass gets, (s, s, s)."""
         side = self.windows.side_vox
         inside = self.windows.geometry.resample_box(values, start, (side, side, side))
-        cells = CELLS_PER_TOKEN * int(self.network.embedding(self.windows, start).shape[-1])
+        encoding = self.network.encoding(self.windows, start)
+        cells = CELLS_PER_TOKEN * int(encoding.embedding.shape[-1])
         pooled = torch.nn.functional.adaptive_avg_pool3d(inside[None], cells)[0]
         return pooled if values.dtype != np.bool_ else (2 * pooled - 1) * MASK_LOGIT
 

@@ -5,7 +5,10 @@ import pytest
 import torch
 from standin import StandIn
 
+from sammed3d_backbone import sam
+from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.loading.checkpoint import read
 
 
 def session(folder, volume, model=None, **how):
@@ -20,6 +23,26 @@ def test_a_later_session_needs_no_encoder(tmp_path, balls):
     assert passes == 1
     again, passes = session(tmp_path / "cache", balls[0])
     assert passes == 0
+    assert np.array_equal(first, again)
+
+
+def test_high_resolution_maps_are_kept_too(tmp_path):
+    torch.manual_seed(0)
+    network = sam("tiny_next", pretrained=False, rel_pos="axial", img_size=16)
+    array = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
+    volume = Volume(array, np.diag([1.5, 1.5, 1.5, 1.0]))
+    found = [
+        Predictor(network, cache_folder=tmp_path, max_windows=1).segment(volume, [(8, 8, 8)])
+        for _ in range(2)
+    ]
+    (path,) = tmp_path.iterdir()
+    tensors, _ = read(path)
+    assert {tuple(tensor.shape[1:]) for tensor in tensors.values()} == {
+        (128, 2, 2, 2),
+        (32, 4, 4, 4),
+        (16, 8, 8, 8),
+    }
+    first, again = (next(iter(one.values())).mask for one in found)
     assert np.array_equal(first, again)
 
 
