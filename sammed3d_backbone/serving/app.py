@@ -1,0 +1,191 @@
+"""The server: both protocols on one port, behind one gate, with one network."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import torch
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from sammed3d_backbone import __version__
+from sammed3d_backbone.data.preprocessing import Modality
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.interactive.embedding_cache import Promptable
+from sammed3d_backbone.serving import itksnap, nninteractive
+from sammed3d_backbone.serving.gate import Gate, RefusedError, own_names
+from sammed3d_backbone.serving.leases import FullError, GoneError, Leases
+from sammed3d_backbone.serving.session import InteractiveSession, checked_axes
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 2**29  # encoded windows of all sessions together
+RETRY_S = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server behaves.
+
+    Args:
+        modality: Of all images; clients do not send it.
+        axes: As for `InteractiveSession`.
+        api_key: Needed from every client; None for none.
+        hosts: Further names of this machine in requests.
+        max_sessions: Clients at a time.
+        idle_s: Seconds without work after which a session ends.
+        liveness_s: Seconds without a sign of life after which a session ends.
+        max_image_bytes: Of one image, uncompressed.
+        max_windows: In which one object is followed.
+        license: Terms of the weights, shown by clients.
+    """
+
+    modality: Modality | None = None
+    axes: str = "LPS"
+    api_key: str | None = field(default=None, repr=False)
+    hosts: tuple[str, ...] = ()
+    max_sessions: int = 4
+    idle_s: float = 4 * 3600.0
+    liveness_s: float = 120.0
+    max_image_bytes: int = 2**32
+    max_windows: int = 27
+    license: str = "!!MISSING!!"
+
+    def __post_init__(self) -> None:
+        checked_axes(self.axes)
+        if self.max_sessions < 1:
+            raise ValueError(f"max_sessions={self.max_sessions}: give 1 or more")
+        if not (self.idle_s > 0 and self.liveness_s > 0):
+            raise ValueError("time-outs are numbers of seconds above 0")
+
+
+def build_app(model: Promptable, settings: Settings, name: str = "sammed3d") -> Starlette:
+    """The ASGI application.
+
+    Args:
+        model: The network, shared by all sessions.
+        settings: How the server behaves.
+        name: Of the weights, as ITK-SNAP lists it.
+    """
+
+    def new_session() -> InteractiveSession:
+        predictor = Predictor(
+            model,
+            max_windows=settings.max_windows,
+            honour_clicks=True,
+            cache_bytes=CACHE_BYTES // settings.max_sessions,
+        )
+        return InteractiveSession(
+            predictor, modality=settings.modality, axes=settings.axes, license=settings.license
+        )
+
+    leases = Leases(
+        new_session,
+        max_sessions=settings.max_sessions,
+        idle_s=settings.idle_s,
+        liveness_s=settings.liveness_s,
+    )
+    capabilities = capabilities_of(new_session(), model)
+    viewers = nninteractive.Protocol(leases, capabilities, settings.max_image_bytes)
+    names = tuple(dict.fromkeys((name, itksnap.MODEL)))
+    snap = itksnap.Protocol(leases, __version__, names, settings.max_image_bytes)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        sweeper = asyncio.create_task(leases.keep_swept())
+        try:
+            yield
+        finally:
+            sweeper.cancel()
+            leases.close()
+
+    gate = Middleware(
+        Gate,
+        api_key=settings.api_key,
+        hosts={*settings.hosts, *own_names()},
+        open_paths=nninteractive.OPEN_PATHS,
+    )
+    return Starlette(
+        routes=[*viewers.routes(), *snap.routes()],
+        middleware=[gate],
+        lifespan=lifespan,
+        exception_handlers={
+            FullError: full,
+            GoneError: gone,
+            HTTPException: no_route,
+            RefusedError: refused,
+            TypeError: unusable,
+            ValueError: unusable,
+            MemoryError: too_large,
+            torch.OutOfMemoryError: too_large,
+            Exception: failed,
+        },
+    )
+
+
+def capabilities_of(session: InteractiveSession, model: Promptable) -> nninteractive.Json:
+    """What clients enable their tools by; none of it may be missing, most of it not null."""
+    return {
+        "supported_interactions": dict(session.supported_interactions),
+        "channel_mapping": {k: list(v) for k, v in session.channel_mapping.items()},
+        "num_interaction_channels": session.num_interaction_channels,
+        "supports_initial_label": session.supports_initial_label,
+        "supports_zero_shot_label_refinement": session.supports_zero_shot_label_refinement,
+        "preferred_scribble_thickness": list(session.preferred_scribble_thickness),
+        "interaction_decay": session.interaction_decay,
+        "patch_size": list(model.image_encoder.img_size),
+        "do_autozoom": session.do_autozoom,
+        "inference_session_version": session.INFERENCE_SESSION_VERSION,
+        "license": session.license,
+        "supports_undo": session.supports_undo,
+    }
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+async def full(_: Request, __: Exception) -> Response:
+    """503 to one client too many."""
+    detail = "all sessions are in use; close one in another program, or try again later"
+    return JSONResponse({"detail": detail}, 503, headers={"Retry-After": str(RETRY_S)})
+
+
+async def gone(_: Request, __: Exception) -> Response:
+    """410, which makes the programs ask for a new session."""
+    return JSONResponse({"detail": "the session has ended; initialize again"}, 410)
+
+
+async def refused(_: Request, error: Exception) -> Response:
+    """What a protocol refuses."""
+    assert isinstance(error, RefusedError)
+    return JSONResponse({"detail": error.detail}, error.status)
+
+
+async def unusable(_: Request, error: Exception) -> Response:
+    """What the predictor refuses, in its own words."""
+    return JSONResponse({"detail": str(error)}, 400)
+
+
+async def too_large(_: Request, __: Exception) -> Response:
+    """413 where the memory does not suffice."""
+    detail = "the server's memory does not suffice for this image; send a smaller one"
+    return JSONResponse({"detail": detail}, 413)
+
+
+async def no_route(_: Request, error: Exception) -> Response:
+    """404 and 405."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
+
+
+async def failed(_: Request, __: Exception) -> Response:
+    """500 without a traceback; the log has it."""
+    detail = "the server failed; its log says more"
+    return JSONResponse({"detail": detail}, 500)

@@ -1,0 +1,36 @@
+"""An asymmetric network, a small scan, and a session on it."""
+
+import numpy as np
+import pytest
+from orientations import Lopsided, as_sent
+
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.serving import InteractiveSession
+
+
+@pytest.fixture(scope="session")
+def lopsided():
+    """The asymmetric network."""
+    return Lopsided()
+
+
+@pytest.fixture
+def scan():
+    """A RAS volume with anisotropic voxels and two bright boxes, the first at (14, 16, 10)."""
+    array = np.full((30, 34, 22), 40, dtype=np.int16)
+    array[6:22, 8:26, 6:15] = 200
+    array[25:29, 2:8, 16:21] = 210
+    affine = np.diag([1.5, 1.2, 2.1, 1.0])
+    affine[:3, 3] = (-20.0, 13.0, 7.5)
+    return Volume(array, affine)
+
+
+@pytest.fixture
+def session(lopsided, scan):
+    """A session on the scan with its target buffer, axes RAS."""
+    session = InteractiveSession(Predictor(lopsided, honour_clicks=True), axes="RAS")
+    image, properties = as_sent(scan)
+    session.set_image(image, properties)
+    session.set_target_buffer(np.zeros(image.shape[1:], np.uint8))
+    return session
