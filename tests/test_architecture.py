@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "models.image_encoder",
         "provenance",
     },
+    "serving": {"__init__", "data", "inference"},
     "training": {
         "adapters",
         "config",

@@ -8,7 +8,6 @@ heartbeat. Within a lease one request is handled at a time.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import secrets
 import time
@@ -126,7 +125,6 @@ class Leases:
         if lease is None:
             return False
         lease.session = None  # a request under way keeps it until it is done
-        gc.collect()
         logger.info("a session %s; %d of %d in use", reason, len(self._leases), self.max_sessions)
         return True
 
