@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli import clicks, curation, models, prompts, selftest, weights
+from sammed3d_backbone.cli import clicks, curation, models, prompts, selftest, serve, weights
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -26,6 +26,7 @@ COMMANDS = (
     curation.add_curate,
     prompts.add_segment,
     prompts.add_features,
+    serve.add_serve,
     selftest.add_selftest,
 )
 

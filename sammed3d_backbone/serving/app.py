@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import torch
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 2**29  # encoded windows of all sessions together
 RETRY_S = 10
+MAX_CONNECTIONS = 256
+GRACE_S = 2  # for requests under way when the server is interrupted
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,6 @@ class Settings:
         liveness_s: Seconds without a sign of life after which a session ends.
         max_image_bytes: Of one image, uncompressed.
         max_windows: In which one object is followed.
-        license: Terms of the weights, shown by clients.
     """
 
     modality: Modality | None = None
@@ -56,7 +60,6 @@ class Settings:
     liveness_s: float = 120.0
     max_image_bytes: int = 2**32
     max_windows: int = 27
-    license: str = "!!MISSING!!"
 
     def __post_init__(self) -> None:
         checked_axes(self.axes)
@@ -66,13 +69,16 @@ class Settings:
             raise ValueError("time-outs are numbers of seconds above 0")
 
 
-def build_app(model: Promptable, settings: Settings, name: str = "sammed3d") -> Starlette:
+def build_app(
+    model: Promptable, settings: Settings, *, name: str, license: str = "!!MISSING!!"
+) -> Starlette:
     """The ASGI application.
 
     Args:
         model: The network, shared by all sessions.
         settings: How the server behaves.
         name: Of the weights, as ITK-SNAP lists it.
+        license: Terms of the weights, as the other programs show them.
     """
 
     def new_session() -> InteractiveSession:
@@ -83,7 +89,7 @@ def build_app(model: Promptable, settings: Settings, name: str = "sammed3d") -> 
             cache_bytes=CACHE_BYTES // settings.max_sessions,
         )
         return InteractiveSession(
-            predictor, modality=settings.modality, axes=settings.axes, license=settings.license
+            predictor, modality=settings.modality, axes=settings.axes, license=license
         )
 
     leases = Leases(
@@ -128,6 +134,50 @@ def build_app(model: Promptable, settings: Settings, name: str = "sammed3d") -> 
             Exception: failed,
         },
     )
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket on which nobody is answered yet; 0 is any free port.
+
+    Raises:
+        ValueError: If there is no such port.
+        OSError: If the port is in use or the host is not an address of this machine.
+    """
+    if not 0 <= port < 2**16:  # the C library would take it modulo 65536
+        raise ValueError(f"port {port} does not exist; give --port 1 to 65535, or 0 for any")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        advice = "choose another with --port" if error.errno == errno.EADDRINUSE else "check --host"
+        raise OSError(f"cannot listen on {host} port {port} ({error.strerror}); {advice}") from None
+    return listener
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
+    """Answers requests until the process is interrupted; logs neither addresses nor paths."""
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def capabilities_of(session: InteractiveSession, model: Promptable) -> nninteractive.Json:

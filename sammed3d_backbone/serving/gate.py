@@ -96,7 +96,7 @@ class Gate:
 
 def own_names() -> set[str]:
     """Names under which other machines may know this one."""
-    return {socket.gethostname(), socket.getfqdn()}
+    return {socket.gethostname()}
 
 
 async def limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:

@@ -160,17 +160,28 @@ class Protocol:
             ).parse()
         except (MultiPartException, KeyError, ValueError) as error:
             raise RefusedError(400, f"the upload is not a form ({error}); send it again") from None
-        metadata, file = form.get("metadata"), form.get("file")
-        if not isinstance(metadata, str) or file is None or isinstance(file, str):
-            raise RefusedError(400, "an upload has two parts, file and metadata; send both")
-        meta = message_of(metadata, Metadata)
-        if meta.components_per_pixel != 1 or meta.component_type != "float32":
-            raise RefusedError(400, "an image with one component of float32 is needed; select it")
-        if min(meta.dimensions) < 1 or 4 * math.prod(meta.dimensions) > self.max_image_bytes:
-            raise RefusedError(
-                413, f"dimensions {meta.dimensions}: at most {self.max_image_bytes} bytes are taken"
-            )
-        return meta, await file.read()
+        try:
+            metadata, file = form.get("metadata"), form.get("file")
+            if not isinstance(metadata, str) or file is None or isinstance(file, str):
+                raise RefusedError(400, "an upload has two parts, file and metadata; send both")
+            return checked(message_of(metadata, Metadata), self.max_image_bytes), await file.read()
+        finally:
+            await form.close()
+
+
+def checked(meta: Metadata, max_bytes: int) -> Metadata:
+    """Metadata of an image that can be received.
+
+    Raises:
+        RefusedError: If it is of another kind, or too large.
+    """
+    if meta.components_per_pixel != 1 or meta.component_type != "float32":
+        raise RefusedError(400, "an image with one component of float32 is needed; select it")
+    if min(meta.dimensions) < 1 or 4 * math.prod(meta.dimensions) > max_bytes:
+        raise RefusedError(
+            413, f"dimensions {meta.dimensions}: an image has 1 to {max_bytes} bytes; crop it"
+        )
+    return meta
 
 
 Json = Mapping[str, Any]
@@ -206,4 +217,4 @@ def inflated(data: bytes, meta: Metadata) -> np.ndarray[Any, np.dtype[np.float32
         raise RefusedError(400, f"file is not gzip ({error}); send it again") from None
     if len(raw) != size:
         raise RefusedError(400, f"file holds {len(raw)} bytes instead of {size}; send it again")
-    return np.frombuffer(raw, "<f4").reshape(meta.dimensions[::-1])
+    return np.frombuffer(bytearray(raw), "<f4").reshape(meta.dimensions[::-1])  # writable

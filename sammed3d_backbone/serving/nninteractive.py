@@ -66,10 +66,6 @@ class ImageMeta(BaseModel):
     image_properties: dict[str, Any] | None = None
 
 
-class Nothing(BaseModel):
-    """A body that says nothing that matters here."""
-
-
 @dataclass(frozen=True)
 class Protocol:
     """The routes.

@@ -1,0 +1,73 @@
+"""What people meet first when they start the server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+from sammed3d_backbone.cli import main
+
+TINY = ["serve", "--variant", "tiny", "--random", "--port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token"),
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--host", "192.0.2.7", "--api-key", "k"], "--host"),
+        (["--host", "no such host", "--api-key", "k"], "--host"),
+        (["--axes", "LLS"], "axes"),
+        (["--max-sessions", "0"], "max_sessions"),
+        (["--idle-minutes", "0"], "time-outs"),
+        (["--device", "cuda:99"], "--device"),
+        (["--port", "70000"], "port"),
+    ],
+)
+def test_refusals_are_one_line(capsys, arguments, token):
+    assert main([*TINY, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert token in error
+    assert error.count("\n") == 1
+
+
+def test_a_port_in_use_is_named(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main([*TINY[:-1], port]) == 2
+    assert port in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(capsys, monkeypatch):
+    for name in ("sammed3d_backbone.serving.app", "starlette"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    assert main(TINY) == 2
+    assert "sammed3d-backbone[serve]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_it_says_what_to_type_and_ends_quietly(tmp_path):
+    command = [sys.executable, "-c", "from sammed3d_backbone.cli import main; main()", *TINY]
+    process = subprocess.Popen(
+        [*command, "--api-key", "hidden-key"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    lines = [process.stdout.readline() for _ in range(7)]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out == "stopped\n"
+    assert err == ""
+    assert not any("hidden-key" in line for line in lines)
+    for program in ("3D Slicer", "MITK", "napari", "ITK-SNAP"):
+        assert any(line.startswith(program) for line in lines)
+    assert not list(tmp_path.iterdir())
