@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from sammed3d_backbone import __version__
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.inference.interactive import Predictor
-from sammed3d_backbone.inference.interactive.embedding_cache import Promptable
+from sammed3d_backbone.inference.interactive.embedding_cache import PromptableNetwork
 from sammed3d_backbone.serving import itksnap, nninteractive
 from sammed3d_backbone.serving.gate import Gate, RefusedError, own_names
 from sammed3d_backbone.serving.leases import FullError, GoneError, Leases
@@ -70,7 +70,7 @@ class Settings:
 
 
 def build_app(
-    model: Promptable, settings: Settings, *, name: str, license: str = "!!MISSING!!"
+    model: PromptableNetwork, settings: Settings, *, name: str, license: str = "!!MISSING!!"
 ) -> Starlette:
     """The ASGI application.
 
@@ -85,7 +85,7 @@ def build_app(
         predictor = Predictor(
             model,
             max_windows=settings.max_windows,
-            honour_clicks=True,
+            enforce_clicks=True,
             cache_bytes=CACHE_BYTES // settings.max_sessions,
         )
         return InteractiveSession(
@@ -180,7 +180,7 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def capabilities_of(session: InteractiveSession, model: Promptable) -> nninteractive.Json:
+def capabilities_of(session: InteractiveSession, model: PromptableNetwork) -> nninteractive.Json:
     """What clients enable their tools by; none of it may be missing, most of it not null."""
     return {
         "supported_interactions": dict(session.supported_interactions),

@@ -249,7 +249,7 @@ class Protocol:
         self,
         request: Request,
         work: Callable[[InteractiveSession, bytes], Response],
-        max_bytes: int = MAX_JSON_BYTES,
+        max_bytes: int = 0,
         *,
         network: bool = False,
     ) -> Response:

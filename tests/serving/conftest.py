@@ -29,7 +29,7 @@ def scan():
 @pytest.fixture
 def session(lopsided, scan):
     """A session on the scan with its target buffer, axes RAS."""
-    session = InteractiveSession(Predictor(lopsided, honour_clicks=True), axes="RAS")
+    session = InteractiveSession(Predictor(lopsided, enforce_clicks=True), axes="RAS")
     image, properties = as_sent(scan)
     session.set_image(image, properties)
     session.set_target_buffer(np.zeros(image.shape[1:], np.uint8))

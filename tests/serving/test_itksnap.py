@@ -73,7 +73,7 @@ def clicked(http, prefix, token, shape, point, positive=True):
 
 
 def expected(model, volume, *clicks):
-    predictor = Predictor(model, honour_clicks=True)
+    predictor = Predictor(model, enforce_clicks=True)
     predictor.set_volume(volume)
     for voxel, positive in clicks:
         predictor.click(voxel, positive)

@@ -46,7 +46,7 @@ def opened(remote, scan):
 
 
 def expected(model, volume, *clicks):
-    predictor = Predictor(model, honour_clicks=True)
+    predictor = Predictor(model, enforce_clicks=True)
     predictor.set_volume(volume)
     for voxel, positive in clicks:
         predictor.click(voxel, positive)
@@ -312,10 +312,10 @@ def test_the_server_answers_while_a_prediction_runs_and_other_clients_are_untouc
     started, finish = threading.Event(), threading.Event()
 
     class Slow(Lopsided):
-        def decode_and_rate(self, *args):
+        def predict_masks(self, *args):
             started.set()
             assert finish.wait(30)
-            return super().decode_and_rate(*args)
+            return super().predict_masks(*args)
 
     image, properties = as_sent(scan)
     with serving(Slow(), axes="RAS", liveness_s=0.4) as address, claimed(address) as http:
@@ -348,10 +348,10 @@ def test_a_failure_is_answered_without_its_traceback(scan):
     class Broken(Lopsided):
         broken = True
 
-        def decode_and_rate(self, *args):
+        def predict_masks(self, *args):
             if self.broken:
                 raise RuntimeError("broken")
-            return super().decode_and_rate(*args)
+            return super().predict_masks(*args)
 
     image, properties = as_sent(scan)
     model = Broken()

@@ -14,7 +14,7 @@ CLICKS = [((14, 16, 10), True), ((8, 10, 8), False), ((20, 24, 13), True)]
 
 def expected(model, volume, clicks, **settings):
     """The predictor's mask in the order of the array that was sent."""
-    predictor = Predictor(model, honour_clicks=True, **settings)
+    predictor = Predictor(model, enforce_clicks=True, **settings)
     predictor.set_volume(volume)
     for voxel, positive in clicks:
         predictor.click(voxel, positive)
@@ -28,7 +28,7 @@ def click(session, voxel, positive=True, **options):
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_masks_are_the_predictors_in_every_orientation(lopsided, scan, codes):
     volume, point = oriented(scan, codes, (14, 16, 10))
-    session = InteractiveSession(Predictor(lopsided, honour_clicks=True), axes=codes)
+    session = InteractiveSession(Predictor(lopsided, enforce_clicks=True), axes=codes)
     image, properties = as_sent(volume)
     session.set_image(image, properties)
     target = np.zeros(image.shape[1:], np.uint8)
@@ -40,7 +40,7 @@ def test_masks_are_the_predictors_in_every_orientation(lopsided, scan, codes):
 
 def test_wrong_axes_give_another_mask(lopsided, scan, session):
     click(session, (14, 16, 10))
-    other = InteractiveSession(Predictor(lopsided, honour_clicks=True), axes="SAR")
+    other = InteractiveSession(Predictor(lopsided, enforce_clicks=True), axes="SAR")
     image, properties = as_sent(scan)
     other.set_image(image, properties)
     other.set_target_buffer(np.zeros(image.shape[1:], np.uint8))
@@ -163,7 +163,7 @@ def test_a_mask_to_start_from(lopsided, scan, session):
     assert session.add_initial_seg_interaction(seed) is None
     assert np.array_equal(session.target_buffer, seed)
     click(session, (8, 10, 8), False)
-    predictor = Predictor(lopsided, honour_clicks=True)
+    predictor = Predictor(lopsided, enforce_clicks=True)
     predictor.set_volume(scan)
     predictor.mask_prompt(mask=seed.T)
     predictor.click((8, 10, 8), False)

@@ -22,9 +22,9 @@ class Lopsided(StandIn):
     A volume that arrives mirrored or permuted gets another mask.
     """
 
-    def decode_and_rate(self, embedding, points=None, mask_logits=None):
+    def predict_masks(self, embedding, points=None, mask_logits=None):
         """As `StandIn`, with a plane cut off that is oblique to all axes."""
-        logits, rating = super().decode_and_rate(embedding, points, mask_logits)
+        logits, rating = super().predict_masks(embedding, points, mask_logits)
         x, y, z = np.ogrid[:32, :32, :32]
         beyond = torch.from_numpy(0.5 * x + 0.3 * y - 0.2 * z > 10)
         return torch.where(beyond[None, None], -8.0, logits), rating
