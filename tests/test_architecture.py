@@ -29,6 +29,7 @@ PUBLIC = {
     "num_features",  # for timm
     "mask_prompt",  # a mask to begin with
     "invert",  # Geometry's way back for values that are no labels
+    "initialize_from_trained_model_folder",  # scripts written for nnInteractive call it
 }
 
 # A part is a module or a folder directly inside the package. It may import itself and these parts;
