@@ -1,7 +1,8 @@
 """The main job in one command: fine-tune a UNETR, score it, draw it. This is `make demo`.
 
-It starts from the weights that install with the package, does the same from random values, and says
-what the weights brought; with weights of your own choice there is no second run.
+It starts from the weights that install with the package. Beside it, on the other cores, runs the
+same from random initialisation, so that the last lines can say what the weights brought; with
+weights of your own choice there is no second run.
 
     python recipes/demo.py                          # an average brain that installs with nilearn
     python recipes/demo.py data=FOLDER              # your Decathlon, nnU-Net raw or BIDS folder
@@ -12,7 +13,12 @@ Everything else is recipes/configs/demo.yaml; any of its keys can be given as ke
 """
 
 import argparse
+import json
+import os
+import sys
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +32,14 @@ from sammed3d_backbone.evaluation.report import write_report
 from sammed3d_backbone.loading.checkpoint import read
 from sammed3d_backbone.loading.factory import variant_of
 from sammed3d_backbone.loading.registry import WEIGHTS
+from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training.runs import Run, runs_folder
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def configure(given: dict[str, str]) -> finetune_unetr.Config:
-    """The demo's configuration with what was asked for; writes the demo's data if they are needed.
+    """The demo's configuration with the given values; writes the demo's data if they are needed.
 
     Args:
         given: key -> value from the command line.
@@ -46,23 +53,22 @@ def configure(given: dict[str, str]) -> finetune_unetr.Config:
     else:
         layout = read_layout(CONFIG.parents[1] / given["layout"]) if "layout" in given else None
         dataset = read_dataset(find_dataset(given["data"], layout), layout)
-        is_ct = any(channel.upper() == "CT" for channel in dataset.channels)
         own = {
             "name": f"demo_{dataset.name}",
-            "intensity": "ct" if is_ct else "zscore_positive",
-            "flip_axes": "[]",  # what the labels mean is not known here
+            "intensity": "null",  # as the weights expect, by the modality of the data
+            "flip_axes": "[]",  # whether a mirror image keeps its labels is not known here
         }
         given = {**own, **given}
     if "weights" in given:
         name = given.get("name", "demo") + "_" + Path(given["weights"]).stem
-        # a crop of 64 voxels keeps the large variant within a laptop's reach
+        # A crop of 64 voxels keeps the large variant within a laptop's reach.
         fitting = {"variant": variant_for(given["weights"]), "crop_vox": "64"}
-        given = {"intensity": "zscore_positive", **fitting, **given, "name": name}
+        given = {"intensity": "null", **fitting, **given, "name": name}
     return config.load(finetune_unetr.Config, CONFIG, [f"{k}={v}" for k, v in given.items()])
 
 
 def variant_for(weights: str) -> str:
-    """The variant that weights are of: by the table, by a local file's tensors, else vit_b."""
+    """The variant of weights: by the table, by a local file's tensors, else vit_b."""
     record = WEIGHTS.get(weights)
     found = record.variant if record else None
     if Path(weights).is_file():
@@ -70,24 +76,60 @@ def variant_for(weights: str) -> str:
     return found or "vit_b"
 
 
-def compare(cfg: finetune_unetr.Config, summary: dict[str, Any]) -> str:
-    """Does the same from random values; puts the difference into the page and into one line.
+def start_twin(cfg: finetune_unetr.Config) -> BaseProcess:
+    """Starts the same training from random initialisation in a process of its own."""
+    twin = replace(cfg, name=f"{cfg.name}_scratch", scratch=True, weights=None)
+    log = runs_folder() / f"{twin.name}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"beside it, the same from random initialisation; its output goes to {log}")
+    # Spawned, since threads of a forked torch may hang.
+    process = get_context("spawn").Process(target=train_quietly, args=(twin, log), daemon=True)
+    process.start()
+    return process
+
+
+def train_quietly(cfg: finetune_unetr.Config, log: Path) -> None:
+    """Trains with everything that is printed in a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+        finetune_unetr.main(cfg)
+
+
+def compare(cfg: finetune_unetr.Config, ours: float) -> str:
+    """Adds the run from random initialisation to the page; returns the comparison in one line.
 
     Args:
-        cfg: Of a finished run from trained weights.
-        summary: Its scores.
+        cfg: Configuration of the run from pretrained weights.
+        ours: Its mean Dice.
     """
-    twin = replace(cfg, name=f"{cfg.name}_scratch", scratch=True, weights=None)
-    ours, theirs = summary["mean_dice"], finetune_unetr.main(twin)["mean_dice"]
-    run, other = (runs_folder() / each.name for each in (cfg, twin))
+    run, twin = runs_folder() / cfg.name, runs_folder() / f"{cfg.name}_scratch"
+    scores = twin / "results" / "scores.json"
+    if not scores.is_file():
+        raise ValueError(f"the second run failed; see {twin}.txt")
+    theirs = json.loads(scores.read_text(encoding="utf-8"))["mean_dice"]
     page = write_report(
-        run / "results", Run(run).records(), baseline=other / "results" / "scores.csv"
+        run / "results", Run(run).records(), baseline=twin / "results" / "scores.csv"
     )
     return (
         f"mean Dice after {cfg.steps} steps: {ours:.3f} from the weights of {cfg.variant}, "
-        f"{theirs:.3f} from random values; the weights brought {ours - theirs:+.3f} here. One run "
-        f"each: the README has the study. Page with both: {page}"
+        f"{theirs:.3f} from random initialisation ({ours - theirs:+.3f}). Page with both: {page}"
     )
+
+
+def explain(cfg: finetune_unetr.Config, summary: dict[str, Any]) -> str:
+    """What was shown, and what to try next."""
+    run = runs_folder() / cfg.name
+    return f"""
+What you saw: a UNETR learned {" and ".join(summary["dice"])} from the training cases in
+{cfg.steps} steps, and labelled {summary["cases"]} held-out case(s): Dice is the overlap with the
+reference, 1 is perfect. {run / "results/figure.png"} shows the slices side by side.
+One short run on few cases says little about what pretraining brings; recipes/studies has figures.
+
+What to try next:
+  make demo DATA=FOLDER                        the same on your own images and labels
+  sammed3d predict {run / "last.safetensors"} SCAN.nii.gz LABELS.nii.gz
+  python recipes/finetune_unetr.py recipes/configs/own.yaml name=mine data=FOLDER --dry-run"""
 
 
 def main() -> None:
@@ -102,9 +144,16 @@ def main() -> None:
     given = {key: value for key, _, value in pairs}
     try:
         cfg = configure(given)
+        twin = None
+        if "weights" not in given and not cfg.scratch:
+            cfg = replace(cfg, threads=cfg.threads or max(1, cores() // 2))
+            twin = start_twin(cfg)
         summary = finetune_unetr.main(cfg)
-        if "weights" not in given and not cfg.scratch and summary["mean_dice"] is not None:
-            print(compare(cfg, summary))
+        if twin is not None:
+            twin.join()
+            if summary["mean_dice"] is not None:
+                print(compare(cfg, summary["mean_dice"]))
+        print(explain(cfg, summary))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

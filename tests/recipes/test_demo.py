@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from sammed3d_backbone.recipes import demo
+from sammed3d_backbone.recipes import demo, finetune_unetr
 from sammed3d_backbone.recipes.prepare_demo_data import GAP_MM, NOTE, write_demo_data
 
 from sammed3d_backbone import encoder
@@ -66,7 +66,7 @@ def test_without_arguments_the_data_are_written_once(runs, written):
 
 def test_your_own_folder_gets_its_own_run_and_no_flips(toy_data, runs, written):
     cfg = demo.configure({"data": str(toy_data)})
-    assert (cfg.name, cfg.intensity, cfg.flip_axes) == ("demo_Toy", "zscore_positive", ())
+    assert (cfg.name, cfg.intensity, cfg.flip_axes) == ("demo_Toy", None, ())
     assert written == []
 
 
@@ -75,13 +75,15 @@ def test_ct_is_treated_as_ct(toy_data, runs, tmp_path):
     for kind in ("imagesTr", "labelsTr"):
         (tmp_path / kind).symlink_to(toy_data / kind)
     (tmp_path / "dataset.json").write_text(json.dumps(info))
-    assert demo.configure({"data": str(tmp_path)}).intensity == "ct"
+    cfg = demo.configure({"data": str(tmp_path)})
+    card = finetune_unetr.make_card(cfg, read_dataset(tmp_path))
+    assert card.preprocessing.intensity == {"default": "ct"}
 
 
 def test_a_folder_that_a_layout_describes_is_taken(tmp_path, runs, root):
     write_layout(tmp_path, root / "recipes/layouts/kits.yaml")
     cfg = demo.configure({"data": str(tmp_path), "layout": "layouts/kits.yaml"})
-    assert (cfg.name, cfg.intensity) == ("demo_KiTS23", "ct")
+    assert (cfg.name, cfg.intensity) == ("demo_KiTS23", None)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,9 @@ def test_the_demo_ends_with_a_figure(runs, toy_data, monkeypatch, capsys):
         json.loads((runs / name / "results/scores.json").read_text())["mean_dice"]
         for name in ("demo_Toy", "demo_Toy_scratch")
     )
-    assert f"{ours:.3f} from the weights of tiny, {theirs:.3f} from random values" in printed
+    line = f"{ours:.3f} from the weights of tiny, {theirs:.3f} from random initialisation"
+    assert line in printed
     page = (runs / "demo_Toy/results/report.html").read_text()
     assert "Against the baseline" in page
+    assert "What to try next" in printed
     assert np.frombuffer(figure.read_bytes()[:4], np.uint8)[1:].tobytes() == b"PNG"
