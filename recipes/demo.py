@@ -83,7 +83,7 @@ def start_twin(cfg: finetune_unetr.Config) -> BaseProcess:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"beside it, the same from random initialisation; its output goes to {log}")
     # Spawned, since threads of a forked torch may hang.
-    process = get_context("spawn").Process(target=train_quietly, args=(twin, log), daemon=True)
+    process = get_context("spawn").Process(target=train_quietly, args=(twin, log))
     process.start()
     return process
 
@@ -142,9 +142,9 @@ def main() -> None:
     if lost := [key for key, equals, _ in pairs if not equals]:
         parser.error(f"{lost[0]!r} is not of the form key=value")
     given = {key: value for key, _, value in pairs}
+    twin = None
     try:
         cfg = configure(given)
-        twin = None
         if "weights" not in given and not cfg.scratch:
             cfg = replace(cfg, threads=cfg.threads or max(1, cores() // 2))
             twin = start_twin(cfg)
@@ -156,6 +156,9 @@ def main() -> None:
         print(explain(cfg, summary))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    finally:
+        if twin is not None:
+            twin.terminate()  # it has ended, unless something failed
 
 
 if __name__ == "__main__":
