@@ -8,7 +8,7 @@ import torch
 from foreign import ConvEncoder
 
 from sammed3d_backbone import encoder
-from sammed3d_backbone.adapters.lora import add_lora, merged
+from sammed3d_backbone.adapters.lora import add_lora, merge_lora
 from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.models.layers import MLP
 
@@ -63,7 +63,7 @@ def test_what_each_layer_learns_reaches_the_output(plain, volume, layer):
 
 def test_merged_it_is_the_plain_network_that_gives_the_same(plain, volume):
     network = with_lora(plain, learned=True).double()
-    single = merged(network)
+    single = merge_lora(network)
     assert {n: t.shape for n, t in single.state_dict().items()} == {
         n: t.shape for n, t in plain.state_dict().items()
     }
@@ -76,11 +76,11 @@ def test_merged_weights_are_the_old_ones_plus_the_product(plain):
     layer = network.blocks[1].attn.qkv
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     want = plain.blocks[1].attn.qkv.weight + product
-    torch.testing.assert_close(merged(network).blocks[1].attn.qkv.weight, want, rtol=0, atol=1e-7)
+    torch.testing.assert_close(merge_lora(network).blocks[1].attn.qkv.weight, want, rtol=0, atol=1e-7)
 
 
 def test_without_lora_merging_returns_the_network_itself(plain):
-    assert merged(plain) is plain
+    assert merge_lora(plain) is plain
 
 
 def test_a_decoder_learns_beside_it(plain, volume):
