@@ -98,10 +98,10 @@ VARIANTS: dict[str, Variant] = {
     ),
     "nano": replace(
         TINY,
-        embed_dim=128,
-        depth=6,
+        embed_dim=96,
+        depth=5,
         num_heads=2,
-        global_attn_indexes=tuple(range(6)),
+        global_attn_indexes=tuple(range(5)),
         decoder=replace(TINY.decoder, high_resolution=True),
     ),
     "vit_b": Variant(

@@ -1,5 +1,7 @@
 """Pretraining by clicks from sources to weights, on boxes and made-up volumes."""
 
+import functools
+import hashlib
 import json
 import os
 import signal
@@ -9,14 +11,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sammed3d_backbone.recipes import pretrain_promptable
 from sammed3d_backbone.recipes.pretrain_promptable import Config, choose_cases, main
+from torch import nn
 
 from sammed3d_backbone import config, encoder, sam
+from sammed3d_backbone.clickbench.cases import read_click_set
+from sammed3d_backbone.data.datasets import read_fold
+from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.training.runs import Run
 
 RECIPE = Path(pretrain_promptable.__file__)
@@ -214,9 +222,59 @@ def test_impossible_knobs_are_refused(small, changes, remedy):
         replace(small, **changes)
 
 
-@pytest.mark.parametrize("stage", ["tiny", "tiny_stage2"])
-def test_the_configuration_for_two_cores_keeps_what_is_to_be_transferred_to_out(stage):
-    cfg = config.load(Config, RECIPE.parent / f"configs/pretrain/{stage}.yaml")
-    assert set(cfg.exclude) == {"hippocampus", "voxelmorph_brain"}
-    assert cfg.held_out_folds == (0, 1)
-    assert not {source.split("/")[-1] for source in cfg.sources} & set(cfg.exclude)
+@pytest.mark.slow
+def test_the_configuration_for_a_gpu_runs_in_bfloat16_and_compiled(small, runs, monkeypatch):
+    # The graph is traced and cut for the backward pass, but not turned into machine code.
+    traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    cfg = config.load(Config, RECIPE.parent / "configs/pretrain/tiny_next_gpu.yaml")
+    assert cfg.compiled
+    assert cfg.mixed_precision == "bf16"
+    kept = ("name", "sources", "shares", "val_cases", "val_crops", "img_size", "threads", "cpu")
+    changes = {key: getattr(small, key) for key in kept}
+    cfg = replace(cfg, **changes, variant="nano", batch=2, steps=2, decay_steps=1, workers=0)
+    cfg = replace(cfg, scored=(), smallest_vox=(100, 50), validate_every=2, log_every=1)
+    scores = main(replace(cfg, decoder_warmup_steps=0))
+    assert 0 <= scores["dice_5"] <= 1
+    sam("nano", weights=runs / "toy/last.safetensors", rel_pos="axial")
+
+
+def voxels_sha256(path):
+    """A hash of an image's stored voxels, whatever its header and compression."""
+    return hashlib.sha256(np.asanyarray(nib.load(path).dataobj).tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def kept_out(shared_data):
+    """Hashes and subjects of all that is to be transferred to."""
+    entries = [
+        entry
+        for name in ("hippocampus", "abdomen_mr", "singles/voxelmorph_brain")
+        for entry in read_click_set(shared_data / name).cases
+    ]
+    folder = shared_data / "headneck_ct"
+    dataset = read_dataset(folder)
+    ids = {name for fold in (0, 1) for name in read_fold(dataset, fold).val}
+    entries += [entry for entry in read_click_set(folder).cases if entry.case.id in ids]
+    hashes = {voxels_sha256(path) for entry in entries for path in entry.case.images}
+    return hashes, {entry.case.subject for entry in entries}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "tiny_stage2", "tiny_next", "tiny_next_gpu"])
+def test_what_is_to_be_transferred_to_is_in_no_pretraining(
+    name, kept_out, shared_data, monkeypatch
+):
+    monkeypatch.setenv("SAMMED3D_DATA", str(shared_data))
+    cfg = config.load(Config, RECIPE.parent / f"configs/pretrain/{name}.yaml")
+    hashes, subjects = kept_out
+    seen = [
+        entry
+        for source in cfg.sources
+        if source != "synthetic"
+        for side in choose_cases(cfg, source)[1:]
+        for entry in side
+    ]
+    assert len(seen) > 40
+    assert not {entry.case.subject for entry in seen} & subjects
+    assert not {voxels_sha256(path) for entry in seen for path in entry.case.images} & hashes
