@@ -134,7 +134,7 @@ class Run:
         if self.writes and not place.exists():
             partial = place.with_name(PARTIAL + place.name)
             _remove(partial)
-            _write(partial, _tensors(accelerator, state), state.progress)
+            write_checkpoint(partial, _tensors(accelerator, state), state.progress)
             partial.replace(place)
             _sync(place.parent)
             for path in self.checkpoints[:-KEPT]:
@@ -284,7 +284,9 @@ def _learning(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
 
 
-def _write(folder: Path, files: Mapping[str, Mapping[str, Tensor]], progress: Progress) -> None:
+def write_checkpoint(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], progress: Progress
+) -> None:
     """Writes a checkpoint's files through to the disk."""
     folder.mkdir()
     hashes = {}

@@ -76,7 +76,9 @@ def test_merged_weights_are_the_old_ones_plus_the_product(plain):
     layer = network.blocks[1].attn.qkv
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     want = plain.blocks[1].attn.qkv.weight + product
-    torch.testing.assert_close(merge_lora(network).blocks[1].attn.qkv.weight, want, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        merge_lora(network).blocks[1].attn.qkv.weight, want, rtol=0, atol=1e-7
+    )
 
 
 def test_without_lora_merging_returns_the_network_itself(plain):
