@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "adapters": {"models.layers"},
     "loading": {"data.preprocessing", "files", "models"},
     "selftest": {"models", "loading.variants"},
-    "evaluation": {"adapters.contract", "data", "files"},
+    "evaluation": {"data", "files"},
     "curation": {"data", "evaluation", "files"},
     "clickbench": {"data", "evaluation", "files", "provenance", "strategies"},
     "inference": {
@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "files",
         "loading",
         "models.image_encoder",
+        "models.sam",
         "provenance",
     },
     "serving": {"__init__", "data", "inference"},
@@ -67,7 +68,7 @@ MAY_IMPORT = {
         "loading",
         "provenance",
     },
-    "pretraining": {"data", "models", "strategies", "training"},
+    "pretraining": {"data", "files", "models", "strategies", "training"},
 }
 MAY_IMPORT["__init__"] = {"adapters", "data.volume", "inference", "loading"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}

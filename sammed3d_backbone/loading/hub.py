@@ -172,9 +172,10 @@ def _require_sha256(record: Weights, path: Path, expected: str) -> None:
 
 def _candidates(record: Weights) -> list[str]:
     """Names of the weights files in a record's repository."""
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import HfApi, constants
 
-    names = list_repo_files(str(record.repo_id), revision=record.revision)
+    hub = HfApi(endpoint=constants.ENDPOINT)
+    names = hub.list_repo_files(str(record.repo_id), revision=record.revision)
     return [name for name in names if name.endswith(WEIGHTS_SUFFIXES)]
 
 

@@ -192,7 +192,7 @@ def test_recomputing_blocks_keeps_less_and_gives_the_same_gradients(generator):
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [
-        ({"out_channels": 0}, "give the number of classes, background too"),
+        ({"out_channels": 0}, "out_channels=0"),
         ({"deepest": "stem"}, "use 'block' or 'neck'"),
         (
             {"out_indices": (1, 2, 3)},

@@ -252,7 +252,7 @@ def test_a_named_variant_is_what_the_file_is_held_against(checkpoint, capsys):
     ("arguments", "said"),
     [
         (["info", "trubo"], "Did you mean 'turbo'?"),
-        (["info", "vit_l_256"], "'vit_l_256' is a variant (crop 256^3 voxels) without weights yet"),
+        (["info", "vit_l_256"], "'vit_l_256' is a variant"),
         (["info", "missing.pth"], "no weights file 'missing.pth'"),
         (["verify", "missing.pth"], "no weights file 'missing.pth'"),
         (["convert", "missing.pth", "out.safetensors"], "no weights file 'missing.pth'"),

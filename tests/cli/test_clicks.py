@@ -78,7 +78,7 @@ def test_our_own_predictor_is_tested_where_nothing_else_is_named(data, tmp_path,
     header, *lines = map(json.loads, (tmp_path / "out" / "clicks.jsonl").read_text().splitlines())
     assert header["model"] == "tiny, random values"
     assert header["told"] == "newest clicks"
-    assert header["pretraining"].startswith("random start")
+    assert header["pretraining"].startswith("random initialisation")
     assert len(header["weights_sha256"]) == 64
     assert {line["failure"] for line in lines} == {""}
     (first, *_) = map(json.loads, (tmp_path / "out" / "times.jsonl").read_text().splitlines())

@@ -173,7 +173,7 @@ def test_an_empty_volume_gives_labels(segmenter):
 
 
 def test_an_unknown_network_names_the_known_ones():
-    with pytest.raises(ValueError, match="basicunet"):
+    with pytest.raises(ValueError, match="unetr"):
         build_network(card(network="transformer"))
 
 

@@ -297,7 +297,7 @@ def test_missing_axes_or_channels_are_named(encoder):
     [
         ({"rel_pos": "rotary"}, "use 'sammed3d' or 'axial'"),
         ({"num_heads": 5}, "make embed_dim a multiple of num_heads"),
-        ({"img_size": (16, 16)}, "give one side in voxels, or three"),
+        ({"img_size": (16, 16)}, "img_size="),
     ],
     ids=["positions", "heads", "sides"],
 )
