@@ -1,14 +1,15 @@
-"""Train the promptable network by clicks: from scratch, or on from public weights on own data.
+"""Train the promptable network by clicks, from scratch or from public weights on own data.
 
     python recipes/pretrain_promptable.py recipes/configs/pretrain/tiny.yaml
     python recipes/pretrain_promptable.py recipes/configs/pretrain/tiny_stage2.yaml weights=FILE
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
-A first click in the object, later ones where the mask is wrong, on one embedding per volume; large
-objects in simple volumes come first. Hidden patches are told from the rest of a volume, and places
-of one object from all others, instead of clicks or beside them (objectives=). The same command goes
-on where a stopped run was. Everything lies in SAMMED3D_RUNS/<name>; `last.safetensors` there loads
-as `sam(variant, weights=FILE)` and is written anew at every validation.
+The first click falls into the object, later ones where the mask is wrong, on one encoding per
+volume; large objects in simple volumes come first. Besides or instead of clicks (objectives=), the
+classes of all voxels, hidden patches, or places of one object against all others are learned. The
+same command resumes an interrupted run. Everything is written to SAMMED3D_RUNS/<name>; its
+`last.safetensors` loads as `sam(variant, weights=FILE)`, and curve.png shows the progress; both are
+renewed at every validation.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ from sammed3d_backbone.pretraining.dense_labels import DenseLabels
 from sammed3d_backbone.pretraining.init import init_weights, warm_up_decoder
 from sammed3d_backbone.pretraining.object_crops import (
     Curriculum,
+    LabelledScan,
     ObjectStream,
-    Scan,
     ScanSource,
     Source,
     SyntheticSource,
@@ -78,64 +79,64 @@ OTHER_FIGURES = {"patch_error", "nearest_same"}  # of objectives beside the clic
 
 @dataclass(frozen=True)
 class Config:
-    """The knobs."""
+    """Arguments of the recipe."""
 
-    name: str  # of the run's folder below SAMMED3D_RUNS
+    name: str  # the run's folder below SAMMED3D_RUNS
     sources: tuple[str, ...]  # "synthetic", and data sets or folders with a labels.json
-    shares: tuple[float, ...]  # of the samples, one for each source
-    exclude: tuple[str, ...] = ()  # sets that are refused and cases that are left out, by name
-    held_out_folds: tuple[int, ...] = ()  # whose validation cases stay out of everything
-    val_cases: int = 6  # subjects of each data set that are set apart to be scored
-    scored: tuple[str, ...] = ()  # sources that are scored; (): all
-    val_crops: int = 24  # crops that are scored
+    shares: tuple[float, ...]  # relative frequency of each source
+    exclude: tuple[str, ...] = ()  # names of data sets to refuse and of cases to leave out
+    held_out_folds: tuple[int, ...] = ()  # their validation cases are not used at all
+    val_cases: int = 6  # subjects of each data set that are set apart for validation
+    scored: tuple[str, ...] = ()  # sources used for validation; (): all
+    val_crops: int = 24  # crops per validation
     variant: str = "tiny"
     weights: str | None = None  # a name or file of whole promptable networks; None: random
-    decoder_warmup_steps: int = 0  # of a random decoder, before all others: a click means a place
+    decoder_warmup_steps: int = 0  # teach a random decoder first that a click means a place
     rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
     point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
-    spacing_mm: float = 1.5  # that the network is meant for
-    zoom: float = 2.0  # largest factor on the spacing, up and down
-    stretch: float = 1.15  # the same for each axis by itself
-    flips: tuple[float, float, float] = (0.5, 0.5, 0.5)  # probability along R, A, S
-    recolour: float = 0.0  # share of the crops of scans that get a random contrast
-    objects: int = 12  # of a volume
-    interactions: int = 4  # steps with each object
+    spacing_mm: float = 1.5  # spacing that the network is meant for
+    zoom: float = 2.0  # largest random factor on the spacing, up and down
+    stretch: float = 1.15  # the same for each axis separately
+    flips: tuple[float, float, float] = (0.5, 0.5, 0.5)  # probabilities along R, A, S
+    random_contrast: float = 0.0  # share of real crops whose contrast is randomised
+    objects: int = 12  # per volume
+    interactions: int = 4  # steps per object
     graded: tuple[int, ...] = ()  # steps, counted from 0, that are part of the loss; (): all
-    deep_share: float = 0.5  # of the clicks that go to the deepest place of an error
+    deep_share: float = 0.5  # share of clicks at the deepest place of an error; others at random
     without_point: tuple[int, ...] = ()  # steps, counted from 0, that only refine the last mask
-    clicks: Literal["newest", "all"] = "newest"  # that a step is given
+    clicks: Literal["newest", "all"] = "newest"  # clicks that a step is given
     balance: float = 0.5  # 1: the voxels of an object weigh as much as all others; 0: as one each
-    quality_weight: float = 0.1  # of the predicted Dice in the loss
+    quality_weight: float = 0.1  # weight of the predicted Dice in the loss
     objectives: tuple[Literal["clicks", "dense", "reconstruction", "contrast"], ...] = ("clicks",)
-    dense_classes: tuple[str, ...] = ()  # of all voxels; without Left and Right
-    dense_weight: float = 1.0  # beside the clicks
-    hidden_share: float = 0.6  # of the patches, where those are told from the rest
-    reconstruction_weight: float = 1.0  # beside the clicks
-    contrast_weight: float = 1.0  # beside the clicks
-    smallest_vox: tuple[int, int] = (2000, 200)  # of objects that are asked for, first and last
-    structures: tuple[int, int] = (5, 12)  # most in a synthetic volume, first and last
-    curriculum_steps: int = 0  # from the first to the last of these; 0: all is as in the end
-    steps: int = 1000  # of the optimiser
-    first_step: int = 0  # steps that the weights have behind them: samples and schedule go on there
+    dense_classes: tuple[str, ...] = ()  # names without Left and Right
+    dense_weight: float = 1.0  # weight relative to the clicks
+    hidden_share: float = 0.6  # share of patches that are hidden for reconstruction
+    reconstruction_weight: float = 1.0  # weight relative to the clicks
+    contrast_weight: float = 1.0  # weight relative to the clicks
+    smallest_vox: tuple[int, int] = (2000, 200)  # smallest objects at first and at last
+    structures: tuple[int, int] = (5, 12)  # most per synthetic volume at first and at last
+    curriculum_steps: int = 0  # steps from the first to the last of these; 0: last from the start
+    steps: int = 1000  # optimiser steps
+    first_step: int = 0  # step at which samples and schedule start, for weights= of a stopped run
     decay_steps: int | None = None  # last steps, in which a constant rate falls to 0; None: cosine
     optimizer: Literal["adamw", "muon"] = "adamw"
     batch: int = 1  # volumes per process and pass
-    accumulate: int = 1  # passes per step, whose gradients are averaged
-    lr: float = 5e-4  # of the image encoder
-    decoder_lr: float = 1.0  # of prompt encoder and mask decoder, as a factor on lr
+    accumulate: int = 1  # passes per step, gradients are averaged
+    lr: float = 5e-4  # learning rate of the image encoder
+    decoder_lr: float = 1.0  # factor on lr for prompt encoder and mask decoder
     weight_decay: float = 0.05
     warmup_steps: int = 100
-    clip: float = 1.0  # of the gradient's norm
+    clip: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16"] = "no"  # on a CPU: of encoder and high-resolution maps
-    compiled: bool = False  # the encoder, by torch.compile
+    mixed_precision: Literal["no", "bf16"] = "no"  # on a CPU for encoder and maps only
+    compiled: bool = False  # compile the encoder with torch.compile
     validate_every: int = 500  # steps
     log_every: int = 10  # steps
     save_every_s: float = 300.0  # seconds between checkpoints
-    workers: int = 0  # processes that make samples
+    workers: int = 0  # processes that prepare samples
     threads: int = 0  # CPU threads per process; 0: all cores, shared by the processes
-    cpu: bool = False  # even where there is a GPU
+    cpu: bool = False  # use the CPU even if there is a GPU
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -149,12 +150,12 @@ class Config:
             )
 
 
-# Keys that may change when a run goes on: they say where and how fast, not what.
+# Arguments that may change when a run is resumed, since no result depends on them.
 FREE = ("threads", "workers", "cpu", "save_every_s")
 
 
 def main(cfg: Config) -> dict[str, float]:
-    """Trains or goes on; returns the scores of the last validation."""
+    """Trains or resumes; returns the scores of the last validation."""
     accelerator = Accelerator(
         mixed_precision=cfg.mixed_precision,
         cpu=cfg.cpu,
@@ -221,7 +222,7 @@ def main(cfg: Config) -> dict[str, float]:
         augment=augmentation(cfg.flips),
         patches=patches,
         classes=len(cfg.dense_classes),
-        recolour=cfg.recolour,
+        contrast_share=cfg.random_contrast,
     )
     scored = scored_stream(cfg, validation, network)
 
@@ -292,10 +293,10 @@ def scored_stream(
     """The crops of cases set apart that a network is scored on.
 
     Args:
-        cfg: Of the run.
-        apart: Its sources, one as likely as another.
-        network: To be scored.
-        part: Other numbers give other crops; 0 is the training's.
+        cfg: Configuration of the run.
+        apart: Validation sources, drawn equally often.
+        network: The network that is scored.
+        part: Selects a set of crops; 0 is used by the training.
     """
     return ObjectStream(
         apart,
@@ -311,7 +312,7 @@ def scored_stream(
 
 
 def make_objective(cfg: Config, network: Sam3D) -> Objective:
-    """The losses that are asked for."""
+    """The losses that the configuration names."""
     image_encoder = network.image_encoder
     interaction = Interaction(
         network,
@@ -386,7 +387,7 @@ def open_sources(
     return training, scored, seen
 
 
-def _scan_of(entry: ClickCase, dense_classes: Sequence[str]) -> Scan:
+def _scan_of(entry: ClickCase, dense_classes: Sequence[str]) -> LabelledScan:
     """A case with the numbers of its dense classes, and which of these were looked for."""
     number_of = {name: number for number, name in enumerate(dense_classes, start=1)}
     plain = {
@@ -513,12 +514,12 @@ def save_weights(
     count as seen all the same.
 
     Args:
-        path: Of the file.
-        network: To be written.
-        cfg: Of the run.
-        seen: Names of the cases by data set.
-        volumes: That were drawn for training, crops of cases and synthetic ones.
-        before: What the weights that it began with say of their training.
+        path: File to write.
+        network: The network.
+        cfg: Configuration of the run.
+        seen: Ids of the training cases by data set.
+        volumes: Number of training crops.
+        before: Training record of the initial weights.
     """
     start: Weights | None = network.pretrained_cfg
     stages = {entry.name: entry.stages for entry in (start and start.pretraining) or ()}

@@ -1,7 +1,8 @@
-"""Where the next click goes: one function per strategy, for training and for evaluation.
+"""Where the next click goes: one function per strategy, below benchmark and training.
 
-Comes in: `Errors`, all that a click is chosen from. Goes out: a `Click` on a voxel that the mask
-has wrong, or None where there is nothing left to correct. The first click corrects an empty mask.
+A strategy takes `Errors`, everything that a click is chosen from, and returns a `Click` on a voxel
+that the mask has wrong, or None if there is nothing left to correct. The first click corrects an
+empty mask. Training uses `uniform` and `deepest` in the batched form of `pretraining.click_cells`.
 
 A strategy sees arrays whose axes run towards R, A, S, whatever the storage, so that turning or
 mirroring a file turns its clicks with it and changes none. Random strategies draw from `Draws`.
@@ -39,7 +40,7 @@ class Click:
 
 
 class Draws:
-    """Random numbers that depend on names only: not on order, global state or library version."""
+    """Random numbers that depend on names only, not on order, global state or library version."""
 
     def __init__(self, *names: str | int) -> None:
         self._names = names
@@ -47,7 +48,7 @@ class Draws:
         self._bits = np.random.Philox(key=int.from_bytes(digest[:16], "big"))
 
     def part(self, *names: str | int) -> Draws:
-        """The numbers of a part, whatever has been drawn so far."""
+        """The random numbers of a part, independent of what has been drawn so far."""
         return Draws(*self._names, *names)
 
     def below(self, n: int) -> int:
@@ -57,7 +58,7 @@ class Draws:
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """Where a mask is wrong, and what else may decide the next click.
+    """Where a mask is wrong, and what else may determine the next click.
 
     Shapes:
         truth: (X, Y, Z) bool.
@@ -77,7 +78,7 @@ class Errors:
     def __post_init__(self) -> None:
         if not self.truth.dtype == self.mask.dtype == bool:
             raise ValueError(
-                f"truth of type {self.truth.dtype} and mask of type {self.mask.dtype} are no "
+                f"truth of type {self.truth.dtype} and mask of type {self.mask.dtype} are not "
                 "masks; compare with > 0 or with a class value"
             )
         if self.truth.shape != self.mask.shape:
@@ -193,8 +194,7 @@ def deep(errors: Errors) -> Click | None:
 def deepest(errors: Errors) -> Click | None:
     """One of the deepest voxels, missed or extra, whichever goes deeper; missed ones at a tie.
 
-    Depth is counted in steps to any of the 26 neighbours, and what lies outside the volume is not
-    of the error. Training uses it in batched form, `pretraining.click_cells`.
+    Depth is counted in steps to any of the 26 neighbours; outside the volume there is no error.
     """
     depths = [
         ndimage.distance_transform_cdt(np.pad(part, 1), metric="chessboard")[(slice(1, -1),) * 3]

@@ -1,12 +1,12 @@
-"""Places of one object, told from all other places by what an encoder makes of a volume.
+"""Contrastive loss: places of one object are drawn together and away from all other places.
 
 A linear layer makes of every token's vector those of the 2 x 2 x 2 parts of its patch. Parts of the
 same object are drawn together and away from everything else (supervised contrastive learning:
-Khosla et al., NeurIPS 2020; on voxels of made-up volumes: Dey et al., anatomix, ICLR 2025). What
-bears no label is only kept away from: it may be many things. A click teaches about one object; this
-teaches about all places at once, and needs no pass of the encoder beside the clicks'.
+Khosla et al., NeurIPS 2020; on voxels of synthetic volumes: Dey et al., anatomix, ICLR 2025).
+Unlabelled places serve as negatives only, since they may be many things. A click teaches about one
+object; this teaches about all places at once, on the same pass of the encoder.
 
-Letters: B volumes, S voxels a side, T tokens of a volume, N = 8 T parts, M places, D numbers each.
+Letters: B volumes, S voxels a side, T tokens of a volume, N = 8 T parts, M places, D channels.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
-PARTS = 2  # of a patch, along each axis
-PURE = 0.75  # a part belongs to the label that so many of its voxels bear
+PARTS_PER_SIDE = 2  # a patch is split into so many parts along each axis
+PURE = 0.75  # a part belongs to the label that this share of its voxels has
 
 
 class Contrast(nn.Module):
-    """How far the places of an object are from being nearer to each other than to all else.
+    """The loss, with the linear layer that makes the vectors of places.
 
     Args:
-        encoder: Of one channel; it gives sizes only, see `Reconstruction`.
-        channels: Numbers of a place, D.
-        temperature: Of the cosines between places.
-        most: Places of an object that are compared; of what bears no label, twice as many.
+        encoder: Has one input channel; only its sizes are read, see `Reconstruction`.
+        channels: Length D of a vector.
+        temperature: Divides the cosines between places.
+        most: Largest number of places per object that are compared; twice as many unlabelled ones.
 
     Shapes:
         embedding: (B, F, x, y, z), the encoder's map.
-        labels: (B, S, S, S) integers; 0 is what bears no label.
+        labels: (B, S, S, S) integers; 0 is unlabelled.
         draws: (B, N), from 0 to 1, decide which places are compared.
-        returns: scalars, the loss, and how often the nearest place is of the same object. A volume
-            without two places of an object counts as 0.
+        returns: two scalars, the loss and the share of places whose nearest place belongs to the
+            same object. A volume without two places of an object counts as 0.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Contrast(nn.Module):
         most: int = 200,
     ) -> None:
         super().__init__()
-        self.side_vox = encoder.patch_size // PARTS
+        self.side_vox = encoder.patch_size // PARTS_PER_SIDE
         self.temperature = temperature
         self.most = most
-        self.to_parts = nn.Linear(encoder.out_chans, PARTS**3 * channels)
+        self.to_parts = nn.Linear(encoder.out_chans, PARTS_PER_SIDE**3 * channels)
 
     def forward(self, embedding: Tensor, labels: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and share of nearest places."""
@@ -62,13 +62,13 @@ class Contrast(nn.Module):
         return torch.stack(losses).mean(), torch.stack(nearest).mean()
 
     def _vectors(self, embedding: Tensor) -> Tensor:
-        """Of all parts, (B, N, D), each of length 1."""
+        """Normalised vectors of all parts, (B, N, D)."""
         vectors = self.to_parts(embedding.movedim(1, -1)).float()  # (B, x, y, z, 8 D)
-        vectors = vectors.unflatten(-1, (PARTS, PARTS, PARTS, -1))
+        vectors = vectors.unflatten(-1, (PARTS_PER_SIDE, PARTS_PER_SIDE, PARTS_PER_SIDE, -1))
         return F.normalize(vectors.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(1, 6), dim=-1)
 
     def _owners(self, labels: Tensor) -> Tensor:
-        """The label of every part, (B, N); -1 where it is divided."""
+        """The label of every part, (B, N); -1 for parts that no label fills to `PURE`."""
         p = self.side_vox
         cut = labels.unflatten(3, (-1, p)).unflatten(2, (-1, p)).unflatten(1, (-1, p))
         voxels = cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # (B, N, p ** 3)

@@ -49,12 +49,12 @@ class Crop(NamedTuple):
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Large objects in simple volumes first: each knob as it is at first and in the end.
+    """Large objects in simple volumes first: the first and the last value of each setting.
 
     Args:
-        smallest_vox: Voxels of the smallest object that is asked for.
-        structures: Most structures in a synthetic volume.
-        samples: After so many, all is as in the end.
+        smallest_vox: Size of the smallest object that is asked for, in voxels.
+        structures: Largest number of structures in a synthetic volume.
+        samples: Number of samples after which the last values hold.
     """
 
     smallest_vox: tuple[int, int]
@@ -62,7 +62,7 @@ class Curriculum:
     samples: int
 
     def at(self, number: int) -> tuple[int, int]:
-        """Smallest voxels and most structures of a sample, on a line of equal factors."""
+        """Smallest size and most structures of a sample, interpolated geometrically."""
         share = 1.0 if self.samples == 0 else min(1.0, number / self.samples)
         smallest, structures = (
             round(first ** (1 - share) * last**share)
@@ -100,7 +100,7 @@ class SyntheticSource:
 
 
 @dataclass(frozen=True, eq=False)
-class Scan:
+class LabelledScan:
     """One labelled volume on its own grid, axes towards R, A, S.
 
     Shapes:
@@ -138,7 +138,7 @@ class Scan:
 
 def read_scan(
     case: Case, intensity: str, classes: Classes | None = None, known: Iterable[int] = ()
-) -> Scan:
+) -> LabelledScan:
     """A case, opened and normalised; its labels keep the values of its file.
 
     Args:
@@ -156,7 +156,7 @@ def read_scan(
         raise DatasetError(f"{case.id} cannot be used:", problems)
     geometry = Geometry.plan(image.shape, image.affine)
     normalised = normalise(geometry.resample(image.array), intensity)
-    return Scan(
+    return LabelledScan(
         normalised.image,
         geometry.resample_labels(label.array),
         normalised.zero,
@@ -170,9 +170,9 @@ class ScanSource:
     """Crops around the objects of real volumes, each volume and each of its objects as likely.
 
     Args:
-        name: Of the source.
+        name: Name of the source.
         scans: At least one, each with an object.
-        spacing_mm: Of the crops, in the middle.
+        spacing_mm: Spacing of the crops, in the middle of its range.
         zoom: Largest factor on it, and one over the smallest; no crop is finer than `FINEST`.
         stretch: The same for each axis by itself.
     """
@@ -182,7 +182,7 @@ class ScanSource:
     def __init__(
         self,
         name: str,
-        scans: Sequence[Scan],
+        scans: Sequence[LabelledScan],
         spacing_mm: float,
         *,
         zoom: float = 1.0,
@@ -247,23 +247,23 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         augment: Augmentation | None = None,
         patches: int = 0,
         classes: int = 0,
-        recolour: float = 0.0,
+        contrast_share: float = 0.0,
     ) -> None:
         """All samples of a run.
 
         Args:
-            sources: To be mixed.
-            shares: Of each source, in any unit.
+            sources: Sources that are mixed.
+            shares: Relative frequency of each source.
             side_vox: Side of the crops.
             curriculum: What is asked for when.
             objects: Number P; where a crop holds fewer, they come several times.
             steps: Number N of steps of an interaction.
-            samples: Of the whole run.
-            seed: Of the run; streams of other numbers see other samples.
+            samples: Number of samples of the whole run.
+            seed: Seed of the run; streams with other seeds give other samples.
             augment: Applied to every crop, as ``image`` and ``label``.
             patches: Number T of the patches of a crop.
             classes: Number K of the classes.
-            recolour: Share of the crops of scans that get a random contrast.
+            contrast_share: Share of real crops whose contrast is randomised.
 
         Raises:
             ValueError: If there is not one positive share for every source.
@@ -283,7 +283,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         self.augment = augment
         self.patches = patches
         self.classes = classes
-        self.recolour = recolour
+        self.contrast_share = contrast_share
 
     def __len__(self) -> int:
         return self.samples
@@ -295,7 +295,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         crop, values = self._crop_with_objects(rng, source, number)
         image, labels = crop.image, crop.labels
         chosen = np.resize(rng.permutation(values), self.objects)
-        if source.is_real and rng.random() < self.recolour:
+        if source.is_real and rng.random() < self.contrast_share:
             image = random_contrast(rng, image, labels)
         if self.augment is not None:
             self.augment.set_random_state(seed=int(rng.integers(2**32)))

@@ -1,9 +1,9 @@
-"""Hidden patches, told from what an encoder makes of the rest of a volume.
+"""Masked image modelling: hidden patches are reconstructed from the rest of a volume.
 
 Hidden patches are 0, the mean of a normalised volume, so that the encoder needs no token for them
-and keeps its form (as in SimMIM: Xie et al., CVPR 2022). What is to be told is each patch with its
-own mean and deviation taken away (as in MAE: He et al., CVPR 2022): its structure, not how bright
-it is. Letters: B volumes, S voxels a side, p those of a patch, T patches of a volume.
+and keeps its form (as in SimMIM: Xie et al., CVPR 2022). The target is each patch normalised by its
+own mean and deviation (as in MAE: He et al., CVPR 2022): its structure, not its brightness.
+Letters: B volumes, S voxels a side, p those of a patch, T patches of a volume.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
 
 class Reconstruction(nn.Module):
-    """The voxels of hidden patches as a linear function of the encoder's map.
+    """The loss, with the linear layer that predicts voxels from the encoder's map.
 
     Args:
-        encoder: Of one channel; what makes the map is given to `forward` again, so that this module
-            holds its own parameters only.
-        hidden_share: Of the patches.
+        encoder: Has one input channel; only its sizes are read. `forward` is given the encoder, so
+            that this module holds its own parameters only.
+        hidden_share: Share of the patches that is hidden.
 
     Shapes:
         image: (B, 1, S, S, S).
         draws: (B, T), from 0 to 1, decide which patches are hidden.
-        returns: a scalar, the mean squared error; 1 is what the mean of each patch would get.
+        returns: a scalar, the mean squared error; predicting the mean of each patch gives 1.
 
     Raises:
         ValueError: If nothing or everything would be hidden.

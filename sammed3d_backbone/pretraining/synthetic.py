@@ -1,4 +1,4 @@
-"""A seed -> a made-up volume with its labels, so that pretraining does not hang on a few scans.
+"""Synthetic labelled volumes, so that pretraining does not depend on a few scans.
 
 A body holds ellipsoids, tubes and lumps that overlap, touch, nest, wrap and split each other; all
 are bent by one smooth field. Every structure has a brightness and a grain of its own, and the
@@ -31,11 +31,11 @@ SMALLEST_SIDE_VOX = 8
 Field = NDArray[np.float32]
 Tissues = NDArray[np.uint8]
 Inside = NDArray[np.bool_]
-Box = tuple[slice, ...]
+Region = tuple[slice, ...]
 
 
 class Synthetic(NamedTuple):
-    """A made-up volume.
+    """A synthetic volume.
 
     Shapes:
         image: (1, S, S, S) float32; mean 0 and deviation 1 over the body, as a scan has them over
@@ -49,13 +49,13 @@ class Synthetic(NamedTuple):
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How hard the volumes are: the knobs of a curriculum."""
+    """How difficult the volumes are."""
 
-    structures: tuple[int, int] = (3, 12)  # fewest and most that are put into a volume
-    smallest_vox: int = 100  # what ends up with fewer voxels becomes part of what is around it
-    contrast: tuple[float, float] = (0.4, 2.0)  # of a structure's brightness to what is around it
-    grain: float = 0.4  # largest deviation of the texture, in the unit of contrast
-    noise: float = 0.4  # largest deviation of the noise, in the unit of contrast
+    structures: tuple[int, int] = (3, 12)  # fewest and most structures in a volume
+    smallest_vox: int = 100  # smaller structures are merged into their surroundings
+    contrast: tuple[float, float] = (0.4, 2.0)  # range of brightness against the surroundings
+    grain: float = 0.4  # largest standard deviation of the texture, in units of contrast
+    noise: float = 0.4  # largest standard deviation of the noise, in units of contrast
 
     def __post_init__(self) -> None:
         fewest, most = self.structures
@@ -74,14 +74,14 @@ class Synthesis:
 
 
 def synthetic_sample(seed: int, side_vox: int, how: Synthesis | None = None) -> Synthetic:
-    """The volume that belongs to a seed, whatever the machine's number of threads.
+    """Generates the volume of a seed; the number of threads does not change it.
 
-    A structure for which no place is left is not there: there may be fewer than asked for.
+    Structures for which no place is left are omitted, so there may be fewer than `how` asks for.
 
     Args:
-        seed: Any whole number from 0 on.
+        seed: A whole number, 0 or more.
         side_vox: Side S of the cube.
-        how: None for the defaults.
+        how: Difficulty; None for the defaults.
 
     Raises:
         ValueError: If the cube is too small for the smallest structure.
@@ -126,7 +126,7 @@ def _draw_tissues(rng: Generator, side_vox: int, how: Synthesis) -> tuple[Tissue
 
 def _draw_structure(
     rng: Generator, tissues: Tissues, number: int, smallest_vox: int
-) -> tuple[Box, Inside]:
+) -> tuple[Region, Inside]:
     """A box, and which of its voxels belong to one new structure."""
     side_vox = len(tissues)
     relation = rng.choice(["over", "beside", "part", "core"], p=[0.5, 0.2, 0.2, 0.1])
@@ -154,7 +154,7 @@ def _draw_structure(
     return box, inside
 
 
-def _box(middle: NDArray[np.float64], radius: float, side_vox: int) -> Box:
+def _box(middle: NDArray[np.float64], radius: float, side_vox: int) -> Region:
     """The part of the cube that a ball reaches."""
     low = np.clip(np.floor(middle - radius), 0, side_vox - 1).astype(int)
     high = np.clip(np.ceil(middle + radius) + 1, 1, side_vox).astype(int)
@@ -162,7 +162,7 @@ def _box(middle: NDArray[np.float64], radius: float, side_vox: int) -> Box:
 
 
 def _distance(
-    rng: Generator, box: Box, middle: NDArray[np.float64], radii: NDArray[np.float64]
+    rng: Generator, box: Region, middle: NDArray[np.float64], radii: NDArray[np.float64]
 ) -> Field:
     """From the middle, along turned axes and in units of the radii, of every voxel of a box."""
     axes = np.linalg.qr(rng.normal(size=(3, 3)))[0] / radii  # columns
@@ -177,13 +177,13 @@ def _distance(
 
 
 def _ellipsoid(
-    rng: Generator, box: Box, middle: NDArray[np.float64], radii: NDArray[np.float64]
+    rng: Generator, box: Region, middle: NDArray[np.float64], radii: NDArray[np.float64]
 ) -> Inside:
     return np.asarray(_distance(rng, box, middle, radii) < 1)
 
 
 def _lump(
-    rng: Generator, box: Box, middle: NDArray[np.float64], radii: NDArray[np.float64]
+    rng: Generator, box: Region, middle: NDArray[np.float64], radii: NDArray[np.float64]
 ) -> Inside:
     """An ellipsoid whose surface smooth noise pulls in and out."""
     shape = tuple(part.stop - part.start for part in box)
@@ -193,7 +193,7 @@ def _lump(
 
 def _tube(
     rng: Generator, middle: NDArray[np.float64], radius: float, side_vox: int
-) -> tuple[Box, Inside]:
+) -> tuple[Region, Inside]:
     """Balls along a quadratic curve, whose radius changes a little on the way."""
     inside: Inside = np.zeros([side_vox] * 3, bool)
     ends = middle + rng.normal(0, 0.35 * side_vox, (2, 3))
@@ -208,7 +208,7 @@ def _tube(
     return (slice(None),) * 3, inside
 
 
-def _ball(box: Box, middle: NDArray[np.float64], radius: float) -> Inside:
+def _ball(box: Region, middle: NDArray[np.float64], radius: float) -> Inside:
     x, y, z = (
         (np.arange(part.start, part.stop) - centre) ** 2
         for part, centre in zip(box, middle, strict=True)

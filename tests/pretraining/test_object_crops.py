@@ -13,8 +13,8 @@ from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.pretraining.object_crops import (
     Crop,
     Curriculum,
+    LabelledScan,
     ObjectStream,
-    Scan,
     ScanSource,
     SyntheticSource,
     random_contrast,
@@ -27,7 +27,7 @@ def scan_of_two(spacing_mm=(1.0, 1.0, 2.0)):
     labels = torch.zeros(1, 40, 36, 20, dtype=torch.uint8)
     labels[0, 6:26, 8:24, 4:12] = 1
     labels[0, 30:34, 28:32, 14:17] = 2
-    return Scan(labels.float(), labels, torch.tensor([-5.0]), spacing_mm)
+    return LabelledScan(labels.float(), labels, torch.tensor([-5.0]), spacing_mm)
 
 
 def stream(sources=None, *, smallest_vox=(50, 50), seed=(0, 0), augment=None, shares=None):

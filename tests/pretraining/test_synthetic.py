@@ -1,4 +1,4 @@
-"""Made-up volumes and their labels."""
+"""Synthetic volumes and their labels."""
 
 from dataclasses import replace
 

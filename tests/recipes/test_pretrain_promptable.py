@@ -1,4 +1,4 @@
-"""Pretraining by clicks from sources to weights, on boxes and made-up volumes."""
+"""Pretraining by clicks from sources to weights, on boxes and synthetic volumes."""
 
 import functools
 import hashlib
@@ -77,7 +77,7 @@ NEXT = {  # what the configuration of the next `tiny` asks for
     "clicks": "all",
     "optimizer": "muon",
     "decay_steps": 1,
-    "recolour": 0.5,
+    "random_contrast": 0.5,
 }
 
 

@@ -28,7 +28,7 @@ from sammed3d_backbone.models.sam import Encoding
 logger = logging.getLogger(__name__)
 
 CELLS_PER_TOKEN = 4  # along each axis; the decoder doubles its grid twice
-FORMAT = 2  # of the files; part of their names, so that those of another format are not read
+CACHE_FORMAT = 2  # of the files; part of their names, so that those of another format are not read
 EMBEDDING, MAP = "embedding", "map"  # names of the tensors in a file; maps are numbered
 WindowClick = tuple[Triple, bool]  # voxel of a window, and whether the click is positive
 
@@ -158,7 +158,7 @@ class EmbeddingCache:
         return encoding
 
     def _path(self, folder: Path, image: Tensor) -> Path:
-        digest = hashlib.sha256(f"{FORMAT} {self.weights_sha256}".encode())
+        digest = hashlib.sha256(f"{CACHE_FORMAT} {self.weights_sha256}".encode())
         digest.update(image.contiguous().numpy().data)
         return folder / f"{digest.hexdigest()}.safetensors"
 
