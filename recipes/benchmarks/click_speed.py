@@ -153,7 +153,7 @@ def clicks_in_one_window(scan: Path, labels: Path, wanted: int) -> Clicks:
         middle = np.zeros_like(mask)
         start = windows.around(windows.grid_point(first), None)
         bounds = [np.add((SIDE // 4, 3 * SIDE // 4), s - 0.5) for s in start]
-        box = [np.searchsorted(windows.own_places(a), bounds[a]) for a in range(3)]
+        box = [np.searchsorted(windows.grid_points(a), bounds[a]) for a in range(3)]
         windows.geometry.oriented(middle)[tuple(slice(*side) for side in box)] = True
         others = {other: m & middle for other, m in masks.items() if other != name}
         reached = {other: m for other, m in others.items() if m.sum() >= LEAST_VOXELS}

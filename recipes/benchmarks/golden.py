@@ -17,12 +17,13 @@ from torch import nn
 from sammed3d_backbone import selftest
 from sammed3d_backbone.loading.variants import Variant
 
+OWN = ("point_pos", "high_resolution")  # options that the reference does not have
 FILE = Path(selftest.__file__).with_name(selftest.GOLDEN)
 
 
 def reference(sizes: Variant) -> nn.Module:
     """The reference's parts with the selftest's values, in float64."""
-    decoder = {name: value for name, value in vars(sizes.decoder).items() if name != "point_pos"}
+    decoder = {name: value for name, value in vars(sizes.decoder).items() if name not in OWN}
     parts = nn.ModuleDict(
         {
             "image_encoder": parity.reference_encoder(**sizes.encoder_sizes()),

@@ -20,7 +20,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from sammed3d_backbone.recipes import pretrain_promptable
 from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
@@ -63,7 +62,7 @@ def main(study: Study, *, report: bool = False) -> None:
 
 def train(arm: str, settings: Mapping[str, Any], study: Study, out: Path) -> None:
     """Pretrains and scores one arm and adds it to the study's files."""
-    base = yaml.safe_load((HERE / study.base).read_text(encoding="utf-8"))
+    base = vars(config.load(pretrain_promptable.Config, HERE / study.base))
     own = {key: value for key, value in settings.items() if key != "crops"}
     values = {**base, **own, "name": f"{Path(study.out).name}/{arm}"}
     wanted = config.build(pretrain_promptable.Config, values)

@@ -37,7 +37,7 @@ KNOBS = {
     "folds": 3,
     "scratch": True,
     "feature_size": 4,
-    "img_size": 16,
+    "crop_vox": 16,
     "steps": 2,
     "validate_every": 2,
     "warmup_steps": 1,
@@ -414,19 +414,18 @@ ROWS = (
     Row("a split of cases that are not there", "case_9", lambda p: _split(p, ("012", "39"))),
     Row("a fold that does not exist", "fold=7", _says("fold=7")),
     Row("more folds than subjects", "folds=", _says("folds=7")),
-    Row("more labels than subjects", "labels=50", _says("labels=50")),
     Row("a case without a subject", "case_1", _subjects),
     # knobs
     Row("a misspelt knob", "layer_dcay", _says("layer_dcay=0.9")),
     Row("text for a number", "lr", _says("lr=fast")),
     Row("a knob out of range", "steps", _says("steps=0")),
-    Row("a negative learning rate", "lr", _says("lr=-1", "scratch_lr=-1")),
+    Row("a negative learning rate", "lr", _says("lr=-1")),
     Row("windows that do not move on", "overlap", _says("overlap=1")),
     Row("an axis that does not exist", "flip_axes", _says("flip_axes=[3]")),
     Row("a spacing with two numbers", "spacing_mm", _says("spacing_mm=[1, 1]")),
     Row("a spacing of zero", "spacing_mm", _says("spacing_mm=[0, 1, 1]")),
     Row("an unknown intensity", "minmax", _says("intensity=minmax")),
-    Row("a crop that does not split into patches", "img_size", _says("img_size=20")),
+    Row("a crop that does not split into patches", "img_size=(20", _says("crop_vox=20")),
     Row("an unknown variant", "vit_x", _says("variant=vit_x")),
     # weights
     Row("misspelt weights", "turbos", _says("scratch=false", "weights=turbos")),
@@ -460,7 +459,7 @@ ROWS = (
         "a volume that is not there", "none.nii.gz", lambda p: _predict(p, "none.nii.gz"), "predict"
     ),
     Row("a volume with two channels", "channels", _predict_two_channels, "predict"),
-    Row("a volume with NaN", "NaN", _predict_nan, "predict"),
+    Row("a volume with NaN", "non-finite", _predict_nan, "predict"),
     Row("an output that exists", "out.nii.gz", _predict_over, "predict"),
     Row(
         "an output of another format", "out.mha", lambda p: [*_predict(p)[:2], "out.mha"], "predict"

@@ -93,7 +93,7 @@ def test_the_weights_a_model_began_with_are_named(model, began, said):
         (["{tmp}", "{data}"], "6 of 6 cases are missing; predict them"),
         (["{model}", "{other}"], "give data with the same classes"),
         (["{model}", "/nowhere"], "pass data=FOLDER"),
-        (["{tmp}/none.safetensors", "{data}"], "give an existing"),
+        (["{tmp}/none.safetensors", "{data}"], "none.safetensors"),
         (["{tmp}"], r"score the cases with recipes/evaluate.py"),
     ],
 )

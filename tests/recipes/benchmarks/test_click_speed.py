@@ -6,6 +6,7 @@ import torch
 from sammed3d_backbone.recipes.benchmarks import click_speed as benchmark_clicks
 from standin import StandIn
 
+from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.inference.interactive.windows import Windows
@@ -42,7 +43,7 @@ def test_all_clicks_lie_in_their_structures_and_in_one_window(scan):
     clicks = benchmark_clicks.clicks_in_one_window(*scan, 3)
     label = Volume.load(scan[1]).array
     assert {str(int(label[point])) for point in clicks.values()} == clicks.keys()
-    windows = Windows(Volume.load(scan[0]), (1.5, 1.5, 1.5), benchmark_clicks.SIDE, "ct")
+    windows = Windows(Volume.load(scan[0]), SAM_MED3D, "ct")
     first, *others = (windows.place(point) for point in clicks.values())
     anchor = windows.around(first, None)
     assert {windows.around(place, anchor) for place in others} == {anchor}

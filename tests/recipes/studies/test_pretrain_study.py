@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 from sammed3d_backbone.recipes import pretrain_promptable
 from sammed3d_backbone.recipes.studies import pretrain_study, tables
 from sammed3d_backbone.recipes.studies.pretrain_study import DICE, Study, main, main_table
@@ -29,7 +28,7 @@ def study(small_pretraining, tmp_path):
 def test_every_arm_of_the_committed_study_is_a_valid_pretraining():
     here = Path(pretrain_study.__file__).parent
     study = tables.load(Study, here / "pretrain_study.yaml")
-    base = yaml.safe_load((here / study.base).read_text())
+    base = vars(config.load(pretrain_promptable.Config, here / study.base))
     for own in study.arms.values():
         values = {**base, **study.settings, **own}
         made = config.build(pretrain_promptable.Config, values)
