@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from sammed3d_backbone.data.geometry import Triple, nearest_ras
+from sammed3d_backbone.data.regions import Mask, bounding_box, depth_mm
 
-Mask = NDArray[np.bool_]  # (X, Y, Z)
 Orientation = tuple[Triple, tuple[bool, bool, bool]]  # as of `nearest_ras`
 Entries = TypeVar("Entries", bound=np.generic)
 
@@ -158,16 +158,16 @@ def largest_centre(errors: Errors) -> Click | None:
     components.sort(key=lambda component: -component.voxels)  # stable
     is_repeat = False
     for component in components:
-        depth_mm = _depth(component.mask, errors.spacing_mm)
-        while depth_mm.any():
-            deepest = np.argmax(depth_mm >= depth_mm.max() * (1 - TIE))
-            index = np.unravel_index(deepest, depth_mm.shape)
+        depths = depth_mm(component.mask, errors.spacing_mm)
+        while depths.any():
+            deepest = np.argmax(depths >= depths.max() * (1 - TIE))
+            index = np.unravel_index(deepest, depths.shape)
             place = np.add(index, component.start)
             click = errors.click_at(place, component.is_missed, is_repeat=is_repeat)
             if not errors.was_clicked(click):
                 return click
             is_repeat = True
-            depth_mm[index] = 0
+            depths[index] = 0
     return None
 
 
@@ -185,8 +185,8 @@ def deep(errors: Errors) -> Click | None:
 
     Source: ``get_next_click3D_torch_ritm`` of SAM-Med3D at 84079e6, after RITM.
     """
-    depths_mm = [_depth(part, errors.spacing_mm) for part in (errors.missed, errors.extra)]
-    missed_mm, extra_mm = (float(depth_mm.max()) for depth_mm in depths_mm)
+    depths_mm = [depth_mm(part, errors.spacing_mm) for part in (errors.missed, errors.extra)]
+    missed_mm, extra_mm = (float(depths.max()) for depths in depths_mm)
     chosen = depths_mm[0] if missed_mm > extra_mm else depths_mm[1]
     return _drawn_from(chosen > max(missed_mm, extra_mm) / 2, errors)
 
@@ -218,7 +218,7 @@ def joint_centre(errors: Errors) -> Click | None:
     if not components:
         return None
     component = max(components, key=lambda component: component.voxels)  # the first of equals
-    depth_vox = _depth(component.mask, np.ones(3))
+    depth_vox = depth_mm(component.mask, np.ones(3))
     deepest = np.argwhere(depth_vox == depth_vox.max())
     published = np.random.RandomState(42)  # the evaluator's own stream
     index = (deepest[published.choice(len(deepest))] + component.start)[::-1]
@@ -266,7 +266,7 @@ class _Component:
 
 def _components(region: Mask, is_missed: bool) -> Iterator[_Component]:
     """The connected parts of a region, in the order of their first voxels."""
-    box = _bounding_box(region)
+    box = bounding_box(region)
     if box is None:
         return
     labels, count = ndimage.label(region[box], structure=TOUCHING)
@@ -279,20 +279,3 @@ def _components(region: Mask, is_missed: bool) -> Iterator[_Component]:
     first[flat[places]] = places  # the last one written is the first voxel
     for number in 1 + np.argsort(first[1:]):
         yield _Component(labels, number, boxes[number - 1], corner, int(voxels[number]), is_missed)
-
-
-def _depth(region: Mask, spacing_mm: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distance of every voxel of a region to the nearest voxel outside it, 0 outside."""
-    depth = np.zeros(region.shape)
-    box = _bounding_box(region)
-    if box is not None:
-        padded = np.pad(region[box], 1)  # beyond the array is outside
-        inside = (slice(1, -1),) * 3
-        depth[box] = ndimage.distance_transform_edt(padded, sampling=spacing_mm)[inside]
-    return depth
-
-
-def _bounding_box(region: Mask) -> tuple[slice, ...] | None:
-    """The smallest box around the voxels of a region; None if it has none."""
-    found: list[tuple[slice, ...]] = ndimage.find_objects(region.view(np.uint8))
-    return found[0] if found else None

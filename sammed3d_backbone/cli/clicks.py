@@ -164,7 +164,9 @@ def _compare(one: Path, other: Path) -> int:
 
 def _main_figures(summary: Mapping[str, Any]) -> list[str]:
     """The main figures of every track."""
-    printed = []
+    from sammed3d_backbone.evaluation.statistics import Interval
+
+    interval, printed = Interval.from_json, []
     for track, found in summary["tracks"].items():
         printed.append(f"{track}: {found['targets']} targets of {found['cases']} cases")
         for step in sorted({1, found["steps"]}):
@@ -172,23 +174,15 @@ def _main_figures(summary: Mapping[str, Any]) -> list[str]:
                 found["curve"][name][step - 1] for name in ("dice", "nsd_2mm", "hd95_mm")
             )
             printed.append(
-                f"  clicks {step}: Dice {_shown(dice)}, NSD {_shown(nsd)}, "
-                f"HD95 {_shown(hd95, '.1f')} mm"
+                f"  clicks {step}: Dice {interval(dice):.3f}, NSD {interval(nsd):.3f}, "
+                f"HD95 {interval(hd95):.1f} mm"
             )
         printed += [
-            f"  nAUC {_shown(found['nauc'])}",
-            f"  clicks to Dice 0.9 {_shown(found['noc90']['clicks'], '.1f')}, "
+            f"  nAUC {interval(found['nauc']):.3f}",
+            f"  clicks to Dice 0.9 {interval(found['noc90']['clicks']):.1f}, "
             f"{found['noc90']['failed']:.0%} never",
-            f"  regret {_shown(found['regret'])}, honoured {found['honoured']:.1%}, "
+            f"  regret {interval(found['regret']):.3f}, honoured {found['honoured']:.1%}, "
             f"failures {found['failures']}",
             *(f"  {name}: {value:.4f}" for name, value in found.get("published", {}).items()),
         ]
     return printed
-
-
-def _shown(interval: list[float | None], form: str = ".3f") -> str:
-    """A mean and its bounds."""
-    mean, low, high = interval
-    if mean is None:
-        return "-"
-    return format(mean, form) + (f" ({low:{form}} to {high:{form}})" if low is not None else "")

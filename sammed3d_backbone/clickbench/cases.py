@@ -22,9 +22,10 @@ from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.preprocessing import Modality
+from sammed3d_backbone.data.regions import Mask
 from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.strategies import Mask, connected_parts
+from sammed3d_backbone.strategies import connected_parts
 
 MODALITIES: dict[str, Modality] = {
     "ct": "ct",

@@ -18,10 +18,10 @@ from scipy import ndimage
 from sammed3d_backbone.clickbench.cases import ClickTarget
 from sammed3d_backbone.clickbench.protocol import ClickRules, ClickStep, Player, interact
 from sammed3d_backbone.data.geometry import Geometry, nearest_ras
+from sammed3d_backbone.data.regions import Mask
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.strategies import (
     Draws,
-    Mask,
     Strategy,
     deep,
     joint_centre,

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from sammed3d_backbone.clickbench.cases import ClickTarget
 from sammed3d_backbone.data.geometry import Triple, TripleMm
 from sammed3d_backbone.data.preprocessing import Modality
+from sammed3d_backbone.data.regions import Mask
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.strategies import Click, Draws, Errors, Mask, Strategy
+from sammed3d_backbone.strategies import Click, Draws, Errors, Strategy
 
 log = logging.getLogger(__name__)
 

@@ -30,17 +30,8 @@ from sammed3d_backbone.clickbench.summary import (
 )
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import COLOURS, Shown, as_svg, cases_figure
-from sammed3d_backbone.evaluation.page import (
-    bounds,
-    facts,
-    heading,
-    number,
-    page,
-    picture,
-    table,
-    tiles,
-)
-from sammed3d_backbone.evaluation.statistics import Interval
+from sammed3d_backbone.evaluation.page import facts, heading, page, picture, table, tiles
+from sammed3d_backbone.evaluation.statistics import Interval, format_number
 from sammed3d_backbone.files import write_json, write_text
 
 WORST = 3  # targets that are drawn
@@ -129,9 +120,9 @@ def _head(header: Line, summary: Mapping[str, Any]) -> str:
     shown = []
     for track, found in summary["tracks"].items():
         for step in sorted({1, found["steps"]}):
-            dice = _interval(found["curve"]["dice"][step - 1])
+            dice = Interval.from_json(found["curve"]["dice"][step - 1])
             name = f"Dice after {step} click{'s' * (step > 1)}, {track}"
-            shown.append((name, number(dice.mean), bounds(dice)))
+            shown.append((name, format_number(dice.mean), dice.bounds()))
     below = (
         f"{header['model']}; 95 % bootstrap intervals of means over targets, drawing whole subjects"
     )
@@ -190,7 +181,7 @@ def _behaviour(summary: Mapping[str, Any]) -> str:
         ("clicks to 0.8", lambda t: _censored(t["noc80"])),
         ("clicks to 0.9", lambda t: _censored(t["noc90"])),
         ("Dice at the end, class-first", lambda t: _cell(t["class_first"])),
-        ("Dice at the end, case-first", lambda t: number(_float(t["case_first"]))),
+        ("Dice at the end, case-first", lambda t: format_number(_float(t["case_first"]))),
         ("regret", lambda t: _cell(t["regret"])),
         ("lowered", lambda t: _share(t["lowered"])),
         ("honoured", lambda t: _share(t["honoured"])),
@@ -217,12 +208,12 @@ def _classes(summary: Mapping[str, Any]) -> str:
             [
                 escape(name),
                 str(row["targets"]),
-                *(number(_float(row["dice"][str(step)])) for step in steps),
-                number(_float(row["nsd_2mm"])),
-                number(_float(row["hd95_mm"]), ".1f"),
-                number(_float(row["nauc"])),
-                number(_float(row["noc90"]), ".1f"),
-                number(_float(row["regret"])),
+                *(format_number(_float(row["dice"][str(step)])) for step in steps),
+                format_number(_float(row["nsd_2mm"])),
+                format_number(_float(row["hd95_mm"]), ".1f"),
+                format_number(_float(row["nauc"])),
+                format_number(_float(row["noc90"]), ".1f"),
+                format_number(_float(row["regret"])),
             ]
             for name, row in found["classes"].items()
         ]
@@ -279,7 +270,7 @@ def _worst(path: Path) -> str:
 def _published(summary: Mapping[str, Any], source: str, differs: str) -> str:
     """The figures as the protocol was published with them."""
     rows = [
-        [f"{escape(name)}, {escape(track)}", number(_float(value))]
+        [f"{escape(name)}, {escape(track)}", format_number(_float(value))]
         for track, found in summary["tracks"].items()
         for name, value in found.get("published", {}).items()
     ]
@@ -326,8 +317,8 @@ def _shown(folder: Path, line: Line, target: ClickTarget) -> Shown:
 
 def _cell(interval: Sequence[float | None], form: str = ".3f") -> str:
     """A mean with its bounds beside it."""
-    given = _interval(interval)
-    return f"{number(given.mean, form)} <small>{bounds(given, form)}</small>"
+    given = Interval.from_json(interval)
+    return f"{format_number(given.mean, form)} <small>{given.bounds(form)}</small>"
 
 
 def _censored(clicks: Mapping[str, Any]) -> str:
@@ -337,10 +328,6 @@ def _censored(clicks: Mapping[str, Any]) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _interval(values: Sequence[float | None]) -> Interval:
-    return Interval(*map(_float, values))
 
 
 def _float(value: float | None) -> float:

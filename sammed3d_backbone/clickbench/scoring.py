@@ -25,8 +25,8 @@ import numpy as np
 
 from sammed3d_backbone.clickbench.protocol import ClickStep
 from sammed3d_backbone.data.geometry import nearest_ras
-from sammed3d_backbone.evaluation.metrics import hausdorff95_mm, surface_dice
-from sammed3d_backbone.strategies import Mask
+from sammed3d_backbone.data.regions import Mask
+from sammed3d_backbone.evaluation.metrics import dice, hausdorff95_mm, surface_dice
 
 TOLERANCE_MM = 2.0
 DIGITS = 6  # that are kept, so that a file does not depend on the last bit
@@ -48,7 +48,7 @@ def score(step: ClickStep) -> dict[str, Any]:
     axes, _ = nearest_ras(step.affine)
     alike = [slice_likeness(mask, axis) - slice_likeness(truth, axis) for axis in axes]
     figures = {
-        "dice": float(2 * (mask & truth).sum() / (mask.sum() + truth.sum())),
+        "dice": dice(mask, truth),
         "nsd_2mm": nsd_2mm,
         "nsd": nsd,
         "tolerance_mm": tolerance_mm,

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
 
 from sammed3d_backbone.data.geometry import Triple, TripleMm
+from sammed3d_backbone.data.regions import Mask, bounding_box, components
 from sammed3d_backbone.data.volume import Volume
 
-Mask = NDArray[np.bool_]
-TOUCHING = np.ones((3, 3, 3))  # voxels that share a corner belong together: 26-connectivity
 ROUNDING = 1e-6  # of limits: spacings are stored as float32
 
 
@@ -110,7 +106,8 @@ class ClassMask:
             mask: (X, Y, Z).
             start: its first voxel in the volume.
         """
-        (box,) = ndimage.find_objects(mask.astype(np.uint8))
+        box = bounding_box(mask)
+        assert box is not None
         x, y, z = (int(side.start) + first for side, first in zip(box, start, strict=True))
         return cls(name, mask[box], (x, y, z))
 
@@ -145,7 +142,7 @@ class Islands:
 
 def without_islands(target: ClassMask, rules: CurationRules) -> tuple[ClassMask, Islands]:
     """The target with its largest 26-connected parts only; of equal ones the first stay."""
-    labels, sizes = labelled_parts(target.mask)
+    labels, sizes = components(target.mask)
     order = np.argsort(-sizes, kind="stable")
     islands = order[rules.max_parts :]
     voxels = int(sizes[islands].sum())
@@ -156,9 +153,3 @@ def without_islands(target: ClassMask, rules: CurationRules) -> tuple[ClassMask,
         return target, found
     kept = np.isin(labels, order[: rules.max_parts] + 1)
     return ClassMask.cropped(target.name, kept, target.start), found
-
-
-def labelled_parts(mask: Mask) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The 26-connected parts of a mask, numbered from 1, and the voxels of each."""
-    labels, _ = ndimage.label(mask, structure=TOUCHING)
-    return labels, np.bincount(labels.ravel())[1:]

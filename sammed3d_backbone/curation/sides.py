@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from sammed3d_backbone.curation.rules import ClassMask, labelled_parts
+from sammed3d_backbone.curation.rules import ClassMask
+from sammed3d_backbone.data.regions import components
 
 SIDE = re.compile("left|right", re.IGNORECASE)
 OTHER = {"left": "right", "right": "left"}
@@ -101,7 +102,7 @@ def split(target: ClassMask, affine: NDArray[np.float64]) -> tuple[ClassMask, Cl
 
     The two largest 26-connected parts are the halves; every other part goes to the nearer one.
     """
-    labels, sizes = labelled_parts(target.mask)
+    labels, sizes = components(target.mask)
     order = np.argsort(-sizes, kind="stable")
     if len(order) < 2 or sizes[order[1]] < MIN_SHARE * sizes[order[0]]:
         return None

@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from nibabel.affines import apply_affine
 
 from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
+from sammed3d_backbone.data.regions import bounding_box
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.voxel_features import pca_colours, sampled
 
@@ -259,10 +260,11 @@ def as_svg(figure: Figure) -> str:
 def _draw_cases(figure: Figure, grid: GridSpec, shown: Sequence[Shown]) -> None:
     """One row of three planes per case, in the first three columns of a grid."""
     for row, case in enumerate(shown):
-        image, label, prediction = (
-            _towards_ras(volume) for volume in (case.image, case.label, case.prediction)
-        )
-        spacing_mm = Geometry.plan(case.image.shape, case.image.affine).spacing_mm
+        geometry = Geometry.plan(case.image.shape, case.image.affine)
+        first = case.image.array.reshape(-1, *case.image.shape)[0]  # channel
+        arrays = (first, case.label.array, case.prediction.array)
+        image, label, prediction = (geometry.oriented(array) for array in arrays)
+        spacing_mm = geometry.spacing_mm
         centre = _fullest_slices(label)
         view = _view(label, prediction, spacing_mm)
         window = np.percentile(image, [1, 99])
@@ -371,24 +373,15 @@ def _draw_curve(
     axes.grid(alpha=0.3)
 
 
-def _towards_ras(volume: Volume) -> np.ndarray[Any, Any]:
-    """First channel with axes towards R, A, S; values untouched."""
-    geometry = Geometry.plan(volume.shape, volume.affine)
-    array: np.ndarray[Any, Any] = geometry.resample(volume.array)[0].numpy()
-    return array
-
-
 def _view(
     label: np.ndarray[Any, Any], prediction: np.ndarray[Any, Any], spacing_mm: TripleMm
 ) -> list[tuple[int, int]]:
     """Per axis, the voxels to show: all that is labelled or predicted anywhere, and a margin."""
-    drawn = (label > 0) | (prediction > 0)
+    box = bounding_box((label > 0) | (prediction > 0)) or tuple(map(slice, label.shape))
     view = []
-    for axis, size in enumerate(drawn.shape):
-        used = np.flatnonzero(drawn.any(axis=tuple(a for a in range(3) if a != axis)))
-        margin = round(MARGIN_MM / spacing_mm[axis])
-        first, last = (used[0], used[-1]) if len(used) else (0, size - 1)
-        view.append((max(0, int(first) - margin), min(size, int(last) + margin + 1)))
+    for side, size, mm in zip(box, label.shape, spacing_mm, strict=True):
+        margin = round(MARGIN_MM / mm)
+        view.append((max(0, (side.start or 0) - margin), min(size, side.stop + margin)))
     return view
 
 

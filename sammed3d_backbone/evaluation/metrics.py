@@ -16,17 +16,24 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
-import numpy as np
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sammed3d_backbone.data.geometry import TripleMm
+from sammed3d_backbone.data.regions import Mask, bounding_box
 
-Mask: TypeAlias = NDArray[np.bool_]
+
+def dice(prediction: Mask, label: Mask) -> float:
+    """Overlap of two masks, 0 to 1; NaN if both are empty.
+
+    Shapes:
+        prediction: (X, Y, Z).
+        label: (X, Y, Z).
+    """
+    voxels = prediction.sum() + label.sum()
+    return float(2 * (prediction & label).sum() / voxels) if voxels else math.nan
 
 
 def dice_per_class(
@@ -122,19 +129,10 @@ def _of_pair(
         )
     if not (prediction.any() and label.any()):
         return one_empty if prediction.any() or label.any() else math.nan
-    box = _filled_box(prediction | label)
+    box = bounding_box(prediction | label)
     ours, theirs = (torch.from_numpy(mask[box])[None, None] for mask in (prediction, label))
     spacing = [float(value) for value in spacing_mm]
     with warnings.catch_warnings():
         # MONAI passes itself an argument that it has deprecated.
         warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
         return float(score(ours, theirs, include_background=True, spacing=spacing))
-
-
-def _filled_box(mask: Mask) -> tuple[slice, ...]:
-    """The smallest box around a mask that is not empty."""
-    box = []
-    for axis in range(mask.ndim):
-        used = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(int(used[0]), int(used[-1]) + 1))
-    return tuple(box)

@@ -1,18 +1,15 @@
-"""One page of HTML that holds its style and pictures itself and asks no network for anything.
+"""One page of HTML that holds its style and pictures itself and loads nothing from a network.
 
-Parts come in as HTML; `number` and `bounds` write figures the same way everywhere.
+Parts come in as HTML.
 """
 
 from __future__ import annotations
 
 import base64
 import importlib.resources
-import math
 from collections.abc import Iterable, Mapping
 from html import escape
 from string import Template
-
-from sammed3d_backbone.evaluation.statistics import Interval
 
 
 def page(title: str, sections: Iterable[str]) -> str:
@@ -78,17 +75,3 @@ def table(
         f'<div class="scroll"><table class="{kind}"><thead><tr>{columns}</tr></thead>'
         f'<tbody>{lines}</tbody></table></div><p class="soft">{escape(caption)}</p>'
     )
-
-
-def number(value: float, form: str = ".3f") -> str:
-    """A number as a reader wants it; "-" for none."""
-    if math.isnan(value):
-        return "-"
-    return "∞" if math.isinf(value) else format(value, form)
-
-
-def bounds(interval: Interval, form: str = ".3f") -> str:
-    """From where to where an interval goes; empty for none."""
-    if math.isnan(interval.low):
-        return ""
-    return f"{number(interval.low, form)} to {number(interval.high, form)}"

@@ -21,16 +21,7 @@ from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure, curves_svg, run_figure
 from sammed3d_backbone.evaluation.metrics import mean_of_known
-from sammed3d_backbone.evaluation.page import (
-    bounds,
-    facts,
-    heading,
-    number,
-    page,
-    picture,
-    table,
-    tiles,
-)
+from sammed3d_backbone.evaluation.page import facts, heading, page, picture, table, tiles
 from sammed3d_backbone.evaluation.scores import (
     ClassSummary,
     Score,
@@ -40,6 +31,7 @@ from sammed3d_backbone.evaluation.scores import (
     read_scores,
     write_scores,
 )
+from sammed3d_backbone.evaluation.statistics import format_number
 from sammed3d_backbone.files import inside, write_text
 
 METRIC_NOTES = (
@@ -185,10 +177,13 @@ def shown_cases(scores: Sequence[Score], dataset: Dataset, predictions: Path) ->
 def _head(scores: Sequence[Score], about: About, overall: ClassSummary) -> str:
     """What it is, what has to be known before believing it, and the three means."""
     cases, subjects = ({getattr(s, key) for s in scores} for key in ("case", "subject"))
+    named = (
+        ("mean Dice", overall.dice, ".3f"),
+        (f"mean NSD at {about.tolerance_mm:g} mm", overall.nsd, ".3f"),
+        ("mean HD95, mm", overall.hd95_mm, ".2f"),
+    )
     means = [
-        ("mean Dice", number(overall.dice.mean), bounds(overall.dice)),
-        (f"mean NSD at {about.tolerance_mm:g} mm", number(overall.nsd.mean), bounds(overall.nsd)),
-        ("mean HD95, mm", number(overall.hd95_mm.mean, ".2f"), bounds(overall.hd95_mm, ".2f")),
+        *((name, format_number(of.mean, form), of.bounds(form)) for name, of, form in named),
         ("cases", str(len(cases)), f"of {len(subjects)} subjects"),
     ]
     notes = [about.dataset.get("note", ""), about.contamination]
@@ -218,7 +213,7 @@ def _class_table(rows: Iterable[ClassSummary], caption: str, *, sign: str = "") 
             escape(row.name),
             str(row.cases),
             *(
-                f"{number(value.mean, form)} <small>{bounds(value, form)}</small>"
+                f"{format_number(value.mean, form)} <small>{value.bounds(form)}</small>"
                 for value, form in (
                     (row.dice, f"{sign}.3f"),
                     (row.nsd, f"{sign}.3f"),
@@ -268,15 +263,16 @@ def _cases(scores: Sequence[Score]) -> str:
         own = {score.name: score for score in scores if score.case == case}
         distances = [s.hd95_mm for s in own.values() if math.isfinite(s.hd95_mm)]
         cells = [
-            f"{number(own[name].dice)}{'†' if own[name].truncated else ''}" for name in classes
+            f"{format_number(own[name].dice)}{'†' if own[name].truncated else ''}"
+            for name in classes
         ]
         nsd = mean_of_known([score.nsd for score in own.values()])
         rows.append(
             [
                 escape(case),
-                number(mean),
-                number(nsd),
-                number(mean_of_known(distances), ".2f"),
+                format_number(mean),
+                format_number(nsd),
+                format_number(mean_of_known(distances), ".2f"),
                 *cells,
             ]
         )

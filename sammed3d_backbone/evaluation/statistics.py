@@ -11,11 +11,34 @@ from numpy.typing import NDArray
 
 
 class Interval(NamedTuple):
-    """A mean and the bounds that hold it with some confidence."""
+    """A mean and the bounds that hold it with some confidence; NaN where there are none."""
 
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def from_json(cls, values: Sequence[float | None]) -> Interval:
+        """The interval of a list [mean, low, high] in which None stands for NaN."""
+        return cls(*(math.nan if value is None else value for value in values))
+
+    def __format__(self, form: str) -> str:
+        """For example "0.378 (0.331 to 0.425)"; without the bounds where there are none."""
+        mean = format_number(self.mean, form)
+        return f"{mean} ({self.bounds(form)})" if self.bounds(form) else mean
+
+    def bounds(self, form: str = ".3f") -> str:
+        """For example "0.331 to 0.425"; empty where there are none."""
+        if math.isnan(self.low):
+            return ""
+        return f"{format_number(self.low, form)} to {format_number(self.high, form)}"
+
+
+def format_number(value: float, form: str = ".3f") -> str:
+    """A number for a reader: "-" for NaN, "∞" for infinity."""
+    if math.isnan(value):
+        return "-"
+    return "∞" if math.isinf(value) else format(value, form or ".3f")
 
 
 def bootstrap_interval(

@@ -292,11 +292,11 @@ def _keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.inte
         labels: (X, Y, Z), 0 is background.
         returns: (X, Y, Z) of the same type.
     """
-    from sammed3d_backbone.curation.rules import labelled_parts
+    from sammed3d_backbone.data.regions import components
 
     kept = np.zeros_like(labels)
     for value in np.unique(labels[labels > 0]):
-        parts, sizes = labelled_parts(labels == value)
+        parts, sizes = components(labels == value)
         kept[parts == 1 + sizes.argmax()] = value
     return kept
 

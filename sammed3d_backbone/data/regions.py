@@ -1,0 +1,46 @@
+"""Masks as regions of voxels: bounding boxes, connected components, depth."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+Mask: TypeAlias = NDArray[np.bool_]  # (X, Y, Z)
+
+
+def bounding_box(mask: Mask) -> tuple[slice, ...] | None:
+    """The smallest box around the voxels of a mask; None if it has none."""
+    found: list[tuple[slice, ...]] = ndimage.find_objects(mask.view(np.uint8))
+    return found[0] if found else None
+
+
+def components(mask: Mask) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The 26-connected components of a mask, numbered from 1, and the voxels of each.
+
+    Shapes:
+        mask: (X, Y, Z).
+        returns: (X, Y, Z) integers, 0 outside the mask, and (components,).
+    """
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))  # corners connect
+    return labels, np.bincount(labels.ravel())[1:]
+
+
+def depth_mm(mask: Mask, spacing_mm: ArrayLike) -> NDArray[np.float64]:
+    """Distance of every voxel of a mask to the nearest voxel outside it, 0 outside.
+
+    What lies beyond the array counts as outside.
+
+    Shapes:
+        mask: (X, Y, Z).
+        returns: (X, Y, Z).
+    """
+    depth = np.zeros(mask.shape)
+    box = bounding_box(mask)
+    if box is not None:
+        inside = (slice(1, -1),) * mask.ndim
+        padded = np.pad(mask[box], 1)
+        depth[box] = ndimage.distance_transform_edt(padded, sampling=spacing_mm)[inside]
+    return depth
