@@ -44,7 +44,7 @@ def test_all_clicks_lie_in_their_structures_and_in_one_window(scan):
     label = Volume.load(scan[1]).array
     assert {str(int(label[point])) for point in clicks.values()} == clicks.keys()
     windows = Windows(Volume.load(scan[0]), SAM_MED3D, "ct")
-    first, *others = (windows.place(point) for point in clicks.values())
+    first, *others = (windows.grid_point(point) for point in clicks.values())
     anchor = windows.around(first, None)
     assert {windows.around(place, anchor) for place in others} == {anchor}
     with pytest.raises(ValueError, match="holds 4 structures, at most 3"):
