@@ -59,6 +59,7 @@ from sammed3d_backbone.pretraining.dense_labels import DenseLabels
 from sammed3d_backbone.pretraining.init import init_weights, warm_up_decoder
 from sammed3d_backbone.pretraining.object_crops import (
     Curriculum,
+    InteractionPlan,
     LabelledScan,
     ObjectStream,
     ScanSource,
@@ -102,9 +103,9 @@ class Config:
     random_contrast: float = 0.0  # share of real crops whose contrast is randomised
     objects: int = 12  # per volume
     interactions: int = 4  # steps per object
-    graded: tuple[int, ...] = ()  # steps, counted from 0, that are part of the loss; (): all
+    graded: int | None = None  # steps that are part of the loss, drawn at random; None: all
     deep_share: float = 0.5  # share of clicks at the deepest place of an error; others at random
-    without_point: tuple[int, ...] = ()  # steps, counted from 0, that only refine the last mask
+    without_point: float = 0.0  # share of later steps that only refine the last mask
     clicks: Literal["newest", "all"] = "newest"  # clicks that a step is given
     balance: float = 0.5  # 1: the voxels of an object weigh as much as all others; 0: as one each
     quality_weight: float = 0.1  # weight of the predicted Dice in the loss
@@ -143,10 +144,10 @@ class Config:
         counts = ("objects", "interactions", "steps", "batch", "accumulate", "validate_every")
         if low := [key for key in (*counts, "log_every") if getattr(self, key) < 1]:
             raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
-        if late := [step for step in self.without_point if step >= self.interactions]:
+        if self.graded is not None and not 1 <= self.graded <= self.interactions:
             raise ValueError(
-                f"without_point={list(self.without_point)} names step {late[0]}, but there are "
-                f"{self.interactions}, counted from 0; raise interactions= or leave it out"
+                f"graded={self.graded} of interactions={self.interactions}; give 1 or more, at most "
+                "as many, or null for all"
             )
 
 
@@ -223,6 +224,8 @@ def main(cfg: Config) -> dict[str, float]:
         patches=patches,
         classes=len(cfg.dense_classes),
         contrast_share=cfg.random_contrast,
+        plan=InteractionPlan(cfg.graded, cfg.without_point),
+        per_step=per_step,
     )
     scored = scored_stream(cfg, validation, network)
 
@@ -316,8 +319,6 @@ def make_objective(cfg: Config, network: Sam3D) -> Objective:
     image_encoder = network.image_encoder
     interaction = Interaction(
         network,
-        graded=cfg.graded or None,
-        without_point=cfg.without_point,
         clicks=cfg.clicks,
         deep_share=cfg.deep_share,
         balance=cfg.balance,
@@ -553,7 +554,7 @@ def save_weights(
         "cases": seen,
         "crops": volumes,
         "objects": objects,
-        "clicks": objects * (cfg.interactions - len(cfg.without_point)),
+        "most_clicks": objects * cfg.interactions,
         "began_with": "random values" if start is None else strip_directory(start.name),
         "before": before,
         "versions": library_versions(),

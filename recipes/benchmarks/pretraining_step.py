@@ -65,12 +65,12 @@ def main() -> None:
 def parts(network: Sam3D, crop: dict[str, Tensor], precision: str) -> dict[str, float]:
     """CPU seconds of a step with two clicks, and of what it consists of."""
     interaction = Interaction(network)
-    image, objects, draws = crop["image"], crop["objects"], crop["draws"]
+    image, objects, draws, plan = (crop[key] for key in ("image", "objects", "draws", "plan"))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
     def whole() -> None:
         with autocast:
-            loss, _ = interaction(image, objects, draws)
+            loss, _ = interaction(image, objects, draws, plan)
         loss.backward()
 
     def encoder() -> None:
@@ -86,12 +86,12 @@ def parts(network: Sam3D, crop: dict[str, Tensor], precision: str) -> dict[str, 
 
     def click() -> None:
         with autocast:
-            loss, _ = interaction.on_encoding(encoding, objects, draws[:, :1])
+            loss, _ = interaction.on_encoding(encoding, objects, draws[:, :1], plan[:, :1])
         loss.backward()
 
     def click_without_gradient() -> None:
         with torch.no_grad(), autocast:
-            interaction.on_encoding(encoding, objects, draws[:, :1])
+            interaction.on_encoding(encoding, objects, draws[:, :1], plan[:, :1])
 
     found = {
         "step": smallest(whole),
@@ -122,7 +122,9 @@ def whole_step(crop: dict[str, Tensor]) -> dict[str, float]:
         loss.backward()
 
     step, optimiser = smallest(losses), smallest(optimizer.step)
-    told = cfg.batch * cfg.objects * (cfg.interactions - len(cfg.without_point))
+    # The plan is drawn for every step: here with a loss after the first, third and seventh click.
+    batch["plan"] = torch.tensor([[1, 0, 1, 0, 0, 0, 1]] * cfg.batch)
+    told = cfg.batch * cfg.objects * batch["plan"].shape[1]
     return {
         "losses": step,
         "optimiser": optimiser,

@@ -12,7 +12,6 @@ volumes, P objects of each, N steps, S voxels a side, s cells a side, Q = B P.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -32,6 +31,9 @@ from sammed3d_backbone.strategies import Click, Draws, Errors, largest_centre
 UNREAD = ("no_mask_embed", *(f"output_hypernetworks_mlps.{i}" for i in (1, 2, 3)))
 
 
+GRADED, WITHOUT_POINT = 1, 2  # of a step: it is part of the loss; it has only its own last mask
+
+
 class Interaction(nn.Module):
     """A promptable network with the loss of its training.
 
@@ -39,9 +41,6 @@ class Interaction(nn.Module):
 
     Args:
         network: Promptable; what no step reads is frozen.
-        graded: Steps, counted from 0, that are part of the loss; the others only lead to them, at
-            a third of the cost. None: all.
-        without_point: Steps in which the network has only its own last mask.
         clicks: "newest" gives a step its own click only, as the released weights were trained;
             "all" those of the steps before it, too.
         deep_share: Share of the clicks that fall on the deepest place of an error; the others fall
@@ -55,31 +54,26 @@ class Interaction(nn.Module):
         image: (B, 1, S, S, S).
         objects: (B, P, S, S, S) bool, none of them empty.
         draws: (B, N, P, 3), from 0 to 1, see `next_points`.
+        plan: (B, N) sums of `GRADED` and `WITHOUT_POINT`; alike for all volumes of a batch. Steps
+            that are not graded only lead to the graded ones, at a third of the cost; those after
+            the last graded one are not run. The first step is graded and has a point.
         returns: a scalar, and scalars by name.
 
     Raises:
-        ValueError: If the first step has no point or is not graded.
+        ValueError: If the plan differs within the batch, or its first step is not as it has to be.
     """
 
     def __init__(
         self,
         network: Sam3D,
         *,
-        graded: Collection[int] | None = None,
-        without_point: Collection[int] = (),
         clicks: Literal["newest", "all"] = "newest",
         deep_share: float = 0.5,
         balance: float = 0.5,
         quality_weight: float = 0.1,
     ) -> None:
         super().__init__()
-        if 0 in without_point:
-            raise ValueError(f"without_point={sorted(without_point)}: step 0 needs a point")
-        if graded is not None and 0 not in graded:
-            raise ValueError(f"graded={sorted(graded)}: step 0 is part of the loss")
         self.network = network
-        self.graded = None if graded is None else frozenset(graded)
-        self.without_point = frozenset(without_point)
         self.newest_only = clicks == "newest"
         self.deep_share = deep_share
         self.balance = balance
@@ -90,15 +84,16 @@ class Interaction(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(
-        self, image: Tensor, objects: Tensor, draws: Tensor
+        self, image: Tensor, objects: Tensor, draws: Tensor, plan: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of all graded steps together, and figures of all steps."""
-        return self.on_encoding(self.network.encode(image), objects, draws)
+        return self.on_encoding(self.network.encode(image), objects, draws, plan)
 
     def on_encoding(
-        self, encoding: Encoding, objects: Tensor, draws: Tensor
+        self, encoding: Encoding, objects: Tensor, draws: Tensor, plan: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same from the encoded volumes."""
+        steps = _steps_to_run(plan)
         encoding = Encoding(encoding.embedding.float(), tuple(m.float() for m in encoding.maps))
         truth = objects.flatten(0, 1)  # (Q, S, S, S)
         share = shares_of_cells(truth, self.network.prompt_encoder.mask_size)  # (Q, s, s, s)
@@ -108,13 +103,13 @@ class Interaction(nn.Module):
         low_res: Tensor | None = None
         points: Points | None = None
         losses, soft, hard, off = [], [], [], []
-        for step, drawn in enumerate(draws.unbind(1)):  # (B, P, 3)
+        for step, drawn in zip(steps, draws.unbind(1), strict=False):  # drawn: (B, P, 3)
             given = None
-            if step not in self.without_point:
+            if not step & WITHOUT_POINT:
                 newest = next_points(truth, share, mask, drawn.flatten(0, 1), self.deep_share)
                 points = newest if points is None or self.newest_only else _joined(points, newest)
                 given = points
-            is_graded = self.graded is None or step in self.graded
+            is_graded = bool(step & GRADED)
             with torch.set_grad_enabled(is_graded and torch.is_grad_enabled()), _exact(target):
                 low_res, quality = self._decode(encoding, given, low_res)
             mask = low_res.detach()[:, 0] > 0
@@ -141,6 +136,16 @@ class Interaction(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         logits, quality = self.network.predict_masks(encoding, points, low_res)
         return logits.float(), quality.float()
+
+
+def _steps_to_run(plan: Tensor) -> list[int]:
+    """The steps up to the last graded one."""
+    if not (plan == plan[0]).all():
+        raise ValueError("plan differs within a batch; give all volumes of a step one plan")
+    steps: list[int] = plan[0].tolist()
+    if steps[0] != GRADED:
+        raise ValueError(f"plan={steps}: the first step is graded and has a point")
+    return steps[: max(n for n, step in enumerate(steps) if step & GRADED) + 1]
 
 
 def _exact(of: Tensor) -> contextlib.AbstractContextManager[object]:

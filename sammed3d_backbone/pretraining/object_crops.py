@@ -25,6 +25,7 @@ from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.preparation import load_image, load_label
+from sammed3d_backbone.pretraining.click_loss import GRADED, WITHOUT_POINT
 from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 
 Classes = Mapping[int, int]  # value of a label -> number of its class, from 1
@@ -69,6 +70,39 @@ class Curriculum:
             for first, last in (self.smallest_vox, self.structures)
         )
         return smallest, structures
+
+
+@dataclass(frozen=True)
+class InteractionPlan:
+    """Which steps of an interaction are part of the loss, drawn anew for every optimiser step.
+
+    The first step always is, one of the next three and then later ones, each as likely, so that
+    every number of clicks is taught while only a few steps of each interaction need a gradient.
+
+    Args:
+        graded: Number of steps with a loss; None for all.
+        without_point: Probability that a step but the first has no new click.
+    """
+
+    graded: int | None = None
+    without_point: float = 0.0
+
+    def draw(self, steps: int, seed: Sequence[int]) -> list[int]:
+        """Sums of `GRADED` and `WITHOUT_POINT` for each step, the same for the same seed."""
+        rng = np.random.default_rng(seed)
+        graded = set(range(steps))
+        if self.graded is not None and self.graded < steps:
+            graded = {0}
+            if self.graded > 1:
+                graded.add(int(rng.integers(1, min(4, steps))))
+            rest = list(range(max(graded) + 1, steps))
+            rest = rest if len(rest) >= self.graded - len(graded) else [*{*range(steps)} - graded]
+            graded |= {*rng.permutation(rest)[: self.graded - len(graded)].tolist()}
+        is_without = rng.random(steps) < self.without_point
+        return [
+            GRADED * (step in graded) + WITHOUT_POINT * (step > 0 and bool(is_without[step]))
+            for step in range(steps)
+        ]
 
 
 class Source(Protocol):
@@ -227,7 +261,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
 
     Shapes:
         returns: ``image`` (1, S, S, S) float32; ``objects`` (P, S, S, S) bool, none of them empty;
-            ``draws`` (N, P, 3) float32 from 0 to 1, for the clicks of N steps; ``hidden`` (T,),
+            ``draws`` (N, P, 3) float32 from 0 to 1, for the clicks of N steps; ``plan`` (N,) uint8,
+            see `InteractionPlan`; ``hidden`` (T,),
             too, for T patches that may be hidden; ``labels`` (S, S, S) int16 and ``places`` (8 T,)
             from 0 to 1, for places of objects; ``classes`` (S, S, S) uint8 and ``known`` (K,) bool
             for K classes; ``source`` the number of the source.
@@ -248,6 +283,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         patches: int = 0,
         classes: int = 0,
         contrast_share: float = 0.0,
+        plan: InteractionPlan | None = None,
+        per_step: int = 1,
     ) -> None:
         """All samples of a run.
 
@@ -263,6 +300,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             augment: Applied to every crop, as ``image`` and ``label``.
             patches: Number T of the patches of a crop.
             classes: Number K of the classes.
+            plan: What happens in the steps; None for a loss in each of them.
+            per_step: Samples of an optimiser step; they share one plan.
             contrast_share: Share of real crops whose contrast is randomised.
 
         Raises:
@@ -284,6 +323,8 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         self.patches = patches
         self.classes = classes
         self.contrast_share = contrast_share
+        self.plan = plan or InteractionPlan()
+        self.per_step = per_step
 
     def __len__(self) -> int:
         return self.samples
@@ -307,6 +348,10 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             "image": image.float().contiguous(),
             "objects": torch.stack([labels[0] == value for value in chosen.tolist()]),
             "draws": torch.from_numpy(rng.random((self.steps, self.objects, 3), np.float32)),
+            "plan": torch.tensor(
+                self.plan.draw(self.steps, (*self.seed, 1 << 40, number // self.per_step)),
+                dtype=torch.uint8,
+            ),
             "hidden": torch.from_numpy(rng.random(self.patches, np.float32)),
             "labels": labels[0].to(torch.int16),
             "places": torch.from_numpy(rng.random(PARTS_OF_PATCH * self.patches, np.float32)),

@@ -34,7 +34,7 @@ class Objective(nn.Module):
         dense_weight: The same.
 
     Shapes:
-        batch: ``image``, ``objects``, ``draws``, ``hidden``, ``labels``, ``places``, ``classes``
+        batch: ``image``, ``objects``, ``draws``, ``plan``, ``hidden``, ``labels``, ``places``, ``classes``
             and ``known`` as the stream has them, with B in front.
         returns: a scalar, and scalars by name.
 
@@ -89,7 +89,9 @@ class Objective(nn.Module):
         if self.with_clicks or self.contrast is not None or self.dense is not None:
             encoding = self.network.encode(image)
         if self.with_clicks:
-            loss, figures = self.interaction.on_encoding(encoding, batch["objects"], batch["draws"])
+            loss, figures = self.interaction.on_encoding(
+                encoding, batch["objects"], batch["draws"], batch["plan"]
+            )
         if self.reconstruction is not None:
             error = self.reconstruction(self.network.image_encoder, image, batch["hidden"])
             figures = {**figures, "patch_error": error}

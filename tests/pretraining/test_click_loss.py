@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.pretraining.click_loss import UNREAD, Interaction, dice_per_click
+from sammed3d_backbone.pretraining.click_loss import (
+    GRADED,
+    UNREAD,
+    WITHOUT_POINT,
+    Interaction,
+    dice_per_click,
+)
 
 SIDE = 16
 
@@ -24,13 +30,16 @@ def batch(volumes=1, objects=3, steps=3):
     image = truth.any(1, keepdim=True) + 0.1 * torch.randn(
         volumes, 1, SIDE, SIDE, SIDE, generator=generator
     )
-    return image, truth, torch.rand(volumes, steps, objects, 3, generator=generator)
+    draws = torch.rand(volumes, steps, objects, 3, generator=generator)
+    return image, truth, draws, torch.full((volumes, steps), GRADED)
 
 
 @pytest.mark.parametrize("clicks", ["newest", "all"])
 def test_the_loss_reaches_every_part_that_an_interaction_reads(network, clicks):
-    interaction = Interaction(network, without_point=[2], clicks=clicks)
-    loss, figures = interaction(*batch())
+    interaction = Interaction(network, clicks=clicks)
+    image, truth, draws, _ = batch()
+    plan = torch.tensor([[GRADED, GRADED, GRADED | WITHOUT_POINT]])
+    loss, figures = interaction(image, truth, draws, plan)
     loss.backward()
     for name, parameter in network.named_parameters():
         is_unread = any(f".{part}." in f".{name}" for part in UNREAD)
@@ -50,11 +59,11 @@ def test_the_loss_reaches_every_part_that_an_interaction_reads(network, clicks):
 
 
 def test_volumes_of_a_batch_do_not_mix(network):
-    image, truth, draws = batch(volumes=2)
+    image, truth, draws, plan = batch(volumes=2)
     interaction = Interaction(network)
     with torch.no_grad():
-        both, _ = interaction(image, truth, draws)
-        each = [interaction(image[[i]], truth[[i]], draws[[i]])[0] for i in range(2)]
+        both, _ = interaction(image, truth, draws, plan)
+        each = [interaction(image[[i]], truth[[i]], draws[[i]], plan[[i]])[0] for i in range(2)]
     assert float(both) == pytest.approx(float(sum(each)) / 2, rel=1e-5)
 
 
@@ -66,19 +75,21 @@ def test_the_encoder_runs_once_for_all_objects_and_steps(network):
 
 
 def test_ungraded_steps_lead_to_later_ones_and_are_no_part_of_the_loss(network):
-    image, truth, draws = batch(steps=4)
+    image, truth, draws, plan = batch(steps=4)
     passes = []
     network.mask_decoder.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
-    loss, _ = Interaction(network, graded=[0, 3])(image, truth, draws)
-    assert passes == [True, False, False, True]
-    whole, _ = Interaction(network)(image, truth, draws)
+    some = torch.tensor([[GRADED, 0, GRADED, 0]])
+    loss, _ = Interaction(network)(image, truth, draws, some)
+    assert passes == [True, False, True]  # nothing comes after the last graded step
+    whole, _ = Interaction(network)(image, truth, draws, plan)
     assert 0 < float(loss.detach()) < float(whole.detach())
 
 
-@pytest.mark.parametrize("wrong", [{"without_point": [0]}, {"graded": [1]}])
-def test_the_first_step_needs_a_point_and_is_graded(network, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Interaction(network, **wrong)
+@pytest.mark.parametrize("plan", [[[0, 1]], [[3, 1]], [[1, 1], [1, 0]]])
+def test_plans_begin_with_a_click_and_a_loss_and_are_alike_in_a_batch(network, plan):
+    image, truth, draws, _ = batch(volumes=len(plan), steps=2)
+    with pytest.raises(ValueError, match="plan"):
+        Interaction(network)(image, truth, draws, torch.tensor(plan))
 
 
 class Oracle(nn.Module):

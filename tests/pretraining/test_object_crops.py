@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.pretraining.click_loss import GRADED, WITHOUT_POINT
 from sammed3d_backbone.pretraining.object_crops import (
     Crop,
     Curriculum,
+    InteractionPlan,
     LabelledScan,
     ObjectStream,
     ScanSource,
@@ -107,6 +109,21 @@ def test_a_source_without_objects_is_named():
 def test_every_source_needs_a_share(shares):
     with pytest.raises(ValueError, match="shares"):
         stream(shares=shares)
+
+
+def test_plans_depend_on_the_optimiser_step_and_teach_every_number_of_clicks():
+    plan = InteractionPlan(graded=3, without_point=0.2)
+    drawn = [plan.draw(10, (0, step)) for step in range(300)]
+    assert drawn == [plan.draw(10, (0, step)) for step in range(300)]
+    graded = [[n for n, step in enumerate(steps) if step & GRADED] for steps in drawn]
+    assert {len(steps) for steps in graded} == {3}
+    assert all(steps[0] == 0 and steps[1] <= 3 for steps in graded)
+    assert {n for steps in graded for n in steps} == set(range(10))
+    share = np.mean([[bool(step & WITHOUT_POINT) for step in steps] for steps in drawn], axis=0)
+    assert share[0] == 0
+    assert share[1:].mean() == pytest.approx(0.2, abs=0.03)
+    assert InteractionPlan().draw(3, (0,)) == [GRADED] * 3
+    assert InteractionPlan(graded=2).draw(2, (0,)) == [GRADED] * 2
 
 
 def test_voxels_have_the_numbers_of_their_classes_in_every_augmentation():

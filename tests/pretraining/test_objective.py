@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.pretraining.click_loss import Interaction
+from sammed3d_backbone.pretraining.click_loss import GRADED, Interaction
 from sammed3d_backbone.pretraining.contrast import Contrast
 from sammed3d_backbone.pretraining.dense_labels import DenseLabels
 from sammed3d_backbone.pretraining.objective import Objective
@@ -28,6 +28,7 @@ def batch():
         "image": torch.randn(2, 1, SIDE, SIDE, SIDE, generator=generator),
         "objects": (labels == 1).unsqueeze(1),
         "draws": torch.rand(2, 2, 1, 3, generator=generator),
+        "plan": torch.full((2, 2), GRADED),
         "hidden": torch.rand(2, 8, generator=generator),
         "labels": labels,
         "places": torch.rand(2, 64, generator=generator),

@@ -73,7 +73,8 @@ NEXT = {  # what the configuration of the next `tiny` asks for
     "objectives": ("clicks", "dense"),
     "dense_classes": ("front", "back"),
     "interactions": 3,
-    "graded": (0, 2),
+    "graded": 2,
+    "without_point": 0.3,
     "clicks": "all",
     "optimizer": "muon",
     "decay_steps": 1,
@@ -143,7 +144,7 @@ def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
         training = json.loads(file.metadata()["training"])
     assert training["began_with"] == "last.safetensors"
     assert len(training["cases"]["Toy"]) == 4
-    assert (training["crops"], training["objects"], training["clicks"]) == (2, 4, 8)
+    assert (training["crops"], training["objects"], training["most_clicks"]) == (2, 4, 8)
     assert training["before"]["began_with"] == "random values"
     record = sam("tiny", weights=runs / "tuned/last.safetensors").pretrained_cfg
     assert {entry.name: entry.stages for entry in record.pretraining} == {
@@ -188,7 +189,7 @@ def test_other_objectives_stand_instead_of_clicks_or_beside_them(small, runs, ob
     with safe_open(runs / "toy/last.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
     clicks = 8 if "clicks" in objectives else 0
-    assert (training["crops"], training["clicks"]) == (2, clicks)
+    assert (training["crops"], training["most_clicks"]) == (2, clicks)
     lines = [line for line in log(runs / "toy") if "loss" in line]
     assert all(figure in line for line in lines)
     assert all(("soft_dice_first" in line) == ("clicks" in objectives) for line in lines)
@@ -214,7 +215,7 @@ def test_excluded_and_held_out_cases_are_on_no_side(small, toy_data):
     ("changes", "remedy"),
     [
         ({"objects": 0}, "objects=0; give 1 or more"),
-        ({"without_point": (4,)}, "raise interactions= or leave it out"),
+        ({"graded": 4}, "graded=4"),
     ],
 )
 def test_impossible_knobs_are_refused(small, changes, remedy):
