@@ -146,8 +146,8 @@ class Config:
             raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
         if self.graded is not None and not 1 <= self.graded <= self.interactions:
             raise ValueError(
-                f"graded={self.graded} of interactions={self.interactions}; give 1 or more, at most "
-                "as many, or null for all"
+                f"graded={self.graded} of interactions={self.interactions}; give 1 to "
+                f"{self.interactions}, or null for all"
             )
 
 

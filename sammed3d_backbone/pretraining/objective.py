@@ -34,8 +34,8 @@ class Objective(nn.Module):
         dense_weight: The same.
 
     Shapes:
-        batch: ``image``, ``objects``, ``draws``, ``plan``, ``hidden``, ``labels``, ``places``, ``classes``
-            and ``known`` as the stream has them, with B in front.
+        batch: ``image``, ``objects``, ``draws``, ``plan``, ``hidden``, ``labels``, ``places``,
+            ``classes`` and ``known`` as the stream has them, with B in front.
         returns: a scalar, and scalars by name.
 
     Raises:
