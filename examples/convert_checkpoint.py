@@ -15,7 +15,7 @@ import torch
 
 from sammed3d_backbone import cli, encoder
 from sammed3d_backbone.loading.checkpoint import read
-from sammed3d_backbone.loading.factory import variant_of
+from sammed3d_backbone.loading.stored_sizes import variant_of
 
 
 def make_checkpoint(path: Path) -> None:

@@ -30,8 +30,8 @@ from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.evaluation.report import write_report
 from sammed3d_backbone.loading.checkpoint import read
-from sammed3d_backbone.loading.factory import variant_of
 from sammed3d_backbone.loading.registry import WEIGHTS
+from sammed3d_backbone.loading.stored_sizes import variant_of
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training.runs import Run, runs_folder
 

@@ -1,8 +1,8 @@
 """Dataclass <- YAML <- ``key=value``: the whole configuration language of the recipes.
 
 A recipe states its settings as a frozen dataclass. `parse` reads the YAML file and the
-``key=value`` arguments of the command line into it; pydantic holds every value against the type of
-its field. There is no nesting, no interpolation and no inheritance between files.
+``key=value`` arguments of the command line into it; pydantic validates every value against the type
+of its field. There is no nesting, no interpolation and no inheritance between files.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
 
 
 def build(cls: type[C], values: Mapping[str, Any]) -> C:
-    """A configuration from plain values, each held against the type of its field.
+    """A configuration from plain values, each validated against the type of its field.
 
     Raises:
         ValueError: If a key is unknown or missing, or a value does not fit.

@@ -3,7 +3,6 @@
 import datetime
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -47,9 +46,6 @@ def library_versions() -> dict[str, str]:
 
 def strip_directory(text: str) -> str:
     """The last part of an absolute path; other text unchanged. Cards travel, directories do not."""
-    found = re.fullmatch(r"([\w-]{2,}:)?(/(?!/).*)", text)  # a prefix may stand before the path
-    if found:
-        return (found[1] or "") + Path(found[2]).name
     return Path(text).name if Path(text).is_absolute() else text
 
 

@@ -1,8 +1,8 @@
-"""Whether this machine computes what the reference computed, with neither weights nor medim.
+"""Compares this machine's outputs with the reference's, without weights and without medim.
 
-Comes in: nothing but the package; goes out: the relative error of every tensor of interest. The
-networks are filled from a stream of random bits that is the same on every machine, and the
-reference's answers lie in `golden.json`, which `recipes/benchmarks/golden.py` writes.
+The result is the relative error of every tensor of interest. The networks are filled from a stream
+of random bits that is the same on every machine, and the reference's values are in
+`golden.json`, which `recipes/benchmarks/golden.py` writes.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Check:
 
     @property
     def is_right(self) -> bool:
-        """Whether the error is within the tolerance; not for an error that is no number."""
+        """Whether the error is within the tolerance; False for NaN."""
         return self.error <= TOLERANCE
 
 
@@ -97,12 +97,12 @@ def network_of(sizes: Variant) -> Sam3D:
 
 
 def outputs(network: nn.Module, sizes: Variant, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a promptable network says to one volume, one click, and a second one.
+    """What a promptable network computes from one volume, one click, and a second one.
 
     Args:
         network: Has the three parts, which may be the reference's.
         sizes: Those of the network.
-        dtype: Of the network's numbers.
+        dtype: Number format of the network.
     """
     side = sizes.img_size
     volume = _noise("volume", 1, 1, side, side, side).to(dtype)

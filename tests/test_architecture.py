@@ -180,6 +180,15 @@ def test_every_module_says_what_it_is():
     assert not silent
 
 
+def test_no_public_name_is_defined_twice():
+    places = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+                places.setdefault(node.name, []).append(module)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
 def test_no_module_is_a_drawer():
     drawers = {"utils", "util", "common", "helpers", "misc"}
     assert not [name for name in MODULES if drawers & set(name.split("."))]

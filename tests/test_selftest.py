@@ -9,7 +9,7 @@ import torch
 from sammed3d_backbone import encoder, sam, selftest
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.loading.checkpoint import write
-from sammed3d_backbone.loading.factory import CARD_KEY
+from sammed3d_backbone.loading.opening import CARD_KEY
 from sammed3d_backbone.loading.registry import WEIGHTS, Weights, to_metadata
 from sammed3d_backbone.loading.variants import VARIANTS
 

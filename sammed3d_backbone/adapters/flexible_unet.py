@@ -1,6 +1,6 @@
 """MONAI's FlexibleUNet on any encoder of the contract.
 
-Comes in: a volume (B, C, X, Y, Z); goes out: class logits (B, K, X, Y, Z). `flexible_unet` puts
+Maps a volume (B, C, X, Y, Z) to class logits (B, K, X, Y, Z). `flexible_unet` puts
 MONAI's decoder around an encoder that is there; `register_backbones` gives MONAI names, so that its
 own `FlexibleUNet(backbone="sammed3d-conv_stem", ...)`, in a bundle for instance, builds one.
 """

@@ -1,6 +1,6 @@
 """Light heads: class logits from the last block's tokens alone.
 
-Comes in: a volume (B, C, X, Y, Z); goes out: class logits (B, K, X, Y, Z). A decoder with
+Maps a volume (B, C, X, Y, Z) to class logits (B, K, X, Y, Z). A decoder with
 convolutions on the raw volume reaches much without any encoder; these heads see tokens only, so
 what they reach is the encoder's. Letters: P patch size, E token width, W `feature_size`.
 """

@@ -1,7 +1,7 @@
 """What every network around an encoder has in common: which maps it reads, and timm's hooks.
 
-Comes in: an encoder of the contract; goes out: a base class that holds it as `encoder`, so that its
-tensors are named alike in every file.
+The base class holds an encoder of the contract as `encoder`, so that its tensors have the same
+names in every file.
 """
 
 from collections.abc import Sequence

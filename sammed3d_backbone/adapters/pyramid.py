@@ -1,6 +1,6 @@
 """Feature maps at strides 2, 4, 8 and 16 voxels from an encoder that has one token grid.
 
-Comes in: a volume (B, C, X, Y, Z); goes out: maps from fine to coarse, with declared strides and
+Maps a volume (B, C, X, Y, Z) to feature maps from fine to coarse, with declared strides and
 channels, which is what convolutional decoders ask of an encoder. Letters: P patch size, W
 `feature_size`; the map at stride s has W * s channels. No classes, no losses.
 """

@@ -1,6 +1,6 @@
 """A decoder like MONAI's SegResNetDS, with deep supervision, on any encoder of the contract.
 
-Comes in: a volume (B, C, X, Y, Z); goes out: class logits (B, K, X, Y, Z), while training a list of
+Maps a volume (B, C, X, Y, Z) to class logits (B, K, X, Y, Z), while training a list of
 them, each at half the resolution of the one before. The blocks are MONAI's; losses are elsewhere.
 
 Source: Myronenko, 3D MRI brain tumor segmentation using autoencoder regularization, BrainLes 2018.

@@ -1,6 +1,6 @@
 """UNETR's decoder on any encoder of the contract.
 
-Comes in: a volume (B, C, X, Y, Z); goes out: class logits (B, K, X, Y, Z). The blocks are MONAI's;
+Maps a volume (B, C, X, Y, Z) to class logits (B, K, X, Y, Z). The blocks are MONAI's;
 this file only wires them. Preprocessing, sliding windows and losses happen elsewhere.
 
 Source: Hatamizadeh et al., UNETR: Transformers for 3D Medical Image Segmentation, WACV 2022.
@@ -43,7 +43,7 @@ class UNETR(EncoderNetwork):
         feature_size: int,
         out_indices: Sequence[int],
         deepest: Literal["block", "neck"],
-        tap_norm: bool,
+        norm_maps: bool,
         norm_name: str | tuple[str, dict[str, Any]],
         conv_block: bool,
         res_block: bool,
@@ -56,7 +56,7 @@ class UNETR(EncoderNetwork):
         # A map that starts the way up from the neck has been normalised there.
         normed = out_indices if deepest == "block" else out_indices[:-1]
         self.tap_norms = nn.ModuleList(
-            LayerNorm3d(hidden_size) if tap_norm else nn.Identity() for _ in normed
+            LayerNorm3d(hidden_size) if norm_maps else nn.Identity() for _ in normed
         )
         blocks: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": res_block}
         self.stem = UnetrBasicBlock(3, encoder.in_chans, widths[0], stride=1, **blocks)
@@ -105,7 +105,7 @@ def unetr(
     feature_size: int = 16,
     out_indices: Sequence[int] | Literal["monai"] | None = None,
     deepest: Literal["block", "neck"] = "block",
-    tap_norm: bool = True,
+    norm_maps: bool = True,
     norm_name: str | tuple[str, dict[str, Any]] = "instance",
     conv_block: bool = True,
     res_block: bool = True,
@@ -125,7 +125,7 @@ def unetr(
             network's global blocks. "monai" takes MONAI's, all but the last one block later.
         deepest: Start the way up from the last tap's map ("block") or from the neck's ("neck"),
             which is what the mask decoder was trained on.
-        tap_norm: Give each tap a layer norm of its own: these maps are raw residual streams, whose
+        norm_maps: Give each tap a layer norm of its own: these maps are raw residual streams, whose
             scale grows with depth. MONAI norms the last only.
         norm_name: Norm inside the decoder's blocks, in MONAI's words.
         conv_block: Convolutions after each upsampling of a tap, as in MONAI.
@@ -155,7 +155,7 @@ def unetr(
         feature_size=feature_size,
         out_indices=out_indices,
         deepest=deepest,
-        tap_norm=tap_norm,
+        norm_maps=norm_maps,
         norm_name=norm_name,
         conv_block=conv_block,
         res_block=res_block,

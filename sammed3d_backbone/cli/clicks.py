@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
     from sammed3d_backbone.clickbench.protocol import PromptableModel
 
-CHECKED_TARGETS = 3  # that are played again by --check-determinism
+CHECKED_TARGETS = 3  # number that --check-determinism plays again
 
 
 def add_clicks(commands: "Commands") -> None:
@@ -23,17 +23,15 @@ def add_clicks(commands: "Commands") -> None:
         "clicks",
         help="benchmark a promptable model, click by click",
         description="Plays a protocol on a data set and writes clicks.jsonl, times.jsonl, masks, "
-        "summary.json and report.html. A run that was cut off goes on. With --compare: the "
+        "summary.json and report.html. An interrupted run is resumed. With --compare: the "
         "difference of two runs on the same targets, with paired intervals.",
     )
     parser.add_argument(
         "data", nargs="?", metavar="DATASET", help="folder or name: Decathlon, nnU-Net, labels.json"
     )
     parser.add_argument("--protocol", default="clickbench/1", help="or a published one")
-    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="of any other folder")
-    parser.add_argument(
-        "--subjects", type=Path, metavar="FILE.json", help="whose scan each case is"
-    )
+    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="for another folder")
+    parser.add_argument("--subjects", type=Path, metavar="FILE.json", help="JSON: case -> subject")
     parser.add_argument("--cases", type=int, metavar="N", help="the first N cases only")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these only")
     parser.add_argument(
@@ -46,13 +44,15 @@ def add_clicks(commands: "Commands") -> None:
     )
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="B minus A")
     add_network(parser)
-    how = parser.add_argument_group("how")
+    how = parser.add_argument_group("prediction")
     how.add_argument(
-        "--all-clicks", action="store_true", help="tell every pass all clicks, not the newest only"
+        "--all-clicks", action="store_true", help="give every pass all clicks, not the newest only"
     )
     how.add_argument("--no-follow", action="store_true", help="end objects with their window")
     how.add_argument(
-        "--model", metavar="MODULE:NAME", help="anything else: makes the object to be tested"
+        "--model",
+        metavar="MODULE:NAME",
+        help="another model: a class or function",
     )
     parser.set_defaults(run=_run_clicks)
 
@@ -104,7 +104,7 @@ def _run_clicks(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel, dict[str, Any]]":
-    """The object to be tested, and what the header says of it."""
+    """The model to be tested, and its entries of the header."""
     if args.model is None:
         return _predictor(args, dataset)
     module, _, name = args.model.partition(":")
@@ -119,7 +119,7 @@ def _model(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel, di
 
 
 def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel, dict[str, Any]]":
-    """Our own predictor with the network that was asked for."""
+    """The package's own predictor with the chosen network."""
     import torch
 
     from sammed3d_backbone import sam
@@ -127,14 +127,14 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel
     from sammed3d_backbone.loading.checkpoint import content_sha256
     from sammed3d_backbone.loading.exposure import seen_in_pretraining
 
-    torch.manual_seed(0)  # random values, where they were asked for, are the same every time
+    torch.manual_seed(0)  # the same random initialisation every time
     network = on_device(
         sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
     )
     record = getattr(network, "pretrained_cfg", None)
     clicks: Literal["all", "newest"] = "all" if args.all_clicks else "newest"
     return Predictor(network, clicks=clicks, follow=not args.no_follow), {
-        "model": f"{args.variant}, {'random values' if record is None else record.name}",
+        "model": f"{args.variant}, {'random initialisation' if record is None else record.name}",
         "weights_sha256": content_sha256(network.state_dict()),
         "told": f"{clicks} clicks",
         "follow": not args.no_follow,

@@ -18,7 +18,7 @@ def add_curate(commands: "Commands") -> None:
         help="clean the masks of raw data sets for training a promptable model",
         description="Writes one binary mask per case and class, cleaned as SA-Med3D-140K was, with "
         "a dataset.json that this package reads, decisions.jsonl, summary.json and report.html. "
-        "The raw files stay as they are; a run that was cut off goes on.",
+        "The raw files stay as they are; an interrupted run is resumed.",
     )
     parser.add_argument(
         "raw",

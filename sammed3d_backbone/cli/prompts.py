@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sammed3d_backbone.data.volume import Volume
     from sammed3d_backbone.inference.interactive import Prediction, Predictor
     from sammed3d_backbone.inference.interactive.click_io import ClickList
-    from sammed3d_backbone.inference.validation import Scan
+    from sammed3d_backbone.inference.validation import ValidatedVolume
 
 OBJECT = "object"  # name of the object before the first --object
 RANDOM = "the network has random initialisation, so its masks mean nothing"
@@ -104,13 +104,13 @@ def _run_segment(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.volume import require_nifti_name
     from sammed3d_backbone.inference.interactive import Predictor
     from sammed3d_backbone.inference.label_map import merge_masks
-    from sammed3d_backbone.inference.validation import validate
+    from sammed3d_backbone.inference.validation import validate_volume
 
     # Everything that can be wrong is found before the network is loaded.
     require_nifti_name(args.target)
     _require_png_name(args.png)
     require_free((args.target, args.png, args.save_clicks), args.source, force=args.force)
-    scan = validate(args.source, channel=args.channel)
+    scan = validate_volume(args.source, channel=args.channel)
     listed, clicks = _clicks(args, scan)
     model = on_device(
         sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
@@ -141,7 +141,7 @@ def _run_segment(args: argparse.Namespace) -> int:
 
 
 def _clicks(
-    args: argparse.Namespace, scan: "Scan"
+    args: argparse.Namespace, scan: "ValidatedVolume"
 ) -> "tuple[ClickList | None, list[dict[str, Any]]]":
     """The click list of a file, and the points of the command line; all lie in the scan."""
     from sammed3d_backbone.inference.interactive.click_io import ClickList
@@ -253,7 +253,7 @@ def _run_features(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.preprocessing import preprocessing_of
     from sammed3d_backbone.evaluation.figures import features_figure
     from sammed3d_backbone.inference.features import token_maps
-    from sammed3d_backbone.inference.validation import validate
+    from sammed3d_backbone.inference.validation import validate_volume
     from sammed3d_backbone.loading.checkpoint import write
 
     if args.target is None and args.png is None:
@@ -262,7 +262,7 @@ def _run_features(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.target}: expected a name that ends in .safetensors")
     _require_png_name(args.png)
     require_free((args.target, args.png), args.source, force=args.force)
-    scan = validate(args.source, channel=args.channel)
+    scan = validate_volume(args.source, channel=args.channel)
     network = on_device(
         encoder(args.variant, pretrained=not args.random, weights=args.weights), args.device
     )

@@ -1,4 +1,4 @@
-"""The command `sammed3d selftest`: does this machine compute what the reference computes."""
+"""The command `sammed3d selftest`: compares this machine with outputs of the reference."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ def add_selftest(commands: "Commands") -> None:
     parser = commands.add_parser(
         "selftest",
         help="compare this machine with committed outputs of the reference",
-        description="Needs no weights and no network. Exit code 1: something is wrong.",
+        description="Needs no weights and no internet access. Exit code 1: a check failed.",
     )
-    parser.add_argument("--weights", metavar="NAME|FILE", help="check these, too")
+    parser.add_argument("--weights", metavar="NAME|FILE", help="also check these weights")
     parser.set_defaults(run=_run_selftest)
 
 
@@ -44,12 +44,12 @@ def _run_selftest(args: argparse.Namespace) -> int:
 
 
 def _weights_findings(weights: str) -> list[Finding]:
-    """Whether weights are the listed ones, load strictly, and give finite numbers."""
+    """Checks that weights are listed, load strictly and give finite outputs."""
     import torch
 
     from sammed3d_backbone import encoder, sam
     from sammed3d_backbone.loading.checkpoint import OTHER_PARTS, CheckpointError
-    from sammed3d_backbone.loading.factory import CARD_KEY
+    from sammed3d_backbone.loading.opening import CARD_KEY
     from sammed3d_backbone.models.attention import RelPos
     from sammed3d_backbone.models.sam import Sam3D
     from sammed3d_backbone.selftest import phantom
@@ -58,7 +58,7 @@ def _weights_findings(weights: str) -> list[Finding]:
     if CARD_KEY in metadata:
         raise ValueError(f"{weights} is a fine-tuned model; check it with `sammed3d verify`")
     if record.variant is None:
-        raise ValueError(f"{weights} has the sizes of no known variant; see `sammed3d verify`")
+        raise ValueError(f"{weights} has sizes that fit no known variant; see `sammed3d verify`")
     findings = [hash_finding(record)]
     build = sam if any(name.startswith(OTHER_PARTS) for name in tensors) else encoder
     rel_pos: RelPos = "axial" if record.rel_pos == "axial" else "sammed3d"

@@ -28,7 +28,7 @@ def add_info(commands: "Commands") -> None:
 
 
 def _run_info(args: argparse.Namespace) -> int:
-    from sammed3d_backbone.loading.factory import CARD_KEY
+    from sammed3d_backbone.loading.opening import CARD_KEY
     from sammed3d_backbone.loading.registry import WEIGHTS
 
     if args.weights is None:
@@ -61,8 +61,9 @@ def _run_info(args: argparse.Namespace) -> int:
 
 def opened_weights(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
     """The record, tensors and metadata of a file, the record as complete as the file makes it."""
-    from sammed3d_backbone.loading.factory import open_weights, variant_of
     from sammed3d_backbone.loading.hub import sha256_of
+    from sammed3d_backbone.loading.opening import open_weights
+    from sammed3d_backbone.loading.stored_sizes import variant_of
 
     record, path, tensors, metadata = open_weights(weights)
     if record.sha256 is None:
@@ -130,17 +131,17 @@ def add_verify(commands: "Commands") -> None:
     parser = commands.add_parser(
         "verify",
         help="check a file's hash, names, shapes and values",
-        description="Exit code 0: all that can be checked is right. 1: something is wrong.",
+        description="Exit code 0: all checks passed. 1: a check failed.",
     )
     parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--variant", help="instead of the one whose sizes the file has")
+    parser.add_argument("--variant", help="default: the variant whose sizes the file has")
     parser.set_defaults(run=_run_verify)
 
 
 def _run_verify(args: argparse.Namespace) -> int:
     from sammed3d_backbone.loading.checkpoint import content_sha256
-    from sammed3d_backbone.loading.factory import CARD_KEY
     from sammed3d_backbone.loading.inflation import is_2d
+    from sammed3d_backbone.loading.opening import CARD_KEY
 
     record, tensors, metadata = opened_weights(args.file)
     findings = [hash_finding(record)]
@@ -159,13 +160,13 @@ def _run_verify(args: argparse.Namespace) -> int:
     return int(any(right is False for right, _ in findings))
 
 
-# Result of a check: right, wrong, or undecidable.
+# Result of a check: passed, failed, or undecidable.
 MARKS = {True: "ok   ", False: "WRONG", None: "-    "}
 Finding = tuple[bool | None, str]
 
 
 def hash_finding(record: "Weights") -> Finding:
-    """Whether the file is the one of the table that it seems to be."""
+    """Whether the file's hash is that of the weights table."""
     from sammed3d_backbone.loading.registry import WEIGHTS
 
     for listed in WEIGHTS.values():
@@ -174,7 +175,7 @@ def hash_finding(record: "Weights") -> Finding:
     for listed in WEIGHTS.values():
         if listed.filename == record.filename and listed.sha256 is not None:
             return False, (
-                f"sha256 {record.sha256} is not that of {listed.name!r}, whose file name it bears"
+                f"sha256 {record.sha256} is not that of {listed.name!r}, although the file name is"
             )
     return None, f"sha256 {record.sha256}: no such file in the table"
 
@@ -196,11 +197,11 @@ def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
     import torch
 
     from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, CheckpointError
-    from sammed3d_backbone.loading.factory import encoder_like, sam_like
     from sammed3d_backbone.loading.fitting import fit
+    from sammed3d_backbone.loading.stored_sizes import encoder_like, sam_like
 
     if variant is None:
-        return False, "the sizes of no known variant; name one with --variant to see what differs"
+        return False, "the sizes fit no known variant; pass --variant to see the differences"
     is_promptable = any(name.startswith(OTHER_PARTS) for name in tensors)
     with torch.device("meta"):
         network = (sam_like if is_promptable else encoder_like)(tensors, variant)
@@ -220,13 +221,12 @@ def _2d_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: str)
     import torch
 
     from sammed3d_backbone.loading.checkpoint import CheckpointError
-    from sammed3d_backbone.loading.factory import encoder_like
     from sammed3d_backbone.loading.inflation import inflate_2d
+    from sammed3d_backbone.loading.stored_sizes import encoder_like
 
     if variant is None:
         return False, (
-            "a 2-D network with the sizes of no known variant; name one with --variant to see what "
-            "differs"
+            "a 2-D network whose sizes fit no known variant; pass --variant to see the differences"
         )
     with torch.device("meta"):
         network = encoder_like(tensors, variant, rel_pos="axial")

@@ -24,18 +24,18 @@ def read_bids(folder: Path, problems: list[str]) -> Dataset:
     """The data set of a BIDS folder with one labelled derivative.
 
     Args:
-        folder: That holds dataset_description.json and derivatives/.
-        problems: What is wrong is added here.
+        folder: Contains dataset_description.json and derivatives/.
+        problems: Gets a line for everything that is wrong.
 
     Raises:
-        DatasetError: If dataset_description.json is no JSON object.
+        DatasetError: If dataset_description.json is not a JSON object.
     """
     info = read_json(folder / DESCRIPTION)
     if not isinstance(info, dict):
         raise DatasetError(
-            f"{folder / DESCRIPTION} cannot be used:", ["it is no JSON object; mend it"]
+            f"{folder / DESCRIPTION} cannot be used:", ["not a JSON object; correct it"]
         )
-    labels: dict[Path, list[Path]] = {}  # of each derivative
+    labels: dict[Path, list[Path]] = {}  # by derivative
     for path in sorted(folder.glob("derivatives/*/sub-*/**/[!.]*_dseg.nii*")):
         labels.setdefault(folder / Path(*path.relative_to(folder).parts[:2]), []).append(path)
     if len(labels) != 1:
@@ -86,7 +86,7 @@ def _stem(label: Path) -> str:
 
 
 def _images(start: Path) -> dict[str, Path]:
-    """Suffix -> image, of those whose paths start so and go on with a suffix only."""
+    """Suffix -> image, for the files named `start` plus a suffix."""
     found = {}
     for path in sorted(start.parent.glob(f"{start.name}_*.nii*")):
         suffix = path.name.removeprefix(f"{start.name}_").partition(".")[0]

@@ -1,8 +1,7 @@
-"""Prepared cases on disk: the next start reads them instead of making them again.
+"""Prepared cases on disk, which the next start reads instead of preparing them again.
 
-One file per case and preparation, named by a hash of all that it depends on; a source file that
-changed makes another name. Files are mapped into memory: of a case that nobody crops, nothing has
-to stay there, and all processes of a machine share what does.
+One file per case and preprocessing, named by a hash of everything that it depends on, so a changed
+source file has another name. Files are memory-mapped, and processes of a machine share the pages.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from torch import Tensor
 from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.files import atomic_path, inside
 
-FORMAT = 1  # of the content: another number makes everything anew
+FORMAT = 1  # version of the content; part of the hash
 
 
 def cache_path(folder: Path, case: Case, dataset: Dataset, preparation: object) -> Path:
     """The file of a case.
 
     Args:
-        folder: Of the cache.
-        case: Whose files exist.
-        dataset: That it is of.
-        preparation: A dataclass: how it is prepared.
+        folder: Folder of the cache.
+        case: Its files exist.
+        dataset: The case's data set.
+        preparation: The `Preprocessing` that was applied.
     """
     files = [path.resolve() for path in (*case.images, *case.label_files)]
     depends_on = {
@@ -47,7 +46,7 @@ def cache_path(folder: Path, case: Case, dataset: Dataset, preparation: object) 
 
 
 def read_prepared(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Image and label of a file, mapped into memory; None if it is not there or not whole."""
+    """Image and label of a file, mapped into memory; None if it is missing or damaged."""
     try:
         tensors = load_file(path)
         return tensors["image"], tensors["label"]

@@ -1,4 +1,4 @@
-"""What is wrong with a case once its files are open: sentences with the path and what to do."""
+"""Problems of a case that show once its files are open, one line each with path and remedy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.regions import corner_voxels
 from sammed3d_backbone.data.volume import Volume
 
 AFFINE_TOLERANCE_MM = 1e-2  # origins written by different tools differ in the fourth decimal
@@ -24,24 +25,24 @@ def label_problems(path: Path, label: Volume, known: Collection[int]) -> list[st
         return [f"{path}: labels have {label.channels} channels; save one integer volume"]
     strange = sorted({int(value) for value in values} - set(known))
     if strange:
-        return [f"{path}: values {strange} are not declared ({sorted(known)}); add or mend them"]
+        return [f"{path}: values {strange} are not declared ({sorted(known)}); add or correct them"]
     return []
 
 
 def class_problems(case: Case, classes: Collection[str]) -> list[str]:
     """What is wrong with which classes occur in a case's label.
 
-    Voxels of a class that is not annotated are no problem: nobody vouches for them, nobody uses
-    them. An annotated class without any would be taken for absent.
+    Voxels of a class that is not annotated are allowed, since they are not used. An annotated
+    class without voxels would be taken for absent.
 
     Args:
-        case: Whose label it is.
-        classes: That have voxels, without background.
+        case: The case of the label.
+        classes: Names of the classes that have voxels, without background.
     """
     if not classes:
         return [f"{case.label}: holds background only; remove the case or label it"]
     if empty := sorted(set(case.annotated or ()) - set(classes)):
-        return [f"{case.label}: {empty} are annotated, but have no voxel; take them out there"]
+        return [f"{case.label}: {empty} are annotated but have no voxel; remove them there"]
     return []
 
 
@@ -51,13 +52,14 @@ def pair_problems(path: Path, volume: Volume, other_path: Path, other: Volume) -
         return [f"{path}: shape {volume.shape}, but {other_path} has {other.shape}; resample one"]
     apart_mm = shift_mm(volume, other)
     if apart_mm > AFFINE_TOLERANCE_MM:
-        return [f"{path}: lies up to {apart_mm:.3g} mm away from {other_path}; mend one affine"]
+        return [f"{path}: lies up to {apart_mm:.3g} mm away from {other_path}; correct one affine"]
     return []
 
 
 def shift_mm(volume: Volume, other: Volume) -> float:
     """How far the corners of two volumes of one shape lie apart at most, along a world axis."""
-    return float(np.abs(_corners(volume) - _corners(other)).max())
+    corners = corner_voxels(volume.shape)
+    return float(np.abs(corners @ volume.affine.T - corners @ other.affine.T).max())
 
 
 def values_of(array: NDArray[Any]) -> NDArray[Any]:
@@ -65,11 +67,3 @@ def values_of(array: NDArray[Any]) -> NDArray[Any]:
     flat = array.ravel(order="K")  # as it lies in memory: NIfTI is read in Fortran's order
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     return np.unique(flat[[0, *changes]])
-
-
-def _corners(volume: Volume) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """World coordinates of the eight corner voxels, (8, 3)."""
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=float)
-    corners[:, :3] *= np.array(volume.shape) - 1
-    world: np.ndarray[Any, np.dtype[np.float64]] = (corners @ volume.affine.T)[:, :3]
-    return world

@@ -1,7 +1,7 @@
-"""What a data set is: cases, the meaning of their labels, subjects and folds.
+"""Data sets: cases, the meaning of their labels, subjects and folds.
 
-`folders.read_dataset` makes one of a folder; nothing is opened here but the small files that say
-who is who and which case is in which fold.
+`folders.read_dataset` reads one from a folder; only the small files that name subjects and folds
+are opened here.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Case:
     id: str
     images: tuple[Path, ...]  # one file per channel, or one file that holds all channels
     label: Path  # one file, or the folder that holds `masks`
-    masks: tuple[Path, ...] = ()  # a file per class instead; where two overlap, the later class is
-    values: tuple[int, ...] = ()  # that stand for classes 1, 2, ... in the file; (): 1, 2, ...
-    numbers: tuple[int, ...] = ()  # classes that the masks are of; (): 1, 2, ...
-    annotated: tuple[str, ...] | None = None  # classes that were drawn; None: all that there are
-    truncated: tuple[str, ...] = ()  # classes that go on beyond the volume
-    subject: str = ""  # whose scan it is; the case's own id where nothing tells
+    masks: tuple[Path, ...] = ()  # a file per class instead; where two overlap, the later wins
+    values: tuple[int, ...] = ()  # values of classes 1, 2, ... in the file; (): 1, 2, ...
+    numbers: tuple[int, ...] = ()  # classes of the masks; (): 1, 2, ...
+    annotated: tuple[str, ...] | None = None  # annotated classes; None: all
+    truncated: tuple[str, ...] = ()  # classes cut off by the volume's border
+    subject: str = ""  # id of the subject; the case's own id if it is unknown
     split: str = ""  # "train", "val" or "test" as published
 
     def __post_init__(self) -> None:
@@ -82,13 +82,13 @@ class Fold:
 
 
 def read_fold(dataset: Dataset, fold: int, *, folds: int = 5, seed: int = 0) -> Fold:
-    """Fold number `fold`: of splits.json, else the published split, else dealt by subject.
+    """The fold with a number: from splits.json, else the published split, else random by subject.
 
     Args:
         dataset: The data set.
         fold: Counted from 0.
-        folds: How many to deal where neither is given.
-        seed: Of the dealing.
+        folds: Number of random splits if neither is given.
+        seed: Seed of the random splits.
 
     Raises:
         DatasetError: If splits.json does not fit the cases, or there are too few cases to split.
@@ -155,7 +155,7 @@ def read_json(path: Path) -> object:
         content: object = json.loads(path.read_text(encoding="utf-8"))
         return content
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} is not JSON:", [f"{error}; mend it"]) from None
+        raise DatasetError(f"{path} is not JSON:", [f"{error}; correct it"]) from None
 
 
 def _read_splits(dataset: Dataset, path: Path) -> list[Fold]:
@@ -188,7 +188,7 @@ def _fold_problems(dataset: Dataset, fold: Fold) -> list[str]:
     train, val = set(fold.train), set(fold.val)
     problems = []
     if unknown := sorted((train | val) - set(subject_of)):
-        problems.append(f"names {unknown}, which are no cases; remove them")
+        problems.append(f"names {unknown}, which are not cases; remove them")
     if both := sorted(train & val):
         problems.append(f"has {both} in train and val; keep them in one")
     times = Counter(fold.train) + Counter(fold.val)
@@ -198,7 +198,7 @@ def _fold_problems(dataset: Dataset, fold: Fold) -> list[str]:
     if leaks := sorted(set.intersection(*sides) - {subject_of.get(name) for name in both}):
         problems.append(f"has subjects {leaks} in train and val; keep each in one")
     if not train or not val:
-        problems.append(f"has {len(train)} train and {len(val)} val cases; deal again")
+        problems.append(f"has {len(train)} train and {len(val)} val cases; split again")
     return problems
 
 
@@ -217,7 +217,7 @@ def _published_split(dataset: Dataset) -> Fold:
 
 
 def _dealt_splits(dataset: Dataset, folds: int, seed: int) -> list[Fold]:
-    """Folds dealt by subject, in an order that depends on the seed and the names only."""
+    """Random folds by subject, in an order that depends on the seed and the names only."""
     from sklearn.model_selection import KFold  # takes a second to import
 
     subjects = sorted(
@@ -226,14 +226,14 @@ def _dealt_splits(dataset: Dataset, folds: int, seed: int) -> list[Fold]:
     )
     if not 2 <= folds <= len(subjects):
         raise DatasetError(
-            f"{dataset.folder} has no splits.json and cannot be dealt into {folds} folds:",
+            f"{dataset.folder} has no splits.json and cannot be split into {folds} folds:",
             [
                 f"it has {len(subjects)} subjects; pass folds= between 2 and that, or write "
                 "splits.json"
             ],
         )
     rule = (
-        f"no splits.json: dealt by subject into {folds} folds in the order of "
+        f"no splits.json: {folds} random folds by subject in the order of "
         f"sha256('{seed}:<subject>')"
     )
     made = []

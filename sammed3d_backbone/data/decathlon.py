@@ -1,7 +1,7 @@
 """``dataset.json``: the Medical Segmentation Decathlon and nnU-Net's raw folders, both versions.
 
 The three differ in who lists the cases (the file, the folder), in the form of "labels", and in
-whether channels share a file. They are told apart by what is there, not by a version.
+whether channels share a file. They are distinguished by their content, not by a version.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
     """The data set of a folder with a dataset.json.
 
     Args:
-        folder: That holds it.
-        problems: What is wrong is added here.
+        folder: Contains dataset.json.
+        problems: Gets a line for everything that is wrong.
 
     Raises:
-        DatasetError: If dataset.json is no JSON object.
+        DatasetError: If dataset.json is not a JSON object.
     """
     description = folder / DESCRIPTION
     info = read_json(description)
     if not isinstance(info, dict):
-        raise DatasetError(f"{description} cannot be used:", ["it is no JSON object; mend it"])
+        raise DatasetError(f"{description} cannot be used:", ["not a JSON object; correct it"])
     labels = _labels(info, problems)
     channels = _channels(info, problems)
     if isinstance(info.get("dataset"), dict):
@@ -63,7 +63,7 @@ def _labels(info: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
             labels[int(key)] = value
         else:
             problems.append(
-                f"label {key!r}: {value!r} is a region or no number; give one value per class"
+                f"label {key!r}: {value!r} is a region or not a number; give one value per class"
             )
     if "ignore" in labels.values():
         problems.append('the label "ignore" is not supported; give those cases as "annotated"')
@@ -131,7 +131,7 @@ def _mapped_cases(
         images = tuple(folder / path for path in entry["images"])
         masks = {of: folder / path for of, path in entry.get("masks", {}).items()}
         if unknown := sorted(set(masks) - set(numbers)):
-            problems.append(f"{name}: {unknown} are no classes of this set; mend dataset.json")
+            problems.append(f"{name}: {unknown} are not classes of this set; correct dataset.json")
             continue
         annotated = entry.get("annotated")
         cases.append(

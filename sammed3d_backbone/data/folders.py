@@ -1,7 +1,7 @@
 """A folder on disk -> the data set in it; no volume is opened.
 
-What the folder holds decides: ``dataset.json`` (Decathlon, nnU-Net), ``dataset_description.json``
-(BIDS), or neither, and then a `Layout` says where the files lie.
+The format follows from what the folder contains: ``dataset.json`` (Decathlon, nnU-Net),
+``dataset_description.json`` (BIDS), or neither, and then a `Layout` says where the files lie.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def find_dataset(data: str, layout: Layout | None = None) -> Path:
 
     Args:
         data: Path or name.
-        layout: Of a folder that does not describe itself.
+        layout: Layout of a folder without a description.
 
     Raises:
         FileNotFoundError: If there is no such folder, or it lacks a description.
@@ -52,8 +52,8 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
     """The data set in a folder.
 
     Args:
-        folder: That describes itself, unless a layout does.
-        layout: Where its files lie; wins over what the folder says.
+        folder: Contains a description, unless a layout is given.
+        layout: Where its files lie; takes precedence over the folder's description.
 
     Raises:
         FileNotFoundError: If the folder holds no description and no layout is given.
@@ -81,7 +81,9 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
         ]
         named = (*(case.annotated or ()), *case.truncated)
         if unknown := [name for name in named if name not in dataset.classes]:
-            problems.append(f"{case.id}: {unknown} are no classes of this set; mend dataset.json")
+            problems.append(
+                f"{case.id}: {unknown} are not classes of this set; correct dataset.json"
+            )
     times = Counter(case.id for case in dataset.cases)
     problems += [f"{name} is listed {n} times; keep one" for name, n in times.items() if n > 1]
     if problems:

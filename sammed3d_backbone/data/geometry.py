@@ -69,7 +69,7 @@ class Geometry:
         native_mm = np.linalg.norm(affine[:3, :3], axis=0)[list(axes)]
         wanted_mm = native_mm if spacing_mm is None else np.asarray(spacing_mm, dtype=float)
         if not (np.isfinite(wanted_mm).all() and (wanted_mm > 0).all()):
-            raise ValueError(f"spacing_mm={spacing_mm} is no spacing; give three positive numbers")
+            raise ValueError(f"spacing_mm={spacing_mm}: expected three positive numbers")
         resampled = tuple(
             max(1, round(n * float(native) / float(wanted)))
             for n, native, wanted in zip(oriented_shape, native_mm, wanted_mm, strict=True)
@@ -163,8 +163,8 @@ class Geometry:
             padding.append((low - first, first + side - high))
             region.append(slice(lower, upper))
         x = torch.from_numpy(np.ascontiguousarray(oriented[tuple(region)], dtype=np.float32))
-        # What shrinks most goes first, what grows most last. Of equal axes the third, along which
-        # values are slow to gather, goes where there are fewest of them.
+        # The axis that shrinks most comes first, the one that grows most last. Among equal axes the
+        # third, along which gathering is slow, comes where there are the fewest values.
         growth = [len(own) / n for own, n in zip(positions, x.shape, strict=True)]
         for axis in sorted(range(3), key=lambda a: (growth[a], a if growth[a] < 1 else -a)):
             x = interpolate_axis(x, axis, positions[axis])
@@ -332,7 +332,7 @@ def interpolate_axis(
 def nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, bool]]:
     """Which input axis runs towards R, A and S, and which of the three run the other way.
 
-    Of the 48 ways to name the axes, the one from which the smallest turn leads to R, A, S. It
+    Among the 48 ways to name the axes, the one with the smallest rotation to R, A, S is chosen. It
     depends on the axes' directions only, not on their order in the file, so one volume stored in
     two orientations becomes the same input. At a tie (axes at 45 degrees) the larger matrix counts,
     compared to six digits, so that rounding in a header decides nothing.
@@ -340,7 +340,7 @@ def nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, 
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
     u, strength, vt = np.linalg.svd(affine[:3, :3] / np.where(zooms == 0, 1, zooms))
     if strength.min() < 1e-6:
-        raise ValueError("the affine leaves an axis without direction; mend the header")
+        raise ValueError("the affine leaves an axis without direction; correct the header")
     directions = u @ vt  # (3, 3), column i: the unit vector of input axis i without shear
     named = []
     for order in itertools.permutations(range(3)):
@@ -361,7 +361,7 @@ def _interpolate(x: Tensor, shape: Triple) -> Tensor:
 
 
 def _neighbours(size: int, new_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each new voxel along an axis: the voxels below and above it, and the share of the upper.
+    """The voxels below and above each new voxel along an axis, and the weight of the upper one.
 
     Shapes:
         returns: three times (N,), N being the new size.

@@ -1,4 +1,4 @@
-"""A folder that does not describe itself: where its files lie, in a flat YAML file.
+"""Layouts of data sets without a description: where the files lie, in a flat YAML file.
 
 Challenges publish their data in a layout of their own. A `Layout` names it by patterns relative to
 the folder: ``{case}`` is the id of a case and may come several times, ``{class}`` a class where
@@ -25,19 +25,17 @@ SPLITS = ("train", "val")
 class Layout:
     """How one data set lies on disk and what its numbers mean."""
 
-    name: str  # as the list of pretraining sets of some weights would have it
+    name: str  # as a list of pretraining sets would name it
     channels: tuple[str, ...]
     classes: tuple[str, ...]  # without background; numbered 1, 2, ... in this order
     images: tuple[str, ...]  # a pattern per channel, or one for a file that holds all of them
-    label: (
-        str  # a pattern; with {class}, files of 0 and 1, and a later class wins where two overlap
-    )
-    values: tuple[int, ...] = ()  # that stand for the classes in the files; 1, 2, ... if left out
-    cases: str = ".+"  # regular expression; ids that do not match are passed over
-    subject: str = "(.+)"  # regular expression on the id; its group is the person
-    splits: tuple[str, ...] = ()  # what {split} stands for: in training, in validation
+    label: str  # a pattern; with {class}, files of 0 and 1, where a later class wins
+    values: tuple[int, ...] = ()  # values of the classes in the files; 1, 2, ... if left out
+    cases: str = ".+"  # regular expression; ids that do not match are skipped
+    subject: str = "(.+)"  # regular expression on the id; its group is the subject
+    splits: tuple[str, ...] = ()  # folder names of training and validation for {split}
     split_table: str | None = None  # CSV with columns image_id and split: train, val, test
-    group: str = ""  # of sets that a paper reports together
+    group: str = ""  # name shared by sets that a paper reports together
     note: str = ""  # what a reader of a result must know
     citation: str = ""
     licence: str = ""
@@ -65,9 +63,9 @@ class Layout:
             try:
                 groups = re.compile(expression).groups
             except re.error as error:
-                raise ValueError(f"{expression!r} is no regular expression ({error})") from None
+                raise ValueError(f"{expression!r} is not a regular expression ({error})") from None
         if not groups:
-            raise ValueError(f"subject={self.subject!r} has no group; put the person into ( )")
+            raise ValueError(f"subject={self.subject!r} has no group; put the subject into ( )")
 
 
 def read_layout(path: Path) -> Layout:
@@ -86,9 +84,9 @@ def read_described(folder: Path, layout: Layout, problems: list[str]) -> Dataset
     """The data set of a folder as the layout describes it.
 
     Args:
-        folder: That the patterns are relative to.
-        layout: Of the files.
-        problems: What is wrong is added here.
+        folder: The patterns are relative to it.
+        layout: Describes the files.
+        problems: Gets a line for everything that is wrong.
     """
     splits = _split_table(folder, layout, problems)
     cases = []
@@ -102,9 +100,9 @@ def read_described(folder: Path, layout: Layout, problems: list[str]) -> Dataset
             label = masks[0].parent
         else:
             label = _fill(folder, layout.label, name, split, "", problems)
-        person = re.fullmatch(layout.subject, name)
-        if person is None:
-            problems.append(f"{name} does not match subject {layout.subject!r}; mend the layout")
+        subject = re.fullmatch(layout.subject, name)
+        if subject is None:
+            problems.append(f"{name} does not match subject {layout.subject!r}; correct the layout")
         if splits and name not in splits:
             problems.append(f"{name} is not in {layout.split_table}; add it or remove the case")
         cases.append(
@@ -114,7 +112,7 @@ def read_described(folder: Path, layout: Layout, problems: list[str]) -> Dataset
                 label=label,
                 masks=masks,
                 values=layout.values,
-                subject=person[1] if person else "",
+                subject=subject[1] if subject else "",
                 split=splits.get(name, SPLITS[layout.splits.index(split)] if split else ""),
             )
         )

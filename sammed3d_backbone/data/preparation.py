@@ -122,7 +122,7 @@ def prepare_cases(
     for name, (found, tensors) in zip(ids, bar, strict=True):
         problems.extend(found)
         if problems:
-            prepared.clear()  # go on looking for problems only
+            prepared.clear()  # the remaining cases are only checked
         elif tensors is not None:
             image, label = tensors
             annotated = annotated_classes(by_id[name], dataset)
@@ -164,7 +164,7 @@ def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume
     except (ValueError, FileNotFoundError) as error:
         return [*problems, str(error)], None
     if not np.isfinite(image.array).all():
-        problems.append(f"{case.images[0]}: holds NaN or infinity; replace those voxels")
+        problems.append(f"{case.images[0]}: non-finite voxels; replace them")
     if image.channels != len(dataset.channels):
         problems.append(
             f"{case.images[0]}: {image.channels} channels, but {len(dataset.channels)} are named "

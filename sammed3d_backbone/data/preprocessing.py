@@ -50,6 +50,8 @@ class Preprocessing:
     crop_vox: tuple[int, int, int]
     orientation: str = "RAS"
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic)
+
     def __post_init__(self) -> None:
         if self.spacing_mm is not None and not all(0 < mm < math.inf for mm in self.spacing_mm):
             raise ValueError(
@@ -140,25 +142,10 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The record that `to_dict` wrote.
+        """The record that `to_dict` wrote; raises ValueError if a field is not valid."""
+        from pydantic import TypeAdapter
 
-        Raises:
-            ValueError: If a field is missing, unknown or impossible.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted({*values} - known):
-            raise ValueError(f"unknown preprocessing fields {unknown}; expected {sorted(known)}")
-        needed = known - {"orientation"}
-        if missing := sorted(needed - {*values}):
-            raise ValueError(f"preprocessing lacks {missing}")
-        spacing = values["spacing_mm"]
-        return cls(
-            spacing_mm=None if spacing is None else tuple(spacing),
-            intensity=dict(values["intensity"]),
-            statistics=values["statistics"],
-            crop_vox=tuple(values["crop_vox"]),
-            orientation=values.get("orientation", "RAS"),
-        )
+        return TypeAdapter(cls).validate_python(values)
 
 
 # Source: training code of SAM-Med3D: CT clamped to [-1000, 1000] HU, then the z-score of each crop

@@ -1,14 +1,23 @@
-"""Masks as regions of voxels: bounding boxes, connected components, depth."""
+"""Regions of voxels: corners, bounding boxes, connected components, depth."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from sammed3d_backbone.data.geometry import Triple
+
 Mask: TypeAlias = NDArray[np.bool_]  # (X, Y, Z)
+
+
+def corner_voxels(shape: Triple, margin: float = 0.0) -> NDArray[np.float64]:
+    """The eight corner voxels as homogeneous coordinates, (8, 4), moved outwards by a margin."""
+    ends = ((-margin, n - 1 + margin) for n in shape)
+    return np.array([[*corner, 1] for corner in itertools.product(*ends)], dtype=np.float64)
 
 
 def bounding_box(mask: Mask) -> tuple[slice, ...] | None:
@@ -26,6 +35,20 @@ def components(mask: Mask) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))  # corners connect
     return labels, np.bincount(labels.ravel())[1:]
+
+
+def keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """The labels with each class reduced to its largest component, by 26-connectivity.
+
+    Shapes:
+        labels: (X, Y, Z), 0 is background.
+        returns: (X, Y, Z) of the same type.
+    """
+    kept = np.zeros_like(labels)
+    for value in np.unique(labels[labels > 0]):
+        parts, sizes = components(labels == value)
+        kept[parts == 1 + sizes.argmax()] = value
+    return kept
 
 
 def depth_mm(mask: Mask, spacing_mm: ArrayLike) -> NDArray[np.float64]:

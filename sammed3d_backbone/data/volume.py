@@ -41,16 +41,18 @@ class Volume:
     def __post_init__(self) -> None:
         if self.array.ndim not in (3, 4):
             raise ValueError(
-                f"array of shape {self.array.shape} is no volume; give (X, Y, Z) or (C, X, Y, Z)"
+                f"array of shape {self.array.shape} is not a volume; give (X, Y, Z) or (C, X, Y, Z)"
             )
         if 0 in self.array.shape:
             raise ValueError(f"array of shape {self.array.shape} has no voxels; give at least one")
         affine = np.asarray(self.affine)
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
-            raise ValueError("the affine is no finite 4 x 4 matrix; mend the header of the file")
+            raise ValueError(
+                "the affine is not a finite 4 x 4 matrix; correct the header of the file"
+            )
         if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
             raise ValueError(
-                "the affine is singular, so voxels have no place in the body; mend the header"
+                "the affine is singular, so voxels have no place in the body; correct the header"
             )
 
     @property
@@ -158,7 +160,7 @@ def _require_one_number_per_voxel(path: Path, dtype: np.dtype[Any]) -> None:
 
 
 def _require_room(path: Path, image: nib.Nifti1Image, n_bytes: int) -> None:
-    """Refuses a header whose voxels the file cannot hold, before memory is asked for."""
+    """Refuses a header whose voxels the file cannot hold, before memory is allocated."""
     needed = math.prod(image.shape) * image.get_data_dtype().itemsize
     if min(image.shape) < 1 or needed > n_bytes:
         raise ValueError(

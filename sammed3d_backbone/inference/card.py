@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from sammed3d_backbone.data.preprocessing import Preprocessing
@@ -50,6 +50,8 @@ class Card:
     keep_largest_component: bool = False
     training: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic)
 
     def __str__(self) -> str:
         """The fields that a user needs, as lines of `field: value`."""
@@ -103,18 +105,16 @@ class Card:
                 f"the card has format {found}, this version reads {CARD_FORMAT}; upgrade "
                 "sammed3d-backbone, or train the model again if the format is older"
             )
-        fields = dataclasses.fields(cls)
-        if unknown := sorted(set(values) - {entry.name for entry in fields}):
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
             raise ValueError(
-                f"the card has unknown fields {unknown}; upgrade sammed3d-backbone to read it"
-            )
-        needed = {e.name for e in fields if MISSING is e.default is e.default_factory}
-        if missing := sorted(needed - set(values)):
-            raise ValueError(f"the card lacks {missing}; copy the file again")
-        values["labels"] = {int(value): name for value, name in values["labels"].items()}
-        values["channels"] = tuple(values["channels"])
-        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
-        return cls(**values)
+                f"the card's field {'.'.join(map(str, first['loc']))!r} is not valid "
+                f"({first['msg']}); upgrade sammed3d-backbone, or copy the file again"
+            ) from None
 
 
 def _listed(values: Mapping[Any, Any]) -> str:

@@ -15,23 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.lora import merge_lora
 from sammed3d_backbone.adapters.registry import adapter
 from sammed3d_backbone.data.preprocessing import Modality
+from sammed3d_backbone.data.regions import keep_largest_component
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.hub import model_card, upload
 from sammed3d_backbone.loading.checkpoint import read, write
-from sammed3d_backbone.loading.factory import CARD_KEY, MODEL_ENCODER, encoder, encoder_like
+from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.fitting import part_of
 from sammed3d_backbone.loading.hub import WEIGHTS_FILE, WEIGHTS_SUFFIXES, locate
+from sammed3d_backbone.loading.opening import CARD_KEY, MODEL_ENCODER
+from sammed3d_backbone.loading.stored_sizes import encoder_like
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.provenance import strip_directory
 
@@ -160,7 +161,7 @@ class Segmenter:
         probs = self.logits(image.to(device), modality).softmax(0).cpu()
         labels = geometry.invert_labels(probs, nearest=nearest).numpy()
         if card.keep_largest_component:
-            labels = _keep_largest_component(labels)
+            labels = keep_largest_component(labels)
         return Volume(labels, volume.affine, volume.header)
 
     def logits(self, image: Tensor, modality: Modality | None = None) -> Tensor:
@@ -283,22 +284,6 @@ def _files(source: str | os.PathLike[str], weights_file: str) -> tuple[Path, str
         return tensors, locate(repository, CONFIG_FILE)[1].read_text(encoding="utf-8")
     except FileNotFoundError:  # a repository with one file, whose metadata is the card
         return tensors, None
-
-
-def _keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    """The labels with each class reduced to its largest component, by 26-connectivity.
-
-    Shapes:
-        labels: (X, Y, Z), 0 is background.
-        returns: (X, Y, Z) of the same type.
-    """
-    from sammed3d_backbone.data.regions import components
-
-    kept = np.zeros_like(labels)
-    for value in np.unique(labels[labels > 0]):
-        parts, sizes = components(labels == value)
-        kept[parts == 1 + sizes.argmax()] = value
-    return kept
 
 
 def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> ImageEncoder3D:

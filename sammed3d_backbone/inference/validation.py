@@ -5,7 +5,6 @@ What cannot be used is refused; what is unusual but usable becomes a note.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.preprocessing import Modality
+from sammed3d_backbone.data.regions import corner_voxels
 from sammed3d_backbone.data.volume import Volume
 
 
 @dataclass(frozen=True, eq=False)
-class Scan:
+class ValidatedVolume:
     """A validated volume: one channel of finite real numbers with contrast and a usable spacing.
 
     Args:
@@ -68,7 +68,7 @@ class Scan:
             if point_mm is None:
                 limits = f"voxels run from (0, 0, 0) to {tuple(n - 1 for n in shape)}"
             else:
-                corners = _corners(shape, margin=0.5) @ self.volume.affine.T
+                corners = corner_voxels(shape, margin=0.5) @ self.volume.affine.T
                 low, high = (np.round(f(corners[:, :3], axis=0), 1) for f in (np.min, np.max))
                 limits = f"its box runs from {tuple(low.tolist())} to {tuple(high.tolist())} mm"
             raise ValueError(f"{name}={given!r} lies outside the volume; {limits}")
@@ -91,19 +91,19 @@ class Scan:
         if qform is None and sform is None:
             notes.append("the header has neither qform nor sform; left and right may be swapped")
         elif qform is not None and sform is not None:
-            corners = _corners(self.volume.shape)
+            corners = corner_voxels(self.volume.shape)
             apart_mm = float(np.linalg.norm(corners @ (qform - sform).T, axis=1).max())
             if apart_mm > min(self.volume.spacing_mm) / 2:
                 notes.append(f"qform and sform differ by {apart_mm:.1f} mm; the sform is used")
         return notes
 
 
-def validate(
+def validate_volume(
     volume: str | Path | Volume | NDArray[Any],
     affine: ArrayLike | None = None,
     *,
     channel: int | None = None,
-) -> Scan:
+) -> ValidatedVolume:
     """Opens and validates a volume for segmentation by clicks.
 
     Args:
@@ -140,7 +140,7 @@ def validate(
         raise ValueError(f"{source}{non_finite} voxels are NaN or infinite; replace them")
     if low == high:
         raise ValueError(f"{source}all voxels have the value {low:g}; check the file")
-    return Scan(volume, low, high)
+    return ValidatedVolume(volume, low, high)
 
 
 def _one_channel(volume: Volume, channel: int | None, source: str) -> Volume:
@@ -155,9 +155,3 @@ def _one_channel(volume: Volume, channel: int | None, source: str) -> Volume:
     if volume.array.ndim == 4:
         return Volume(volume.array[channel or 0], volume.affine, volume.header)
     return volume
-
-
-def _corners(shape: Triple, margin: float = 0.0) -> NDArray[np.float64]:
-    """The eight corner voxels as homogeneous coordinates, (8, 4), moved outwards by a margin."""
-    ends = ((-margin, n - 1 + margin) for n in shape)
-    return np.array([[*corner, 1] for corner in itertools.product(*ends)])

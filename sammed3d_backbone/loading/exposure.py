@@ -7,24 +7,16 @@ from typing import Literal
 from sammed3d_backbone.loading.registry import Weights
 
 # The Decathlon numbers its tasks; nnU-Net and MONAI name the folders after them.
-_DECATHLON = {
-    1: "BrainTumour",
-    2: "Heart",
-    3: "Liver",
-    4: "Hippocampus",
-    5: "Prostate",
-    6: "Lung",
-    7: "Pancreas",
-    8: "HepaticVessel",
-    9: "Spleen",
-    10: "Colon",
-}
+_TASKS = "BrainTumour Heart Liver Hippocampus Prostate Lung Pancreas HepaticVessel Spleen Colon"
+_DECATHLON = dict(enumerate(_TASKS.split(), start=1))
 # Task 1 calls itself by the series that it is made of, task 2 by what is segmented.
 _DECATHLON_NAMES = {"brats": "BrainTumour", "leftatrium": "Heart"} | {
     name.lower(): name for name in _DECATHLON.values()
 }
 # Series whose members' names do not simply end in a year.
 _SERIES = {"isles": ("ISLESSISS", "ISLESSPES"), "sega": ("SEG.A.2023",)}
+
+Verdict = Literal["seen", "related", "held out", "not listed", "not known", "none"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,7 @@ class Exposure:
     """
 
     dataset: str
-    verdict: Literal["seen", "related", "held out", "not listed", "not known", "none"]
+    verdict: Verdict
     sentence: str
 
     def __str__(self) -> str:
@@ -60,56 +52,41 @@ def seen_in_pretraining(record: Weights | None, dataset_name: str) -> Exposure:
         record: The weights' record; None for random initialisation.
         dataset_name: The data set that a network is to be scored on.
     """
+    verdict, sentence = _verdict(record, dataset_name)
+    return Exposure(dataset_name, verdict, sentence)
+
+
+def _verdict(record: Weights | None, dataset: str) -> tuple[Verdict, str]:
     if record is None:
-        return Exposure(
-            dataset_name, "none", "random initialisation: no data set was seen in pretraining"
-        )
+        return "none", "random initialisation: no data set was seen in pretraining"
+    data = f"the pretraining data of {record.name}"
     if record.pretraining is None:
-        return Exposure(
-            dataset_name,
-            "not known",
-            f"the pretraining data of {record.name} are not known, nor whether {dataset_name} is "
-            "among them",
-        )
+        return "not known", f"{data} are not known, nor whether {dataset} is among them"
     stages = {entry.name: entry.stages for entry in record.pretraining}
-    same, edition = _matches(dataset_name, tuple(stages))
-    held, held_edition = _matches(dataset_name, record.held_out)
+    same, edition = _matches(dataset, tuple(stages))
+    held, held_edition = _matches(dataset, record.held_out)
     if same:
-        listed = ", ".join(f"{name} (stage {_joined(stages[name])})" for name in same)
-        return Exposure(
-            dataset_name,
-            "seen",
-            f"{dataset_name} was in the pretraining data of {record.name}: {listed}; a score "
-            "on it is not a score on unseen data",
+        listed = ", ".join(
+            f"{name} (stage {' and '.join(map(str, stages[name]))})" for name in same
+        )
+        return "seen", (
+            f"{dataset} was in {data}: {listed}; a score on it is not a score on unseen data"
         )
     if held:
-        return Exposure(
-            dataset_name,
-            "held out",
-            f"{dataset_name} was held out of the pretraining data of {record.name} "
-            f"(listed as {', '.join(held)})",
-        )
+        return "held out", f"{dataset} was held out of {data} (listed as {', '.join(held)})"
     if edition or held_edition:
         listed = ", ".join((*edition, *(f"{name} (held out)" for name in held_edition)))
-        return Exposure(
-            dataset_name,
-            "related",
-            f"{dataset_name} itself is not listed in the pretraining data of {record.name}, "
-            f"other editions are: {listed}; they may share cases",
+        return "related", (
+            f"{dataset} itself is not listed in {data}, other editions are: {listed}; they may "
+            "share cases"
         )
-    rest = {
-        None: "the list is incomplete",
-        0: "the list is complete",
-    }.get(record.undisclosed_sets, f"{record.undisclosed_sets} further sets are not public")
-    return Exposure(
-        dataset_name,
-        "not listed",
-        f"{dataset_name} is not in the published pretraining data of {record.name} ({rest})",
+    undisclosed = {None: "the list is incomplete", 0: "the list is complete"}
+    rest = undisclosed.get(
+        record.undisclosed_sets, f"{record.undisclosed_sets} further sets are not public"
     )
-
-
-def _joined(stages: tuple[int, ...]) -> str:
-    return " and ".join(str(stage) for stage in stages)
+    return "not listed", (
+        f"{dataset} is not in the published pretraining data of {record.name} ({rest})"
+    )
 
 
 def _plain(name: str) -> str:

@@ -5,23 +5,33 @@ Combines the sizes (`variants.py`), the weights table (`registry.py`), files (`h
 """
 
 import dataclasses
-import json
 import logging
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from sammed3d_backbone.data.preprocessing import Preprocessing
-from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, CheckpointError, read
-from sammed3d_backbone.loading.fitting import STEM, Change, LoadReport, Shape, fit, part_of
-from sammed3d_backbone.loading.hub import fetch, resolve
-from sammed3d_backbone.loading.inflation import DepthFilter, inflate_2d, is_2d
-from sammed3d_backbone.loading.registry import Weights, default_weights, from_metadata
-from sammed3d_backbone.loading.variants import VARIANTS, Variant
+from sammed3d_backbone.loading.checkpoint import ENCODER
+from sammed3d_backbone.loading.fitting import STEM, Change, LoadReport, Shape, fit
+from sammed3d_backbone.loading.inflation import DepthFilter, inflate_2d
+from sammed3d_backbone.loading.opening import (
+    CARD_KEY,
+    OpenedWeights,
+    encoder_of_model,
+    open_weights,
+    require_all_parts,
+    require_fit,
+)
+from sammed3d_backbone.loading.registry import Weights, default_weights
+from sammed3d_backbone.loading.stored_sizes import (
+    build_encoder,
+    encoder_like,
+    sam_like,
+    stored_patch_size,
+    with_patch_size,
+)
 from sammed3d_backbone.loading.variants import variant as variant_sizes
 from sammed3d_backbone.models.attention import RelPos
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
@@ -29,11 +39,6 @@ from sammed3d_backbone.models.prompt_encoder import PointPos
 from sammed3d_backbone.models.sam import Sam3D
 
 logger = logging.getLogger(__name__)
-
-CARD_KEY = "sammed3d_backbone"  # metadata entry of a fine-tuned model, see inference/card.py
-MODEL_ENCODER = "encoder."  # prefix of the encoder's tensors in it
-# Its shape tells with which position code of clicks a decoder was trained.
-FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 
 def encoder(
@@ -101,23 +106,23 @@ def encoder(
         _require_none(
             weights=weights, weights_file=weights_file, inflate=inflate, channel_gains=channel_gains
         )
-        return _network(_with_patch(sizes, patch_size), img_size, **options)
+        return build_encoder(with_patch_size(sizes, patch_size), img_size, **options)
     opened = open_weights(
         default_weights(variant) if weights is None else weights, weights_file, variant=variant
     )
     if inflate is not None:
         if rel_pos != "axial":
             raise ValueError("inflate= converts weights of a 2-D network: pass rel_pos='axial'")
-        stored = _patch(_without_prefix(opened.tensors).get(STEM))
+        stored = stored_patch_size(opened.tensors)
         patch_size = patch_size or stored or sizes.patch_size
-        network = _network(_with_patch(sizes, patch_size), img_size, **options)
+        network = build_encoder(with_patch_size(sizes, patch_size), img_size, **options)
         report = _fill_from_2d(network, opened, inflate, stored, channel_gains)
         record = dataclasses.replace(opened.record, rel_pos=rel_pos)
     else:
         is_model = CARD_KEY in opened.metadata
         if is_model:
-            opened = _encoder_of_model(opened)
-        _require_fit(opened, variant, rel_pos, "encoder")
+            opened = encoder_of_model(opened)
+        require_fit(opened, variant, rel_pos, "encoder")
         record = opened.record
         network = encoder_like(opened.tensors, variant, **options)
         dropped = _prune_like(network, opened.tensors) if is_model else ()
@@ -131,12 +136,8 @@ def encoder(
         )
         network.load_state_dict(state)
         report = _with_rel_pos(_without(report, dropped), record, rel_pos)
-    if patch_size is not None:
-        report = _repatched(report, network, patch_size)
-    if img_size is not None:
-        report = _resized(report, network, img_size)
+    network.load_report = _resampled(report, network, img_size, patch_size)
     network.pretrained_cfg = dataclasses.replace(record, variant=variant)
-    network.load_report = report
     return network
 
 
@@ -191,8 +192,8 @@ def sam(
         variant=variant,
         call="sam",
     )
-    _require_all_parts(opened)
-    _require_fit(opened, variant, rel_pos, "sam")
+    require_all_parts(opened)
+    require_fit(opened, variant, rel_pos, "sam")
     network = sam_like(opened.tensors, variant, rel_pos=rel_pos)
     stored = network.prompt_encoder.point_pos
     if point_pos not in (None, stored):
@@ -208,111 +209,9 @@ def sam(
     )
     network.load_state_dict(state)
     report = _with_rel_pos(report, opened.record, rel_pos)
-    if img_size is not None:
-        report = _resized(report, network, img_size)
+    network.load_report = _resampled(report, network, img_size)
     network.pretrained_cfg = dataclasses.replace(opened.record, variant=variant, point_pos=stored)
-    network.load_report = report
     return network
-
-
-def sam_like(tensors: Mapping[str, Tensor], variant: str, *, rel_pos: RelPos = "sammed3d") -> Sam3D:
-    """A randomly initialised promptable network with the sizes and forms of stored tensors."""
-    sizes = vars(variant_sizes(variant).decoder)
-    image_encoder = encoder_like(tensors, variant, rel_pos=rel_pos)
-    code = tensors.get(FREQUENCIES)
-    if code is not None and code.ndim == 2:
-        forms = {3 * code.shape[1]: "swapped", 2 * code.shape[1]: "aligned"}
-        sizes = {**sizes, "point_pos": forms.get(image_encoder.out_chans, sizes["point_pos"])}
-    return Sam3D.around(image_encoder, **sizes)
-
-
-def encoder_like(
-    tensors: Mapping[str, Tensor],
-    variant: str,
-    *,
-    in_chans: int = 1,
-    rel_pos: RelPos = "sammed3d",
-    drop_path_rate: float = 0.0,
-) -> ImageEncoder3D:
-    """A randomly initialised encoder whose position tables have the sizes of stored ones.
-
-    A network that was set to another input size keeps the relative tables it was built with, so
-    the two kinds of tables can belong to different grids.
-    """
-    stored = _without_prefix(tensors)
-    sizes = _with_patch(variant_sizes(variant), _patch(stored.get(STEM)))
-    grid = _grid(stored.get("pos_embed")) or (sizes.img_size // sizes.patch_size,) * 3
-    built = grid
-    if sizes.global_attn_indexes:
-        block = f"blocks.{sizes.global_attn_indexes[0]}.attn.rel_pos_"
-        tables = [stored[name] for axis in "dhw" if (name := f"{block}{axis}") in stored]
-        if len(tables) == 3 and all(table.ndim == 2 for table in tables):
-            built = tuple((len(table) + 1) // 2 for table in tables)
-    network = _network(
-        sizes,
-        [n * sizes.patch_size for n in built],
-        in_chans=in_chans,
-        rel_pos=rel_pos,
-        drop_path_rate=drop_path_rate,
-    )
-    if grid != built:
-        network.set_input_size([n * sizes.patch_size for n in grid])
-    return network
-
-
-def variant_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """The variant whose sizes stored tensors have; None if there is none, or parts are missing.
-
-    For a 2-D encoder, the variant that it inflates to; its neck's width is not compared.
-    """
-    stored = _without_prefix(tensors)
-    try:
-        seen = (
-            stored[STEM].shape[2],
-            stored[STEM].shape[0],
-            len({name.split(".")[1] for name in stored if name.startswith("blocks.")}),
-            stored[STEM].shape[0] // stored["blocks.0.attn.rel_pos_h"].shape[1],
-            stored["neck.0.weight"].shape[0],
-        )
-    except (KeyError, IndexError):
-        return None
-    compared = seen[:-1] if is_2d(tensors) else seen
-    for name, v in VARIANTS.items():
-        sizes = (v.patch_size, v.embed_dim, v.depth, v.num_heads, v.out_chans)
-        if compared == sizes[: len(compared)]:
-            return name
-    return None
-
-
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items()}
-
-
-def _patch(filters: Tensor | None) -> int | None:
-    return None if filters is None or filters.ndim < 4 else filters.shape[-1]
-
-
-def _with_patch(sizes: Variant, patch_size: int | None) -> Variant:
-    """A variant with the same number of patches, of another side."""
-    if patch_size is None:
-        return sizes
-    grid = sizes.img_size // sizes.patch_size
-    return dataclasses.replace(sizes, patch_size=patch_size, img_size=grid * patch_size)
-
-
-def _grid(pos_embed: Tensor | None) -> tuple[int, ...] | None:
-    if pos_embed is None or pos_embed.ndim != 5:
-        return None
-    return tuple(pos_embed.shape[1:4])
-
-
-def _network(
-    sizes: Variant,
-    img_size: int | Sequence[int] | None,
-    **options: Any,  # noqa: ANN401
-) -> ImageEncoder3D:
-    size = sizes.img_size if img_size is None else img_size
-    return ImageEncoder3D(**{**sizes.encoder_sizes(), "img_size": size}, **options)
 
 
 def _shapes(network: ImageEncoder3D | Sam3D) -> dict[str, Shape]:
@@ -348,38 +247,6 @@ def _plain_size(img_size: int | Sequence[int] | None) -> int | list[int] | None:
         ) from None
 
 
-class OpenedWeights(NamedTuple):
-    """A weights file that was read."""
-
-    record: Weights
-    path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-
-def open_weights(
-    weights: str | os.PathLike[str],
-    weights_file: str | None = None,
-    *,
-    variant: str | None = None,
-    call: str = "encoder",
-) -> OpenedWeights:
-    """Finds and reads weights once; arguments and errors are those of `hub.locate`.
-
-    Args:
-        weights: A name, a path, or `hf-hub:OWNER/REPO[@REV]`.
-        weights_file: File in a Hub repository.
-        variant: Refuse weights that the table lists for another variant, before a download.
-        call: Name of the function to call with the right variant, for the error.
-    """
-    record, path = resolve(weights, weights_file)
-    if variant is not None:
-        _require_variant(record, variant, call)
-    path = path or fetch(record)
-    tensors, metadata = read(path)
-    return OpenedWeights(from_metadata(record, metadata), path, tensors, metadata)
-
-
 def _fill_from_2d(
     network: ImageEncoder3D,
     opened: OpenedWeights,
@@ -402,49 +269,6 @@ def _fill_from_2d(
     network.load_state_dict({**empty, **state})
     logger.warning("%s: %s", report.source, report.adapted[-1])  # the random neck
     return report
-
-
-def _require_all_parts(opened: OpenedWeights) -> None:
-    """Refuses files without a promptable network."""
-    if CARD_KEY in opened.metadata:
-        network = json.loads(opened.metadata[CARD_KEY]).get("network")
-        raise CheckpointError(
-            f"{opened.path} is a fine-tuned {network}, which takes no prompts; run "
-            "`sammed3d predict` with it, or pass weights of a whole promptable network"
-        )
-    if not all(any(name.startswith(part) for name in opened.tensors) for part in OTHER_PARTS):
-        raise CheckpointError(
-            f"{opened.path} holds {opened.metadata['layout']}, but no prompt encoder and mask "
-            "decoder; load its encoder with encoder(...), or pass weights of the whole network"
-        )
-
-
-def _encoder_of_model(opened: OpenedWeights) -> OpenedWeights:
-    """The encoder of a fine-tuned model, and a record with what its card says."""
-    card = json.loads(opened.metadata[CARD_KEY])
-    name = opened.record.name
-    mine = part_of(opened.tensors, MODEL_ENCODER)
-    if not mine:
-        raise CheckpointError(
-            f"{name} is a fine-tuned {card.get('network')} without an encoder; run `sammed3d "
-            "predict` with it, and as weights pass the file of a network with an encoder"
-        )
-    if card.get("bottleneck"):
-        raise CheckpointError(
-            f"{name} has bottlenecks beside an encoder that was frozen; pass the weights that it "
-            "started from, or resume from the whole network with init="
-        )
-    if card.get("shared"):
-        mine = part_of(mine, MODEL_ENCODER)
-    preprocessing = card.get("preprocessing")
-    record = dataclasses.replace(
-        opened.record,
-        variant=card["encoder"]["variant"],
-        rel_pos=card["encoder"].get("rel_pos", "sammed3d"),
-        preprocessing=preprocessing and Preprocessing.from_dict(preprocessing),
-        status=f"{opened.record.status}, encoder of a fine-tuned {card['network']}",
-    )
-    return opened._replace(record=record, tensors=mine)
 
 
 def _prune_like(network: ImageEncoder3D, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -470,32 +294,6 @@ def _without(report: LoadReport, dropped: tuple[str, ...]) -> LoadReport:
     return dataclasses.replace(report, missing=(*report.missing, *dropped))
 
 
-def _require_variant(record: Weights, variant: str, call: str) -> None:
-    if record.variant not in (None, variant):
-        raise ValueError(
-            f"weights {record.name!r} are for variant {record.variant!r}, not {variant!r}; "
-            f"call {call}({record.variant!r}, weights={record.name!r})"
-        )
-
-
-def _require_fit(opened: OpenedWeights, variant: str, rel_pos: RelPos, call: str) -> None:
-    """Refuses weights of another variant, of a 2-D network, or trained with axial positions."""
-    _require_variant(opened.record, variant, call)
-    if opened.record.rel_pos == "axial" and rel_pos != "axial":
-        raise ValueError(f"{opened.record.name} was trained with rel_pos='axial'; pass that")
-    if is_2d(opened.tensors):
-        raise CheckpointError(
-            f"{opened.path} holds a 2-D network; to convert a 2-D SAM encoder call "
-            f"encoder({variant!r}, weights=..., inflate='center', rel_pos='axial')"
-        )
-    found = variant_of(opened.tensors)
-    if found not in (None, variant):
-        raise CheckpointError(
-            f"{opened.path} has the sizes of variant {found!r}, not of {variant!r}; "
-            f"call {call}({found!r}, weights=...)"
-        )
-
-
 def _with_rel_pos(report: LoadReport, record: Weights, rel_pos: RelPos) -> LoadReport:
     """The report with a note if the weights were trained with other relative positions."""
     if rel_pos == "sammed3d" or record.rel_pos == "axial":
@@ -510,31 +308,23 @@ def _with_rel_pos(report: LoadReport, record: Weights, rel_pos: RelPos) -> LoadR
     return dataclasses.replace(report, adapted=(*report.adapted, note))
 
 
-def _repatched(report: LoadReport, network: ImageEncoder3D, patch_size: int) -> LoadReport:
-    """Sets the patch size, and the report with the filter if that changed it."""
-    before = tuple(network.patch_embed.proj.weight.shape)
-    network.set_patch_size(patch_size)
-    after = tuple(network.patch_embed.proj.weight.shape)
-    if after == before:
-        return report
-    change = Change(STEM, str(before), str(after), "resampled by the pseudo-inverse")
-    return dataclasses.replace(report, reshaped=(*report.reshaped, change))
-
-
-def _resized(
-    report: LoadReport, network: ImageEncoder3D | Sam3D, img_size: int | Sequence[int]
+def _resampled(
+    report: LoadReport,
+    network: ImageEncoder3D | Sam3D,
+    img_size: int | Sequence[int] | None,
+    patch_size: int | None = None,
 ) -> LoadReport:
-    """Sets the input size, and the report with the position table if that changed it."""
-    before = _position_tables(network)
-    network.set_input_size(img_size)
+    """Sets patch size and input size; the report gets the tensors that this resampled."""
+    before = _shapes(network)
+    if patch_size is not None and isinstance(network, ImageEncoder3D):
+        network.set_patch_size(patch_size)
+    if img_size is not None:
+        network.set_input_size(img_size)
+    rules = {STEM: "resampled by the pseudo-inverse", "pos_embed": "resampled trilinearly"}
     changes = [
-        Change(name, str(before[name]), str(after), "resampled trilinearly")
-        for name, after in _position_tables(network).items()
-        if after != before[name]
+        Change(name, str(before[name]), str(shape), rule)
+        for ending, rule in rules.items()
+        for name, shape in _shapes(network).items()
+        if name.endswith(ending) and shape != before[name]
     ]
     return dataclasses.replace(report, reshaped=(*report.reshaped, *changes))
-
-
-def _position_tables(network: ImageEncoder3D | Sam3D) -> dict[str, Shape]:
-    """Shape of the absolute position table by its name in the network."""
-    return {n: tuple(p.shape) for n, p in network.named_parameters() if n.endswith("pos_embed")}

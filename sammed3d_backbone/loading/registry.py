@@ -7,7 +7,6 @@ network.
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from sammed3d_backbone.data.preprocessing import SAM_MED3D, Preprocessing
 
@@ -110,20 +109,10 @@ SA_MED3D_140K = tuple(
         key=lambda entry: entry.name.lower(),
     )
 )
-SA_MED3D_HELD_OUT = (
-    "BTCV",
-    "HaN-Seg",
-    "FeTA21",
-    "FeTA22",
-    "iSeg17",
-    "iSeg19",
-    "MRBrains13",
-    "MRBrains18",
-    "cSeg22",
-    "SEG.A.2023",
-    "ATLAS",
-    "TDSC-ABUS",
-)
+_HELD_OUT = """
+    BTCV HaN-Seg FeTA21 FeTA22 iSeg17 iSeg19 MRBrains13 MRBrains18 cSeg22 SEG.A.2023 ATLAS TDSC-ABUS
+"""
+SA_MED3D_HELD_OUT = tuple(_HELD_OUT.split())
 
 # Source: files and readme of huggingface.co/blueyo0/SAM-Med3D. None of the files was opened here,
 # and only turbo's hash is published. Training used the stored axis order, inference RAS.
@@ -192,11 +181,8 @@ _TINY = Weights(
     point_pos="aligned",
     preprocessing=dataclasses.replace(SAM_MED3D, statistics="volume", crop_vox=(64, 64, 64)),
     pretraining=(
-        PretrainingSet("synthetic", (1, 2)),
-        PretrainingSet("HeadNeckCT", (1, 2)),
-        PretrainingSet("totalsegmentator", (1,)),
-        PretrainingSet("tptbox_spine", (1,)),
-        PretrainingSet("glioma", (1,)),
+        *(PretrainingSet(name, (1, 2)) for name in ("synthetic", "HeadNeckCT")),
+        *(PretrainingSet(name, (1,)) for name in ("totalsegmentator", "tptbox_spine", "glioma")),
         PretrainingSet("openms_lesion", (1, 2)),
         PretrainingSet("pyradiomics_tumour", (1, 2)),
         PretrainingSet("sct_spinalcord_mr", (1, 2)),
@@ -261,9 +247,11 @@ def from_metadata(record: Weights, metadata: dict[str, str]) -> Weights:
     """
     if METADATA_KEY not in metadata or record.variant is not None:
         return record
+    from pydantic import TypeAdapter
+
     try:
-        inner = _parsed(json.loads(metadata[METADATA_KEY]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        inner = TypeAdapter(Weights).validate_json(metadata[METADATA_KEY])
+    except ValueError as error:
         raise ValueError(
             f"the metadata entry {METADATA_KEY!r} of {record.name} is not a valid weights record "
             f"({error}); write the file again with `sammed3d convert`"
@@ -277,20 +265,3 @@ def from_metadata(record: Weights, metadata: dict[str, str]) -> Weights:
         sha256=record.sha256,
         status=f"{record.status}, made from {inner.name}",
     )
-
-
-def _parsed(fields: dict[str, Any]) -> Weights:
-    known = {f.name for f in dataclasses.fields(Weights)}
-    kept: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in fields.items()
-        if key in known
-    }
-    if kept.get("pretraining") is not None:
-        kept["pretraining"] = tuple(
-            PretrainingSet(str(entry["name"]), tuple(entry["stages"]))
-            for entry in kept["pretraining"]
-        )
-    if kept.get("preprocessing") is not None:
-        kept["preprocessing"] = Preprocessing.from_dict(kept["preprocessing"])
-    return Weights(**kept)

@@ -99,9 +99,9 @@ def build_app(
         liveness_s=settings.liveness_s,
     )
     capabilities = capabilities_of(new_session(), model)
-    viewers = nninteractive.Protocol(leases, capabilities, settings.max_image_bytes)
+    viewers = nninteractive.NnInteractiveProtocol(leases, capabilities, settings.max_image_bytes)
     names = tuple(dict.fromkeys((name, itksnap.MODEL)))
-    snap = itksnap.Protocol(leases, __version__, names, settings.max_image_bytes)
+    snap = itksnap.ItkSnapProtocol(leases, __version__, names, settings.max_image_bytes)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

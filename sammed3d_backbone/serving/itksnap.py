@@ -49,7 +49,7 @@ class InMemory(MultiPartParser):
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ItkSnapProtocol:
     """The routes.
 
     Args:

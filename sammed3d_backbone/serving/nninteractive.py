@@ -67,7 +67,7 @@ class ImageMeta(BaseModel):
 
 
 @dataclass(frozen=True)
-class Protocol:
+class NnInteractiveProtocol:
     """The routes.
 
     Args:

@@ -27,9 +27,10 @@ from sammed3d_backbone.inference.segmenter import (
 )
 from sammed3d_backbone.loading.checkpoint import read
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
-from sammed3d_backbone.loading.factory import CARD_KEY, encoder
+from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.hub import resolve
 from sammed3d_backbone.loading.inflation import DepthFilter
+from sammed3d_backbone.loading.opening import CARD_KEY
 from sammed3d_backbone.loading.registry import from_metadata
 from sammed3d_backbone.provenance import command_line, provenance, strip_directory
 from sammed3d_backbone.training.runs import Progress, Run

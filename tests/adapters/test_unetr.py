@@ -77,7 +77,7 @@ def test_it_equals_monai_on_the_same_hidden_states_and_weights(generator, conv_b
         3,
         feature_size=4,
         out_indices="monai",
-        tap_norm=False,
+        norm_maps=False,
         conv_block=conv_block,
         res_block=res_block,
     )

@@ -2,7 +2,7 @@
 
     python -m tests.checks.check_challenges        # each at its own size
     python -m tests.checks.check_challenges kits brats  # these only
-    python -m tests.checks.check_challenges --table  # the README's table
+    python -m tests.checks.check_challenges --table  # the table of recipes/configs/README.md
 
 The files hold noise, so nothing is learned here; what shows is that the layout is read, and that
 channels, classes, spacing and crop fit the network. Weights are random: no download. Each config
@@ -238,7 +238,7 @@ def loss_of(network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The table of recipes/README.md as Markdown."""
+    """The table of recipes/configs/README.md as Markdown."""
     head = "config | classes | channels | spacing, crop | flips | batch | seen | licence"
     lines = [f"| {head} |", "|---|---|---|---|---|---|---|---|"]
     for name, row in result["configs"].items():

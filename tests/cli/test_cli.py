@@ -178,7 +178,7 @@ def test_a_file_that_bears_a_listed_name_but_other_content_fails(checkpoint, cap
     assert main(["verify", str(impostor)]) == 1
     mark, sentence = verdicts(capsys)[0]
     assert mark == "WRONG"
-    assert "is not that of 'turbo', whose file name it bears" in sentence
+    assert "is not that of 'turbo'" in sentence
 
 
 def test_one_altered_value_in_a_converted_file_fails(tmp_path, checkpoint, capsys):
@@ -195,7 +195,7 @@ def test_one_altered_value_in_a_converted_file_fails(tmp_path, checkpoint, capsy
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda t: t.pop(f"{ENCODER}neck.0.weight"), "the sizes of no known variant"),
+        (lambda t: t.pop(f"{ENCODER}neck.0.weight"), "no known variant"),
         (lambda t: t.pop(f"{ENCODER}neck.1.bias"), "neck.1.bias"),
         (lambda t: t.update({f"{ENCODER}neck.1.bias": torch.zeros(7)}), "(7,) instead of (8,)"),
         (lambda t: t.update({f"{ENCODER}new.bias": torch.zeros(7)}), "new.bias"),

@@ -146,8 +146,8 @@ def test_one_swapped_pair_among_others_is_a_matter_of_names(curated):
     ("array", "affine", "remedy"),
     [
         (block()[1:], None, r"shape \(39, 24, 24\), but .*; resample one"),
-        (block(), np.diag([2.0, 2.0, 2.1, 1.0]), r"lies up to 2\.3 mm away .*; mend one affine"),
-        (block(2), None, r"values \[2\] are not declared \(\[0, 1\]\); add or mend them"),
+        (block(), np.diag([2.0, 2.0, 2.1, 1.0]), r"lies up to 2\.3 mm away .*; correct one affine"),
+        (block(2), None, r"values \[2\] are not declared \(\[0, 1\]\); add or correct them"),
         (block() * 0.5, None, "labels are not whole numbers; save them as integers"),
         (block() * 0, None, "holds background only; remove the case or label it"),
         (np.stack([block()] * 2), None, "labels have 2 channels; save one integer volume"),

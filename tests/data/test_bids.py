@@ -99,5 +99,5 @@ def test_tables_that_disagree_are_refused(bids):
 
 def test_a_description_that_is_no_object_is_refused(bids):
     (bids / "dataset_description.json").write_text("[]")
-    with pytest.raises(DatasetError, match="it is no JSON object; mend it"):
+    with pytest.raises(DatasetError, match="JSON object"):
         read_dataset(bids)

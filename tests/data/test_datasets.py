@@ -28,9 +28,9 @@ def test_nnunets_list_of_splits_is_taken(decathlon):
 @pytest.mark.parametrize(
     ("fold", "remedy"),
     [
-        ({"train": ["case_0"], "val": ["case_9"]}, r"\['case_9'\], which are no cases; remove"),
+        ({"train": ["case_0"], "val": ["case_9"]}, r"\['case_9'\], not cases"),
         ({"train": ["case_0"], "val": ["case_0"]}, "keep them in one"),
-        ({"train": ["case_0"], "val": []}, "deal again"),
+        ({"train": ["case_0"], "val": []}, "split again"),
         ({"train": ["case_0", "case_0"], "val": ["case_1"]}, r"lists \['case_0'\] twice; remove"),
     ],
 )
@@ -55,7 +55,7 @@ def test_without_splits_every_case_is_dealt_once_and_always_alike(decathlon):
     assert sorted(name for fold in folds for name in fold.val) == [c.id for c in dataset.cases]
     for fold in folds:
         assert not set(fold.train) & set(fold.val)
-        assert "dealt by subject into 4 folds" in fold.rule
+        assert "4 random folds by subject" in fold.rule
     assert folds == [read_fold(dataset, i, folds=4, seed=7) for i in range(4)]
 
 

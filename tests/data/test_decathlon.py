@@ -82,7 +82,7 @@ def test_files_in_another_format_are_to_be_converted(nnunet):
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_a_description_that_is_no_json_object_is_refused(tmp_path, text):
     (tmp_path / "dataset.json").write_text(text, encoding="latin-1")
-    with pytest.raises(DatasetError, match="mend it"):
+    with pytest.raises(DatasetError, match="JSON"):
         read_dataset(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_nnunets_map_may_name_a_mask_per_class(nnunet, write_volume, labels):
     assert (case.annotated, case.truncated) == (("tail",), ("tail",))
     assert (case.subject, case.split) == ("somebody", "val")
     assert np.array_equal(load_label(case).array, np.where(labels == 2, 2, 0))
-    with pytest.raises(DatasetError, match=r"one: \['toe'\] are no classes of this set; mend"):
+    with pytest.raises(DatasetError, match=r"one: \['toe'\] are not classes"):
         read_dataset(nnunet(dataset={"one": {**entry, "masks": {"toe": "masks/tail.nii.gz"}}}))
 
 

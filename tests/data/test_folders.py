@@ -22,7 +22,7 @@ def test_an_annotated_class_that_does_not_exist_is_refused(decathlon):
     info = json.loads((folder / "dataset.json").read_text())
     info["training"][0]["annotated"] = ["neck"]
     (folder / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(DatasetError, match=r"\['neck'\] are no classes.*mend dataset\.json"):
+    with pytest.raises(DatasetError, match=r"\['neck'\] are not classes.*dataset\.json"):
         read_dataset(folder)
 
 

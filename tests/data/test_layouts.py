@@ -183,8 +183,8 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         ({"values": (1, 0)}, "none of them 0"),
         ({"splits": ("Tr", "Va")}, "or neither"),
         ({"label": "labels{split}/{case}.nii.gz"}, "give what {split} stands for"),
-        ({"cases": "("}, "is no regular expression"),
-        ({"subject": ".+"}, r"has no group; put the person into \( \)"),
+        ({"cases": "("}, "regular expression"),
+        ({"subject": ".+"}, r"has no group"),
     ],
     ids=str,
 )

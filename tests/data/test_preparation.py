@@ -68,7 +68,7 @@ def test_channels_on_different_grids_are_refused(nnunet, write_volume):
     write_volume("imagesTr/case_1_0001.nii.gz", affine=np.diag([1, 1, 2, 1]))
     with pytest.raises(DatasetError, match=r"case_1_0001.*away from .*case_1_0000"):
         prepared(folder, ["case_1"])
-    with pytest.raises(ValueError, match="mend one affine"):
+    with pytest.raises(ValueError, match="correct one affine"):
         load_image(read_dataset(folder).cases[1])
 
 

@@ -16,7 +16,8 @@ from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 from sammed3d_backbone.loading.checkpoint import write
-from sammed3d_backbone.loading.factory import CARD_KEY, encoder
+from sammed3d_backbone.loading.factory import encoder
+from sammed3d_backbone.loading.opening import CARD_KEY
 
 loopback_hub = hub_server.loopback_hub  # a fixture
 

@@ -18,8 +18,9 @@ from sammed3d_backbone import encoder, list_weights, sam
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading import factory
 from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
-from sammed3d_backbone.loading.factory import CARD_KEY, encoder_like, sam_like, variant_of
+from sammed3d_backbone.loading.opening import CARD_KEY
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights, to_metadata
+from sammed3d_backbone.loading.stored_sizes import encoder_like, sam_like, variant_of
 from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
 
 loopback_hub = hub_server.loopback_hub  # a fixture

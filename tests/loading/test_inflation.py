@@ -314,7 +314,7 @@ def test_a_2d_file_verifies_as_what_it_is_and_says_how_to_use_it(file, capsys):
     ("lost", "options", "said"),
     [
         ("blocks.1.mlp.fc1.bias", (), "missing (blocks.1.mlp.lin1.bias)"),
-        ("blocks.0.attn.rel_pos_h", (), "2-D network with the sizes of no known variant; name one"),
+        ("blocks.0.attn.rel_pos_h", (), "no known variant"),
         ("blocks.0.attn.rel_pos_h", ("--variant", "toy"), "missing (blocks.0.attn.rel_pos_d)"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "mean_dice" in line] == [2, 4]
     said = capsys.readouterr().out
-    for part in ("feature_size: 4", "random initialisation", "parameters", "dealt by subject"):
+    for part in ("feature_size: 4", "random initialisation", "parameters", "folds by subject"):
         assert part in said
 
 

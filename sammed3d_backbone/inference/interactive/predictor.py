@@ -34,7 +34,6 @@ from sammed3d_backbone.inference.interactive.prompts import (
     MaskPrompt,
     Prompt,
     mask_values,
-    require_consistent,
 )
 from sammed3d_backbone.inference.interactive.propagation import (
     ClickMode,
@@ -42,7 +41,7 @@ from sammed3d_backbone.inference.interactive.propagation import (
     WindowPropagator,
 )
 from sammed3d_backbone.inference.interactive.windows import Windows
-from sammed3d_backbone.inference.validation import Scan, validate
+from sammed3d_backbone.inference.validation import ValidatedVolume, validate_volume
 
 Points = Sequence[Sequence[float]]
 
@@ -99,14 +98,14 @@ class Predictor:
         self._network = EmbeddingCache(
             model, max_bytes=cache_bytes, folder=cache_folder, progress=progress
         )
-        self._scan: Scan | None = None
+        self._scan: ValidatedVolume | None = None
         self._require_settings()
 
     # --- the volume ----------------------------------------------------------------------------
 
     def set_volume(
         self,
-        volume: str | Path | Volume | NDArray[Any] | Scan,
+        volume: str | Path | Volume | NDArray[Any] | ValidatedVolume,
         affine: ArrayLike | None = None,
         *,
         modality: Modality | None = None,
@@ -114,15 +113,15 @@ class Predictor:
         """Starts with a volume and forgets earlier prompts.
 
         Args:
-            volume: The result of `validate`, or what `validate` takes.
-            affine: As for `validate`.
+            volume: The result of `validate_volume`, or what `validate_volume` takes.
+            affine: As for `validate_volume`.
             modality: "ct", "mr" or "us" choose the intensity mode that the weights were trained
                 with; None is their default.
 
         Raises:
-            ValueError: If the weights do not know the modality; and the errors of `validate`.
+            ValueError: If the weights do not know the modality; also those of `validate_volume`.
         """
-        scan = volume if isinstance(volume, Scan) else validate(volume, affine)
+        scan = volume if isinstance(volume, ValidatedVolume) else validate_volume(volume, affine)
         self._windows = Windows(scan.volume, self.preprocessing, modality)
         self._scan = scan
         self._modality = modality
@@ -162,7 +161,14 @@ class Predictor:
         voxel = self._require_scan().voxel(point_vox, point_mm)
         window = self._window_around(voxel) if positive else None
         click = ClickPrompt(object, voxel, bool(positive), window)
-        require_consistent(self._prompts, click)
+        earlier = [prompt for prompt in self._prompts if isinstance(prompt, ClickPrompt)]
+        opposite = replace(click, positive=not click.positive)
+        for number, other in enumerate(earlier, start=1):
+            if replace(other, window=window) == opposite:
+                raise ValueError(
+                    f"click {number} says that voxel {voxel} is "
+                    f"{'inside' if other.positive else 'outside'} {object!r}; undo it first"
+                )
         self._prompts.append(click)
 
     def mask_prompt(
@@ -211,7 +217,7 @@ class Predictor:
         """Removes all prompts; the volume and its encoded windows stay.
 
         Windows lie on a lattice that the first prompt starts. A next object under another name
-        shares it and often needs no encoder pass; after a reset the lattice starts anew.
+        shares it and often needs no encoder pass; a reset starts another lattice.
         """
         self._prompts: list[Prompt] = []
         self._states: dict[tuple[str, ClickMode, bool, int], list[ObjectState]] = {}
@@ -259,7 +265,7 @@ class Predictor:
 
     def segment(
         self,
-        volume: str | Path | Volume | NDArray[Any] | Scan,
+        volume: str | Path | Volume | NDArray[Any] | ValidatedVolume,
         points: Points | Mapping[str, Points],
         *,
         negative: Points | Mapping[str, Points] = (),
@@ -425,7 +431,7 @@ class Predictor:
     def _prompts_on(self, name: str) -> list[Prompt]:
         return [prompt for prompt in self._prompts if prompt.object == name]
 
-    def _require_scan(self) -> Scan:
+    def _require_scan(self) -> ValidatedVolume:
         if self._scan is None:
             raise ValueError("there is no volume; call set_volume first")
         return self._scan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,23 +49,6 @@ class MaskPrompt:
 
 
 Prompt = ClickPrompt | MaskPrompt
-
-
-def require_consistent(prompts: Iterable[Prompt], new: ClickPrompt) -> None:
-    """Checks that no earlier click on the same voxel and object has the other sign.
-
-    Raises:
-        ValueError: If one has; the message names both.
-    """
-    clicks = [prompt for prompt in prompts if isinstance(prompt, ClickPrompt)]
-    for number, click in enumerate(clicks, start=1):
-        same = (click.object, click.point_vox) == (new.object, new.point_vox)
-        if same and click.positive != new.positive:
-            signs = ("positive", "negative")[:: 1 if click.positive else -1]
-            raise ValueError(
-                f"click {len(clicks) + 1} at voxel {new.point_vox} is {signs[1]} for "
-                f"{new.object!r}, click {number} there is {signs[0]}; undo one of them"
-            )
 
 
 def mask_values(

@@ -182,7 +182,7 @@ class WindowPropagator:
     ) -> ObjectState:
         """The predictions in the prompted windows and in all that the object reaches from them.
 
-        The walk starts anew after every click, so parts that a correction cuts off are dropped;
+        The walk is repeated after every click, so parts that a correction cuts off are dropped;
         predictions that still hold are taken from `known`.
         """
         found, notes = dict(roots), []
@@ -238,8 +238,13 @@ class WindowPropagator:
         known_logits, is_known = field.at(points)
         known = is_known.numpy() & self.windows.cells_inside(start, cells)
         inside = (known_logits.numpy() > 0) & known
-        if earlier is not None and self._still_holds(start, earlier, inside | ~known):
-            return earlier
+        if earlier is not None:
+            if earlier.seed is None:  # opened by a user's prompt
+                return earlier
+            side = self.windows.side_vox / cells
+            where = [int((p - s + 0.5) / side) for p, s in zip(earlier.seed, start, strict=True)]
+            if (inside | ~known)[tuple(where)]:  # the object may still be at its first click
+                return earlier
         seed = None
         if prior is None:
             if not inside.any():
@@ -254,13 +259,3 @@ class WindowPropagator:
         both = int((here & inside).sum())
         agrees = 2 * both >= LEAST_AGREEMENT * int(here.sum() + inside.sum())
         return opened if agrees else None
-
-    def _still_holds(
-        self, start: Triple, earlier: WindowPrediction, possible: NDArray[np.bool_]
-    ) -> bool:
-        """Whether the click that opened a window still lies where the object may be."""
-        if earlier.seed is None:  # opened by a user's prompt
-            return True
-        cell = self.windows.side_vox / possible.shape[0]
-        index = [int((p - s + 0.5) / cell) for p, s in zip(earlier.seed, start, strict=True)]
-        return bool(possible[tuple(index)])

@@ -8,7 +8,7 @@ objects share windows.
 
 Only what lies in a window is resampled. Where the weights need the statistics of the whole volume,
 these are measured once over the resampled volume in slabs: float64 sums, equal to those of the
-volume in one piece up to rounding, with the memory of one slab.
+whole volume up to rounding, with the memory of one slab.
 """
 
 from __future__ import annotations
