@@ -131,7 +131,6 @@ def build_app(
             ValueError: unusable,
             MemoryError: too_large,
             torch.OutOfMemoryError: too_large,
-            Exception: failed,
         },
     )
 
@@ -233,9 +232,3 @@ async def no_route(_: Request, error: Exception) -> Response:
     """404 and 405."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"detail": error.detail}, error.status_code, headers=error.headers)
-
-
-async def failed(_: Request, __: Exception) -> Response:
-    """500 without a traceback; the log has it."""
-    detail = "the server failed; its log says more"
-    return JSONResponse({"detail": detail}, 500)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import secrets
 import socket
 from collections.abc import AsyncGenerator, Collection
@@ -16,8 +17,11 @@ from collections.abc import AsyncGenerator, Collection
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+logger = logging.getLogger(__name__)
+
+FAILED = "the server failed; its log says more"
 STALLED_S = 60.0  # without a byte of a body
 
 
@@ -32,6 +36,8 @@ class RefusedError(Exception):
 
 class Gate:
     """Refuses requests from foreign pages, under foreign names, and without the key.
+
+    Unexpected exceptions are answered with status 500 and without a traceback; the log has it.
 
     Args:
         app: What comes behind.
@@ -64,7 +70,22 @@ class Gate:
             status, detail = refusal
             await JSONResponse({"detail": detail}, status)(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except Exception:
+            # Starlette would answer and raise again, on which uvicorn drops the connection before
+            # the client has read the answer.
+            logger.exception("a request failed")
+            if started:
+                raise
+            await JSONResponse({"detail": FAILED}, 500)(scope, receive, send)
 
     def _refusal(self, headers: Headers, path: str) -> tuple[int, str] | None:
         host = headers.get("host", "")
