@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "inference": {
         "adapters",
         "data",
+        "evaluation.metrics",
         "files",
         "loading",
         "models.image_encoder",

@@ -181,7 +181,7 @@ def _main_figures(summary: Mapping[str, Any]) -> list[str]:
             f"  nAUC {interval(found['nauc']):.3f}",
             f"  clicks to Dice 0.9 {interval(found['noc90']['clicks']):.1f}, "
             f"{found['noc90']['failed']:.0%} never",
-            f"  regret {interval(found['regret']):.3f}, honoured {found['honoured']:.1%}, "
+            f"  regret {interval(found['regret']):.3f}, agreement {found['agreement']:.1%}, "
             f"failures {found['failures']}",
             *(f"  {name}: {value:.4f}" for name, value in found.get("published", {}).items()),
         ]

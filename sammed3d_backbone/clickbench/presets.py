@@ -207,8 +207,8 @@ def _with_slice(stack: ClickStep, step: ClickStep, axis: int, index: int) -> Cli
     return replace(
         stack,
         clicks=(*stack.clicks, *clicks),
-        honoured=(*stack.honoured, *step.honoured),
-        kept=(*stack.kept, *step.kept),
+        agreement=(*stack.agreement, *step.agreement),
+        agreement_all=(*stack.agreement_all, *step.agreement_all),
         failure=stack.failure or step.failure,
         seconds=seconds,
     )

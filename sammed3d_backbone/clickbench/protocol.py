@@ -72,8 +72,8 @@ class ClickStep:
     affine: NDArray[np.float64]
     clicks: tuple[Click, ...]  # new in this step; empty where nothing was left to correct
     clicked_affine: NDArray[np.float64]
-    honoured: tuple[bool, ...]  # for each of `clicks`, whether the mask agrees with it
-    kept: tuple[bool, ...]  # the same for all clicks so far
+    agreement: tuple[bool, ...]  # for each of `clicks`, whether the mask agrees with it
+    agreement_all: tuple[bool, ...]  # the same for all clicks so far
     failure: str = ""  # the type of what the object raised
     seconds: Mapping[str, float] = field(default_factory=dict)
     predicted_dice: float | None = None  # the object's own opinion
@@ -204,21 +204,21 @@ def interact(
         click = strategy(Errors(truth, mask, volume.affine, draws, clicked))
         if click is None:
             if step is not None:
-                carried = replace(step, clicks=(), honoured=(), seconds={})
+                carried = replace(step, clicks=(), agreement=(), seconds={})
                 yield from [carried] * (steps - number)
             return
         clicked.append(click)
         answer = player.answer(click, volume.shape)
         mask = answer.mask
-        kept = tuple(bool(mask[c.point_vox]) == c.positive for c in clicked)
+        agreement = tuple(bool(mask[c.point_vox]) == c.positive for c in clicked)
         step = ClickStep(
             mask=mask,
             truth=truth,
             affine=volume.affine,
             clicks=(click,),
             clicked_affine=volume.affine,
-            honoured=kept[-1:],
-            kept=kept,
+            agreement=agreement[-1:],
+            agreement_all=agreement,
             failure=answer.failure,
             seconds=answer.seconds,
             predicted_dice=answer.predicted_dice,

@@ -8,8 +8,8 @@ hd95_mm          95th percentile of the distances between the surfaces
 volume_error     voxels of the mask over those of the truth, minus 1
 slices           along R, A and S: how alike neighbouring slices of the mask are (their mean Dice),
                  minus the same of the truth; far below 0 where a mask flickers from slice to slice
-honoured         share of this step's clicks that the mask agrees with
-kept             share of all clicks so far that it agrees with
+agreement        share of this step's clicks that the mask agrees with
+agreement_all    share of all clicks so far that it agrees with
 ===============  =================================================================================
 
 An empty mask, and a failure counts as one, has Dice and NSD 0 and the volume's diagonal as HD95.
@@ -54,8 +54,8 @@ def score(step: ClickStep) -> dict[str, Any]:
         "tolerance_mm": tolerance_mm,
         "hd95_mm": hd95_mm,
         "volume_error": float(mask.sum() / truth.sum() - 1),
-        "honoured": _share(step.honoured),
-        "kept": _share(step.kept),
+        "agreement": _share(step.agreement),
+        "agreement_all": _share(step.agreement_all),
     }
     return {
         **{name: plain(value) for name, value in figures.items()},

@@ -10,8 +10,8 @@ noc80, noc90   clicks until Dice 0.8 or 0.9; a target that never gets there coun
                budget and as failed
 regret         best Dice of all steps minus the last: what a user loses by going on clicking
 lowered        share of corrections after which Dice was lower than before
-honoured       share of clicks that the very next mask agrees with
-kept           share of all clicks that the last mask agrees with
+agreement      share of clicks that the very next mask agrees with
+agreement_all  share of all clicks that the last mask agrees with
 class_first    mean of the classes' means: every class counts alike
 case_first     mean of the cases' means: every case counts alike
 =============  ===================================================================================
@@ -31,7 +31,13 @@ from sammed3d_backbone.clickbench.journal import Key, Line, key_of
 from sammed3d_backbone.clickbench.scoring import plain
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 
-FIGURES = ("dice", "nsd_2mm", "nsd", "hd95_mm", "volume_error", "honoured", "kept")
+FIGURES = ("dice", "nsd_2mm", "nsd", "hd95_mm", "volume_error", "agreement", "agreement_all")
+# Scores of a line that reports show: title and format.
+REPORTED = {
+    "dice": ("Dice", ".3f"),
+    "nsd_2mm": ("NSD at 2 mm", ".3f"),
+    "hd95_mm": ("HD95, mm", ".1f"),
+}
 CURVES = ("dice", "nsd_2mm", "nsd", "hd95_mm")
 CVPR25_LOWEST_DICE = 0.2  # up to which the challenge's NSD of a case is 0
 
@@ -192,7 +198,7 @@ def _track(targets: Sequence[Played]) -> dict[str, Any]:
     corrections = sum(int((target.clicks[1:] > 0).sum()) for target in targets)
     lowered = sum(int(((np.diff(t.dice) < 0) & (t.clicks[1:] > 0)).sum()) for t in targets)
     clicks = sum(int(target.clicks.sum()) for target in targets)
-    at_once = sum(float(np.nansum(t.values["honoured"] * t.clicks)) for t in targets)
+    at_once = sum(float(np.nansum(t.values["agreement"] * t.clicks)) for t in targets)
     slices = np.stack([target.slices[-1] for target in targets])
     return {
         "targets": len(targets),
@@ -211,8 +217,10 @@ def _track(targets: Sequence[Played]) -> dict[str, Any]:
         "best": _interval([target.dice.max() for target in targets], targets),
         "regret": _interval([target.regret for target in targets], targets),
         "lowered": plain(lowered / corrections if corrections else math.nan),
-        "honoured": plain(at_once / clicks),
-        "kept": plain(float(np.mean([target.values["kept"][-1] for target in targets]))),
+        "agreement": plain(at_once / clicks),
+        "agreement_all": plain(
+            float(np.mean([target.values["agreement_all"][-1] for target in targets]))
+        ),
         "repeats": plain(sum(target.repeats for target in targets) / clicks),
         "failures": sum(target.failures for target in targets),
         "volume_error": _interval([abs(t.values["volume_error"][-1]) for t in targets], targets),

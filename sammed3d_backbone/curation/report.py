@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from sammed3d_backbone.curation.sources import RawSet
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure
-from sammed3d_backbone.evaluation.page import facts, heading, page, picture, table, tiles
-from sammed3d_backbone.files import inside, write_json, write_text
+from sammed3d_backbone.evaluation.page import png, stated, write_page
+from sammed3d_backbone.files import inside, write_json
 
 VERDICTS = ("kept", "changed", "dropped")
 STEPS = {
@@ -33,18 +32,8 @@ SPARSE = "more than 99 % background"
 EXAMPLES = 4  # per picture, each of another data set
 
 
-@dataclasses.dataclass(frozen=True)
-class Gallery:
-    """Decisions that are worth a picture."""
-
-    name: str  # of the file
-    title: str
-    is_one: Callable[[Decision], bool]
-    weight: Callable[[Decision], float]  # the heaviest of every data set are shown
-
-
 def _step(decision: Decision, name: str) -> Mapping[str, Any]:
-    """What a step says of a mask; empty where it does not apply."""
+    """The record of one step on a mask; empty where the step does not apply."""
     found: Mapping[str, Any] = decision["steps"].get(name, {})
     return found
 
@@ -54,42 +43,42 @@ def _did(decision: Decision, name: str) -> str:
 
 
 def is_sparse(decision: Decision) -> bool:
-    """Whether the paper's rule on background is against a mask, applied or not."""
+    """Whether the paper's rule on background would drop a mask, applied or not."""
     return "extent" in decision and bool(PRESETS["paper"].sparse(Extent(**decision["extent"])))
 
 
-GALLERIES = (
-    Gallery(
-        "size",
+def _ml(decision: Decision) -> float:
+    return float(decision["extent"]["ml"])
+
+
+def _islands_ml(decision: Decision) -> float:
+    return float(_step(decision, "islands")["beyond_ml"])
+
+
+# Name of the picture -> title, which decisions, and their weight: the largest are shown.
+GALLERIES: Mapping[str, tuple[str, Callable[[Decision], bool], Callable[[Decision], float]]] = {
+    "size": (
         "Dropped by size, the largest of a data set",
         lambda d: _did(d, "size") == "dropped",
-        lambda d: float(d["extent"]["ml"]),
+        _ml,
     ),
-    Gallery(
-        "background",
-        "More than 99 % background, the largest of a data set",
-        is_sparse,
-        lambda d: float(d["extent"]["ml"]),
-    ),
-    Gallery(
-        "islands",
+    "background": ("More than 99 % background, the largest of a data set", is_sparse, _ml),
+    "islands": (
         "Islands removed, the most of a data set",
         lambda d: d["verdict"] == "changed" and _did(d, "islands") == "changed",
-        lambda d: float(_step(d, "islands")["beyond_ml"]),
+        _islands_ml,
     ),
-    Gallery(
-        "scattered",
-        "Many parts, left whole because the smaller ones hold too much for debris",
+    "scattered": (
+        "Many parts, kept because the smaller ones are too large a share for debris",
         lambda d: _did(d, "islands") == "kept" and _step(d, "islands")["beyond"] > 0,
-        lambda d: float(_step(d, "islands")["beyond_ml"]),
+        _islands_ml,
     ),
-    Gallery(
-        "sides",
+    "sides": (
         "Left and right: split, or dropped because they lie on the wrong side",
         lambda d: _did(d, "sides") in ("changed", "dropped"),
-        lambda d: float(d["extent"]["ml"]),
+        _ml,
     ),
-)
+}
 
 
 def count_decisions(decisions: Sequence[Decision]) -> dict[str, Any]:
@@ -122,43 +111,43 @@ def write_curation_report(
 
     Args:
         folder: Result folder of `curate`.
-        raw_sets: What `curate` found.
-        decisions: Of `curate`.
-        rules: That were applied.
+        raw_sets: Data sets that `curate` returned.
+        decisions: Decisions that `curate` returned.
+        rules: The rules that were applied.
         about: Command, preset, machine and versions.
     """
     limits = dataclasses.asdict(rules)
     summary = {**about, "rules": limits, **count_decisions(decisions)}
     write_json(folder / "summary.json", summary)
-    masks, steps = summary["masks"], summary["steps"]
+    masks, cases = summary["masks"], {(d["place"], d["case"]) for d in decisions}
+    share = "{:.1%}".format
     fate = "kept by this preset" if rules.max_background is None else "dropped by this preset"
-    title = f"Curation of {len(raw_sets)} data set{'s' * (len(raw_sets) > 1)}"
-    below = f"Preset {about['preset']}: {rules.source}."
-    notes = [f"{raw_set.name}: {raw_set.note}" for raw_set in raw_sets if raw_set.note]
-    sections = [
-        heading(title, below, notes),
-        tiles(
-            [
-                ("masks", f"{masks['masks']:,}", f"of {_cases(decisions):,} cases"),
-                *((v, f"{masks[v]:,}", _share(masks[v], masks["masks"])) for v in VERDICTS),
-                ("refused", f"{summary['refused_cases']:,}", "cases that cannot be used"),
-            ]
-        ),
-        "<h2>Steps</h2>"
-        + table(
-            ["step", *VERDICTS, "dropped by this only"],
-            [[title, *(f"{n:,}" for n in counts.values())] for title, counts in steps.items()],
-            caption="Every mask is judged by all steps, so that one may be dropped by several. "
-            f"Of more than 99 % background: {masks[SPARSE]:,} of {masks['masks']:,} masks, {fate}.",
-        ),
-        *(_breakdown(summary[name], name) for name in ("data set", "modality", "class")),
-        *(_gallery(folder, raw_sets, decisions, gallery) for gallery in GALLERIES),
-        _refused(decisions),
-        "<h2>Rules</h2>" + facts({k: "no limit" if v is None else v for k, v in limits.items()}),
-        "<h2>Run</h2>" + facts(about),
-    ]
-    write_text(folder / "report.html", page(title, sections))
-    return folder / "report.html"
+    return write_page(
+        folder / "report.html",
+        "curation/report.html",
+        title=f"Curation of {len(raw_sets)} data set{'s' * (len(raw_sets) > 1)}",
+        below=f"Preset {about['preset']}: {rules.source}.",
+        notes=[f"{raw_set.name}: {raw_set.note}" for raw_set in raw_sets if raw_set.note],
+        tiles=[
+            ("masks", f"{masks['masks']:,}", f"of {len(cases):,} cases"),
+            *((v, f"{masks[v]:,}", share(masks[v] / (masks["masks"] or 1))) for v in VERDICTS),
+            ("refused", f"{summary['refused_cases']:,}", "cases that cannot be used"),
+        ],
+        steps=summary["steps"],
+        step_caption="Every mask is judged by all steps, so that one may be dropped by several. "
+        f"Masks of more than 99 % background: {masks[SPARSE]:,} of {masks['masks']:,}, {fate}.",
+        breakdowns=[_breakdown(name, summary[name]) for name in ("data set", "modality", "class")],
+        galleries=[
+            shown for name in GALLERIES if (shown := _gallery(folder, raw_sets, decisions, name))
+        ],
+        refused=[
+            (f"{_data_set(d)} {d['case']}", "; ".join(d["why"]))
+            for d in decisions
+            if d["verdict"] == "refused"
+        ],
+        rules={name: "no limit" if v is None else v for name, v in limits.items()},
+        about=stated(about),
+    )
 
 
 def _grouped(
@@ -192,66 +181,46 @@ def _data_set(decision: Decision) -> str:
     return str(decision["dataset"] if decision["place"] == "." else decision["place"])
 
 
-def _cases(decisions: Iterable[Decision]) -> int:
-    return len({(decision["place"], decision["case"]) for decision in decisions})
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
-
-
-def _breakdown(groups: Mapping[str, Mapping[str, int]], name: str) -> str:
-    """One row per group; what is 0 everywhere is no column."""
+def _breakdown(
+    name: str, groups: Mapping[str, Mapping[str, int]]
+) -> tuple[str, list[str], Mapping[str, Mapping[str, int]]]:
+    """A table of groups: its name, the columns that are not 0 everywhere, its rows."""
     drops = [f"dropped, {title}" for title in STEPS.values()]
     used = {column for counts in groups.values() for column in counts}
-    columns = ["masks", *VERDICTS, *(drop for drop in drops if drop in used), SPARSE]
-    rows = [
-        [escape(group), *(f"{counts.get(column, 0):,}" for column in columns)]
-        for group, counts in groups.items()
-    ]
-    head = [name, *map(escape, columns)]
-    caption = "A click on a column's head sorts."
-    return f"<h2>By {name}</h2>" + table(head, rows, caption=caption, kind="sortable")
+    return name, ["masks", *VERDICTS, *(drop for drop in drops if drop in used), SPARSE], groups
 
 
 def _gallery(
-    folder: Path,
-    raw_sets: Sequence[RawSet],
-    decisions: Sequence[Decision],
-    gallery: Gallery,
-) -> str:
-    """Pictures of the heaviest decisions of a kind, one per data set."""
-    heaviest: dict[str, Decision] = {}
-    for decision in decisions:
-        place = decision["place"]
-        if gallery.is_one(decision) and (
-            place not in heaviest or gallery.weight(decision) > gallery.weight(heaviest[place])
-        ):
-            heaviest[place] = decision
-    if not heaviest:
-        return ""
-    chosen = sorted(heaviest.values(), key=gallery.weight, reverse=True)[:EXAMPLES]
-    path = folder / "examples" / f"{gallery.name}.png"
+    folder: Path, raw_sets: Sequence[RawSet], decisions: Sequence[Decision], name: str
+) -> dict[str, str] | None:
+    """A picture of the decisions of a kind with the largest weights, one per data set."""
+    title, is_member, weight = GALLERIES[name]
+    largest: dict[str, Decision] = {}
+    for decision in sorted(filter(is_member, decisions), key=weight, reverse=True):
+        largest.setdefault(decision["place"], decision)
+    if not largest:
+        return None
+    chosen = list(largest.values())[:EXAMPLES]
+    path = folder / "examples" / f"{name}.png"
     shown = [_shown(folder, raw_sets, decision) for decision in chosen]
-    cases_figure(path, shown, ["stays", "goes"], lines=())
-    caption = "; ".join(f"{_data_set(d)} {d['case']}, {d['class']}: {_told(d)}" for d in chosen)
-    alt = "outlines of what stays and what goes on three planes"
-    return f"<h2>{gallery.title}</h2>" + picture(path.read_bytes(), alt, f"{caption}.")
+    cases_figure(path, shown, ["kept", "removed"], lines=())
+    caption = "; ".join(f"{_data_set(d)} {d['case']}, {d['class']}: {_reasons(d)}" for d in chosen)
+    return {"title": title, "source": png(path), "caption": f"{caption}."}
 
 
-def _told(decision: Decision) -> str:
+def _reasons(decision: Decision) -> str:
     """What was decided on a mask, in words."""
-    extent, islands = decision["extent"], _step(decision, "islands")
-    told = [*decision["why"]] or [decision["verdict"]]
+    islands = _step(decision, "islands")
+    reasons = [*decision["why"]] or [decision["verdict"]]
     if islands["beyond"]:
-        told.append(
+        reasons.append(
             f"{islands['beyond']} of {islands['parts']} parts hold {islands['beyond_ml']:.3g} ml"
         )
-    return f"{', '.join(told)} ({extent['ml']:.3g} ml)"
+    return f"{', '.join(reasons)} ({decision['extent']['ml']:.3g} ml)"
 
 
 def _shown(folder: Path, raw_sets: Sequence[RawSet], decision: Decision) -> Shown:
-    """What goes of a mask and what stays, for drawing: planes through what goes, if anything."""
+    """The kept and the removed part of a mask; the planes go through the removed part, if any."""
     raw_set = next(one for one in raw_sets if one.place == decision["place"])
     raw = next(one for one in raw_set.cases if one.case.id == decision["case"])
     grid = open_grid(raw.case)
@@ -260,23 +229,11 @@ def _shown(folder: Path, raw_sets: Sequence[RawSet], decision: Decision) -> Show
         for target, _ in raw_targets(raw, grid)
         if target.name == decision["raw_class"]
     )
-    stays = np.zeros_like(before)
+    kept = np.zeros_like(before)
     if decision["mask"]:
         place = inside(folder / decision["place"] / "cases", decision["case"])
-        stays = Volume.load(place / decision["mask"]).array.astype(np.uint8)
-    goes = 2 * (before - stays)
+        kept = Volume.load(place / decision["mask"]).array.astype(np.uint8)
+    removed = 2 * (before - kept)
     title = f"{decision['case']}\n{decision['class']}"
-    drawn = (Volume(array, grid.affine) for array in (goes if goes.any() else stays, stays))
+    drawn = (Volume(array, grid.affine) for array in (removed if removed.any() else kept, kept))
     return Shown(title, load_image(raw.case), *drawn)
-
-
-def _refused(decisions: Iterable[Decision]) -> str:
-    rows = [
-        [escape(f"{_data_set(d)} {d['case']}"), escape("; ".join(d["why"]))]
-        for d in decisions
-        if d["verdict"] == "refused"
-    ]
-    if not rows:
-        return ""
-    caption = "Nothing of these is in the result; mend them and start the same command again."
-    return "<h2>Refused</h2>" + table(["case", "why"], rows, caption=caption)

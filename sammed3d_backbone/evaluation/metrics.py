@@ -1,12 +1,14 @@
-"""Scores of one predicted mask or label volume against its reference.
+"""Scores of a predicted mask or label volume against its reference.
 
-What a structure scores that one of the two does not hold, the same for every metric:
+To add a metric, add an entry to `METRICS`: tables, summaries, reports and model cards follow.
+
+Scores of a structure that is absent from the prediction or from the reference:
 
 =============  =====  =====  ========
-held by        Dice   NSD    HD95
+present in     Dice   NSD    HD95
 =============  =====  =====  ========
-neither        NaN    NaN    NaN       nothing was asked and nothing was said
-only one       0      0      infinity  missed, or invented
+neither        NaN    NaN    NaN
+only one       0      0      infinity
 =============  =====  =====  ========
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -41,9 +44,8 @@ def dice_per_class(
 ) -> list[float]:
     """Dice of every class but background.
 
-    A class that neither holds scores NaN (nothing was asked, nothing was said) and is left out of
-    means; a class that only one of them holds scores 0. A class that was not looked for in this
-    case scores NaN too.
+    A class that neither contains scores NaN and is left out of means; a class that only one of
+    them contains scores 0. A class that is not annotated in this case scores NaN too.
 
     Shapes:
         prediction: (X, Y, Z) integers.
@@ -54,15 +56,15 @@ def dice_per_class(
         prediction: Predicted labels.
         label: Reference labels.
         classes: Number of classes K, background included.
-        annotated: Classes that were looked for; None for all.
+        annotated: Classes that are annotated in this case; None for all.
     """
     ours, theirs = (x.flatten().int() for x in (prediction, label))
     voxels = (ours, theirs, ours[ours == theirs])
     mine, its, both = (torch.bincount(x, minlength=classes)[:classes] for x in voxels)
-    dice = 2 * both / (mine + its)  # of what neither holds: 0 / 0, NaN
+    found = 2 * both / (mine + its)  # 0 / 0 = NaN where neither contains the class
     if annotated is not None:
-        dice[~annotated] = math.nan
-    scores: list[float] = dice[1:].tolist()
+        found[~annotated] = math.nan
+    scores: list[float] = found[1:].tolist()
     return scores
 
 
@@ -79,7 +81,7 @@ def surface_dice(prediction: Mask, label: Mask, spacing_mm: TripleMm, tolerance_
     Args:
         prediction: Predicted mask.
         label: Reference mask.
-        spacing_mm: Of the voxels, along X, Y, Z.
+        spacing_mm: Voxel spacing along X, Y, Z.
         tolerance_mm: Distance that still counts as right.
     """
     score = partial(compute_surface_dice, class_thresholds=[tolerance_mm], use_subvoxels=True)
@@ -98,7 +100,7 @@ def hausdorff95_mm(prediction: Mask, label: Mask, spacing_mm: TripleMm) -> float
     Args:
         prediction: Predicted mask.
         label: Reference mask.
-        spacing_mm: Of the voxels, along X, Y, Z.
+        spacing_mm: Voxel spacing along X, Y, Z.
     """
     score = partial(compute_hausdorff_distance, percentile=95)
     return _of_pair(score, prediction, label, spacing_mm, one_empty=math.inf)
@@ -108,6 +110,26 @@ def mean_of_known(scores: list[float]) -> float:
     """Mean of the scores that are numbers; NaN if there is none."""
     known = [score for score in scores if not math.isnan(score)]
     return sum(known) / len(known) if known else math.nan
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of one class in one case, and how tables show it."""
+
+    name: str  # key in scores.csv and scores.json
+    title: str
+    meaning: str  # for legends; {tolerance} is the tolerance in mm
+    function: Callable[
+        [Mask, Mask, TripleMm, float], float
+    ]  # prediction, label, spacing, tolerance
+    higher_is_better: bool = True
+    unit: str = ""
+    form: str = ".3f"
+
+    @property
+    def head(self) -> str:
+        """Title and unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
 
 def _of_pair(
@@ -136,3 +158,31 @@ def _of_pair(
         # MONAI passes itself an argument that it has deprecated.
         warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
         return float(score(ours, theirs, include_background=True, spacing=spacing))
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "dice",
+            "Dice",
+            "overlap of the volumes, 0 to 1",
+            lambda prediction, label, *_: dice(prediction, label),
+        ),
+        Metric(
+            "nsd",
+            "NSD",
+            "share of both surfaces that lies within {tolerance:g} mm of the other one, 0 to 1",
+            surface_dice,
+        ),
+        Metric(
+            "hd95_mm",
+            "HD95",
+            "95th percentile of the distances between the surfaces, in mm, smaller is better",
+            lambda prediction, label, spacing_mm, _: hausdorff95_mm(prediction, label, spacing_mm),
+            higher_is_better=False,
+            unit="mm",
+            form=".2f",
+        ),
+    )
+}

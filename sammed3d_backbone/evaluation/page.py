@@ -1,77 +1,63 @@
-"""One page of HTML that holds its style and pictures itself and loads nothing from a network.
-
-Parts come in as HTML.
-"""
+"""HTML pages from templates; a page contains its style and pictures and loads nothing."""
 
 from __future__ import annotations
 
 import base64
-import importlib.resources
-from collections.abc import Iterable, Mapping
-from html import escape
-from string import Template
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from sammed3d_backbone.evaluation.statistics import Interval, format_number
+from sammed3d_backbone.files import write_text
 
 
-def page(title: str, sections: Iterable[str]) -> str:
-    """The whole page; empty sections are left out."""
-    template = importlib.resources.files(__package__) / "page.html"
-    text = Template(template.read_text(encoding="utf-8"))
-    return text.substitute(title=escape(title), body="\n".join(filter(None, sections)))
+def write_page(path: Path, template: str, **content: object) -> Path:
+    """Writes a page; all text in its content is escaped.
+
+    Args:
+        path: The HTML file.
+        template: Path of the template below the package; it extends ``evaluation/page.html``.
+        content: Variables of the template; `stated`, `png` and `Markup` prepare some.
+    """
+    write_text(path, _TEMPLATES.get_template(template).render(content))
+    return path
 
 
-def heading(title: str, below: str, notes: Iterable[str]) -> str:
-    """Title, a line below it, and what has to be known before believing the rest."""
-    return "\n".join(
-        [
-            f"<h1>{escape(title)}</h1>",
-            f'<p class="soft">{escape(below)}</p>',
-            *(f'<p class="note">{escape(note)}</p>' for note in notes if note),
-        ]
+def stated(named: Mapping[str, object]) -> dict[str, object]:
+    """The entries that have a value."""
+    return {key: value for key, value in named.items() if value not in ("", None)}
+
+
+def png(path: Path) -> str:
+    """The address of a picture that is embedded in the page; "" if the file does not exist."""
+    if not path.is_file():
+        return ""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else format_number(value, form)
+
+
+def _interval(values: Sequence[float | None], form: str = ".3f") -> Markup:
+    """A mean with its bounds in small print."""
+    interval = Interval.from_json(values)
+    return Markup("{} <small>{}</small>").format(
+        _number(interval.mean, form), interval.bounds(form)
     )
 
 
-def tiles(figures: Iterable[tuple[str, str, str]]) -> str:
-    """The main figures: name, value, and what stands below it."""
-    shown = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{value}</b><span>{below}</span></div>'
-        for name, value, below in figures
-    )
-    return f'<div class="tiles">{shown}</div>'
-
-
-def picture(png: bytes, alt: str, caption: str) -> str:
-    """A picture inside the page."""
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def facts(named: Mapping[str, object]) -> str:
-    """Two columns: what, and its value."""
-    rows = "".join(
-        f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>"
-        for key, value in named.items()
-        if value not in ("", None)
-    )
-    return f'<table class="facts"><tbody>{rows}</tbody></table>' if rows else ""
-
-
-def table(
-    head: Iterable[str],
-    rows: Iterable[Iterable[str]],
-    *,
-    caption: str,
-    kind: str = "",
-    emphasise_last: bool = False,
-) -> str:
-    """A table of cells that are HTML already."""
-    body = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    kinds = ["overall" if emphasise_last and i == len(body) - 1 else "" for i in range(len(body))]
-    lines = "".join(f'<tr class="{k}">{row}</tr>' for k, row in zip(kinds, body, strict=True))
-    columns = "".join(f"<th>{cell}</th>" for cell in head)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{columns}</tr></thead>'
-        f'<tbody>{lines}</tbody></table></div><p class="soft">{escape(caption)}</p>'
-    )
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parents[1]),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {
+    "number": _number,
+    "interval": _interval,
+    "bounds": lambda values: Interval.from_json(values).bounds(),
+}

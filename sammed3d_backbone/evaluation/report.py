@@ -1,8 +1,7 @@
-"""Scores and what they come from -> the files of a result, among them one page for a reader.
+"""The files of an evaluation: tables, figures and a page.
 
-`write_results` leaves in a folder: ``scores.csv``, ``scores.json``, ``cases.png``, ``figure.png``
-and ``report.html``, which holds pictures and style itself and asks no network for anything.
-`write_report` makes the page again from the other files.
+`write_results` writes ``scores.csv``, ``scores.json``, ``cases.png``, ``figure.png`` and
+``report.html``; `write_report` writes the page again from the other files.
 """
 
 from __future__ import annotations
@@ -10,20 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from sammed3d_backbone.data.datasets import Dataset
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure, curves_svg, run_figure
-from sammed3d_backbone.evaluation.metrics import mean_of_known
-from sammed3d_backbone.evaluation.page import facts, heading, page, picture, table, tiles
+from sammed3d_backbone.evaluation.metrics import METRICS, mean_of_known
+from sammed3d_backbone.evaluation.page import png, stated, write_page
 from sammed3d_backbone.evaluation.scores import (
-    ClassSummary,
     Score,
     case_means,
     class_table,
@@ -31,15 +31,13 @@ from sammed3d_backbone.evaluation.scores import (
     read_scores,
     write_scores,
 )
-from sammed3d_backbone.evaluation.statistics import format_number
-from sammed3d_backbone.files import inside, write_text
+from sammed3d_backbone.files import inside
 
-METRIC_NOTES = (
-    "Dice: overlap of the volumes, 0 to 1. NSD: share of both surfaces that lies within "
-    "{tolerance:g} mm of the other one, 0 to 1. HD95: 95th percentile of the distances between "
-    "the surfaces, in mm, smaller is better. All on the original grid of the scans. A structure "
-    "that only the prediction or only the reference has scores Dice 0, NSD 0 and an infinite "
-    "HD95, which is counted as one-sided and left out of the mean HD95."
+LEGEND = (
+    " ".join(f"{metric.title}: {metric.meaning}." for metric in METRICS.values())
+    + " All on the original grid of the scans. A structure that only the prediction or only the "
+    "reference contains has the worst score; it is counted as one-sided, and infinite distances "
+    "are left out of means."
 )
 CITATIONS = (
     "This package: sammed3d-backbone, an implementation of the image encoder of SAM-Med3D "
@@ -52,24 +50,24 @@ CITATIONS = (
 
 @dataclass(frozen=True)
 class About:
-    """Where scores come from, in words for a reader; what is left empty is not shown.
+    """Where scores come from; empty entries are not shown.
 
     Args:
         title: First line of the report.
-        command: Makes the scores again.
+        command: Command line that makes the scores again.
         model: What was scored, such as "averaged weights of the last step".
         weights: What was loaded before training, and what was not.
         contamination: Whether the data were seen in pretraining.
         parameters: Part of the network -> number of parameters.
-        steps: Of the optimiser.
-        seconds: On the clock, spent in training.
-        cpu_seconds: Of all cores, likewise.
-        peak_memory_mb: Of the training process.
+        steps: Steps of the optimiser.
+        seconds: Wall-clock time of the training.
+        cpu_seconds: CPU time of the training, all cores together.
+        peak_memory_mb: Peak memory of the training process.
         dataset: Name, note, reference, licence.
         split: Which cases these are and the rule that chose them.
-        tolerance_mm: Of the surface Dice.
-        citations: Of weights and networks; that of the data is in `dataset`.
-        config: Every knob of the run.
+        tolerance_mm: Tolerance of the surface Dice.
+        citations: References of weights and networks; that of the data is in `dataset`.
+        config: Configuration of the run.
         provenance: Machine, versions, commit, date.
     """
 
@@ -102,9 +100,9 @@ def write_results(
 
     Args:
         folder: Holds ``predictions/<case>.nii.gz`` of the scored cases, and gets the rest.
-        scores: From `scores.score_cases`.
-        dataset: What they were scored on.
-        about: Where they come from.
+        scores: Scores of `scores.score_cases`.
+        dataset: The data set with the scored cases.
+        about: Provenance of the scores.
         records: Lines of the training log, for the curves.
 
     Returns:
@@ -140,18 +138,36 @@ def write_report(
     known = {entry.name for entry in dataclasses.fields(About)}
     written = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
     about = About(**{key: value for key, value in written.items() if key in known})
-    table = class_table(scores, _class_names(scores))
-    sections = (
-        _head(scores, about, table[-1]),
-        _classes(scores, about, table),
-        _comparison(scores, baseline),
-        _pictures(folder / "cases.png"),
-        _curves(records),
-        _cases(scores),
-        _origin(about, records),
+    names = list(dict.fromkeys(score.name for score in scores))
+    classes = class_table(scores, names)
+    whole = [score for score in scores if not score.truncated]
+    gains = None if baseline is None else paired_differences(scores, read_scores(baseline))
+    better = (f"{m.title} {'above' if m.higher_is_better else 'below'} 0" for m in METRICS.values())
+    return write_page(
+        folder / "report.html",
+        "evaluation/report.html",
+        title=about.title,
+        about=about,
+        notes=[about.dataset.get("note", ""), about.contamination],
+        metrics=list(METRICS.values()),
+        heads=[metric.head for metric in METRICS.values()],
+        legend=LEGEND.format(tolerance=about.tolerance_mm),
+        names=names,
+        subjects=len({score.subject for score in scores}),
+        overall=classes[-1],
+        classes=classes,
+        whole=class_table(whole, names) if len(whole) < len(scores) else (),
+        truncated=len(scores) - len(whole),
+        baseline=baseline,
+        better=f"Better: {', '.join(better)}.",
+        gains=gains and class_table(gains, names),
+        pictures=png(folder / "cases.png"),
+        curves=Markup(curves_svg(records)) if records else "",
+        cases=[_case_row(case, scores) for case in case_means(scores)],
+        cost=_cost(about, records),
+        dataset=stated({key: value for key, value in about.dataset.items() if key != "note"}),
+        citations=[*filter(None, [about.dataset.get("reference")]), *about.citations, *CITATIONS],
     )
-    write_text(folder / "report.html", page(about.title, sections))
-    return folder / "report.html"
 
 
 def shown_cases(scores: Sequence[Score], dataset: Dataset, predictions: Path) -> list[Shown]:
@@ -174,157 +190,32 @@ def shown_cases(scores: Sequence[Score], dataset: Dataset, predictions: Path) ->
     ]
 
 
-def _head(scores: Sequence[Score], about: About, overall: ClassSummary) -> str:
-    """What it is, what has to be known before believing it, and the three means."""
-    cases, subjects = ({getattr(s, key) for s in scores} for key in ("case", "subject"))
-    named = (
-        ("mean Dice", overall.dice, ".3f"),
-        (f"mean NSD at {about.tolerance_mm:g} mm", overall.nsd, ".3f"),
-        ("mean HD95, mm", overall.hd95_mm, ".2f"),
-    )
-    means = [
-        *((name, format_number(of.mean, form), of.bounds(form)) for name, of, form in named),
-        ("cases", str(len(cases)), f"of {len(subjects)} subjects"),
-    ]
-    notes = [about.dataset.get("note", ""), about.contamination]
-    return heading(about.title, about.split, notes) + tiles(means)
+def _case_row(case: str, scores: Sequence[Score]) -> dict[str, Any]:
+    """The scores of one case in the order of the classes, and the means of the finite ones."""
+    own = [score for score in scores if score.case == case]
+    means = {
+        name: mean_of_known([score[name] for score in own if not math.isinf(score[name])])
+        for name in METRICS
+    }
+    return {"name": case, "scores": own, "means": means}
 
 
-def _classes(scores: Sequence[Score], about: About, table: Sequence[ClassSummary]) -> str:
-    """Every metric per class, and once more without what the volumes cut off."""
-    caption = METRIC_NOTES.format(tolerance=about.tolerance_mm)
-    interval = "Small: 95 % bootstrap interval, resampling subjects."
-    text = "<h2>Per class</h2>" + _class_table(table, f"{interval} {caption}")
-    whole = [score for score in scores if not score.truncated]
-    if len(whole) < len(scores):
-        text += "<h2>Per class, only structures that lie inside their volume</h2>"
-        text += _class_table(
-            class_table(whole, _class_names(scores)),
-            f"Without {len(scores) - len(whole)} structures that go on beyond their volume.",
-        )
-    return text
-
-
-def _class_table(rows: Iterable[ClassSummary], caption: str, *, sign: str = "") -> str:
-    """Sign "+" marks gains as such."""
-    head = ["class", "cases", "Dice", "NSD", "HD95, mm", "one-sided"]
-    body = [
-        [
-            escape(row.name),
-            str(row.cases),
-            *(
-                f"{format_number(value.mean, form)} <small>{value.bounds(form)}</small>"
-                for value, form in (
-                    (row.dice, f"{sign}.3f"),
-                    (row.nsd, f"{sign}.3f"),
-                    (row.hd95_mm, f"{sign}.2f"),
-                )
-            ),
-            str(row.one_sided),
-        ]
-        for row in rows
-    ]
-    return table(head, body, caption=caption, emphasise_last=True)
-
-
-def _comparison(scores: Sequence[Score], baseline: Path | None) -> str:
-    """How far a baseline's scores on the same cases are exceeded."""
-    if baseline is None:
-        return ""
-    gains = class_table(paired_differences(scores, read_scores(baseline)), _class_names(scores))
-    caption = (
-        f"Difference to {baseline} on the same cases, with the 95 % bootstrap interval of paired "
-        "differences, resampling subjects. Better: Dice and NSD above 0, HD95 below 0."
-    )
-    return "<h2>Against the baseline</h2>" + _class_table(gains, caption, sign="+")
-
-
-def _pictures(path: Path) -> str:
-    """The contours, inside the page."""
-    if not path.is_file():
-        return ""
-    caption = (
-        "Planes through the slices with most labelled voxels; the patient's right is on the right. "
-        "Solid: reference, dotted: prediction."
-    )
-    alt = "outlines of reference and prediction on three planes"
-    return "<h2>Best, median and worst case</h2>" + picture(path.read_bytes(), alt, caption)
-
-
-def _curves(records: Sequence[Mapping[str, Any]]) -> str:
-    return f"<h2>Training</h2><figure>{curves_svg(records)}</figure>" if records else ""
-
-
-def _cases(scores: Sequence[Score]) -> str:
-    """One row per case: means, and the Dice of every class."""
-    classes = _class_names(scores)
-    rows = []
-    for case, mean in case_means(scores).items():
-        own = {score.name: score for score in scores if score.case == case}
-        distances = [s.hd95_mm for s in own.values() if math.isfinite(s.hd95_mm)]
-        cells = [
-            f"{format_number(own[name].dice)}{'†' if own[name].truncated else ''}"
-            for name in classes
-        ]
-        nsd = mean_of_known([score.nsd for score in own.values()])
-        rows.append(
-            [
-                escape(case),
-                format_number(mean),
-                format_number(nsd),
-                format_number(mean_of_known(distances), ".2f"),
-                *cells,
-            ]
-        )
-    caption = (
-        "Means over the annotated classes; Dice per class. † goes on beyond the volume. - not "
-        "annotated, or in neither. A click on a column's head sorts. Every number is in scores.csv."
-    )
-    head = ["case", "Dice", "NSD", "HD95, mm", *map(escape, classes)]
-    return "<h2>Per case</h2>" + table(head, rows, caption=caption, kind="sortable")
-
-
-def _origin(about: About, records: Sequence[Mapping[str, Any]]) -> str:
-    """Cost, weights, command, machine and what to cite."""
+def _cost(about: About, records: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """What was trained, and what that took."""
     rates = [record["images_per_s"] for record in records if "images_per_s" in record]
-    cost = {
-        "model": about.model,
-        "parameters": ", ".join(f"{part} {n:,}" for part, n in about.parameters.items()),
-        "optimiser steps": "" if about.steps is None else f"{about.steps:,}",
-        "training on the clock": _duration(about.seconds),
-        "training, CPU time": _duration(about.cpu_seconds),
-        "speed": f"{sum(rates) / len(rates):.2f} crops per second" if rates else "",
-        "peak memory": f"{about.peak_memory_mb:,.0f} MB" if about.peak_memory_mb else "",
-    }
-    dataset = {key: value for key, value in about.dataset.items() if key != "note"}
-    config = "\n".join(f"{key}: {value}" for key, value in about.config.items())
-    cited = [*filter(None, [about.dataset.get("reference")]), *about.citations, *CITATIONS]
-    parts = {
-        "Cost": facts(cost),
-        "Weights": f"<pre>{escape(about.weights)}</pre>" if about.weights else "",
-        "Data": facts(dataset),
-        "Do it again": (f"<pre>{escape(about.command)}</pre>" if about.command else "")
-        + (
-            f"<details><summary>configuration</summary><pre>{escape(config)}</pre></details>"
-            if config
-            else ""
-        ),
-        "Machine and versions": facts(about.provenance),
-        "Please cite": "".join(f"<p>{escape(entry)}</p>" for entry in cited),
-    }
-    return "".join(f"<h2>{title}</h2>{text}" for title, text in parts.items() if text)
-
-
-def _class_names(scores: Iterable[Score]) -> list[str]:
-    """In the order of their values."""
-    return list(dict.fromkeys(score.name for score in scores))
+    return stated(
+        {
+            "model": about.model,
+            "parameters": ", ".join(f"{part} {n:,}" for part, n in about.parameters.items()),
+            "optimiser steps": "" if about.steps is None else f"{about.steps:,}",
+            "training, wall-clock time": _duration(about.seconds),
+            "training, CPU time": _duration(about.cpu_seconds),
+            "speed": f"{sum(rates) / len(rates):.2f} crops per second" if rates else "",
+            "peak memory": f"{about.peak_memory_mb:,.0f} MB" if about.peak_memory_mb else "",
+        }
+    )
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    """For example "1:02:03", in hours, minutes and seconds."""
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))

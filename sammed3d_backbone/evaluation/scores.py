@@ -1,8 +1,7 @@
 """Predictions of a data set's cases -> a score per case and class -> a table and a summary.
 
-A table (``scores.csv``) has one row per case and class and is all that the summary
-(``scores.json``), a comparison and a report are made of. Where a prediction comes from does not
-matter here: a network, an atlas, a folder of another tool's files.
+A table (``scores.csv``) has one row per case and class; the summary (``scores.json``), comparisons
+and reports are computed from it. Predictions may come from a network, an atlas or another tool.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from tqdm import tqdm
@@ -25,16 +23,10 @@ from sammed3d_backbone.data.checks import pair_problems
 from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.data.preparation import annotated_classes, load_label
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.evaluation.metrics import (
-    dice_per_class,
-    hausdorff95_mm,
-    mean_of_known,
-    surface_dice,
-)
+from sammed3d_backbone.evaluation.metrics import METRICS, mean_of_known
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 from sammed3d_backbone.files import inside, write_json, write_text
 
-METRICS = ("dice", "nsd", "hd95_mm")
 COLUMNS = ("case", "subject", "class", *METRICS, "annotated", "truncated")
 TOLERANCE_MM = 2.0
 OVERALL = "mean of classes"
@@ -42,16 +34,17 @@ OVERALL = "mean of classes"
 
 @dataclass(frozen=True)
 class Score:
-    """One class of one case; see `metrics` for what an absent class scores."""
+    """All metrics of one class of one case; see `metrics` for the scores of an absent class."""
 
     case: str
-    subject: str  # whose scan it is: scans of one person are not independent
-    name: str  # of the class
-    dice: float
-    nsd: float = math.nan
-    hd95_mm: float = math.nan
-    annotated: bool = True  # False: not looked for in this case, and all scores are NaN
-    truncated: bool = False  # the structure goes on beyond the volume
+    subject: str  # scans of one subject are not independent
+    name: str  # name of the class
+    values: Mapping[str, float] = field(default_factory=dict)  # key of METRICS -> score
+    annotated: bool = True  # False: not annotated in this case, and all scores are NaN
+    truncated: bool = False  # the structure is cut off by the volume
+
+    def __getitem__(self, metric: str) -> float:
+        return self.values.get(metric, math.nan)
 
 
 @dataclass(frozen=True)
@@ -59,11 +52,9 @@ class ClassSummary:
     """One class over all cases: means with their intervals."""
 
     name: str
-    cases: int  # that have a score
-    one_sided: int  # where only the prediction or only the reference has it: left out of HD95
-    dice: Interval
-    nsd: Interval
-    hd95_mm: Interval
+    cases: int  # cases with a score
+    one_sided: int  # only in the prediction or only in the reference: left out of HD95
+    values: Mapping[str, Interval]  # key of METRICS -> mean over cases
 
 
 def score_cases(
@@ -78,11 +69,11 @@ def score_cases(
     """Scores of the named cases, on the grid of their files.
 
     Args:
-        predict: Labels of a case, on the grid of its reference.
-        dataset: Holds the cases.
+        predict: Returns the labels of a case, on the grid of its reference.
+        dataset: The data set with the cases.
         ids: Cases to score, in this order.
-        folder: Gets every prediction as ``<case>.nii.gz``; None keeps none.
-        tolerance_mm: Of the surface Dice.
+        folder: Every prediction is written here as ``<case>.nii.gz``; None writes none.
+        tolerance_mm: Tolerance of the surface Dice.
         progress: Whether to show a bar.
 
     Raises:
@@ -105,7 +96,7 @@ def score_case(
 
     Raises:
         ValueError: If the prediction lies on another grid than the reference, or holds values
-            that are no classes.
+            that are not classes.
     """
     label = load_label(case)
     problems = pair_problems(Path(f"prediction of {case.id}"), prediction, case.label, label)
@@ -114,28 +105,26 @@ def score_case(
     strange = sorted({*np.unique(prediction.array).tolist()} - {*dataset.labels})
     if strange:
         raise ValueError(
-            f"prediction of {case.id}: values {strange} are no classes of {dataset.name} "
+            f"prediction of {case.id}: values {strange} are not classes of {dataset.name} "
             f"({sorted(dataset.labels)}); number them like its labels"
         )
     known = annotated_classes(case, dataset)
-    both = torch.as_tensor(prediction.array), torch.as_tensor(label.array)
-    dice = dice_per_class(*both, len(dataset.labels), known)
     boxes = _class_boxes(prediction.array, label.array, len(dataset.classes))
     scores = []
     for value, (name, box) in enumerate(zip(dataset.classes, boxes, strict=True), start=1):
-        nsd = hd95 = math.nan
+        values = {}
         if known[value]:
-            ours, theirs = prediction.array[box] == value, label.array[box] == value
-            nsd = surface_dice(ours, theirs, label.spacing_mm, tolerance_mm)
-            hd95 = hausdorff95_mm(ours, theirs, label.spacing_mm)
+            masks = prediction.array[box] == value, label.array[box] == value
+            values = {
+                key: metric.function(*masks, label.spacing_mm, tolerance_mm)
+                for key, metric in METRICS.items()
+            }
         scores.append(
             Score(
                 case=case.id,
                 subject=case.subject,
                 name=name,
-                dice=dice[value - 1],
-                nsd=nsd,
-                hd95_mm=hd95,
+                values=values,
                 annotated=bool(known[value]),
                 truncated=name in case.truncated,
             )
@@ -146,7 +135,7 @@ def score_case(
 def summarise_scores(scores: Sequence[Score], classes: Sequence[str]) -> dict[str, Any]:
     """Mean Dice per class over cases, and their mean over classes; NaN becomes None."""
     per_class = {
-        name: mean_of_known([score.dice for score in scores if score.name == name])
+        name: mean_of_known([score["dice"] for score in scores if score.name == name])
         for name in classes
     }
     return {
@@ -169,14 +158,14 @@ def case_means(scores: Sequence[Score]) -> dict[str, float]:
     """Mean Dice of every case over the classes that it has; best first, cases without last."""
     cases = dict.fromkeys(score.case for score in scores)
     means = {
-        case: mean_of_known([score.dice for score in scores if score.case == case])
+        case: mean_of_known([score["dice"] for score in scores if score.case == case])
         for case in cases
     }
     return dict(sorted(means.items(), key=lambda item: (math.isnan(item[1]), -item[1])))
 
 
 def paired_differences(scores: Sequence[Score], baseline: Sequence[Score]) -> list[Score]:
-    """Case by case and class by class, how far a baseline's scores are exceeded.
+    """Case by case and class by class, the scores minus those of a baseline.
 
     The `class_table` of this is the paired comparison.
 
@@ -193,10 +182,7 @@ def paired_differences(scores: Sequence[Score], baseline: Sequence[Score]) -> li
     return [
         replace(
             score,
-            **{
-                metric: getattr(score, metric) - getattr(theirs[score.case, score.name], metric)
-                for metric in METRICS
-            },
+            values={m: score[m] - theirs[score.case, score.name][m] for m in METRICS},
         )
         for score in scores
     ]
@@ -223,9 +209,8 @@ def write_scores(
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
     for score in scores:
-        values = (getattr(score, metric) for metric in METRICS)
         flags = ("yes" if flag else "no" for flag in (score.annotated, score.truncated))
-        shown = ("" if math.isnan(value) else f"{value:.6g}" for value in values)
+        shown = ("" if math.isnan(score[m]) else f"{score[m]:.6g}" for m in METRICS)
         table.writerow([score.case, score.subject, score.name, *shown, *flags])
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "scores.csv", text.getvalue())
@@ -254,7 +239,7 @@ def read_scores(path: Path) -> list[Score]:
                 case=row["case"],
                 subject=row["subject"],
                 name=row["class"],
-                **{metric: float(row[metric] or "nan") for metric in METRICS},
+                values={metric: float(row[metric] or "nan") for metric in METRICS},
                 annotated=row["annotated"] == "yes",
                 truncated=row["truncated"] == "yes",
             )
@@ -265,7 +250,7 @@ def read_scores(path: Path) -> list[Score]:
 def _class_boxes(
     one: NDArray[np.integer[Any]], other: NDArray[np.integer[Any]], classes: int
 ) -> list[tuple[slice, ...]]:
-    """Per class the box that holds it in both volumes: many classes cost one pass over each."""
+    """Per class the box around it in both volumes, in one pass over each."""
     boxes: list[tuple[slice, ...]] = []
     pairs = zip(*(ndimage.find_objects(x, max_label=classes) for x in (one, other)), strict=True)
     for pair in pairs:
@@ -278,16 +263,14 @@ def _class_boxes(
 
 def _summary(name: str, scores: Sequence[Score]) -> ClassSummary:
     subjects, classes = ([getattr(s, key) for s in scores] for key in ("subject", "name"))
-
-    def interval(metric: str) -> Interval:
-        values = [getattr(score, metric) for score in scores]
-        return bootstrap_interval(values, subjects, classes=classes)
-
     return ClassSummary(
         name,
-        cases=len({score.case for score in scores if not math.isnan(score.dice)}),
-        one_sided=sum(math.isinf(score.hd95_mm) for score in scores),
-        **{metric: interval(metric) for metric in METRICS},
+        cases=len({score.case for score in scores if not math.isnan(score["dice"])}),
+        one_sided=sum(any(map(math.isinf, score.values.values())) for score in scores),
+        values={
+            metric: bootstrap_interval([s[metric] for s in scores], subjects, classes=classes)
+            for metric in METRICS
+        },
     )
 
 
@@ -298,7 +281,7 @@ def _as_json(table: Sequence[ClassSummary]) -> list[dict[str, Any]]:
             "class": row.name,
             "cases": row.cases,
             "one_sided": row.one_sided,
-            **{metric: [_plain(value) for value in getattr(row, metric)] for metric in METRICS},
+            **{metric: [_plain(v) for v in interval] for metric, interval in row.values.items()},
         }
         for row in table
     ]

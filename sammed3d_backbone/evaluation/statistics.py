@@ -1,4 +1,4 @@
-"""How sure a mean is: bootstrap intervals that respect who belongs to whom."""
+"""Bootstrap intervals of means over observations that are grouped by subject."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Interval(NamedTuple):
-    """A mean and the bounds that hold it with some confidence; NaN where there are none."""
+    """A mean and its confidence bounds; NaN where they are undefined."""
 
     mean: float
     low: float
@@ -53,20 +53,19 @@ def bootstrap_interval(
 ) -> Interval:
     """Mean of some values and its percentile interval, drawing whole groups with replacement.
 
-    Two scans of one person are not two independent observations; with the person as their group
-    they are drawn together. For a paired comparison pass differences. Values that are no number
-    or infinite are left out. The bounds are NaN where fewer than two groups are left.
+    Two scans of one subject are not independent; with the subject as their group they are drawn
+    together. For a paired comparison pass differences. Values that are not finite are left out. The
+    bounds are NaN where fewer than two groups are left.
 
     Args:
         values: One per observation.
-        groups: Whom each value belongs to; None: every value stands for itself.
-        classes: What each value is about; the mean is then that of the classes' means, so that
-            a class with few values counts like the others. None: one class.
-        draws: Which repetition of an experiment each value is from, such as the draw of training
-            cases. Repetitions and groups are drawn independently, and what belongs to a drawn
-            repetition and a drawn group counts: a person who is hard is hard in all repetitions.
-            None: one repetition.
-        seed: Of the draws.
+        groups: Subject of each value; None: every value is a group of its own.
+        classes: Class of each value; the mean is then that of the classes' means, so that a class
+            with few values counts like the others. None: one class.
+        draws: Repetition of an experiment that each value is from, such as the draw of training
+            cases. Repetitions and groups are drawn independently of each other. None: one
+            repetition.
+        seed: Seed of the bootstrap.
         confidence: Share of the resampled means between the bounds.
         resamples: Number of draws.
     """
@@ -75,8 +74,8 @@ def bootstrap_interval(
     if not known.any():
         return Interval(math.nan, math.nan, math.nan)
     draw = _numbered([""] * len(given) if draws is None else draws, known)
-    person = _numbered(range(len(given)) if groups is None else groups, known)
-    cells, cell = np.unique(np.stack([draw, person]), axis=1, return_inverse=True)
+    subject = _numbered(range(len(given)) if groups is None else groups, known)
+    cells, cell = np.unique(np.stack([draw, subject]), axis=1, return_inverse=True)
     cell = cell.reshape(-1)
     kind = _numbered([""] * len(given) if classes is None else classes, known)
     sums = np.zeros((cell.max() + 1, kind.max() + 1))  # (C, K)
@@ -91,16 +90,16 @@ def bootstrap_interval(
             return means
 
     (centre,) = mean(np.ones((1, len(sums))))
-    people = person.max() + 1
-    if people < 2:
+    subjects = subject.max() + 1
+    if subjects < 2:
         return Interval(float(centre), math.nan, math.nan)
     rng = np.random.default_rng(seed)
-    of_draw, of_person = (
+    of_draw, of_subject = (
         rng.multinomial(number, np.full(number, 1 / number), size=resamples)
-        for number in (draw.max() + 1, people)
+        for number in (draw.max() + 1, subjects)
     )
-    drawn = of_draw[:, cells[0]] * of_person[:, cells[1]]  # (R, C)
-    drawn = drawn[drawn.any(axis=1)]  # repetitions that share nobody may leave nothing of a row
+    drawn = of_draw[:, cells[0]] * of_subject[:, cells[1]]  # (R, C)
+    drawn = drawn[drawn.any(axis=1)]  # repetitions without a common subject may leave a row empty
     tail = (1 - confidence) / 2
     low, high = np.quantile(mean(drawn), [tail, 1 - tail])
     return Interval(float(centre), float(low), float(high))

@@ -16,7 +16,6 @@ from sammed3d_backbone.loading.registry import WEIGHTS
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-METRICS = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95, mm"}  # keys of scores.json
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -36,6 +35,8 @@ def model_card(
         licence: Licence identifier of the Hub, for example "cc-by-sa-4.0".
     """
     from huggingface_hub import ModelCard, ModelCardData
+
+    from sammed3d_backbone.evaluation.metrics import METRICS
 
     start = card.training.get("start", {})
     dataset = card.training.get("dataset", {})
@@ -71,7 +72,7 @@ def model_card(
                 "versions": ", ".join(f"{name} {it}" for name, it in card.versions.items()),
             }
         ),
-        metrics=list(METRICS.values()),
+        metrics=[metric.head for metric in METRICS.values()],
         scores=[
             [row["class"], row["cases"], *(_with_interval(*row[metric]) for metric in METRICS)]
             for row in rows

@@ -31,7 +31,7 @@ def validate(
         labels = logits.argmax(0).cpu()
         dice = dice_per_class(labels, case.label[0], len(logits), case.annotated)
         mine += [
-            Score(case.case.id, case.case.subject, name, score)
+            Score(case.case.id, case.case.subject, name, {"dice": score})
             for name, score in zip(classes, dice, strict=True)
         ]
     return sorted(gather_object(mine), key=lambda score: score.case)

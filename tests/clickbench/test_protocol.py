@@ -59,13 +59,13 @@ def test_a_perfect_answer_is_carried_forward_without_clicks(cube):
     assert all((step.mask == target.truth).all() for step in steps)
 
 
-def test_honoured_is_about_the_new_click_and_kept_about_all(cube):
+def test_agreement_is_about_the_new_click_and_about_all(cube):
     # The second answer holds the second click, (6, 3, 3), but has lost the first one.
     shape = (10, 10, 10)
     model = Fixed(box(shape, (3, 3, 3), (3, 4, 4)), box(shape, (6, 3, 3), (1, 4, 4)))
     steps = play(model, cube(), 2)
-    assert [step.honoured for step in steps] == [(True,), (True,)]
-    assert steps[1].kept == (False, True)
+    assert [step.agreement for step in steps] == [(True,), (True,)]
+    assert steps[1].agreement_all == (False, True)
 
 
 def test_a_failed_answer_is_an_empty_mask_and_the_next_click_is_tried(cube, caplog):

@@ -48,7 +48,7 @@ def test_the_page_shows_figures_starts_notes_and_what_was_left_out(reported):
     for shown in (
         f"{dice:.3f}",
         "the first click anywhere in the object",
-        MODEL_MASKS.replace("'", "&#x27;"),
+        MODEL_MASKS.replace("'", "&#39;"),
         "1 of the 27 voxels that are needed",
         "a sphere",
         "a fast one",
@@ -85,7 +85,7 @@ def test_a_missing_start_is_asked_for(finished, tmp_path):
     kept = [line for line in lines[1:] if '"first": "random"' not in line]
     (tmp_path / "out" / "clicks.jsonl").write_text(json.dumps(about) + "\n" + "".join(kept))
     page = write_click_report(tmp_path / "out", read_click_set(data), {}).read_text()
-    assert "The protocol asks for random starts as well." in page
+    assert "The protocol also has random starts" in page
 
 
 def test_times_are_medians_by_part_and_the_first_answer_apart():

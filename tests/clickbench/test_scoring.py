@@ -12,9 +12,9 @@ from sammed3d_backbone.clickbench.scoring import score, slice_likeness
 SHAPE = (12, 12, 12)
 
 
-def step(mask, truth, spacing_mm=(1, 1, 1), honoured=(True,), kept=(True,), affine=None):
+def step(mask, truth, spacing_mm=(1, 1, 1), agreement=(True,), agreement_all=(True,), affine=None):
     affine = np.diag([*spacing_mm, 1.0]) if affine is None else affine
-    return ClickStep(mask, truth, affine, (), affine, honoured, kept)
+    return ClickStep(mask, truth, affine, (), affine, agreement, agreement_all)
 
 
 def test_a_cube_that_is_moved_by_one_voxel():
@@ -47,16 +47,16 @@ def test_an_empty_mask_scores_zero_and_the_diagonal():
     assert figures["slices"] == [None, None, None]
 
 
-def test_honoured_and_kept_are_shares():
+def test_agreements_are_shares():
     figures = score(
         step(
             box(SHAPE, (4, 4, 4), 4),
             box(SHAPE, (4, 4, 4), 4),
-            honoured=(True, False),
-            kept=(True, False, True, True),
+            agreement=(True, False),
+            agreement_all=(True, False, True, True),
         )
     )
-    assert (figures["honoured"], figures["kept"]) == (0.5, 0.75)
+    assert (figures["agreement"], figures["agreement_all"]) == (0.5, 0.75)
 
 
 def test_equal_masks_have_equal_hashes():

@@ -29,8 +29,8 @@ def lines_of(dice, case="a", name="liver", first="centre", subject=None, **chang
             "hd95_mm": 5.0,
             "volume_error": -0.5,
             "slices": [0.0, -0.1, -0.2],
-            "honoured": 1.0,
-            "kept": 1.0,
+            "agreement": 1.0,
+            "agreement_all": 1.0,
             "failure": "",
         }
         lines.append({**line, **{k: values[number] for k, values in changed.items()}})
@@ -85,10 +85,10 @@ def test_steps_without_a_click_are_no_corrections():
     assert track["repeats"] == 1
 
 
-def test_honoured_is_per_click_and_kept_at_the_end():
-    track = one(lines_of([0.5] * 4, honoured=[1, 1, 0, 1], kept=[1, 1, 2 / 3, 0.5]))
-    assert track["honoured"] == 0.75
-    assert track["kept"] == 0.5
+def test_agreement_is_per_click_and_over_all_clicks_at_the_end():
+    track = one(lines_of([0.5] * 4, agreement=[1, 1, 0, 1], agreement_all=[1, 1, 2 / 3, 0.5]))
+    assert track["agreement"] == 0.75
+    assert track["agreement_all"] == 0.5
 
 
 def test_classes_and_cases_can_count_alike():

@@ -78,7 +78,7 @@ def test_a_rule_that_drops_alone_is_told_from_one_that_agrees_with_others(finish
 
 def test_the_page_shows_examples_and_both_counts(finished):
     folder, _, text = finished
-    assert "Of more than 99 % background: 5 of 5 masks, kept by this preset." in text
+    assert "Masks of more than 99 % background: 5 of 5, kept by this preset." in text
     assert "values [9, 10, 11, 12, 13] are not declared" in text
     assert "set: masks: model" in text
     assert {path.name for path in (folder / "examples").iterdir()} == {

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sammed3d_backbone.evaluation.page import facts, heading, page, picture
+from sammed3d_backbone.evaluation.page import png, stated, write_page
 from sammed3d_backbone.evaluation.statistics import Interval, format_number
 
 
@@ -21,13 +21,27 @@ def test_an_interval_that_does_not_exist_is_not_shown():
     assert f"{Interval.from_json([None] * 3)}" == "-"
 
 
-def test_text_is_no_markup():
-    text = page("<b>", [heading("a < b", "x & y", ["<script>"]), facts({"<i>": "<u>", "": ""})])
-    for markup in ("<b>", "<script>x", "<i>", "<u>"):
-        assert f"<title>{markup}" not in text
-    assert "a &lt; b" in text
-    assert "&lt;u&gt;" in text
-
-
-def test_a_picture_is_inside_the_page():
-    assert "data:image/png;base64,iVBORw==" in picture(b"\x89PNG", "a picture", "what it shows")
+def test_text_is_escaped_and_empty_facts_are_left_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    path = write_page(
+        tmp_path / "report.html",
+        "curation/report.html",
+        title="<b>",
+        below="x & y",
+        notes=["<script>alert(1)</script>"],
+        tiles=[("a < b", "1", "2")],
+        steps={},
+        step_caption="",
+        breakdowns=[],
+        galleries=[{"title": "it", "source": png(tmp_path / "a.png"), "caption": "<i>"}],
+        refused=[],
+        rules={},
+        about=stated({"<i>": "<u>", "": ""}),
+    )
+    text = path.read_text()
+    for markup in ("<b><", "<script>alert", "<i>", "<u>"):
+        assert markup not in text
+    for escaped in ("<title>&lt;b&gt;</title>", "a &lt; b", "&lt;u&gt;"):
+        assert escaped in text
+    assert 'src="data:image/png;base64,iVBORw=="' in text
+    assert png(tmp_path / "none.png") == ""

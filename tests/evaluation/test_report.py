@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,15 +11,22 @@ import pytest
 
 from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.evaluation.metrics import METRICS
 from sammed3d_backbone.evaluation.report import About, shown_cases, write_report, write_results
 from sammed3d_backbone.evaluation.scores import Score, write_scores
 
 CLASSES = ("head", "tail")
+
+
+def score_of(case, subject, name, *values, **flags):
+    return Score(case, subject, name, dict(zip(METRICS, values, strict=False)), **flags)
+
+
 SCORES = [
-    Score("a", "anna", "head", 0.9, 0.8, 1.5),
-    Score("a", "anna", "tail", 0.7, 0.6, math.inf, truncated=True),
-    Score("b", "bert", "head", 0.5, 0.4, 2.5),
-    Score("b", "bert", "tail", math.nan, annotated=False),
+    score_of("a", "anna", "head", 0.9, 0.8, 1.5),
+    score_of("a", "anna", "tail", 0.7, 0.6, math.inf, truncated=True),
+    score_of("b", "bert", "head", 0.5, 0.4, 2.5),
+    score_of("b", "bert", "tail", math.nan, annotated=False),
 ]
 ABOUT = About(
     title="Toy <run>",
@@ -109,11 +117,12 @@ def test_all_that_a_reader_asks_for_is_there(result):
         "made of boxes",
         "fold 0 of splits.json",
         "of 2 subjects",
-        "mean NSD at 2 mm",
+        "mean NSD",
         "matched: all\nmissing: none",
         "all 1,234,567, encoder 234",
-        "1 h 2 min",
+        "1:02:03",
         "3.00 crops per second",
+        "within 2 mm of the other one",
         "1,500 MB",
         "python recipes/x.py a&b",
         "lr: 0.001",
@@ -150,7 +159,7 @@ def test_what_is_not_known_is_not_shown(tmp_path):
 
 
 def test_a_baseline_is_compared_case_by_case(result, tmp_path):
-    worse = [Score(s.case, s.subject, s.name, s.dice - 0.25, s.nsd, s.hd95_mm) for s in SCORES]
+    worse = [replace(s, values=dict(s.values, dice=s["dice"] - 0.25)) for s in SCORES]
     write_scores(tmp_path / "baseline", worse, CLASSES, {})
     page = Page(write_report(result, baseline=tmp_path / "baseline/scores.csv"))
     assert "Against the baseline" in page.words
