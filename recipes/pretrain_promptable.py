@@ -238,8 +238,7 @@ def main(cfg: Config) -> dict[str, float]:
     state = State(model, optimizer, ema, progress)
     run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
     accelerator.wait_for_everyone()
-    if run.resume(accelerator, state):
-        say(f"resuming after step {progress.step} of {cfg.steps}")
+    run.resume(accelerator, state)
     batches = batches_after(progress.step)
     scores: dict[str, float] = {}
     shown = accelerator.is_main_process

@@ -2,7 +2,8 @@
 
 A recipe states its settings as a frozen dataclass. `parse` reads the YAML file and the
 ``key=value`` arguments of the command line into it; pydantic validates every value against the type
-of its field. There is no nesting, no interpolation and no inheritance between files.
+of its field and its constraints, as in `Annotated[int, Field(ge=1)]`. There is no nesting, no
+interpolation and no inheritance between files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="DataclassInstance")
 
-# YAML 1.1, as PyYAML reads it, takes no for false and 1e-4 for text; YAML 1.2 and people do not.
+# YAML 1.1, as PyYAML reads it, takes no for false and 1e-4 for text; YAML 1.2 does not.
 SCALARS = {  # the first pattern that matches counts
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9]\d*)", "-+0123456789"),
@@ -77,7 +78,9 @@ def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         raise FileNotFoundError(f"no configuration at {path}; pass one of recipes/configs/*.yaml")
     values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no key: value lines; see recipes/configs/ for the form")
+        raise ValueError(
+            f"{path} is not a mapping of key: value lines; see recipes/configs/ for the form"
+        )
     hints = typing.get_type_hints(cls)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -100,7 +103,7 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
@@ -122,8 +125,10 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
             text = json.dumps(value, default=str)
             fitted[key] = TypeAdapter(hints[key]).validate_json(text, strict=True)
         except ValidationError as error:
-            needed = error.errors()[0]["msg"].replace("Input should be", "give")
-            kind = inspect.formatannotation(hints[key])
+            needed = " or ".join(each["msg"] for each in error.errors())
+            needed = needed.replace("Input should be", "give").replace("give g", "give a number g")
+            needed = needed.replace("give l", "give a number l").replace("or give", "or")
+            kind = inspect.formatannotation(typing.get_type_hints(cls)[key])
             raise ValueError(f"{key}={value!r}: {needed}, the type is {kind}") from None
     return cls(**fitted)
 

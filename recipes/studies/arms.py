@@ -1,35 +1,104 @@
-"""The fine-tuning recipe with what only studies change: fewer subjects, controls, channel gains."""
+"""The fine-tuning recipe with the arguments that only studies need.
 
-from dataclasses import dataclass
+    python recipes/studies/arms.py recipes/configs/hippocampus.yaml weights=tiny peft=lora
+
+Takes all arguments of `finetune_unetr.py`, and those of `ArmConfig`.
+"""
+
+import sys
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from sammed3d_backbone.recipes import finetune_unetr
 from torch import nn
 
+from sammed3d_backbone import config
 from sammed3d_backbone.adapters.controls import ZeroedEncoder
+from sammed3d_backbone.adapters.registry import accepted_options
+from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.training.finetuning import build_model
 
 
 @dataclass(frozen=True)
 class ArmConfig(finetune_unetr.Config):
-    """The recipe's knobs and three more."""
+    """The recipe's knobs and those of studies."""
 
-    num_subjects: int | None = None  # train on this many subjects, drawn by the seed; None: all
+    num_subjects: PositiveInt | None = None  # train on this many, drawn by the seed; None: all
     control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can do alone
+    pyramid: Literal["simple", "multi_level", "conv_stem"] = "conv_stem"  # flexible_unet, segresnet
+    rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
+    patch_size: PositiveInt | None = None  # side of a token in voxels; None: the variant's
+    inflate: Literal["center", "mean"] | None = None  # for weights of a 2-D SAM encoder
+    channels: Literal["repeat", "shared"] = "repeat"  # see adapters/channels.py
     channel_gains: tuple[float, ...] | None = None  # share of each input channel; None: equal
+    peft: Literal["none", "lora", "bottleneck"] = "none"  # trained beside a frozen encoder
+    peft_size: PositiveInt = 8  # rank of LoRA, width of bottlenecks
+    drop_path_rate: float = finetune_unetr.DROP_PATH_RATE
     channels_last: bool = False  # memory layout that is faster on some CPUs
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model == "basicunet" and (self.channels == "shared" or self.peft != "none"):
+            raise ValueError(
+                "model=basicunet has no encoder; leave out channels= and peft=, or take model=unetr"
+            )
+        if self.peft != "none" and (self.freeze or self.scratch):
+            raise ValueError(
+                f"peft={self.peft} freezes pretrained weights and trains small parts beside them; "
+                "leave out freeze= and scratch="
+            )
+        if self.peft == "lora" and self.init is not None:
+            raise ValueError(
+                "peft=lora starts from an encoder, not a network; pass init= as weights="
+            )
 
-def fine_tune(cfg: ArmConfig) -> dict[str, Any]:
-    """Trains or resumes one arm; returns its scores."""
+    def adapted(self, card: Card) -> Card:
+        """The recipe's card with the settings of this arm."""
+        if not card.encoder:
+            return card
+        encoder: dict[str, Any] = {**card.encoder, "rel_pos": self.rel_pos}
+        if self.channels == "shared":
+            encoder["in_chans"] = 1
+        if self.patch_size is not None:
+            encoder["patch_size"] = self.patch_size
+        return replace(
+            card,
+            encoder=encoder,
+            adapter={**card.adapter, **accepted_options(card.network, kind=self.pyramid)},
+            shared=self.channels == "shared",
+            bottleneck=self.peft_size if self.peft == "bottleneck" else 0,
+        )
 
-    def build(*card_and_name: Any, **given: Any) -> tuple[nn.Module, dict[str, Any]]:  # noqa: ANN401
-        wrap = ZeroedEncoder if cfg.control == "zero_encoder" else None
-        gains = cfg.channel_gains
-        network, start = build_model(*card_and_name, channel_gains=gains, wrap=wrap, **given)
-        if cfg.channels_last:
+    def build(self, card: Card, dataset_name: str, **given: Any) -> tuple[nn.Module, Card]:  # noqa: ANN401
+        """The network of this arm and its card, in place of `finetuning.build_model`."""
+        network, card = build_model(
+            self.adapted(card),
+            dataset_name,
+            inflate=self.inflate,
+            lora_rank=self.peft_size if self.peft == "lora" else 0,
+            channel_gains=self.channel_gains,
+            wrap=ZeroedEncoder if self.control == "zero_encoder" else None,
+            **given | {"drop_path_rate": self.drop_path_rate},
+        )
+        if self.channels_last:
             network.to(memory_format=torch.channels_last_3d)
-        return network, start
+        return network, card
 
-    return finetune_unetr.main(cfg, num_subjects=cfg.num_subjects, build=build)
+
+def fine_tune(cfg: ArmConfig, *, dry_run: bool = False) -> dict[str, Any]:
+    """Trains or resumes one arm; returns its scores, or the cost of a dry run."""
+    if cfg.peft != "none":
+        cfg = replace(cfg, layer_decay=1.0)  # what is pretrained is frozen and needs no protection
+    return finetune_unetr.main(cfg, dry_run=dry_run, num_subjects=cfg.num_subjects, build=cfg.build)
+
+
+if __name__ == "__main__":
+    try:
+        cfg, flags = config.parse(
+            ArmConfig, description=__doc__, flags={"dry_run": finetune_unetr.DRY_RUN}
+        )
+        fine_tune(cfg, **flags)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +16,7 @@ MEASURED = 3  # steps
 
 
 class DryRun:
-    """Measures from its own making on: network, data and steps, without the libraries' memory.
+    """Measures network, data and steps from its construction on, without the libraries' memory.
 
     Args:
         device: The device that trains.
@@ -36,15 +35,17 @@ class DryRun:
                 control.write_text("5")  # proc(5): resets VmHWM
             self._before = resident_bytes("VmRSS")
 
-    def measure(self, step: Callable[[], None]) -> None:
-        """Runs up to three steps; stops earlier if the whole run is shorter."""
-        for _ in range(min(MEASURED, self.steps)):
-            began = time.monotonic()
-            step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.step_seconds.append(time.monotonic() - began)
+    def measured(self, began: float) -> bool:
+        """Notes a step that has just ended; returns whether enough steps were measured.
+
+        Args:
+            began: What `time.monotonic` gave at its beginning.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.step_seconds.append(time.monotonic() - began)
         self.peak_bytes = peak_bytes(self.device) - self._before
+        return len(self.step_seconds) == min(MEASURED, self.steps)
 
     def __str__(self) -> str:
         """Two lines."""

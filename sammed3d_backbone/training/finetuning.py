@@ -1,4 +1,4 @@
-"""The two ends of a fine-tuning: the network with its initial weights, and the final report."""
+"""The two ends of a fine-tuning: the network with its card and weights, and the final report."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.lora import add_lora
-from sammed3d_backbone.adapters.registry import adapter
-from sammed3d_backbone.data.datasets import Dataset
+from sammed3d_backbone.adapters.registry import accepted_options, adapter
+from sammed3d_backbone.data.datasets import Dataset, Fold
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing, Statistics
 from sammed3d_backbone.evaluation.report import About, write_results
@@ -23,6 +23,7 @@ from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import (
     Segmenter,
     build_network,
+    init_from_checkpoint,
     wrap_encoder,
 )
 from sammed3d_backbone.loading.checkpoint import read
@@ -32,7 +33,7 @@ from sammed3d_backbone.loading.hub import resolve
 from sammed3d_backbone.loading.inflation import DepthFilter
 from sammed3d_backbone.loading.opening import CARD_KEY
 from sammed3d_backbone.loading.registry import from_metadata
-from sammed3d_backbone.provenance import command_line, provenance, strip_directory
+from sammed3d_backbone.provenance import command_line, library_versions, provenance, strip_directory
 from sammed3d_backbone.training.runs import Progress, Run
 
 
@@ -91,6 +92,44 @@ def _preprocessing_of(weights: str) -> Preprocessing | None:
     return from_metadata(record, metadata).preprocessing
 
 
+def make_card(dataset: Dataset, preprocessing: Preprocessing, settings: Mapping[str, Any]) -> Card:
+    """The card of a network that is to be trained.
+
+    Args:
+        dataset: Gives channels and classes.
+        preprocessing: The one of weights and configuration.
+        settings: The recipe's configuration: `model`, `variant`, `feature_size`, `overlap` and
+            `keep_largest_component` are read, everything is stored.
+    """
+    encoder: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}
+    if settings["model"] != "basicunet":
+        encoder = {
+            "variant": settings["variant"],
+            "in_chans": len(dataset.channels),
+            "img_size": preprocessing.crop_vox[0],
+        }
+        adapter = accepted_options(settings["model"], feature_size=settings["feature_size"])
+    return Card(
+        network=settings["model"],
+        encoder=encoder,
+        adapter=adapter,
+        labels=dataset.labels,
+        channels=dataset.channels,
+        preprocessing=preprocessing,
+        overlap=settings["overlap"],
+        keep_largest_component=settings["keep_largest_component"],
+        training={
+            "config": {
+                key: strip_directory(value) if isinstance(value, str) else value
+                for key, value in settings.items()
+            },
+            "dataset": {"name": dataset.name, "note": dataset.note, **dataset.about},
+        },
+        versions=library_versions(),
+    )
+
+
 def build_model(
     card: Card,
     dataset_name: str,
@@ -102,8 +141,8 @@ def build_model(
     lora_rank: int = 0,
     channel_gains: Sequence[float] | None = None,
     wrap: Callable[[Encoder], Encoder] | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The card's network with pretrained weights in its encoder, and a description of its start.
+) -> tuple[nn.Module, Card]:
+    """The card's network with pretrained weights in its encoder; the card then says which.
 
     Args:
         card: Describes the network.
@@ -117,7 +156,7 @@ def build_model(
         wrap: Replaces the encoder in front of the decoder; for controls.
     """
     if not card.encoder:
-        return build_network(card), {}
+        return build_network(card), _with_start(card, {})
     backbone: Any = encoder(
         pretrained=not scratch,
         weights=weights,
@@ -139,7 +178,32 @@ def build_model(
     wrapped = wrap_encoder(backbone, card)
     if wrap is not None:
         wrapped = wrap(wrapped)
-    return adapter(card.network)(wrapped, len(card.labels), **card.adapter), start
+    network = adapter(card.network)(wrapped, len(card.labels), **card.adapter)
+    return network, _with_start(card, start)
+
+
+def record_start(card: Card, network: nn.Module, fold: Fold, *, init: str | None = None) -> Card:
+    """The card with the numbers of parameters and all cases that the network will have seen.
+
+    Args:
+        card: As `build_model` returns it.
+        network: Its network.
+        fold: The cases to train and validate on.
+        init: A fine-tuned model whose values the network takes over; None is none.
+    """
+    start = {**card.training["start"], "parameters": count_parameters(network)}
+    seen = {*fold.train}
+    if init is not None:
+        origin, trained_on = init_from_checkpoint(network, card, init, fold.val)
+        start |= origin
+        seen.update(trained_on)
+    card = _with_start(card, start)
+    return replace(card, training={**card.training, "cases": sorted(seen)})
+
+
+def _with_start(card: Card, start: Mapping[str, Any]) -> Card:
+    """The card with what the network starts from."""
+    return replace(card, training={**card.training, "start": dict(start)})
 
 
 def count_parameters(network: nn.Module) -> dict[str, int]:
@@ -159,41 +223,37 @@ def report(
     run: Run,
     segmenter: Segmenter,
     dataset: Dataset,
-    cases: Sequence[str],
+    fold: Fold,
     progress: Progress,
-    *,
-    title: str,
-    split: str,
-    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Scores a finished run on the grid of the files, and writes tables, figure and page.
 
-    Every process predicts its share of the cases; the main process writes.
+    Every process predicts its share of the validation cases; the main process writes.
 
     Args:
         accelerator: Knows the processes.
         run: Its folder gets `results/`.
         segmenter: The network to score.
         dataset: The data set.
-        cases: Names of the cases to score.
+        fold: The cases that were trained on and those to score.
         progress: Cost of the training.
-        title: Title of the page.
-        split: Which cases these are, for the page.
-        config: The configuration, for the page.
+        settings: The recipe's configuration, for the page.
     """
     results = run.folder / "results"
     mine = score_cases(
         lambda case: segmenter.predict(load_image(case)),
         dataset,
-        cases[accelerator.process_index :: accelerator.num_processes],
+        fold.val[accelerator.process_index :: accelerator.num_processes],
         folder=results / "predictions",
         progress=accelerator.is_main_process,
     )
     scores = sorted(gather_object(mine), key=lambda score: score.case)
     if not accelerator.is_main_process:
         return summarise_scores(scores, dataset.classes)
+    number = f"fold {settings['fold']}"
     about = About(
-        title=title,
+        title=f"{settings['name']}: {settings['model']} on {dataset.name}, {number}",
         command=command_line(accelerator.num_processes),
         model="averaged weights of the last step",
         **segmenter.card.training["start"],
@@ -202,8 +262,8 @@ def report(
         cpu_seconds=round(progress.cpu_seconds, 1),
         peak_memory_mb=round(progress.peak_bytes / 1e6),
         dataset=segmenter.card.training["dataset"],
-        split=split,
-        config=config,
+        split=f"{number} of {fold.rule}; {len(fold.train)} cases trained on",
+        config=settings,
         provenance=provenance(Path(__file__).parent),
     )
     summary = write_results(results, scores, dataset, about, run.records())

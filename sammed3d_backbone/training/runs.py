@@ -52,7 +52,7 @@ PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")  # P
 class Progress:
     """How far a run has come."""
 
-    processes: int = 1  # that train together; they share out the samples of a step
+    processes: int = 1  # processes that train together and share the samples of a step
     step: int = 0  # finished optimiser steps
     best: float | None = None  # best validation score so far
     dice: float | None = None  # score of the last validation
@@ -159,6 +159,7 @@ class Run:
         name = broadcast_object_list(chosen)[0] if accelerator.num_processes > 1 else chosen[0]
         if name is not None:
             _restore(accelerator, state, self.folder / "checkpoints" / name)
+            self.say(f"resuming after step {state.progress.step}")
         if self.writes:
             kept = [line for line in self.records() if line["step"] <= state.progress.step]
             write_text(self.log, "".join(json.dumps(line) + "\n" for line in kept if name))

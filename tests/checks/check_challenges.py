@@ -6,7 +6,7 @@
 
 The files hold noise, so nothing is learned here; what shows is that the layout is read, and that
 channels, classes, spacing and crop fit the network. Weights are random: no download. Each config
-runs in a process of its own, on the CPU. Memory is what `--dry-run` would foresee for training.
+runs in a process of its own, on the CPU. `--dry-run` estimates the memory of a training.
 """
 
 import argparse

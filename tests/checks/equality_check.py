@@ -4,8 +4,8 @@
 
 Two processes on half batches, and one that accumulates half batches, are compared with one process
 on whole batches: losses and weights differ by rounding only. Then runs, of one process and of two,
-are killed (SIGKILL) at random moments and while they save, go on and are killed again; in the end
-they have to equal a run that was left alone, to the last bit. Cases annotated in part, an encoder
+are killed (SIGKILL) at random moments and while they save, resume and are killed again; in the end
+they have to equal an uninterrupted run, to the last bit. Cases annotated in part, an encoder
 that waits, drop path and augmentation take part.
 
 Every run is a fork of this process, which has imported everything and computed nothing: a start
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from sammed3d_backbone.recipes import finetune_unetr
+from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.provenance import provenance
@@ -58,9 +59,9 @@ STATES = {
 NETWORKS = ("best.safetensors", "last.safetensors")
 
 
-def small_config(data: Path) -> finetune_unetr.Config:
+def small_config(data: Path) -> ArmConfig:
     """A run of a second or two."""
-    return finetune_unetr.Config(
+    return ArmConfig(
         name="whole",
         data=str(data),
         folds=3,
@@ -68,15 +69,12 @@ def small_config(data: Path) -> finetune_unetr.Config:
         feature_size=4,
         spacing_mm=(1.0, 1.0, 1.0),
         crop_vox=16,
-        freeze="decoder_first",
-        freeze_steps=3,
+        freeze=3,
         steps=8,
         batch=1,
         accumulate=2,
         warmup_steps=2,
         validate_every=4,
-        log_every=1,
-        save_every_s=0.5,
         threads=1,
         cpu=True,
     )
@@ -95,7 +93,7 @@ class WatchedStream(CropStream):
         return sample
 
 
-def start(cfg: finetune_unetr.Config, processes: int = 1) -> list[BaseProcess]:
+def start(cfg: ArmConfig, processes: int = 1) -> list[BaseProcess]:
     """Starts a run in as many processes as asked, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -120,9 +118,7 @@ def finish(children: list[BaseProcess]) -> None:
             raise RuntimeError(f"a run failed:\n{_said_by(child).read_text()}")
 
 
-def kill_until_done(
-    cfg: finetune_unetr.Config, processes: int, rng: np.random.Generator
-) -> Counter[str]:
+def kill_until_done(cfg: ArmConfig, processes: int, rng: np.random.Generator) -> Counter[str]:
     """Kills a run again and again, at random moments or while it saves, until it gets through.
 
     Returns:
@@ -162,7 +158,7 @@ def differences(whole: Path, other: Path) -> list[str]:
     return [name for name, (one, two) in pairs.items() if one != two]
 
 
-def compare_sharing(cfg: finetune_unetr.Config) -> dict[str, float]:
+def compare_sharing(cfg: ArmConfig) -> dict[str, float]:
     """Largest differences when halves of a batch go to two processes, or through one in turn."""
     # Each share of a batch draws its own random numbers for drop path, so there is none.
     base = replace(cfg, accumulate=1, drop_path_rate=0.0)
@@ -235,7 +231,7 @@ def main() -> None:
     print(text)
 
 
-def _run(cfg: finetune_unetr.Config, place: dict[str, str]) -> None:
+def _run(cfg: ArmConfig, place: dict[str, str]) -> None:
     """A child: the recipe without the scores at its end."""
     os.environ.update(place)
     with _said_by(multiprocessing.current_process()).open("w") as said:
@@ -243,8 +239,9 @@ def _run(cfg: finetune_unetr.Config, place: dict[str, str]) -> None:
         os.dup2(said.fileno(), sys.stderr.fileno())
     WatchedStream.notes = runs_folder() / cfg.name / "samples.txt"
     finetune_unetr.CropStream = WatchedStream
-    finetune_unetr.evaluate = lambda *_: {}
-    finetune_unetr.main(cfg)
+    finetune_unetr.SAVE_EVERY_S = 0.5
+    finetune_unetr.finetuning.report = lambda *_: {}
+    fine_tune(cfg)
 
 
 def _said_by(child: BaseProcess) -> Path:

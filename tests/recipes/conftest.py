@@ -42,8 +42,6 @@ def small(toy_data, runs):
         "crop_vox": 16,
         "steps": 4,
         "validate_every": 2,
-        "log_every": 1,
-        "save_every_s": 0.0,
         "warmup_steps": 1,
         "threads": 1,
         "cpu": True,

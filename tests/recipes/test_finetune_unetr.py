@@ -15,13 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sammed3d_backbone.recipes import finetune_unetr
-from sammed3d_backbone.recipes.finetune_unetr import (
-    Config,
-    augmentation,
-    main,
-    make_card,
-    make_model,
-)
+from sammed3d_backbone.recipes.finetune_unetr import Config, main, make_card, make_model
+from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
 from sammed3d_backbone import config, encoder
 from sammed3d_backbone.adapters.controls import ZeroedEncoder
@@ -37,6 +32,7 @@ from sammed3d_backbone.loading.checkpoint import write
 from sammed3d_backbone.loading.registry import WEIGHTS
 from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.training import finetuning
+from sammed3d_backbone.training.augmentation import augmentation
 from sammed3d_backbone.training.engine import Schedule
 from sammed3d_backbone.training.runs import Run
 
@@ -55,13 +51,14 @@ def threads():
 def made(cfg, card):
     """The network to train and its start."""
     dataset = SimpleNamespace(name="Toy")
-    network, card = make_model(cfg, card, dataset, SimpleNamespace(train=[], val=[]))
-    return network, card.training["start"]
+    build = cfg.build if isinstance(cfg, ArmConfig) else finetuning.build_model
+    network, card = make_model(cfg, card, dataset, SimpleNamespace(train=[], val=[]), build)
+    return network, card
 
 
 @pytest.fixture
 def tiny_weights(tmp_path):
-    """A file of trained values, so to speak."""
+    """A file of weights of the tiny encoder."""
     torch.manual_seed(3)
     tensors = encoder("tiny", pretrained=False, img_size=16).state_dict()
     write(tmp_path / "tiny.safetensors", tensors, {})
@@ -120,7 +117,7 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
     ids=["basicunet", "axial", "flexible_unet", "segresnet", "linear", "expanding"],
 )
 def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
-    assert main(Config(**small | {"steps": 2} | changes))["cases"] == 2
+    assert fine_tune(ArmConfig(**small | {"steps": 2} | changes))["cases"] == 2
     assert (runs / "toy/last.safetensors").is_file()
 
 
@@ -136,13 +133,13 @@ def test_what_is_wrong_with_the_data_is_said_without_a_traceback(runs, monkeypat
 
 @pytest.mark.slow
 def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights, capsys):
-    warm = {"scratch": False, "weights": tiny_weights, "freeze": "decoder_first"}
-    found = main(Config(**small | warm | {"freeze_steps": 2, "accumulate": 2}), dry_run=True)
+    warm = {"scratch": False, "weights": tiny_weights, "freeze": 2}
+    found = main(Config(**small | warm | {"accumulate": 2}), dry_run=True)
     assert not runs.exists()
     assert len(found["step_seconds"]) == 3
     said = capsys.readouterr().out
     for part in (
-        "freeze: decoder_first",
+        "freeze: 2",
         "config digest: ",
         "Toy: 4 cases to train on",
         "matched: ",
@@ -162,7 +159,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights
 def test_pretrained_weights_bring_layer_decay_and_a_smaller_rate(
     small, tiny_weights, monkeypatch, changes, lr, layer_decay
 ):
-    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    monkeypatch.setattr(finetuning, "report", lambda *_: {})
     seen = {}
     whole = finetune_unetr.optim.layer_decayed
 
@@ -185,7 +182,7 @@ def test_weights_beside_scratch_are_an_error(tiny_weights):
 
 
 def test_statistics_of_crops_and_of_volumes_train_differently(small, runs, monkeypatch):
-    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    monkeypatch.setattr(finetuning, "report", lambda *_: {})
     losses = []
     for statistics in ("volume", "crop"):
         main(Config(**small | {"name": statistics, "statistics": statistics, "steps": 2}))
@@ -196,7 +193,7 @@ def test_statistics_of_crops_and_of_volumes_train_differently(small, runs, monke
 
 
 def test_a_study_replaces_the_encoder_and_draws_subjects(small, runs, monkeypatch, capsys):
-    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    monkeypatch.setattr(finetuning, "report", lambda *_: {})
     build = partial(finetuning.build_model, wrap=ZeroedEncoder)
     main(Config(**small | {"steps": 2}), num_subjects=1, build=build)
     assert "1 cases to train on" in capsys.readouterr().out
@@ -206,11 +203,11 @@ def test_a_study_replaces_the_encoder_and_draws_subjects(small, runs, monkeypatc
 
 @pytest.mark.parametrize(
     ("freeze", "kept"),
-    [({"freeze": "encoder"}, True), ({"freeze": "decoder_first", "freeze_steps": 1}, False)],
-    ids=["encoder", "decoder_first"],
+    [({"freeze": "encoder"}, True), ({"freeze": 1}, False)],
+    ids=["for good", "one step"],
 )
 def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatch, freeze, kept):
-    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    monkeypatch.setattr(finetuning, "report", lambda *_: {})
     warm = {"scratch": False, "weights": tiny_weights, "steps": 2, "checkpointing": True}
     main(Config(**small | warm | freeze))
     stored, ended = load_file(tiny_weights), load_file(runs / "toy/last.safetensors")
@@ -236,9 +233,9 @@ def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatc
 def test_a_model_of_two_channels_is_plain_to_read(
     small, runs, two_channels, tiny_weights, monkeypatch, capsys, knobs
 ):
-    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *given: given[3])
+    monkeypatch.setattr(finetuning, "report", lambda *given: given[2])
     warm = {"scratch": False, "weights": tiny_weights, "data": str(two_channels), "steps": 2}
-    trained = main(Config(**small | warm | knobs))
+    trained = fine_tune(ArmConfig(**small | warm | knobs))
     image = Volume.load(two_channels / "imagesTr/case_0.nii.gz")
     read = Segmenter.from_pretrained(runs / "toy/last.safetensors")
     assert not any("lora" in name for name in read.model.state_dict())
@@ -250,20 +247,18 @@ def test_a_model_of_two_channels_is_plain_to_read(
 
 
 def test_the_encoder_of_a_shared_model_serves_as_weights(small, two_channels, tmp_path):
-    cfg = Config(**small | {"data": str(two_channels), "channels": "shared"})
-    card = make_card(cfg, read_dataset(two_channels))
-    network = made(cfg, card)[0]
+    cfg = ArmConfig(**small | {"data": str(two_channels), "channels": "shared"})
+    network, card = made(cfg, make_card(cfg, read_dataset(two_channels)))
     Segmenter(network, card).save(tmp_path / "shared.safetensors")
     taken = encoder("tiny", weights=tmp_path / "shared.safetensors")
     tensor = "blocks.3.attn.qkv.weight"
     assert torch.equal(taken.state_dict()[tensor], network.encoder.encoder.state_dict()[tensor])
 
 
-def test_an_encoder_with_bottlenecks_is_no_weights(small, toy_data, tiny_weights, tmp_path):
+def test_an_encoder_with_bottlenecks_cannot_be_weights(small, toy_data, tiny_weights, tmp_path):
     knobs = {"scratch": False, "weights": tiny_weights, "peft": "bottleneck"}
-    cfg = Config(**small | knobs)
-    card = make_card(cfg, read_dataset(toy_data))
-    network = made(cfg, card)[0]
+    cfg = ArmConfig(**small | knobs)
+    network, card = made(cfg, make_card(cfg, read_dataset(toy_data)))
     Segmenter(network, card).save(tmp_path / "narrow.safetensors")
     with pytest.raises(ValueError, match="bottleneck"):
         encoder("tiny", weights=tmp_path / "narrow.safetensors")
@@ -271,7 +266,8 @@ def test_an_encoder_with_bottlenecks_is_no_weights(small, toy_data, tiny_weights
 
 def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, tiny_weights):
     cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
-    model, start = made(cfg, make_card(cfg, read_dataset(toy_data)))
+    model, card = made(cfg, make_card(cfg, read_dataset(toy_data)))
+    start = card.training["start"]
     stored = load_file(tiny_weights)
     name = "blocks.3.attn.qkv.weight"
     assert torch.equal(model.encoder.state_dict()[name], stored[name])
@@ -283,21 +279,20 @@ def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, 
 def model_of_toys(small, toy_data, tmp_path):
     """A fine-tuned model of the toy data that was trained on case_0, and its card."""
     cfg = Config(**small)
-    card = make_card(cfg, read_dataset(toy_data))
-    network, start = made(cfg, card)
-    card = replace(card, training={**card.training, "start": start, "cases": ["case_0"]})
+    network, card = made(cfg, make_card(cfg, read_dataset(toy_data)))
+    card = replace(card, training={**card.training, "cases": ["case_0"]})
     Segmenter(network, card).save(tmp_path / "model.safetensors")
     return str(tmp_path / "model.safetensors"), card
 
 
-def test_training_goes_on_from_a_fine_tuned_model(small, model_of_toys):
+def test_training_continues_from_a_fine_tuned_model(small, model_of_toys):
     path, card = model_of_toys
     model, _ = made(Config(**small), card)
-    told, cases = init_from_checkpoint(model, card, path, ["case_1"])
+    origin, cases = init_from_checkpoint(model, card, path, ["case_1"])
     stored = load_file(path)
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
-    assert told["weights"] == "all values of the fine-tuned model.safetensors"
-    assert told["contamination"] == card.training["start"]["contamination"]
+    assert origin["weights"] == "all values of the fine-tuned model.safetensors"
+    assert origin["contamination"] == card.training["start"]["contamination"]
     assert cases == ("case_0",)
 
 
@@ -316,9 +311,7 @@ def test_what_an_earlier_model_was_trained_on_stays_known(small, model_of_toys, 
 
 def test_a_card_names_files_but_not_the_folders_they_lie_in(small, toy_data, tiny_weights):
     cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
-    card = make_card(cfg, read_dataset(toy_data))
-    _, start = made(cfg, card)
-    card = replace(card, training={**card.training, "start": start})
+    _, card = made(cfg, make_card(cfg, read_dataset(toy_data)))
     assert card.training["config"]["data"] == toy_data.name
     assert "tiny.safetensors" in json.dumps(card.to_dict())
     for folder in (toy_data.parent, Path(tiny_weights).parent):
@@ -397,7 +390,7 @@ def test_few_subjects_are_whole_subjects(small, toy_data, tmp_path, monkeypatch,
     for part in ("imagesTr", "labelsTr", "dataset.json"):
         (tmp_path / part).symlink_to(toy_data / part)
     (tmp_path / "splits.json").write_text(json.dumps(splits))
-    monkeypatch.setattr(finetune_unetr, "evaluate", lambda *_: {})
+    monkeypatch.setattr(finetuning, "report", lambda *_: {})
     main(Config(**small | {"data": str(tmp_path), "subjects": str(subjects)}), num_subjects=1)
     assert "Toy: 2 cases to train on, 2 to validate on" in capsys.readouterr().out
 
@@ -419,9 +412,9 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         ({"lr": 0.0}, "lr"),
         ({"overlap": 1.0}, "overlap"),
         ({"accumulate": 0}, "accumulate"),
-        ({"freeze": "decoder_first"}, "freeze_steps"),
-        ({"freeze": "decoder_first", "freeze_steps": 9, "steps": 9}, "freeze_steps"),
-        ({"freeze_steps": 9}, "freeze_steps"),
+        ({"freeze": -1}, "freeze"),
+        ({"freeze": "decoder"}, "freeze"),
+        ({"freeze": 9, "steps": 9}, "freeze"),
         ({"model": "basicunet", "freeze": "encoder"}, "basicunet"),
         ({"model": "basicunet", "checkpointing": True}, "basicunet"),
         ({"model": "basicunet", "channels": "shared"}, "basicunet"),
@@ -435,8 +428,9 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
     ids=str,
 )
 def test_knobs_out_of_range_are_refused_before_anything_is_read(knobs, named):
-    with pytest.raises(ValueError, match=named):
-        Config(name="toy", data="nowhere", **knobs)
+    with pytest.raises(ValueError, match=named) as refused:
+        config.build(ArmConfig, {"name": "toy", "data": "nowhere", **knobs})
+    assert "\n" not in str(refused.value)
 
 
 def test_the_preprocessing_is_the_weights_unless_overridden(small, toy_data, capsys):
