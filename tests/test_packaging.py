@@ -28,7 +28,15 @@ def shipped():
     """Every file that has to be in the wheel."""
     kinds = {
         "sammed3d_backbone": ("**/*",),
-        "recipes": ("*.py", "README.md", "configs/**/*.*", "layouts/*.*", "accelerate/*.*"),
+        "recipes": (
+            "*.py",
+            "studies/*.py",
+            "benchmarks/*.py",
+            "README.md",
+            "configs/**/*.*",
+            "layouts/*.*",
+            "accelerate/*.*",
+        ),
         "weights": ("*.py", "*.md", "*.safetensors", "SHA256SUMS"),
     }
     return {

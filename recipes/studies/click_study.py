@@ -157,7 +157,7 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
     _, path = locate(cfg.weights)
     note = refuse_trained(trained_cases(read(path)[1]), scored)
     trained = sam(cfg.variant, weights=cfg.weights)
-    spacing_mm = Predictor(trained).spacing_mm
+    preprocessing = Predictor(trained).preprocessing
     torch.manual_seed(cfg.seed)
     untrained = sam(
         cfg.variant,
@@ -176,7 +176,7 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
             "weights_sha256": content_sha256(network.state_dict()),
             "told": f"{clicks} clicks",
         }
-        return header, [(Predictor(network, clicks=clicks, spacing_mm=spacing_mm), scored)]
+        return header, [(Predictor(network, clicks=clicks, preprocessing=preprocessing), scored)]
 
     name = f"{cfg.variant}, {strip_directory(trained.pretrained_cfg.name)}"
     balls = {

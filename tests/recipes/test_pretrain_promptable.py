@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sammed3d_backbone.recipes import pretrain_promptable
@@ -80,6 +81,14 @@ NEXT = {  # what the configuration of the next `tiny` asks for
     "decay_steps": 1,
     "random_contrast": 0.5,
 }
+
+
+@pytest.fixture
+def other_precision():
+    """Lets a run choose its precision, which accelerate fixes for a whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow
@@ -224,7 +233,9 @@ def test_impossible_knobs_are_refused(small, changes, remedy):
 
 
 @pytest.mark.slow
-def test_the_configuration_for_a_gpu_runs_in_bfloat16_and_compiled(small, runs, monkeypatch):
+def test_the_configuration_for_a_gpu_runs_in_bfloat16_and_compiled(
+    small, runs, monkeypatch, other_precision
+):
     # The graph is traced and cut for the backward pass, but not turned into machine code.
     traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(nn.Module, "compile", traced)

@@ -64,7 +64,7 @@ def cfg(toy_data, runs, make_weights, tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """Names what is played, in order; `asked.limit` calls later, all is stopped."""
-    real = click_study.run
+    real = click_study.run_benchmark
 
     class Asked(list):
         limit = 10**6
@@ -77,7 +77,7 @@ def asked(monkeypatch):
         seen.append(journal.folder.name)
         real(model, rules, click_set, journal, tracks, progress=False)
 
-    monkeypatch.setattr(click_study, "run", noted)
+    monkeypatch.setattr(click_study, "run_benchmark", noted)
     return seen
 
 
