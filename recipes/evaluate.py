@@ -5,8 +5,8 @@
     python recipes/evaluate.py RUN                                         # the page again
 
 Dice, surface Dice and HD95 per class and case, on the grid of the files, into scores.csv,
-scores.json and report.html, with the curves and the cost of the run that a model lies in. Without
---fold or --split, all cases of the data set are scored.
+scores.json and report.html, with the curves and the cost of the run of the model.
+Without --fold or --split, all cases of the data set are scored.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def evaluate(args: argparse.Namespace) -> Path:
 
 
 def from_folder(folder: Path, ids: list[str]) -> tuple[Predict, dict[str, Any]]:
-    """Predictions that lie in a folder, and what can be said about them.
+    """Predictions of a folder, and their description for the report.
 
     Raises:
         FileNotFoundError: If cases have none; names them.
@@ -200,7 +200,7 @@ def from_model(
 
 
 def pretraining_statement(card: Card, dataset_name: str) -> str:
-    """Whether the weights that a model was fine-tuned from saw a data set."""
+    """Whether a data set was in the pretraining data of the weights that a model started from."""
     config = card.training.get("config", {})
     default = DEFAULT_WEIGHTS.get(card.encoder.get("variant", ""), "the first weights")
     name = config.get("weights") or default

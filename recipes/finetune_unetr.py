@@ -70,7 +70,7 @@ class Config:
     data: str  # folder of the data set, or its name below SAMMED3D_DATA
     layout: str | None = None  # YAML file that describes the folder, relative to recipes/
     subjects: str | None = None  # JSON file, case -> subject, relative to recipes/
-    fold: int = 0  # of splits.json or the published split; else of `folds` dealt by subject
+    fold: int = 0  # of splits.json or the published split; else of `folds` random ones by subject
     folds: PositiveInt = 5
     # Model
     model: str = "unetr"  # a name in adapters/registry.py, or basicunet: MONAI's, no encoder

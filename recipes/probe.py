@@ -1,15 +1,15 @@
-"""What frozen encoders know, block by block: random, trained from scratch and pretrained ones.
+"""Probe frozen encoders block by block: random, trained from scratch and pretrained ones.
 
     python recipes/probe.py recipes/configs/probe/hippocampus.yaml
     python recipes/probe.py recipes/configs/probe/hippocampus.yaml weights=FILE
 
 Simple classifiers (evaluation/probes.py) learn from voxels of the subjects whose labels a run of
-finetune_unetr.py was trained on, and name voxels of its validation subjects; the run's own encoder
-is the one trained from scratch. So no encoder has seen a label that its probe does not have, nor
-a subject that it is asked about. `placed` is the random one with sines and cosines as position
-table: what place alone tells. Encoders whose scores are there are skipped, unless their weights
-have changed. OUT gets runs.csv (a row per encoder), blocks.csv (intervals), scores.csv (a row per
-subject), table.md and figure.png after each.
+finetune_unetr.py was trained on, and classify voxels of its validation subjects; the run's own
+encoder is the one trained from scratch. So no encoder has seen a label that its probe does not
+have, nor a validation subject. `placed` is the random one with sines and cosines as position table:
+it shows what position alone gives. Encoders that have scores already are skipped, unless their
+weights have changed. OUT gets runs.csv (a row per encoder), blocks.csv (intervals), scores.csv (a
+row per subject), table.md and figure.png after each.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ COLOURS = {BASELINE: "#999999", "placed": "#009E73", "scratch": "#E69F00", "pret
 class Config:
     """The knobs."""
 
-    run: str  # of finetune_unetr.py with scratch=true, below SAMMED3D_RUNS
+    run: str  # name of a run of finetune_unetr.py with scratch=true, below SAMMED3D_RUNS
     weights: str | None = None  # file or name of the pretrained encoder; None: without it
     per_class: int = 100  # voxels of every class and case
     out: str = "studies/results/probe"  # folder of the results, relative to recipes/
-    threads: int = 0  # of the encoder; 0: all cores. OMP_NUM_THREADS rules the probes
-    seed: int = 0  # of the random encoder and of the voxels
+    threads: int = 0  # threads of the encoder; 0: all cores. OMP_NUM_THREADS sets those of probes
+    seed: int = 0  # seed of the random encoder and of the drawn voxels
 
 
 def main(cfg: Config) -> None:
@@ -69,7 +69,7 @@ def main(cfg: Config) -> None:
 
     Raises:
         FileNotFoundError: If the run is not there or has not ended.
-        ValueError: If the run did not begin at random.
+        ValueError: If the run did not start from random initialisation.
     """
     torch.set_num_threads(cfg.threads or cores())
     model = runs_folder() / cfg.run / "last.safetensors"
@@ -77,7 +77,7 @@ def main(cfg: Config) -> None:
         raise FileNotFoundError(f"no trained model at {model}; let the run end, or pass run=NAME")
     trained = config.load(finetune_unetr.Config, model.with_name("config.yaml"))
     if not trained.scratch:
-        raise ValueError(f"run {cfg.run} began at trained weights; pass one with scratch=true")
+        raise ValueError(f"run {cfg.run} started from trained weights; pass one with scratch=true")
     dataset, fold = finetune_unetr.choose_cases(trained)
     card = finetune_unetr.make_card(trained, dataset)
     torch.manual_seed(cfg.seed)
@@ -131,7 +131,7 @@ def main(cfg: Config) -> None:
 
 
 def contamination(record: Weights | None, dataset: str) -> str:
-    """Whether weights saw the data set before, without the place of their file."""
+    """Whether weights were trained on the data set, without the folder of their file."""
     if record is not None:
         record = replace(record, name=strip_directory(record.name))
     return str(seen_in_pretraining(record, dataset))
@@ -158,7 +158,7 @@ def voxels_of(
         found = token_maps(network, load_image(case), preprocessing, blocks=blocks)
         label = load_label(case)
         annotated = annotated_classes(case, dataset).tolist()
-        # Where an organ was not looked for, what is called background may be that organ.
+        # Where an organ is not annotated, a voxel of background may be that organ.
         known = [v for v, is_known in enumerate(annotated) if is_known and (v or all(annotated))]
         drawn = draw_voxels(label.array, known, cfg.per_class, rng)
         places = torch.from_numpy(apply_affine(np.linalg.inv(found.affine) @ label.affine, drawn))
@@ -247,7 +247,7 @@ def draw_figure(path: Path, about: pd.Series, intervals: Mapping[str, pd.DataFra
     figure = tables.new_figure(4 * len(PROBES), 4)
     figure.suptitle(
         f"{about['dataset']}: {about['bank']} labelled subjects in the bank, "
-        f"{about['asked']} others asked about",
+        f"{about['asked']} others to classify",
         fontsize=11,
     )
     panels = figure.subplots(1, len(PROBES), sharey=True)

@@ -57,7 +57,7 @@ def pair_problems(path: Path, volume: Volume, other_path: Path, other: Volume) -
 
 
 def shift_mm(volume: Volume, other: Volume) -> float:
-    """How far the corners of two volumes of one shape lie apart at most, along a world axis."""
+    """The largest distance between corners of two volumes of one shape, along a world axis."""
     corners = corner_voxels(volume.shape)
     return float(np.abs(corners @ volume.affine.T - corners @ other.affine.T).max())
 

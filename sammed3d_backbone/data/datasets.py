@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The cases of one folder and what their numbers mean."""
+    """The cases of one folder and the meaning of their label values."""
 
     name: str
     folder: Path
@@ -142,7 +142,7 @@ def few_subjects(dataset: Dataset, ids: Sequence[str], labels: int, seed: int) -
     )
     if not 1 <= labels <= len(subjects):
         raise ValueError(
-            f"labels={labels}: the fold has {len(subjects)} subjects to train on; give 1 to "
+            f"num_subjects={labels}: the fold has {len(subjects)} subjects to train on; give 1 to "
             f"{len(subjects)}, or null for all"
         )
     chosen = set(subjects[:labels])

@@ -1,4 +1,4 @@
-"""Where the voxels the network sees lie in the input volume, and the way back.
+"""The mapping from an input volume to the network's grid, and its inverse.
 
 A `Geometry` is planned once from shape, affine and wanted spacing. It reorients the axes towards
 R, A, S (exact: a permutation and flips), resamples, and pads or crops to a box; `invert` undoes all
@@ -7,6 +7,11 @@ three. Oblique volumes keep their oblique axes: nothing is straightened, so noth
 Grids: voxel centres lie at integer indices, and a grid of ``n`` voxels covers ``[-0.5, n - 0.5]``.
 Resampling keeps that extent, so the new spacing is ``n * spacing / n'`` for the whole number of
 voxels ``n'`` nearest to the wanted one; it is recorded as `spacing_mm` and the way back is exact.
+
+Why not MONAI's `Spacingd` and `Invertd`: labels go to the class with the largest linear share,
+for which `Spacingd` needs a one-hot channel per class; `invert_labels` brings back one class at a
+time, so that memory does not grow with their number, where `Invertd` inverts all channels at once;
+and the way back ends on the stored shape of the input, so its affine is kept and not recomputed.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ TripleMm = tuple[float, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """One volume's way to the network's grid and back.
+    """The mapping of one volume to the network's grid and back.
 
     Shapes:
         input: (..., X, Y, Z), the voxel order of the file.
@@ -124,7 +129,7 @@ class Geometry:
         return turned[tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)]
 
     def oriented_voxel(self, voxel: Triple) -> Triple:
-        """Where a voxel of the input lies in what `oriented` gives."""
+        """The index in the result of `oriented` of a voxel of the input."""
         x, y, z = (
             self.input_shape[axis] - 1 - voxel[axis] if flip else voxel[axis]
             for axis, flip in zip(self.axes, self.flips, strict=True)
@@ -203,7 +208,7 @@ class Geometry:
         return result[None]
 
     def to_box(self, resampled: Tensor, fill: float | Tensor = 0.0) -> Tensor:
-        """What lies in the box; voxels outside the volume are `fill`, one value or one per channel.
+        """The box; voxels outside the volume are `fill`, one value or one per channel.
 
         Shapes:
             resampled: (C, X', Y', Z') of `resampled_shape`.
@@ -340,7 +345,7 @@ def nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, 
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
     u, strength, vt = np.linalg.svd(affine[:3, :3] / np.where(zooms == 0, 1, zooms))
     if strength.min() < 1e-6:
-        raise ValueError("the affine leaves an axis without direction; correct the header")
+        raise ValueError("singular affine: an axis has no direction of its own; correct the header")
     directions = u @ vt  # (3, 3), column i: the unit vector of input axis i without shear
     named = []
     for order in itertools.permutations(range(3)):

@@ -23,7 +23,7 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one data set lies on disk and what its numbers mean."""
+    """The folder structure of one data set and the meaning of its label values."""
 
     name: str  # as a list of pretraining sets would name it
     channels: tuple[str, ...]
@@ -43,7 +43,9 @@ class Layout:
     def __post_init__(self) -> None:
         patterns = (*self.images, self.label)
         if missing := [pattern for pattern in patterns if "{case}" not in pattern]:
-            raise ValueError(f"{missing[0]!r} has no {{case}}; say where the id of a case stands")
+            raise ValueError(
+                f"{missing[0]!r} has no {{case}}; put {{case}} where the id of a case stands"
+            )
         if len(self.images) not in (1, len(self.channels)):
             raise ValueError(
                 f"{len(self.images)} patterns in images for {len(self.channels)} channels; give "

@@ -31,7 +31,7 @@ class PreparedCase:
     Shapes:
         image: (C, X', Y', Z') float32.
         label: (1, X', Y', Z') integers, 0 where the volume was padded.
-        annotated: (K,) bool; where it is False, the class was not looked for and may be anywhere.
+        annotated: (K,) bool; False where a class was not annotated, so that it may be anywhere.
     """
 
     case: Case
@@ -57,7 +57,7 @@ def load_image(case: Case) -> Volume:
 
 
 def load_label(case: Case) -> Volume:
-    """The label volume of a case: class numbers, whatever its files hold for them.
+    """The label volume of a case, with the values in its files mapped to class numbers.
 
     Raises:
         ValueError: If a file is unreadable.
@@ -83,7 +83,7 @@ def _numbered(case: Case, stored: Volume) -> Volume:
 
 
 def annotated_classes(case: Case, dataset: Dataset) -> Tensor:
-    """Which classes were looked for in a case, (K,) bool; background always is."""
+    """The classes that are annotated in a case, (K,) bool; background always is."""
     known = dataset.classes if case.annotated is None else case.annotated
     return torch.tensor([True, *(name in known for name in dataset.classes)])
 

@@ -1,7 +1,7 @@
 """The parts of a training loop that every recipe shares: schedule, seeds, log, checkpoints.
 
 Random numbers inside a step (drop path) are seeded by the number of the step, so that a run that
-was killed and resumed ends with the same bits as one that was not. `train` is a whole loop for
+was killed and resumed ends with the same bits as an uninterrupted one. `train` is a whole loop for
 recipes whose loss is one call; recipes/finetune_unetr.py writes its loop out.
 """
 
@@ -136,7 +136,7 @@ class Meter:
 
         Raises:
             FloatingPointError: If loss or gradient are not finite. An infinite norm clips a step to
-                nothing, so the run would go on without learning.
+                nothing, so the run would continue without learning.
         """
         step, schedule = self.progress.step, self.schedule
         if step % schedule.log_every and step != schedule.steps:

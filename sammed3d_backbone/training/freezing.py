@@ -1,11 +1,11 @@
-"""Parts of a network that do not learn, for good or for a while.
+"""Freezing of parts of a network, permanently or for the first steps.
 
-For good: frozen before the optimiser is made, which then leaves the part out. For a while: the
-optimiser holds the part from the start, and skips what has no gradient. That is why nothing is
-prepared again when the part joins, why AdamW gathers no moments from gradients of a decoder that
-knows nothing yet, and why a run that goes on needs to know the number of its step only. Between
-several processes, DDP then has to look for parameters without gradient
-(``find_unused_parameters``), which costs little beside the backward pass that is saved.
+A part that is frozen permanently is frozen before the optimiser is made, which then leaves it out.
+A part that is frozen for the first steps belongs to the optimiser from the start, which skips
+parameters without a gradient. So nothing is prepared again when the part joins, AdamW accumulates
+no moments from the gradients of an untrained decoder, and a resumed run needs only the number of
+its step. With several processes, DDP has to look for parameters without a gradient
+(``find_unused_parameters``), which costs little compared to the backward pass that is saved.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import nn
 
 
 def set_frozen(part: nn.Module, frozen: bool) -> None:
-    """Stops a part of a network from learning, or lets it learn.
+    """Freezes a part of a network, or makes it trainable again.
 
-    A frozen part is in evaluation mode whatever `.train()` says, of it or of a network around it:
-    drop path would go on otherwise. Copies of it are frozen too.
+    A frozen part stays in evaluation mode when `.train()` is called on it or on a network around
+    it, since drop path would be active otherwise. Copies of it are frozen too.
     """
     if frozen:
         part.eval()
@@ -30,5 +30,5 @@ def set_frozen(part: nn.Module, frozen: bool) -> None:
 
 
 def _stays(part: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001 (that of nn.Module)
-    """In place of a frozen part's `train`."""
+    """Replaces `train` of a frozen part."""
     return part

@@ -1,8 +1,8 @@
-"""The loss of semantic segmentation where a case may be annotated in part.
+"""The loss of semantic segmentation for partially annotated cases.
 
-A class that was not looked for is not background: it may be anywhere that no other class is. So its
-probability is added to the background's, and what is left is an ordinary Dice and cross-entropy
-over the classes that are known.
+A class that is not annotated in a case is not background there: it may be anywhere that no other
+class is. So its probability is added to that of the background, and the loss is an ordinary Dice
+and cross-entropy over the annotated classes.
 
 Source: the marginal loss of Shi et al., Marginal loss and exclusion loss for partially supervised
 multi-organ segmentation, Medical Image Analysis 70:101979, 2021.
@@ -25,7 +25,7 @@ def partial_dice_ce(
     depend on how cases are spread over batches and processes.
 
     Args:
-        foreground_weight: Of a labelled voxel in the cross-entropy, a voxel of background being 1.
+        foreground_weight: Weight of a labelled voxel in the cross-entropy; background has 1.
             Where structures are small, both parts of the loss hardly have a gradient inside them
             while their probability is near 0: Dice since softmax is flat there, cross-entropy
             since they are one voxel in a thousand. A weight keeps them from staying there.

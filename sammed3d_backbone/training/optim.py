@@ -1,8 +1,8 @@
 """AdamW with learning rates by layer or by part.
 
 The schedule gives one learning rate per step, and `set_lr` applies it with timm's ``lr_scale`` of
-each group (which only timm's own schedulers would do). There is no scheduler object, so there is
-no state to save and nothing that accelerate could step once too often.
+each group (which only timm's own schedulers would do). Without a scheduler object there is
+no state to save, and accelerate cannot step it once too often.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def layer_decayed(
 
     Args:
         model: With ``group_matcher`` and ``no_weight_decay`` as timm's models have them; without
-            them, all layers learn alike.
+            them, all layers have the same rate.
         layer_decay: Factor per block from the last to the first; 1 turns it off.
         weight_decay: Not applied to biases, norms and what the model's ``no_weight_decay`` names.
 
     Raises:
-        ValueError: If layer decay is asked of a model that does not say what its layers are.
+        ValueError: If layer decay is requested for a model without ``group_matcher``.
     """
     named: Any = model  # nn.Module lets any attribute be a tensor
     exempt = named.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -44,7 +44,7 @@ def layer_decayed(
         )
     else:
         raise ValueError(
-            f"{type(model).__name__} has no group_matcher, so its layers are not known; "
+            f"{type(model).__name__} has no group_matcher, which defines its layers; "
             "pass layer_decay=1"
         )
     return AdamW(groups, lr=0.0)
@@ -60,7 +60,7 @@ def part_scaled(
     """An optimiser over trainable parameters, each part of a network with its own learning rate.
 
     Args:
-        network: Of named parts.
+        network: A module whose children are the parts.
         scales: Name of a part -> factor on the learning rate; all parts have one.
         weight_decay: Not applied to biases, norms, embeddings and what a part's own
             ``no_weight_decay`` names.

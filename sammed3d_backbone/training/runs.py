@@ -192,7 +192,7 @@ class Run:
         return None
 
     def _entries(self) -> list[Path]:
-        """What lies in the folder of checkpoints."""
+        """The entries of the folder of checkpoints."""
         folder = self.folder / "checkpoints"
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
@@ -214,7 +214,7 @@ def open_run(
 
     Args:
         name: Name of the folder.
-        cfg: The configuration that is asked for now.
+        cfg: The configuration of this start.
         free: Keys that may differ from the earlier start, since no result depends on them.
         writes: Whether this process is the one of several that writes.
         say: Prints a line.
@@ -343,7 +343,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a checkpoint's own files, and its folder unless other files lie in it."""
+    """Removes a checkpoint's own files, and its folder unless it holds other files."""
     if not folder.is_dir() or folder.is_symlink():
         return
     for name in (INDEX, MODEL, OPTIMIZER, AVERAGE):
