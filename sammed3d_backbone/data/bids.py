@@ -50,7 +50,9 @@ def read_bids(folder: Path, problems: list[str]) -> Dataset:
     images = {path: _images(start) for path, start in starts.items()}
     channels = sorted({suffix for found in images.values() for suffix in found})
     if not channels:
-        problems.append(f"no image beside {files[0].relative_to(pipeline)} in {folder}; add it")
+        problems.append(
+            f"no image lies beside {files[0].relative_to(pipeline)} in {folder}; add it"
+        )
     return Dataset(
         name=str(info.get("Name", folder.name)),
         folder=folder,
