@@ -59,13 +59,15 @@ def _run_info(args: argparse.Namespace) -> int:
     return 0
 
 
-def opened_weights(weights: str) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
+def opened_weights(
+    weights: str, *, check_hash: bool = True
+) -> "tuple[Weights, dict[str, Tensor], dict[str, str]]":
     """The record, tensors and metadata of a file, the record as complete as the file makes it."""
     from sammed3d_backbone.loading.hub import sha256_of
     from sammed3d_backbone.loading.opening import open_weights
     from sammed3d_backbone.loading.stored_sizes import variant_of
 
-    record, path, tensors, metadata = open_weights(weights)
+    record, path, tensors, metadata = open_weights(weights, check_hash=check_hash)
     if record.sha256 is None:
         record = dataclasses.replace(record, sha256=sha256_of(path))
     if record.variant is None:
@@ -94,7 +96,10 @@ def add_convert(commands: "Commands") -> None:
     parser = commands.add_parser(
         "convert",
         help="write a checkpoint as safetensors",
-        description="Names, number formats and values stay exactly as they are.",
+        description=(
+            "Names, number formats and values stay exactly as they are. A file whose values are "
+            "not finite, or do not fit its own content_sha256, is refused."
+        ),
     )
     parser.add_argument("source", metavar="FILE.pth", help="or a name, which is downloaded")
     parser.add_argument("target", metavar="OUT.safetensors", type=Path)
@@ -105,11 +110,13 @@ def add_convert(commands: "Commands") -> None:
 def _run_convert(args: argparse.Namespace) -> int:
     from sammed3d_backbone import __version__
     from sammed3d_backbone.loading.checkpoint import write
+    from sammed3d_backbone.loading.fitting import require_finite
     from sammed3d_backbone.loading.registry import to_metadata
 
     if args.target.exists() and not args.force:  # before reading hundreds of megabytes
         raise FileExistsError(f"{args.target} exists; choose another name, or pass --force")
     record, tensors, metadata = opened_weights(args.source)
+    require_finite(tensors, args.source)
     facts = {key: value for key, value in metadata.items() if key != "content_sha256"}
     entries = {
         **facts,
@@ -143,7 +150,7 @@ def _run_verify(args: argparse.Namespace) -> int:
     from sammed3d_backbone.loading.inflation import is_2d
     from sammed3d_backbone.loading.opening import CARD_KEY
 
-    record, tensors, metadata = opened_weights(args.file)
+    record, tensors, metadata = opened_weights(args.file, check_hash=False)
     findings = [hash_finding(record)]
     if "content_sha256" in metadata:
         intact = content_sha256(tensors) == metadata["content_sha256"]

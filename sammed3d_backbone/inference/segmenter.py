@@ -29,7 +29,7 @@ from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.hub import model_card, upload
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import encoder
-from sammed3d_backbone.loading.fitting import part_of
+from sammed3d_backbone.loading.fitting import part_of, require_finite, require_float
 from sammed3d_backbone.loading.hub import WEIGHTS_FILE, WEIGHTS_SUFFIXES, locate
 from sammed3d_backbone.loading.opening import CARD_KEY, MODEL_ENCODER
 from sammed3d_backbone.loading.stored_sizes import encoder_like
@@ -71,7 +71,8 @@ class Segmenter:
             FileNotFoundError: If there is no such file.
             PermissionError: If the Hub asks for a token or for acceptance of terms.
             ConnectionError: If a download failed.
-            ValueError: If the file is not a fine-tuned model, or its tensors do not fit its card.
+            ValueError: If the file is not a fine-tuned model, its tensors do not fit its card or
+                its content_sha256, or are not finite floating-point numbers.
         """
         path, config = _files(source, weights_file)
         tensors, metadata = read(path)
@@ -82,6 +83,10 @@ class Segmenter:
             )
         card = Card.from_json(metadata[CARD_KEY] if config is None else config)
         model = build_network(card, tensors)
+        for name, own in model.state_dict().items():
+            if own.is_floating_point() and name in tensors:
+                require_float(name, tensors[name], str(source))
+        require_finite(tensors, str(source))
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:

@@ -67,7 +67,9 @@ _PLAIN_GLOBALS = (
 _ALLOWING = threading.Lock()
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(
+    path: str | os.PathLike[str], *, check_hash: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a weights file by name, and what the file says about itself.
 
     Wrapper prefixes (`module.`) are removed; everything else keeps its name, number format and
@@ -75,6 +77,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
 
     Args:
         path: A .safetensors file, or one written by `torch.save`.
+        check_hash: Refuse tensors that do not fit the "content_sha256" of the file's metadata.
 
     Returns:
         Tensors on the CPU, and the file's metadata; its entry "layout" says in which form the
@@ -101,6 +104,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str
         tensors, metadata, layout = _read_torch(path, start)
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; is it the right file?")
+    if check_hash and metadata.get("content_sha256") not in (None, content_sha256(tensors)):
+        raise CheckpointError(
+            f"{path} was altered since it was written: its tensors do not fit its content_sha256; "
+            "copy or download it again"
+        )
     tensors, wrappers = _unwrapped(tensors)
     parts = [layout, *(f"prefix {wrapper!r} removed" for wrapper in wrappers), _extent(tensors)]
     return tensors, {**metadata, "layout": ", ".join(parts)}

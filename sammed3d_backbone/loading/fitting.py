@@ -144,13 +144,35 @@ def fit(
             f"{source} does not fit the network: {len(misshapen)} tensors have other shapes "
             f"({abbreviated(misshapen)}); choose the variant and img_size that the file belongs to"
         )
-    non_finite = [name for name, t in fitted.items() if not bool(torch.isfinite(t).all())]
+    require_finite(fitted, source)
+    return fitted, dataclasses.replace(report, adapted=tuple(adapted))
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Checks that no tensor holds NaN or infinity.
+
+    Raises:
+        CheckpointError: If one does.
+    """
+    non_finite = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
     if non_finite:
         raise CheckpointError(
             f"{source} holds non-finite values in {abbreviated(non_finite)}; the run that wrote it "
             "had diverged: use an earlier checkpoint, or download the file again"
         )
-    return fitted, dataclasses.replace(report, adapted=tuple(adapted))
+
+
+def require_float(name: str, tensor: Tensor, source: str) -> None:
+    """Checks that a tensor has a floating-point type of at least 16 bits.
+
+    Raises:
+        CheckpointError: If it has another type.
+    """
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise CheckpointError(
+            f"{source} holds {name} as {tensor.dtype}, expected a floating-point type; "
+            "save the network in float32"
+        )
 
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -176,11 +198,7 @@ def _taken(
 def _as_float32(name: str, tensor: Tensor, source: str) -> tuple[Tensor, list[Change]]:
     if tensor.dtype == torch.float32:
         return tensor, []
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float64):
-        raise CheckpointError(
-            f"{source} holds {name} as {tensor.dtype}, expected a floating-point type; "
-            "save the network in float32"
-        )
+    require_float(name, tensor, source)
     rule = "rounded" if tensor.dtype == torch.float64 else "widened without loss"
     return tensor.float(), [Change(name, str(tensor.dtype), "torch.float32", rule)]
 

@@ -36,6 +36,7 @@ def open_weights(
     *,
     variant: str | None = None,
     call: str = "encoder",
+    check_hash: bool = True,
 ) -> OpenedWeights:
     """Finds and reads weights once; arguments and errors are those of `hub.locate`.
 
@@ -44,12 +45,13 @@ def open_weights(
         weights_file: File in a Hub repository.
         variant: Refuse weights that the table lists for another variant, before a download.
         call: Name of the function to call with the right variant, for the error.
+        check_hash: As for `checkpoint.read`.
     """
     record, path = resolve(weights, weights_file)
     if variant is not None:
         _require_variant(record, variant, call)
     path = path or fetch(record)
-    tensors, metadata = read(path)
+    tensors, metadata = read(path, check_hash=check_hash)
     return OpenedWeights(from_metadata(record, metadata), path, tensors, metadata)
 
 

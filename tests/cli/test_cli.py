@@ -190,6 +190,16 @@ def test_one_altered_value_in_a_converted_file_fails(tmp_path, checkpoint, capsy
     capsys.readouterr()
     assert main(["verify", str(target)]) == 1
     assert ["WRONG", "content altered since written"] in verdicts(capsys)
+    assert main(["convert", str(target), str(tmp_path / "again.safetensors")]) == 2
+    assert "content_sha256" in capsys.readouterr().err
+    assert not (tmp_path / "again.safetensors").exists()
+
+
+def test_convert_refuses_values_that_are_not_finite(tmp_path, capsys):
+    torch.save({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "a.pth")
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "out.safetensors")]) == 2
+    assert "non-finite" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize(

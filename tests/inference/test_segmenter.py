@@ -15,7 +15,7 @@ from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter, build_network
-from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.opening import CARD_KEY
 
@@ -111,6 +111,36 @@ def test_a_file_whose_position_table_is_not_its_cards_is_refused(tmp_path, segme
     Segmenter(segmenter.model, described).save(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="pos_embed"):
         Segmenter.from_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "token"),
+    [
+        (lambda t: t.fill_(float("nan")), "non-finite"),
+        (lambda t: t.to(torch.int8), "int8"),
+        (lambda t: t.to(torch.complex64), "complex64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "float8"),
+    ],
+    ids=["nan", "int8", "complex", "fp8"],
+)
+def test_a_model_with_other_values_than_numbers_is_refused(tmp_path, segmenter, damage, token):
+    segmenter.save(tmp_path / "model.safetensors")
+    tensors, metadata = read(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("norm1.weight"))
+    tensors[name] = damage(tensors[name])
+    write(tmp_path / "model.safetensors", tensors, metadata, overwrite=True)
+    with pytest.raises(ValueError, match=token):
+        Segmenter.from_pretrained(tmp_path / "model.safetensors")
+
+
+def test_a_model_with_a_flipped_bit_is_refused(tmp_path, segmenter):
+    path = tmp_path / "model.safetensors"
+    segmenter.save(path)
+    content = bytearray(path.read_bytes())
+    content[-4001] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="content_sha256"):
+        Segmenter.from_pretrained(path)
 
 
 def test_a_file_can_be_written_over(tmp_path, segmenter):
