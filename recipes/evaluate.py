@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sammed3d_backbone import console
 from sammed3d_backbone.data.datasets import (
     Case,
     Dataset,
@@ -76,10 +77,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: evaluation/ beside the source")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    try:
+
+    def body() -> None:
         print(remake(Path(args.source), args.baseline) if args.data is None else evaluate(args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+
+    if code := console.run_program(body, "evaluate"):
+        sys.exit(code)
 
 
 def remake(run: Path, baseline: Path | None) -> Path:

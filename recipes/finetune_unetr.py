@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from sammed3d_backbone import config
+from sammed3d_backbone import config, console
 from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
@@ -332,8 +332,5 @@ def make_model(
 
 
 if __name__ == "__main__":
-    try:
-        cfg, flags = config.parse(Config, description=__doc__, flags={"dry_run": DRY_RUN})
-        main(cfg, **flags)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    cfg, flags = config.parse(Config, description=__doc__, flags={"dry_run": DRY_RUN})
+    sys.exit(console.run_program(lambda: main(cfg, **flags), "finetune_unetr"))

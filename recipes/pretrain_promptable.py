@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from sammed3d_backbone import config, sam
+from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.cases import ClickCase, read_click_set
 from sammed3d_backbone.data.datasets import few_subjects, read_fold
 from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
@@ -563,8 +563,5 @@ def save_weights(
 
 
 if __name__ == "__main__":
-    try:
-        cfg, _ = config.parse(Config, description=__doc__)
-        main(cfg)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    cfg, _ = config.parse(Config, description=__doc__)
+    sys.exit(console.run_program(lambda: main(cfg), "pretrain_promptable"))

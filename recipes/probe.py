@@ -30,7 +30,7 @@ from sammed3d_backbone.recipes import finetune_unetr
 from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
 
-from sammed3d_backbone import config, encoder
+from sammed3d_backbone import config, console, encoder
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.data.preparation import annotated_classes, load_image, load_label
@@ -267,8 +267,5 @@ def draw_figure(path: Path, about: pd.Series, intervals: Mapping[str, pd.DataFra
 
 
 if __name__ == "__main__":
-    try:
-        cfg, _ = config.parse(Config, description=__doc__)
-        main(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cfg, _ = config.parse(Config, description=__doc__)
+    sys.exit(console.run_program(lambda: main(cfg), "probe"))

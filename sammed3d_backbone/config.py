@@ -15,12 +15,15 @@ import hashlib
 import inspect
 import json
 import re
+import reprlib
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
+
+from sammed3d_backbone.console import shortened
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -63,8 +66,8 @@ def parse(
     try:
         configuration = load(cls, args.config, args.overrides)
         return configuration, {name: getattr(args, name) for name in flags or {}}
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+    except (ValueError, FileNotFoundError, RecursionError) as error:
+        parser.error(shortened(str(error)))
 
 
 def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
@@ -129,7 +132,7 @@ def build(cls: type[C], values: Mapping[str, Any]) -> C:
             needed = needed.replace("Input should be", "give").replace("give g", "give a number g")
             needed = needed.replace("give l", "give a number l").replace("or give", "or")
             kind = inspect.formatannotation(typing.get_type_hints(cls)[key])
-            raise ValueError(f"{key}={value!r}: {needed}, the type is {kind}") from None
+            raise ValueError(f"{key}={reprlib.repr(value)}: {needed}, the type is {kind}") from None
     return cls(**fitted)
 
 
@@ -159,7 +162,13 @@ def differences(
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain scalars as YAML 1.2 does."""
+    """Reads plain scalars as YAML 1.2 does, and no aliases, whose content can grow without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuses an alias; a flat configuration needs none."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -36,7 +36,8 @@ PUBLIC = {
 # a dotted name stands for one module of a part.
 MAY_IMPORT = {
     "models": set(),
-    "config": set(),
+    "config": {"console"},
+    "console": set(),
     "files": set(),
     "provenance": set(),
     "data": {"config", "files"},

@@ -140,3 +140,10 @@ def test_a_digest_stands_for_the_values_that_count():
     assert one == config.digest(Knobs("b"), leave_out=("name",))
     assert one != config.digest(Knobs("a"))
     assert one != config.digest(Knobs("a", steps=11), leave_out=("name",))
+
+
+def test_aliases_which_could_grow_without_end_are_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("a: &a [x, x]\nb: [*a, *a]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="aliases"):
+        config.load(object, path)

@@ -7,10 +7,10 @@ that could not run.
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sammed3d_backbone import console
 from sammed3d_backbone.cli import clicks, curation, models, prompts, selftest, serve, weights
 
 if TYPE_CHECKING:
@@ -48,8 +48,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(format="sammed3d: %(message)s")
-    try:
-        return int(args.run(args))
-    except (ValueError, OSError) as error:
-        print(f"sammed3d: error: {error}", file=sys.stderr)
-        return 2
+    return console.run_program(lambda: args.run(args), "sammed3d")

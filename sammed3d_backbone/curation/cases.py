@@ -33,6 +33,7 @@ from sammed3d_backbone.curation.sides import (
 from sammed3d_backbone.curation.sources import RawCase
 from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, shift_mm
 from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import SUFFIXES, Volume
 from sammed3d_backbone.files import inside, write_json
@@ -110,10 +111,10 @@ def open_grid(case: Case) -> Volume:
         ValueError: If the image cannot be used; says what to do.
     """
     image = load_image(case)
-    if endless := image.array.size - int(np.isfinite(image.array).sum()):
-        raise ValueError(
-            f"{case.images[0]}: holds NaN or infinity in {endless} voxels; replace those voxels"
-        )
+    try:
+        value_range(image.array)
+    except ValueError as error:
+        raise ValueError(f"{case.images[0]}: {error}") from None
     return dataclasses.replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
 
 

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sammed3d_backbone.data.limits import require_size
+
 Triple = tuple[int, int, int]
 TripleMm = tuple[float, float, float]
 
@@ -67,7 +69,8 @@ class Geometry:
             min_shape: The box is padded on both sides to at least these voxels.
 
         Raises:
-            ValueError: If the wanted spacing is not positive, or the affine flattens space.
+            ValueError: If the wanted spacing is not positive, the affine flattens space, or the
+                grid would be too large.
         """
         axes, flips = nearest_ras(affine)
         oriented_shape = tuple(shape[axis] for axis in axes)
@@ -93,9 +96,11 @@ class Geometry:
             box_start=(0, 0, 0),
             box_shape=_triple(resampled),
         )
+        require_size(plain.resampled_shape, effective)
         if min_shape is None:
             return plain
         box = tuple(max(n, m) for n, m in zip(resampled, min_shape, strict=True))
+        require_size(box, effective)
         start = tuple(-((b - n) // 2) for n, b in zip(resampled, box, strict=True))
         return plain.boxed(_triple(start), _triple(box))
 

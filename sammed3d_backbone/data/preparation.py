@@ -143,7 +143,10 @@ def _prepare(
     if opened is None:
         return problems, None
     image, label = opened
-    x, geometry = preprocessing.image(image)
+    try:
+        x, geometry = preprocessing.image(image)
+    except ValueError as error:
+        return [f"{case.images[0]}: {error}"], None
     y = geometry.to_box(geometry.resample_labels(label.array))
     if kept is not None:
         write_prepared(kept, x, y)
@@ -163,8 +166,6 @@ def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume
             problems += pair_problems(path, stored, case.images[0], image)
     except (ValueError, FileNotFoundError) as error:
         return [*problems, str(error)], None
-    if not np.isfinite(image.array).all():
-        problems.append(f"{case.images[0]}: non-finite voxels; replace them")
     if image.channels != len(dataset.channels):
         problems.append(
             f"{case.images[0]}: {image.channels} channels, but {len(dataset.channels)} are named "

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
 from sammed3d_backbone.data.intensity import MODES, normalise
+from sammed3d_backbone.data.limits import require_spacing, value_range
 
 if TYPE_CHECKING:
     from sammed3d_backbone.data.volume import Volume  # needs nibabel, which loading does without
@@ -58,6 +58,8 @@ class Preprocessing:
                 f"spacing_mm={self.spacing_mm}: expected three positive numbers, or null to keep "
                 "the spacing of each scan"
             )
+        if self.spacing_mm is not None:
+            require_spacing(self.spacing_mm)
         unknown = sorted({*self.intensity.values()} - {*MODES})
         if unknown or DEFAULT not in self.intensity:
             raise ValueError(
@@ -107,11 +109,11 @@ class Preprocessing:
             returns: (C, X', Y', Z') float32, axes towards R, A, S.
 
         Raises:
-            ValueError: If a voxel is not finite, or the network does not know the modality.
+            ValueError: If a voxel is not finite, all are alike, the grid would be too large, or the
+                network does not know the modality.
         """
         mode = self.intensity_mode(modality)
-        if count := volume.array.size - int(np.isfinite(volume.array).sum()):
-            raise ValueError(f"the volume has {count} non-finite voxels; replace those voxels")
+        value_range(volume.array)
         plain = Geometry.plan(volume.shape, volume.affine, self.spacing_mm)
         x, y, z = (
             max(side, -(-n // multiple_of) * multiple_of)

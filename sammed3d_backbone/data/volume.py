@@ -7,11 +7,13 @@ resample or normalise; that is `geometry` and `intensity`.
 from __future__ import annotations
 
 import gzip
+import io
 import math
+import struct
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
@@ -20,9 +22,14 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
+from sammed3d_backbone.data.limits import require_spacing
 from sammed3d_backbone.files import atomic_path
 
 SUFFIXES = (".nii", ".nii.gz")
+MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # of the header's xyzt_units
+CHUNK_BYTES = 2**24
+SPARE_BYTES = 2**24  # bytes behind the voxels that are tolerated
+MAX_BYTES = 2**36
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +61,7 @@ class Volume:
             raise ValueError(
                 "the affine is singular, so voxels have no place in the body; correct the header"
             )
+        require_spacing(self.spacing_mm)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -90,13 +98,11 @@ class Volume:
             raise FileNotFoundError(f"no file at {path}; check the path")
         require_nifti_name(path)
         try:
-            content = path.read_bytes()
-            if path.suffix == ".gz":
-                content = gzip.decompress(content)  # all of it, so that its checksum is compared
+            with path.open("rb") if path.suffix == ".nii" else gzip.open(path) as file:
+                content = _read(path, file)
             kind = nib.Nifti2Image if content[4:7] == b"n+2" else nib.Nifti1Image
             image = kind.from_bytes(content)
             _require_one_number_per_voxel(path, image.get_data_dtype())
-            _require_room(path, image, len(content))
             array = np.asarray(image.dataobj, dtype=np.float32)
         except (
             WrapStructError,
@@ -104,6 +110,7 @@ class Volume:
             ImageFileError,
             EOFError,
             OSError,
+            OverflowError,
             zlib.error,
         ) as error:
             reason = str(error).replace("\n", " ")
@@ -114,10 +121,16 @@ class Volume:
             array = array[..., 0]
         if array.ndim == 4:
             array = np.moveaxis(array, -1, 0)  # (C, X, Y, Z)
+        header, affine = image.header.copy(), np.asarray(image.affine, dtype=np.float64)
+        unit, of_time = header.get_xyzt_units()
+        if unit in MM_PER_UNIT:
+            affine[:3] *= MM_PER_UNIT[unit]
+            header.set_xyzt_units("mm", of_time)
         try:
-            return cls(array, np.asarray(image.affine, dtype=np.float64), image.header.copy())
+            return cls(array, affine, header)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            named = f" (its header gives {unit}s)" if unit in MM_PER_UNIT else ""
+            raise ValueError(f"{path}: {error}{named}") from None
 
     def save(self, path: str | Path) -> None:
         """Writes the volume; the file is complete or not there, whatever happens in between.
@@ -159,14 +172,37 @@ def _require_one_number_per_voxel(path: Path, dtype: np.dtype[Any]) -> None:
         )
 
 
-def _require_room(path: Path, image: nib.Nifti1Image, n_bytes: int) -> None:
-    """Refuses a header whose voxels the file cannot hold, before memory is allocated."""
-    needed = math.prod(image.shape) * image.get_data_dtype().itemsize
-    if min(image.shape) < 1 or needed > n_bytes:
+def _read(path: Path, file: IO[bytes] | gzip.GzipFile) -> bytes:
+    """The bytes of a NIfTI file, unpacked only as far as its header says that there are voxels.
+
+    A single file begins with at least 352 (NIfTI-2: 544) bytes of header. Writers that leave
+    vox_offset at 0 mean that place; read literally, the header would become voxels.
+    """
+    content = bytearray(file.read(544))
+    is_second = content[4:7] == b"n+2"
+    kind = nib.Nifti2Header if is_second else nib.Nifti1Header
+    header = kind.from_fileobj(io.BytesIO(content))
+    first, given = 544 if is_second else 352, float(header["vox_offset"])
+    if not given >= first:
+        if any(content[first - 4 : first - 3]):
+            raise ValueError(f"{path} has vox_offset {given:g} and extensions; convert it again")
+        place, form = (168, "q") if is_second else (108, "f")
+        struct.pack_into(f"{header.endianness}{form}", content, place, first)
+        given = first
+    shape = header.get_data_shape()
+    needed = math.prod(shape) * header.get_data_dtype().itemsize
+    if not shape or min(shape) < 1 or needed + given > MAX_BYTES:
+        raise ValueError(f"{path} claims {shape} voxels in its header; copy or convert it again")
+    size = int(given) + needed
+    while len(content) < size + SPARE_BYTES and (more := file.read(CHUNK_BYTES)):
+        content += more  # to the end, so that gzip compares its checksum
+    if not size <= len(content) < size + SPARE_BYTES:
         raise ValueError(
-            f"{path} cannot hold in {n_bytes} bytes the {image.shape} voxels that its header "
-            "claims; copy or convert it again"
+            f"{path} does not hold the {shape} voxels that its header claims: {size:,} bytes are "
+            f"needed, {len(content):,} {'or more ' * (len(content) > size)}are there; copy or "
+            "convert it again"
         )
+    return bytes(content)
 
 
 def require_nifti_name(path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sammed3d_backbone.data.geometry import Triple
+from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.regions import corner_voxels
 from sammed3d_backbone.data.volume import Volume
@@ -128,19 +129,10 @@ def validate_volume(
     volume = _one_channel(volume, channel, source)
     if volume.array.dtype.kind not in "iuf":
         raise TypeError(f"{source}expected a real-valued volume, got dtype {volume.array.dtype}")
-    spacing = volume.spacing_mm
-    if min(spacing) < 0.01 or max(spacing) > 100:
-        raise ValueError(
-            f"{source}implausible spacing {tuple(round(s, 6) for s in spacing)} mm: the header may "
-            "use metres or micrometres; correct its affine"
-        )
-    low, high = float(volume.array.min()), float(volume.array.max())
-    if not np.isfinite([low, high]).all():
-        non_finite = volume.array.size - int(np.isfinite(volume.array).sum())
-        raise ValueError(f"{source}{non_finite} voxels are NaN or infinite; replace them")
-    if low == high:
-        raise ValueError(f"{source}all voxels have the value {low:g}; check the file")
-    return ValidatedVolume(volume, low, high)
+    try:
+        return ValidatedVolume(volume, *value_range(volume.array))
+    except ValueError as error:
+        raise ValueError(f"{source}{error}") from None
 
 
 def _one_channel(volume: Volume, channel: int | None, source: str) -> Volume:

@@ -31,6 +31,7 @@ from sammed3d_backbone.training.runs import open_run
 
 CLASSES = ("head", "tail")
 SHAPE = (12, 10, 9)
+RAMP = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)  # an image with contrast
 KNOBS = {
     "name": "toy",
     "data": "data",
@@ -195,7 +196,7 @@ def _two_channels(place: Workplace) -> None:
     for i in range(3):
         place.label(i, place.labels())
         for channel in range(2):
-            place.nifti(f"imagesTr/case_{i}_{channel:04d}.nii.gz", np.ones(SHAPE, np.float32))
+            place.nifti(f"imagesTr/case_{i}_{channel:04d}.nii.gz", RAMP)
     (place.data / "imagesTr/case_1_0001.nii.gz").unlink()
     place.json(
         "dataset.json",
@@ -265,7 +266,7 @@ def _bids(place: Workplace) -> None:
     """The data set as BIDS, without names for its labels."""
     shutil.rmtree(place.data)
     for i in range(3):
-        place.nifti(f"sub-{i}/anat/sub-{i}_T1w.nii.gz", np.ones(SHAPE, np.float32))
+        place.nifti(f"sub-{i}/anat/sub-{i}_T1w.nii.gz", RAMP)
         place.nifti(f"derivatives/manual/sub-{i}/anat/sub-{i}_dseg.nii.gz", place.labels())
     place.json("dataset_description.json", {"Name": "Toy"})
 

@@ -67,7 +67,7 @@ def test_every_mask_has_a_verdict_of_its_own(curated, tmp_path):
 def test_a_mask_in_a_mostly_empty_volume_goes_in_the_paper_preset_only(curated, tmp_path):
     array = np.zeros((60, 60, 60), np.uint8)
     array[:10, :10, :10] = 1
-    image = np.zeros(array.shape, np.float32)
+    image = array.astype(np.float32)
     assert curated({1: "liver"}, block())["liver"]["verdict"] == "kept"
     Volume(array, np.diag([2.0, 2, 2, 1])).save(tmp_path / "raw/set/one_seg.nii.gz")
     Volume(image, np.diag([2.0, 2, 2, 1])).save(tmp_path / "raw/set/one.nii.gz")
@@ -166,7 +166,7 @@ def test_an_image_that_cannot_be_used_is_refused_with_a_record(curated, tmp_path
     curated({1: "liver"}, block())
     image = np.full(SHAPE, np.nan, np.float32)
     write_volume("raw/set/one.nii.gz", image, affine=np.diag([2.0, 2.0, 2.0, 1.0]))
-    assert refusal(tmp_path).endswith("holds NaN or infinity in 23040 voxels; replace those voxels")
+    assert "non-finite" in refusal(tmp_path)
     (tmp_path / "raw/set/one.nii.gz").write_bytes(b"no image")
     assert refusal(tmp_path).endswith("copy or convert it again")
 

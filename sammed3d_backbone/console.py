@@ -1,0 +1,66 @@
+"""What a user of a shell sees when a command or a recipe ends early: one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+DEBUG_VARIABLE = "SAMMED3D_DEBUG"
+MAX_CHARACTERS = 500  # of one line of a message: messages repeat input, which has any length
+MAX_LINES = 100
+EXPECTED = (ValueError, OSError, FloatingPointError)  # what the package raises on purpose
+
+
+def run_program(call: Callable[[], object], name: str) -> int:
+    """Calls a program's body and turns whatever it raises into a line on standard error.
+
+    With ``SAMMED3D_DEBUG=1`` exceptions pass through, so that Python prints their traceback.
+
+    Args:
+        call: The body; an int that it returns is the exit code.
+        name: Of the program, for the line.
+
+    Returns:
+        The exit code: 2 after an error, 130 after Ctrl-C.
+    """
+    try:
+        code = call()
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        _say(f"{name}: interrupted")
+        return 130
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        text = shortened(str(error))
+        if not isinstance(error, EXPECTED):
+            text = (
+                f"{type(error).__name__}: {text.strip() or 'no message'}; this was not foreseen: "
+                f"check the input, or set {DEBUG_VARIABLE}=1 and report the traceback"
+            ).replace("\n", " ")
+        _say(f"{name}: error: {text}")
+        return 2
+
+
+def shortened(text: str) -> str:
+    """A message with long lines and many lines cut, which says how much is left out."""
+    lines = text.splitlines() or [""]
+    cut = [
+        line
+        if len(line) <= MAX_CHARACTERS
+        else f"{line[: MAX_CHARACTERS // 2]} [... {len(line) - MAX_CHARACTERS} characters ...] "
+        f"{line[-MAX_CHARACTERS // 2 :]}"
+        for line in lines[:MAX_LINES]
+    ]
+    if len(lines) > MAX_LINES:
+        cut.append(f"  ... and {len(lines) - MAX_LINES} more lines")
+    return "\n".join(cut)
+
+
+def _say(text: str) -> None:
+    """Prints to standard error, whatever its encoding."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
