@@ -51,16 +51,23 @@ def add_curate(commands: "Commands") -> None:
 def _run_curate(args: argparse.Namespace) -> int:
     from sammed3d_backbone.curation.report import VERDICTS, write_curation_report
     from sammed3d_backbone.curation.rules import preset
-    from sammed3d_backbone.curation.runs import Workers, curate
+    from sammed3d_backbone.curation.runs import curate
     from sammed3d_backbone.data.layouts import read_layout
     from sammed3d_backbone.provenance import provenance
 
     rules = preset(args.preset)
     if args.min_side_mm is not None:
         rules = dataclasses.replace(rules, min_side_mm=args.min_side_mm)
-    workers = Workers(args.backend, args.jobs, args.scheduler)
     layout = None if args.layout is None else read_layout(args.layout)
-    raw_sets, decisions = curate(args.raw, args.out, rules, workers, layout=layout)
+    raw_sets, decisions = curate(
+        args.raw,
+        args.out,
+        rules,
+        jobs=args.jobs,
+        backend=args.backend,
+        scheduler=args.scheduler,
+        layout=layout,
+    )
     asked = ["sammed3d", "curate", args.raw, args.out, "--preset", args.preset]
     asked += [] if args.min_side_mm is None else ["--min-side-mm", args.min_side_mm]
     asked += [] if args.layout is None else ["--layout", args.layout]

@@ -1,16 +1,15 @@
-"""A benchmark for anything that turns clicks into masks: one click after another, and how good.
+"""A benchmark of models that segment by clicks.
 
-`cases` says which objects of which volumes are asked for, `protocol` plays them with any object
-that has ``set_volume``, ``click``, ``predict`` and ``reset``, `presets` holds the rules (our own
-``clickbench/1`` and published ones), `scoring` rates every answer, `bench` runs a whole set,
-`journal` keeps its lines and goes on with them, `summary` and `report` make tables, comparisons and
-a page of them.
+`cases` lists the objects of a data set, `protocol` plays them with any model that has
+``set_volume``, ``click``, ``predict`` and ``reset``, `presets` has the rules (``clickbench/1`` and
+published ones), `scoring` scores every prediction, `bench` runs a whole set, `journal` writes and
+resumes it, `summary` and `report` make tables, comparisons and a page.
 
-``clickbench/1``, so that anybody can do the same:
+``clickbench/1``, reproducible from this text:
 
 1. A target is a class of a case, or with ``--instances`` a 26-connected part of one. Targets of
    fewer than 27 voxels are left out and listed.
-2. The object gets the whole volume as it is stored, with its affine. Nothing is cropped by the
+2. The model gets the whole volume as it is stored, with its affine. Nothing is cropped by the
    truth.
 3. First click, in two tracks that are never mixed. *centre*: the deepest voxel of the target's
    largest part; depth is the distance in mm to the nearest voxel outside, beyond the volume is
@@ -21,9 +20,9 @@ a page of them.
    Ties, depths within 1e-6 included: missed before extra, then the first in the order of R, A, S. A
    voxel that was clicked before with the same label gives way to the next deepest, then to the next
    error, and the line says ``repeat``. Without errors the last answer is carried forward.
-5. Ten steps, all of them stored. The mask is the object's own, on the volume's grid: probabilities
-   resampled linearly and cut at 0.5, or else said.
-6. Figures as in `scoring` and `summary`. What the object raises counts as an empty mask; an object
+5. Ten steps, all of them stored. The mask is the model's own, on the volume's grid: probabilities
+   resampled linearly and thresholded at 0.5, unless stated otherwise.
+6. Figures as in `scoring` and `summary`. An exception of the model counts as an empty mask; a model
    with a time limit raises ``TimeoutError``.
 7. Two runs write identical ``clicks.jsonl``; times lie in a file of their own.
 """

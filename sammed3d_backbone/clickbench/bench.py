@@ -1,4 +1,4 @@
-"""A whole run: every target of a data set, played, scored and written; and whether it repeats."""
+"""A run: every target of a data set is played, scored and written."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sammed3d_backbone.strategies import Click, Draws
 def header_of(
     rules: ClickRules, click_set: ClickSet, tracks: Iterable[str], *, classes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the lines of a result depend on, apart from model and versions.
+    """The header of a journal, apart from model and versions.
 
     Args:
-        rules: That are played by.
-        click_set: That is played on.
-        tracks: Of the rules, those that are played.
-        classes: Those that the set was narrowed to; none: all.
+        rules: Rules of the protocol.
+        click_set: The cases.
+        tracks: Names of the tracks of the rules that are played.
+        classes: Classes that the set was narrowed to; empty for all.
     """
     return {
         "protocol": rules.name,
@@ -55,15 +55,15 @@ def run_benchmark(
     *,
     progress: bool = True,
 ) -> None:
-    """Plays every target and track that the journal does not have yet.
+    """Plays every target and track that is not in the journal yet.
 
     Args:
-        model: To be tested.
-        rules: To be played by.
-        click_set: To be played on.
-        journal: For the lines.
-        tracks: Of the rules, those to play.
-        progress: Show a bar on standard error.
+        model: The model under test.
+        rules: Rules of the protocol.
+        click_set: The cases.
+        journal: Gets the lines.
+        tracks: Names of the tracks of the rules to play.
+        progress: Whether to show a bar on standard error.
     """
     player = Player(model)
     bar = tqdm(click_set.cases, unit="case", disable=not progress)
@@ -79,15 +79,10 @@ def played(
     player: Player, rules: ClickRules, target: ClickTarget, track: str
 ) -> tuple[list[Line], list[Line], Volume | None]:
     """Lines, times and last mask of one target and track."""
-    about = {
-        "case": target.case,
-        "subject": target.subject,
-        "class": target.name,
-        "first": track,
-    }
+    about = {"case": target.case, "subject": target.subject, "class": target.name, "first": track}
     voxels = int(target.truth.sum())
     if voxels < rules.min_voxels:
-        reason = f"{voxels} of the {rules.min_voxels} voxels that are needed"
+        reason = f"{voxels} voxels, fewer than {rules.min_voxels}"
         return [{**about, "dropped": reason}], [], None
     draws = Draws(target.dataset, target.case, target.name, "first")
     lines: list[Line] = []
@@ -108,14 +103,14 @@ def played(
         peak_mib = round(resident_bytes("VmHWM") / 2**20, 1)  # of the process so far
         times.append({**about, "step": number, "seconds": seconds, "peak_rss_mib": peak_mib})
     if before is None:
-        return [{**about, "dropped": "nothing is left of it at the protocol's spacing"}], [], None
+        return [{**about, "dropped": "empty at the protocol's spacing"}], [], None
     return lines, times, Volume(before.mask.astype(np.uint8), before.affine)
 
 
 def first_difference(
     model: PromptableModel, rules: ClickRules, click_set: ClickSet, folder: Path, targets: int
 ) -> str:
-    """Plays the first targets of a finished run again; "" if every line comes out as it was."""
+    """Plays the first targets of a finished run again; "" if every line is the same."""
     _, lines = read_journal(folder)
     player = Player(model)
     for key in list(dict.fromkeys(map(key_of, lines)))[:targets]:
@@ -131,7 +126,7 @@ def first_difference(
 
 
 def _clicked(click: Click, step: ClickStep) -> Line:
-    """A click for the file: voxel of the volume that the object was given, and the place in mm."""
+    """A click for the file: voxel of the volume that the model got, and world coordinates."""
     point_mm = (step.clicked_affine @ [*click.point_vox, 1])[:3]
     return {
         "vox": list(click.point_vox),

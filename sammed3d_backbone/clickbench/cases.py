@@ -1,7 +1,7 @@
-"""Which objects of which volumes are asked for: a data set's folder -> cases -> targets.
+"""The objects of a data set that are segmented: folder -> cases -> targets.
 
-Beside what `read_dataset` knows, a folder may hold a ``labels.json`` (a list of single volumes with
-the names of their labels) or the ``.npz`` files of the CVPR 2025 challenge.
+Besides the layouts of `read_dataset`, a folder may hold a ``labels.json`` (a list of single volumes
+with the names of their labels) or the ``.npz`` files of the CVPR 2025 challenge.
 """
 
 from __future__ import annotations
@@ -27,19 +27,14 @@ from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.strategies import connected_parts
 
-MODALITIES: dict[str, Modality] = {
-    "ct": "ct",
-    "mr": "mr",
-    "mri": "mr",
-    "us": "us",
-    "ultrasound": "us",
-}
+MODALITIES: dict[str, Modality] = {"ct": "ct", "mr": "mr", "mri": "mr", "us": "us"}
+MODALITIES["ultrasound"] = "us"
 MODEL_MASKS = "The masks are another model's output: scores are agreement with it, not accuracy."
 
 
 @dataclass(frozen=True, eq=False)
 class ClickTarget:
-    """One object to be clicked.
+    """One object to be segmented by clicks.
 
     Shapes:
         truth: (X, Y, Z) bool, on the grid of the image.
@@ -47,11 +42,11 @@ class ClickTarget:
 
     dataset: str
     case: str
-    subject: str  # whose scan it is: scans of one person are not independent
+    subject: str  # scans of one subject are not independent
     name: str  # of the class, and the number of the part where parts are targets
     image: Volume
     truth: Mask
-    modality: Modality | None  # None where nothing tells
+    modality: Modality | None  # None if unknown
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class ClickCase:
     """One volume with the names of its labels; not opened yet."""
 
     case: Case
-    labels: Mapping[int, str] | None  # those asked for; None: all, each named by its number
+    labels: Mapping[int, str] | None  # None: all, each named by its number
     modality: Modality | None = None
 
 
@@ -69,7 +64,7 @@ class ClickSet:
 
     name: str
     cases: tuple[ClickCase, ...]
-    note: str = ""  # what a reader of a result must know
+    note: str = ""  # shown in the report
     instances: bool = False  # every connected part of a class is a target of its own
     spacing_is_xyz: bool = False  # how the spacing of npz files is read, see `read_npz`
 
@@ -112,15 +107,15 @@ class ClickSet:
         """The first cases, and of their classes those named.
 
         Raises:
-            ValueError: If a named class is nowhere in the set, or no case is asked for.
+            ValueError: If a named class is nowhere in the set, or `cases` is less than 1.
         """
         if cases is not None and cases < 1:
-            raise ValueError(f"{cases} cases are none; ask for 1 or more")
+            raise ValueError(f"cases is {cases}; give 1 or more")
         wanted = set(classes)
         known = {name for case in self.cases for name in _named(case, wanted).values()}
         if wanted - known:
             raise ValueError(
-                f"{sorted(wanted - known)} are no classes of {self.name}; choose among "
+                f"{sorted(wanted - known)} are not classes of {self.name}; choose among "
                 f"{', '.join(sorted(known)) or 'the numbers of its labels'}"
             )
         kept = self.cases[:cases]
@@ -132,7 +127,7 @@ class ClickSet:
         return replace(self, cases=kept)
 
     def content_sha256(self) -> str:
-        """Of the files of all cases: the same files give the same hash, wherever they lie."""
+        """Hash of the files of all cases, independent of their folder."""
         digest = hashlib.sha256()
         for case in self.cases:
             for path in dict.fromkeys((*case.case.images, *case.case.label_files)):
@@ -155,8 +150,8 @@ def read_click_set(
 
     Args:
         data: The folder.
-        layout: YAML file that says where the files of a folder lie.
-        subjects: JSON file that says whose scan each case is.
+        layout: YAML file that describes the folder, see `Layout`.
+        subjects: JSON file with the subject of each case.
 
     Raises:
         FileNotFoundError: If the folder holds none of them.
@@ -192,7 +187,7 @@ def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]
         returns: a volume (X, Y, Z) and integer labels (X, Y, Z).
 
     Args:
-        path: Of the file.
+        path: The npz file.
         spacing_is_xyz: False reads the spacing as the evaluator does.
 
     Raises:

@@ -1,11 +1,11 @@
-"""The result folder of a benchmark: written line by line, and gone on with.
+"""The result folder of a benchmark, written line by line; a run that was cut off is resumed.
 
     OUT/clicks.jsonl    a header, then one line per target, track and step; two runs are identical
         times.jsonl     seconds and peak memory of the same steps; these differ
         masks/          the last mask of every target and track
 
-A line holds everything that the next reader needs: its clicks can be given to another object, its
-figures are those of `scoring`. A run that was cut off goes on after its last complete target.
+The clicks of a line can be replayed with another model; its scores are those of `scoring`. A run
+that was cut off is resumed after its last complete target.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Key = tuple[str, str, str]  # case, class, track
 
 
 class Journal:
-    """The result folder of one run, new or gone on with.
+    """The result folder of one run, new or resumed.
 
     Args:
-        folder: Of the files.
-        header: What the lines depend on; the first line.
-        steps: Lines of a target and track.
+        folder: The result folder.
+        header: The first line; the other lines depend on it.
+        steps: Number of lines per target and track.
 
     Raises:
         ValueError: If the folder holds results of another header; names what differs.
@@ -45,15 +45,19 @@ class Journal:
             earlier, kept = _whole_targets(self._lines, steps)
             changed = sorted(k for k in {*earlier, *header} if earlier.get(k) != header.get(k))
             if earlier and changed:
-                told = ", ".join(f"{k} ({earlier.get(k)!r} -> {header.get(k)!r})" for k in changed)
-                raise ValueError(f"{folder} holds results of another run: {told}; choose another")
+                changes = ", ".join(
+                    f"{k} ({earlier.get(k)!r} -> {header.get(k)!r})" for k in changed
+                )
+                raise ValueError(
+                    f"{folder} holds results of another run: {changes}; choose another"
+                )
         self._done = {key_of(line) for line in kept}
         times = [line for line in _read(self._times) if key_of(line) in self._done]
         write_text(self._lines, "".join(map(_dumped, [header, *kept])))
         write_text(self._times, "".join(map(_dumped, times)))
 
     def has(self, key: Key) -> bool:
-        """Whether a target and track is done."""
+        """Whether a target and track is complete."""
         return key in self._done
 
     def write(self, lines: Sequence[Line], times: Sequence[Line], mask: Volume | None) -> None:
@@ -71,7 +75,7 @@ def read_journal(folder: Path) -> tuple[Line, list[Line]]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is none of ours.
+        ValueError: If its format is another one.
     """
     path = folder / "clicks.jsonl" if folder.is_dir() else folder
     if not path.is_file():
@@ -83,7 +87,7 @@ def read_journal(folder: Path) -> tuple[Line, list[Line]]:
 
 
 def read_times(folder: Path) -> list[Line]:
-    """The lines of times.jsonl; none where only clicks.jsonl was kept."""
+    """The lines of times.jsonl; none where only clicks.jsonl exists."""
     return _read(folder / "times.jsonl")
 
 
@@ -115,5 +119,5 @@ def _dumped(line: Mapping[str, Any]) -> str:
 
 
 def key_of(line: Mapping[str, Any]) -> Key:
-    """What a line is about, apart from its step."""
+    """Case, class and track of a line."""
     return line["case"], line["class"], line["first"]

@@ -1,7 +1,7 @@
 """The rules by name: our own protocol, and published ones as they were really run.
 
-A published protocol that takes more from the truth than its clicks is stamped as an oracle: its
-figures cannot be had by a user. `ClickRules.differs` says what is not as it was published;
+A published protocol that takes more from the truth than its clicks is marked as an oracle: its
+scores cannot be reached by a user. `ClickRules.differs` says what is not as it was published;
 random clicks are drawn as published, but from other random numbers.
 """
 
@@ -40,7 +40,7 @@ CVPR25_DIFFERS = (
 def whole_volume(
     player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
 ) -> Iterator[ClickStep]:
-    """The object gets the volume as it is stored, and is scored there."""
+    """The model gets the volume as it is stored, and is scored there."""
     image, truth = target.image, target.truth
     return interact(player, image, truth, target.modality, strategies, draws, steps)
 
@@ -48,7 +48,7 @@ def whole_volume(
 def label_crop(
     player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
 ) -> Iterator[ClickStep]:
-    """The object gets 128 voxels of 1.5 mm around the truth, and is scored in them."""
+    """The model gets 128 voxels of 1.5 mm around the truth, and is scored in them."""
     geometry, truth = _around_label(target)
     if not truth.any():
         return iter(())
@@ -59,7 +59,7 @@ def label_crop(
 def label_crop_scored_outside(
     player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
 ) -> Iterator[ClickStep]:
-    """The object gets the same crop; its mask is brought back by nearest voxels and scored there.
+    """The model gets the same crop; its mask is brought back by nearest voxels and scored there.
 
     Outside the crop, the mask is empty.
     """
@@ -73,7 +73,7 @@ def label_crop_scored_outside(
 def slice_by_slice(
     player: Player, target: ClickTarget, strategies: Sequence[Strategy], draws: Draws, steps: int
 ) -> Iterator[ClickStep]:
-    """The object gets the axial slices that hold the truth, one by one, each with its own clicks.
+    """The model gets the axial slices that hold the truth, one by one, each with its own clicks.
 
     Step n is the stack of all slices after n clicks each; the other slices are empty.
     """
@@ -107,7 +107,7 @@ RULES = {
             tracks={"centre": (largest_centre,), "random": (uniform, largest_centre)},
             show=whole_volume,
             source="this package",
-            min_voxels=27,  # of which those thinner than 3 voxels along every axis are a part
+            min_voxels=27,
         ),
         ClickRules(
             "sammed3d-2023",
@@ -153,10 +153,10 @@ RULES = {
 
 
 def rules_of(name: str) -> ClickRules:
-    """The rules of a name; ``slicewise-N`` for N clicks per slice.
+    """The rules of a protocol; ``slicewise-N`` for N clicks per slice.
 
     Raises:
-        ValueError: If there are none of that name.
+        ValueError: If the name is unknown.
     """
     if name in RULES:
         return RULES[name]
@@ -173,7 +173,7 @@ def rules_of(name: str) -> ClickRules:
             published="best_dice",
             differs="whole slices at their own spacing instead of a crop at 1.5 mm",
         )
-    raise ValueError(f"no protocol {name!r}; choose {', '.join(RULES)} or slicewise-N")
+    raise ValueError(f"unknown protocol {name!r}; choose {', '.join(RULES)} or slicewise-N")
 
 
 def _around_label(target: ClickTarget) -> tuple[Geometry, Mask]:

@@ -1,8 +1,7 @@
-"""Click, look, click again: any promptable object, played by the rules of a protocol.
+"""Plays any promptable model by the rules of a protocol: one `ClickStep` per click.
 
-Comes in: an object with ``set_volume``, ``click``, ``predict`` and ``reset``, and a target. Goes
-out: a `ClickStep` per click, its mask on the grid that is scored. What an object raises is a failed
-answer, an empty mask, and is counted. Nothing here knows a network.
+A model has ``set_volume``, ``click``, ``predict`` and ``reset``. An exception of the model is
+counted as a failure, with an empty mask.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from sammed3d_backbone.strategies import Click, Draws, Errors, Strategy
 
 log = logging.getLogger(__name__)
 
-FAILED = "the object failed, which counts as an empty mask"
+FAILED = "the model failed, which counts as an empty mask"
 
 
 class MaskAnswer(Protocol):
-    """What an object answers.
+    """The prediction of a model.
 
     It may also have ``seconds``, a mapping such as ``{"encode": 1.2, "decode": 0.03}``, which is
-    recorded as it is, and ``predicted_dice``, its own opinion of the mask, or None.
+    recorded, and ``predicted_dice``, a float or None.
     """
 
     @property
@@ -41,30 +40,30 @@ class MaskAnswer(Protocol):
 
 
 class PromptableModel(Protocol):
-    """All that the benchmark asks of an object."""
+    """The interface that the benchmark needs of a model."""
 
     def set_volume(self, volume: Volume, *, modality: Modality | None = None) -> object:
-        """Takes a volume; the modality is "ct", "mr", "us" or unknown."""
+        """Sets the volume; the modality is "ct", "mr", "us" or None for unknown."""
 
     def click(self, point_vox: Triple, positive: bool = True) -> object:
-        """Takes one more click, in voxels of the volume."""
+        """Adds a click, in voxels of the volume."""
 
     def predict(self) -> MaskAnswer:
         """The mask after all clicks since the last reset."""
 
     def reset(self) -> object:
-        """Forgets the clicks, keeps the volume."""
+        """Removes the clicks, keeps the volume."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClickStep:
-    """One answer of an object, with the clicks that led to it.
+    """One prediction of a model, with the clicks that led to it.
 
     Shapes:
         mask: (X, Y, Z) bool, on the grid that is scored.
         truth: (X, Y, Z) bool, on the same grid.
-        affine: (4, 4), of that grid.
-        clicked_affine: (4, 4), of the grid that the clicks are counted on.
+        affine: (4, 4), affine of that grid.
+        clicked_affine: (4, 4), affine of the grid that the clicks are counted on.
     """
 
     mask: Mask
@@ -74,13 +73,13 @@ class ClickStep:
     clicked_affine: NDArray[np.float64]
     agreement: tuple[bool, ...]  # for each of `clicks`, whether the mask agrees with it
     agreement_all: tuple[bool, ...]  # the same for all clicks so far
-    failure: str = ""  # the type of what the object raised
+    failure: str = ""  # class of the exception that the model raised
     seconds: Mapping[str, float] = field(default_factory=dict)
-    predicted_dice: float | None = None  # the object's own opinion
+    predicted_dice: float | None = None
 
     @property
     def spacing_mm(self) -> TripleMm:
-        """Of the grid that is scored."""
+        """Spacing of the grid that is scored."""
         x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
         return x, y, z
 
@@ -90,45 +89,31 @@ Show = Callable[["Player", ClickTarget, Sequence[Strategy], Draws, int], Iterato
 
 @dataclass(frozen=True)
 class ClickRules:
-    """A protocol: where clicks go, how many, what the object is shown and what is scored."""
+    """A protocol: where clicks go, how many, what the model gets and what is scored."""
 
     name: str
     steps: int
     tracks: Mapping[str, tuple[Strategy, ...]]  # name -> strategy of step 1, 2, ...; the last stays
     show: Show
     source: str  # where the protocol is published
-    oracle: str = ""  # what it takes from the truth beyond the clicks; "" for nothing
+    oracle: str = ""  # uses of the truth beyond the clicks; "" for none
     min_voxels: int = 1  # smaller targets are dropped, and listed
     published: str = ""  # name of the figures that are published with it, see `summary`
     differs: str = ""  # from what was published
     spacing_is_xyz: bool = False  # how spacings of npz files are read
 
 
-@dataclass(frozen=True, eq=False)
-class ModelAnswer:
-    """What came back after a click.
-
-    Shapes:
-        mask: (X, Y, Z) bool, of the volume that was set.
-    """
-
-    mask: Mask
-    seconds: Mapping[str, float]  # by part
-    failure: str = ""  # the type of what the object raised
-    predicted_dice: float | None = None
-
-
 class Player:
-    """An object under test, the volume it was given last, and how long its answers take."""
+    """A model under test, the volume that it has, and the time that its answers take."""
 
     def __init__(self, model: PromptableModel) -> None:
         self.model = model
-        self._shown: Volume | None = None  # what it has; None after a failure
-        self._refused = ""  # what it raised when it was given the volume
-        self._seconds: dict[str, float] = {}  # spent before the next answer
+        self._shown: Volume | None = None  # None after a failure
+        self._refused = ""  # class of the exception of set_volume
+        self._seconds: dict[str, float] = {}  # before the next answer
 
     def show(self, volume: Volume, modality: Modality | None) -> None:
-        """Gives the object a volume, unless it has it already, and forgets all clicks."""
+        """Gives the model a volume, unless it has it already, and removes all clicks."""
         self._refused, self._seconds = "", {}
         try:
             if volume is not self._shown:
@@ -142,35 +127,34 @@ class Player:
         else:
             self._shown = volume
 
-    def answer(self, click: Click, shape: Triple) -> ModelAnswer:
-        """What the object says after one more click.
+    def answer(self, click: Click, shape: Triple) -> dict[str, Any]:
+        """The fields of a `ClickStep` that come from the model, after one more click.
 
         Raises:
             ValueError: If the mask is not of the volume's shape.
         """
         seconds, self._seconds = self._seconds, {}
-        nothing = np.zeros(shape, dtype=bool)
+        failed = {"mask": np.zeros(shape, dtype=bool), "seconds": seconds}
         if self._refused:
-            return ModelAnswer(nothing, seconds, self._refused)
+            return {**failed, "failure": self._refused}
         start = time.perf_counter()
         try:
             self.model.click(click.point_vox, click.positive)
             prediction = self.model.predict()
         except Exception as error:
             log.exception(FAILED)
-            self._shown = None  # set anew before the next target
-            return ModelAnswer(nothing, seconds, type(error).__name__)
+            self._shown = None  # set again before the next target
+            return {**failed, "failure": type(error).__name__}
         seconds["click"] = time.perf_counter() - start
         seconds.update(getattr(prediction, "seconds", {}))
         mask = np.asarray(prediction.mask)
         if mask.shape != shape:
             raise ValueError(
-                f"the object answered {mask.shape} voxels to a volume of {shape}; its mask has to "
-                "be on the grid of the volume"
+                f"the model returned a mask of {mask.shape} voxels for a volume of {shape}; return "
+                "it on the grid of the volume"
             )
-        return ModelAnswer(
-            mask > 0, seconds, predicted_dice=getattr(prediction, "predicted_dice", None)
-        )
+        predicted_dice = getattr(prediction, "predicted_dice", None)
+        return {"mask": mask > 0, "seconds": seconds, "predicted_dice": predicted_dice}
 
 
 def interact(
@@ -187,13 +171,13 @@ def interact(
     Where no click is left to be made, the last answer is carried forward.
 
     Args:
-        player: Of the object.
-        volume: Given to the object.
-        truth: On the volume's grid; not given to the object.
-        modality: Of the volume.
-        strategies: Of step 1, 2, ...; the last one goes on.
-        draws: For those that draw.
-        steps: How many.
+        player: Plays the model.
+        volume: The volume that the model gets.
+        truth: Mask on the volume's grid; not given to the model.
+        modality: Modality of the volume.
+        strategies: Strategies of step 1, 2, ...; the last one is used for all further steps.
+        draws: Random draws of the strategies.
+        steps: Number of steps.
     """
     player.show(volume, modality)
     clicked: list[Click] = []
@@ -209,18 +193,15 @@ def interact(
             return
         clicked.append(click)
         answer = player.answer(click, volume.shape)
-        mask = answer.mask
+        mask = answer["mask"]
         agreement = tuple(bool(mask[c.point_vox]) == c.positive for c in clicked)
         step = ClickStep(
-            mask=mask,
+            **answer,
             truth=truth,
             affine=volume.affine,
             clicks=(click,),
             clicked_affine=volume.affine,
             agreement=agreement[-1:],
             agreement_all=agreement,
-            failure=answer.failure,
-            seconds=answer.seconds,
-            predicted_dice=answer.predicted_dice,
         )
         yield step

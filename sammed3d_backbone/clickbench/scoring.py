@@ -1,4 +1,4 @@
-"""How good one answer is: the figures of a line of the result file.
+"""The scores of one prediction, as in a line of the result file.
 
 ===============  =================================================================================
 dice             overlap, 0 to 1
@@ -29,11 +29,11 @@ from sammed3d_backbone.data.regions import Mask
 from sammed3d_backbone.evaluation.metrics import dice, hausdorff95_mm, surface_dice
 
 TOLERANCE_MM = 2.0
-DIGITS = 6  # that are kept, so that a file does not depend on the last bit
+DIGITS = 6  # so that a file does not depend on the last bit
 
 
 def score(step: ClickStep) -> dict[str, Any]:
-    """The figures of a step, ready for JSON: no NaN, six digits."""
+    """The scores of a step, ready for JSON: no NaN, six digits."""
     mask, truth, spacing_mm = step.mask, step.truth, step.spacing_mm
     tolerance_mm = max(TOLERANCE_MM, *spacing_mm)
     if mask.any():
@@ -82,7 +82,7 @@ def slice_likeness(mask: Mask, axis: int) -> float:
 
 
 def plain(value: float) -> float | None:
-    """Six digits; None for what is no number, which JSON does not have."""
+    """Six digits; None for NaN and infinity, which JSON does not have."""
     return round(value, DIGITS) if math.isfinite(value) else None
 
 

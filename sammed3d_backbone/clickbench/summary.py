@@ -1,20 +1,9 @@
-"""Lines of a result file -> the figures of a protocol, and the difference between two files.
+"""Summary of the lines of a result file, and the paired difference of two files.
 
 Tracks (first clicks at the centre, or anywhere) are never mixed. Intervals hold the mean over
 targets with 95 %, drawing whole subjects; see `statistics`.
 
-=============  ===================================================================================
-curve          mean over targets after 1, 2, ... clicks; it may fall
-nauc           area under the Dice curve over clicks 1 to the last, divided by its width: 0 to 1
-noc80, noc90   clicks until Dice 0.8 or 0.9; a target that never gets there counts with the whole
-               budget and as failed
-regret         best Dice of all steps minus the last: what a user loses by going on clicking
-lowered        share of corrections after which Dice was lower than before
-agreement      share of clicks that the very next mask agrees with
-agreement_all  share of all clicks that the last mask agrees with
-class_first    mean of the classes' means: every class counts alike
-case_first     mean of the cases' means: every case counts alike
-=============  ===================================================================================
+The figures are defined in the last section of ``report.html``.
 """
 
 from __future__ import annotations
@@ -102,11 +91,11 @@ def played_targets(lines: Iterable[Line]) -> list[Played]:
 
 
 def summarise_clicks(lines: Sequence[Line], published: str = "") -> dict[str, Any]:
-    """Everything that a report shows, by track; ready for JSON.
+    """All figures of a report, by track; ready for JSON.
 
     Args:
-        lines: Of a result file.
-        published: Name of the figures that the protocol was published with; "" for none.
+        lines: Lines of a result file.
+        published: Name of the published figures of the protocol; "" for none.
     """
     played = played_targets(lines)
     tracks: dict[str, Any] = {}
@@ -163,7 +152,7 @@ def compare_runs(one: Sequence[Line], other: Sequence[Line]) -> dict[str, dict[s
 def times_by_part(times: Iterable[Line]) -> dict[str, Any]:
     """Median and 95th percentile of every part, apart for a volume's first answer and later ones.
 
-    The first answer after a volume was set contains what the object does once per volume.
+    The first answer after a volume was set contains the work that is done once per volume.
     """
     spent: dict[str, dict[str, list[float]]] = {}
     peak = 0.0
@@ -187,7 +176,7 @@ def times_by_part(times: Iterable[Line]) -> dict[str, Any]:
 
 
 def reported_steps(steps: int) -> list[int]:
-    """Of 1, 2, 3, 5, 10 and the last, those within a budget."""
+    """Those of 1, 2, 3, 5, 10 and the last within a number of steps."""
     return sorted({n for n in (1, 2, 3, 5, 10) if n <= steps} | {steps})
 
 
@@ -249,7 +238,7 @@ def _class_row(targets: Sequence[Played]) -> dict[str, Any]:
 
 
 def _clicks_to(dice: float, targets: Sequence[Played]) -> dict[str, Any]:
-    """Mean clicks to a Dice, and the share of targets that never get there."""
+    """Mean clicks to a Dice, and the share of targets that do not reach it."""
     needed = [target.clicks_to(dice) for target in targets]
     counted = [len(t.dice) if n is None else n for t, n in zip(targets, needed, strict=True)]
     return {

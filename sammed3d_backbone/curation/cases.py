@@ -1,8 +1,8 @@
-"""One case: files in, the masks that stay and a record of every decision out.
+"""One case: its masks are cleaned, and every decision is recorded.
 
     CASE/image.nii.gz            a copy of the raw file; image_0000.nii.gz, ... for several channels
          masks/CLASS.nii.gz      0 and 1, on the grid of the image
-         decisions.json          what the case was made of, and one entry per mask
+         decisions.json          the source files, and one entry per mask
 
 The folder appears whole or not at all. A case without any mask left has its record only.
 """
@@ -48,8 +48,8 @@ def curate_case(raw: RawCase, folder: Path, rules: CurationRules) -> None:
 
     Args:
         raw: The case.
-        folder: That holds the folders of all cases.
-        rules: For its masks.
+        folder: Parent of the folders of all cases.
+        rules: Rules for its masks.
     """
     final = inside(folder, raw.case.id)
     staging = final.with_name(f".{final.name}.partial")  # no case has such an id
@@ -119,11 +119,11 @@ def open_grid(case: Case) -> Volume:
 
 
 def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[ClassMask, float]]:
-    """The masks of a case as they are, one at a time, and how far in mm each lay off the grid.
+    """The raw masks of a case, one at a time, and the distance in mm of each from the grid.
 
     Args:
         raw: The case.
-        grid: Of its image.
+        grid: Grid of its image.
 
     Raises:
         FileNotFoundError: If a file is not there.
@@ -167,7 +167,7 @@ def _decide(raw: RawCase, rules: CurationRules, staging: Path) -> list[Decision]
                 steps["sides"] = {"did": "changed" if halves else "kept", "is_split": bool(halves)}
             if annotated is not None and found.name not in annotated:
                 steps["annotation"] = {"did": "dropped"}
-                decision["why"].append("not annotated in this case: nobody vouches for its voxels")
+                decision["why"].append("not annotated in this case")
             mask = _mask_name(target.name, decisions, raw.case)
             decisions[target.name] = {
                 "class": target.name,
@@ -205,17 +205,12 @@ def _mask_name(name: str, decisions: Mapping[str, Decision], case: Case) -> str:
 
 
 def _judge(target: ClassMask, grid: Volume, rules: CurationRules) -> tuple[Decision, ClassMask]:
-    """What the rules say of a mask by itself, and the mask without islands."""
-    cleaned, islands = without_islands(target, rules)
+    """The decision on one mask by itself, and the mask without islands."""
+    cleaned, islands = without_islands(target, rules, grid.voxel_ml)
     extent = cleaned.extent(grid)
     reasons = {"size": rules.small(extent), "background": rules.sparse(extent)}
     steps: dict[str, dict[str, Any]] = {
-        "islands": {
-            "did": "changed" if islands.is_removed else "kept",
-            "parts": islands.parts,
-            "beyond": islands.beyond,
-            "beyond_ml": islands.beyond_voxels * grid.voxel_ml,
-        },
+        "islands": islands,
         **{name: {"did": "dropped" if why else "kept"} for name, why in reasons.items()},
     }
     decision = {
@@ -229,7 +224,7 @@ def _judge(target: ClassMask, grid: Volume, rules: CurationRules) -> tuple[Decis
 def _check_sides(decisions: dict[str, Decision], x_mm: dict[str, float]) -> None:
     """Drops pairs of which the left one lies to the right of the right one.
 
-    Nothing tells whether the names are wrong or the affine is, so that neither can be mended here.
+    Either the names or the affine may be wrong, so neither is corrected here.
     """
     separations = separations_mm(x_mm)
     wrong = [name for name, apart_mm in separations.items() if apart_mm < -MARGIN_MM]
@@ -238,7 +233,7 @@ def _check_sides(decisions: dict[str, Decision], x_mm: dict[str, float]) -> None
         step["right_minus_left_mm"] = apart_mm
         if name in wrong:
             step["did"] = "dropped"
-            remedy = "mend its name" if len(wrong) < len(separations) else "mend the affine"
+            remedy = "correct its name" if len(wrong) < len(separations) else "correct the affine"
             decisions[name]["why"].append(
                 f"lies {-apart_mm:.3g} mm on the wrong side of {counterpart(name)!r}, as do "
                 f"{len(wrong)} of {len(separations)} classes with a side here; {remedy}"

@@ -1,9 +1,10 @@
-"""The limits that a mask has to keep, what it measures, and which of its parts are islands."""
+"""Limits of the size of a mask, its measures, and removal of islands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ ROUNDING = 1e-6  # of limits: spacings are stored as float32
 
 @dataclass(frozen=True)
 class CurationRules:
-    """Limits of one preset; None is no limit."""
+    """Limits of one preset; None for unlimited."""
 
     source: str
     min_ml: float = 1.0
@@ -24,10 +25,10 @@ class CurationRules:
     max_side_mm: float | None = None
     max_background: float | None = None  # share of the volume's voxels
     max_parts: int = 5  # the largest ones; all others are islands
-    max_island_share: float | None = None  # of the mask: islands that hold more are no debris
+    max_island_share: float | None = None  # of the mask: larger islands are not debris
 
     def small(self, extent: Extent) -> str:
-        """Why a mask is out by its size; empty if it is not."""
+        """Why a mask is dropped by its size; empty if it is not."""
         if extent.ml < self.min_ml * (1 - ROUNDING):
             return f"{extent.ml:.3g} ml is less than {self.min_ml:g} ml"
         if min(extent.sides_mm) < self.min_side_mm * (1 - ROUNDING):
@@ -38,7 +39,7 @@ class CurationRules:
         return ""
 
     def sparse(self, extent: Extent) -> str:
-        """Why a mask is out by its background; empty if it is not."""
+        """Why a mask is dropped by its background; empty if it is not."""
         limit = self.max_background
         if limit is None or extent.background <= limit:
             return ""
@@ -100,12 +101,7 @@ class ClassMask:
 
     @classmethod
     def cropped(cls, name: str, mask: Mask, start: Triple = (0, 0, 0)) -> ClassMask:
-        """The target of a mask that has a voxel at least.
-
-        Shapes:
-            mask: (X, Y, Z).
-            start: its first voxel in the volume.
-        """
+        """The class of a non-empty mask (X, Y, Z) whose first voxel is `start` in the volume."""
         box = bounding_box(mask)
         assert box is not None
         x, y, z = (int(side.start) + first for side, first in zip(box, start, strict=True))
@@ -130,26 +126,27 @@ class ClassMask:
         return Volume(array, grid.affine, grid.header)
 
 
-@dataclass(frozen=True)
-class Islands:
-    """The parts of a mask beyond the largest ones, and whether they were taken away."""
+def without_islands(
+    target: ClassMask, rules: CurationRules, voxel_ml: float = 1.0
+) -> tuple[ClassMask, dict[str, Any]]:
+    """The target with its largest 26-connected parts only, and the record of this step.
 
-    parts: int  # of the whole mask
-    beyond: int
-    beyond_voxels: int
-    is_removed: bool
-
-
-def without_islands(target: ClassMask, rules: CurationRules) -> tuple[ClassMask, Islands]:
-    """The target with its largest 26-connected parts only; of equal ones the first stay."""
+    Of equally large parts the first are kept. The record says whether islands were removed
+    (``did``), the number of ``parts``, and number and volume of those ``beyond`` the largest ones.
+    """
     labels, sizes = components(target.mask)
     order = np.argsort(-sizes, kind="stable")
     islands = order[rules.max_parts :]
     voxels = int(sizes[islands].sum())
     limit = rules.max_island_share
     is_debris = voxels > 0 and (limit is None or voxels <= limit * sizes.sum())
-    found = Islands(len(sizes), len(islands), voxels, is_debris)
+    record = {
+        "did": "changed" if is_debris else "kept",
+        "parts": len(sizes),
+        "beyond": len(islands),
+        "beyond_ml": voxels * voxel_ml,
+    }
     if not is_debris:
-        return target, found
+        return target, record
     kept = np.isin(labels, order[: rules.max_parts] + 1)
-    return ClassMask.cropped(target.name, kept, target.start), found
+    return ClassMask.cropped(target.name, kept, target.start), record

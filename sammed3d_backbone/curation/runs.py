@@ -1,4 +1,4 @@
-"""All cases of a raw folder: in parallel, gone on with after an interruption, collected at the end.
+"""All cases of a raw folder: in parallel, resumed after an interruption, collected at the end.
 
     OUT/run.json                 the rules; a folder of other ones is refused
         decisions.jsonl          one line per mask, or per case that was refused
@@ -6,7 +6,7 @@
                                  has one; SET is where the data set lies in the raw folder
         SET/cases/CASE/          see `cases`
 
-Nothing depends on how many workers there were or on who came first.
+The result does not depend on the number or order of the workers.
 """
 
 from __future__ import annotations
@@ -30,38 +30,27 @@ from sammed3d_backbone.files import write_json, write_text
 FORMAT = 1  # of the result folder; another one is refused
 
 
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """Who does the work: handed on to joblib."""
-
-    backend: str = "loky"
-    jobs: int = 1
-    scheduler: str | None = None  # address, of Dask's
-
-    def __post_init__(self) -> None:
-        if self.jobs == 0:
-            raise ValueError("0 jobs do nothing; give 1 or more, or -1 for all cores")
-        if self.scheduler is not None and self.backend != "dask":
-            raise ValueError(f"{self.backend} has no scheduler; leave it out, or choose dask")
-
-
 def curate(
     raw: Path,
     out: Path,
     rules: CurationRules,
-    workers: Workers,
     *,
+    jobs: int = 1,
+    backend: str = "loky",
+    scheduler: str | None = None,
     layout: Layout | None = None,
     progress: bool = True,
 ) -> tuple[list[RawSet], list[Decision]]:
     """Curates all cases that are not done yet; returns the raw data sets and all decisions.
 
     Args:
-        raw: Folder of a data set, or of some.
+        raw: Folder of one data set or of several.
         out: Result folder, new or that of an interrupted run.
-        rules: For the masks.
-        workers: Of joblib.
-        layout: Of a single data set that does not describe itself.
+        rules: Rules for the masks.
+        jobs: Number of workers; -1 for all cores.
+        backend: Backend of joblib.
+        scheduler: Address of a Dask scheduler.
+        layout: Layout of a single data set that does not describe itself.
         progress: Whether to show a bar.
 
     Raises:
@@ -69,12 +58,16 @@ def curate(
         ValueError: If a data set cannot be used, `out` lies among the raw data or holds results of
             other rules, or joblib does not know the backend.
     """
+    if jobs == 0:
+        raise ValueError("jobs is 0; give 1 or more, or -1 for all cores")
+    if scheduler is not None and backend != "dask":
+        raise ValueError(f"backend {backend} takes no scheduler; leave it out, or choose dask")
     raw_sets = read_raw(raw, layout)
     if out.resolve().is_relative_to(raw.resolve()):
         raise ValueError(f"{out} lies among the raw data; choose a folder outside of {raw}")
-    extra = {} if workers.scheduler is None else {"scheduler_host": workers.scheduler}
+    extra = {} if scheduler is None else {"scheduler_host": scheduler}
     # Joblib refuses a backend here, before anything is written.
-    with parallel_config(_known(workers.backend), n_jobs=workers.jobs, **extra):
+    with parallel_config(_known(backend), n_jobs=jobs, **extra):
         _claim(out, rules)
         pending = [
             (one, folder)
@@ -96,7 +89,7 @@ def _claim(out: Path, rules: CurationRules) -> None:
     path = out / "run.json"
     if path.is_file():
         if read_json(path) != header:
-            raise ValueError(f"{path} tells of other rules; choose another folder for the results")
+            raise ValueError(f"{path} is of other rules; choose another folder for the results")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} holds other files; choose a new folder for the results")
     out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +129,7 @@ def _collect(raw_set: RawSet, out: Path) -> list[Decision]:
             "subject": raw.case.subject,
         }
         if raw.case.annotated is not None or len(kept) < len(record["decisions"]):
-            entry["annotated"] = list(kept)  # what was dropped is unknown, no background
+            entry["annotated"] = list(kept)  # what was dropped is unknown, not background
         if truncated := [n for n, d in kept.items() if d["raw_class"] in raw.case.truncated]:
             entry["truncated"] = truncated
         if raw.case.split:

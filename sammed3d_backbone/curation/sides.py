@@ -19,7 +19,7 @@ from sammed3d_backbone.data.regions import components
 SIDE = re.compile("left|right", re.IGNORECASE)
 OTHER = {"left": "right", "right": "left"}
 MARGIN_MM = 5.0  # closer together, neither of two is on the wrong side
-MIN_SHARE = 0.2  # of the larger half, for the second part to be the other half and no island
+MIN_SHARE = 0.2  # share of the larger half below which the second part is an island
 
 
 def _words(name: str) -> str:
@@ -28,39 +28,14 @@ def _words(name: str) -> str:
     return " ".join(word.lower().removesuffix("s") for word in words)
 
 
-# The whole name has to be one of these: a kidney's tumour is no pair.
-PAIRED = {
-    _words(name)
-    for name in (
-        "adrenal gland",
-        "autochthon",
-        "breast",
-        "clavicle",
-        "clavicula",
-        "cochlea",
-        "eye",
-        "eyeball",
-        "femoral head",
-        "femur",
-        "gluteus maximus",
-        "gluteus medius",
-        "gluteus minimus",
-        "hip",
-        "hippocampus",
-        "humerus",
-        "iliac artery",
-        "iliac vein",
-        "iliopsoas",
-        "kidney",
-        "lacrimal gland",
-        "lung",
-        "optic nerve",
-        "parotid",
-        "parotid gland",
-        "scapula",
-        "submandibular gland",
-    )
-}
+# The whole name has to be one of these: a tumour of a kidney is not a pair.
+PAIRED_ORGANS = (
+    "adrenal gland, autochthon, breast, clavicle, clavicula, cochlea, eye, eyeball, femoral "
+    "head, femur, gluteus maximus, gluteus medius, gluteus minimus, hip, hippocampus, humerus, "
+    "iliac artery, iliac vein, iliopsoas, kidney, lacrimal gland, lung, optic nerve, parotid, "
+    "parotid gland, scapula, submandibular gland"
+)
+PAIRED = set(map(_words, PAIRED_ORGANS.split(", ")))
 
 
 def is_pair(name: str) -> bool:
@@ -111,7 +86,7 @@ def split(target: ClassMask, affine: NDArray[np.float64]) -> tuple[ClassMask, Cl
     left, right = sorted(order[:2], key=lambda part: float(centres[part, 0]))
     apart = centres[right] - centres[left]
     if apart[0] < max(MARGIN_MM, *np.abs(apart[1:])):
-        return None  # one above or behind the other: no pair
+        return None  # one above or behind the other: not a pair
     to_left, to_right = (np.linalg.norm(centres - centres[half], axis=1) for half in (left, right))
     is_right = np.concatenate([[False], to_right < to_left])[labels]
     return (

@@ -1,7 +1,7 @@
 """A raw folder -> the data sets below it and their cases; no volume is opened.
 
 A data set is a folder that describes itself (Decathlon, nnU-Net, BIDS, ``labels.json``), one that a
-`Layout` describes, or one in SAM-Med3D's own layout. A folder that is none is searched for some.
+`Layout` describes, or one in SAM-Med3D's own layout. Other folders are searched recursively.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def read_raw(folder: Path, layout: Layout | None = None) -> list[RawSet]:
     """All data sets in and below a folder.
 
     Args:
-        folder: One data set, or a folder of some.
-        layout: Of a single data set that does not describe itself.
+        folder: Folder of one data set or of several.
+        layout: Layout of a single data set that does not describe itself.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no data set in it.

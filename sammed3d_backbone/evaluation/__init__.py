@@ -1,1 +1,1 @@
-"""From predictions to numbers, tables and figures."""
+"""Metrics, scores, statistics, figures and reports."""

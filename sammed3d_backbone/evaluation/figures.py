@@ -12,7 +12,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
@@ -56,16 +55,15 @@ def run_figure(
     """Writes a PNG: one row of three planes per case, curves of loss and Dice beside them.
 
     Args:
-        path: Of the PNG.
+        path: The PNG file.
         shown: Cases, drawn from top to bottom.
         classes: Names of the classes 1, 2, ...
         records: Lines of the run's log, with ``step`` and ``loss`` or ``mean_dice``.
         title: First line of the figure.
-        note: What the reader has to know before believing it; printed below the title.
+        note: Printed below the title.
     """
     rows = len(shown)
     figure = Figure(figsize=(13, max(5.5, 0.9 + 3.1 * rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=11, wrap=True)
     grid = figure.add_gridspec(rows, 4, width_ratios=[1, 1, 1, 1.25])
     _draw_cases(figure, grid, shown)
@@ -76,8 +74,7 @@ def run_figure(
     legend.set_axis_off()
     handles = _legend(classes)
     legend.legend(handles=handles, loc="center", fontsize=8, ncols=2, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def cases_figure(
@@ -89,13 +86,12 @@ def cases_figure(
     """Writes a PNG: one row of three planes per case, the classes' colours below.
 
     Args:
-        path: Of the PNG.
+        path: The PNG file.
         shown: Cases, drawn from top to bottom.
         classes: Names of the classes 1, 2, ...
-        lines: What the solid and the dotted outlines are; none where the colours tell.
+        lines: Names of the solid and the dotted outlines.
     """
     figure = Figure(figsize=(9, 0.8 + 3.0 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
     _draw_cases(figure, figure.add_gridspec(len(shown), 3), shown)
     figure.legend(
         handles=_legend(classes, lines),
@@ -104,8 +100,7 @@ def cases_figure(
         ncols=5,
         frameon=False,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +122,11 @@ def clicks_figure(path: Path, image: Volume, shown: Sequence[Clicked]) -> None:
     Clicks that lie in a plane are full marks, the others faint ones: + inside, x outside.
 
     Args:
-        path: Of the PNG.
+        path: The PNG file.
         image: One channel.
         shown: Objects, drawn from top to bottom.
     """
     figure = Figure(figsize=(9, 0.8 + 3.0 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
     geometry = Geometry.plan(image.shape, image.affine)
     oriented = geometry.oriented(image.array)
     for row, clicked in enumerate(shown):
@@ -158,12 +152,8 @@ def clicks_figure(path: Path, image: Volume, shown: Sequence[Clicked]) -> None:
                     markersize=9,
                     alpha=1.0 if voxel[plane] == centre[plane] else 0.35,
                 )
-            if row == 0:
-                axes.set_title(PLANES[plane], fontsize=10)
-            if plane == 0:
-                axes.set_ylabel(clicked.name, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+            _label(axes, row, plane, clicked.name)
+    _save(figure, path)
 
 
 def features_figure(
@@ -179,7 +169,7 @@ def features_figure(
     Maps are drawn on the image's own grid. Equal colours mean alike tokens within one row only.
 
     Args:
-        path: Of the PNG.
+        path: The PNG file.
         image: One channel.
         maps: Name -> tokens, drawn from top to bottom.
         affine: (4, 4), token index -> RAS+ mm of the token's centre.
@@ -194,7 +184,6 @@ def features_figure(
     widths = (y_mm, x_mm, x_mm)  # one scale for all planes, so that their structures line up
     height = 7.8 * max(y_mm, z_mm) / sum(widths)
     figure = Figure(figsize=(8, 0.9 + height * (1 + len(maps))), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(
         "red, green, blue: the three principal parts of a block's tokens; rows have colours of "
@@ -221,12 +210,8 @@ def features_figure(
             background = values.swapaxes(0, 1)
             _show_slice(axes, background, window, plane, geometry.spacing_mm, view)
             axes.set_anchor("N")
-            if row == 0:
-                axes.set_title(PLANES[plane], fontsize=10)
-            if plane == 0:
-                axes.set_ylabel(name, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+            _label(axes, row, plane, name)
+    _save(figure, path, dpi=80)
 
 
 def curves_svg(records: Sequence[Mapping[str, Any]]) -> str:
@@ -257,6 +242,11 @@ def as_svg(figure: Figure) -> str:
     return text[text.index("<svg") :]  # without the head of a file of its own
 
 
+def _save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+
+
 def _draw_cases(figure: Figure, grid: GridSpec, shown: Sequence[Shown]) -> None:
     """One row of three planes per case, in the first three columns of a grid."""
     for row, case in enumerate(shown):
@@ -276,10 +266,7 @@ def _draw_cases(figure: Figure, grid: GridSpec, shown: Sequence[Shown]) -> None:
             _show_slice(axes, background, window, plane, spacing_mm, view)
             for labels, style in zip(outlined, ("-", ":"), strict=True):
                 _outline(axes, labels, style)
-            if row == 0:
-                axes.set_title(PLANES[plane], fontsize=10)
-            if plane == 0:
-                axes.set_ylabel(case.title, fontsize=9)
+            _label(axes, row, plane, case.title)
 
 
 def _show_slice(
@@ -306,23 +293,27 @@ def _show_slice(
     axes.set_xticks([])
     axes.set_yticks([])
     edged = [withStroke(linewidth=2, foreground="black")]  # readable on any colour
-    for letter, place, sides in (
-        (ENDS[across][0], (0.02, 0.5), ("left", "center")),
-        (ENDS[across][1], (0.98, 0.5), ("right", "center")),
-        (ENDS[up][0], (0.5, 0.02), ("center", "bottom")),
-        (ENDS[up][1], (0.5, 0.98), ("center", "top")),
+    style: dict[str, Any] = {
+        "color": "white",
+        "fontsize": 8,
+        "weight": "bold",
+        "path_effects": edged,
+    }
+    for letter, x, y, ha, va in (
+        (ENDS[across][0], 0.02, 0.5, "left", "center"),
+        (ENDS[across][1], 0.98, 0.5, "right", "center"),
+        (ENDS[up][0], 0.5, 0.02, "center", "bottom"),
+        (ENDS[up][1], 0.5, 0.98, "center", "top"),
     ):
-        axes.annotate(
-            letter,
-            place,
-            xycoords="axes fraction",
-            ha=sides[0],
-            va=sides[1],
-            color="white",
-            fontsize=8,
-            weight="bold",
-            path_effects=edged,
-        )
+        axes.annotate(letter, (x, y), xycoords="axes fraction", ha=ha, va=va, **style)
+
+
+def _label(axes: Axes, row: int, plane: int, name: str) -> None:
+    """Names of the planes above the first row, names of the rows beside the first plane."""
+    if row == 0:
+        axes.set_title(PLANES[plane], fontsize=10)
+    if plane == 0:
+        axes.set_ylabel(name, fontsize=9)
 
 
 def _outline(axes: Axes, labels: np.ndarray[Any, Any], style: str) -> None:
@@ -349,7 +340,7 @@ def _legend(classes: Sequence[str], lines: Sequence[str] = LINES) -> list[Line2D
 
 
 def _colour(value: int) -> str:
-    """Of a class value, counted from 1."""
+    """Colour of a class value, counted from 1."""
     return COLOURS[(value - 1) % len(COLOURS)]
 
 

@@ -1,6 +1,6 @@
-"""How much a frozen encoder knows about classes: what a simple classifier makes of its features.
+"""Probes: simple classifiers of the features of a frozen encoder.
 
-A probe learns from voxels of some subjects, the bank, and names voxels of others. Every probe
+A probe is fitted to voxels of some subjects, the bank, and classifies voxels of others. Every probe
 standardises each channel by the bank first, because raw tokens are dominated by a few channels.
 
 `knn` follows DINO (Caron et al., ICCV 2021): the nearest voxels of the bank by cosine vote, each
@@ -55,7 +55,7 @@ class Voxels:
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """Scores of a probe over the subjects that it was asked about, with 95 % intervals.
+    """Scores of a probe over the classified subjects, with 95 % intervals.
 
     Args:
         dice: Per class without background, of the voxels asked about. Where equally many of every
@@ -74,14 +74,14 @@ class ProbeScores:
 def probe(
     kind: str, bank: Voxels, asked: Voxels, classes: Sequence[str], *, seed: int = 0
 ) -> ProbeScores:
-    """What one classifier learns from the bank, scored on the voxels of other subjects.
+    """Scores of a classifier that is fitted to the bank, on the voxels of other subjects.
 
     Args:
         kind: A name in `PROBES`.
-        bank: To learn from.
-        asked: To name.
+        bank: Voxels to fit to.
+        asked: Voxels to classify.
         classes: Names of the values 0, 1, ..., background first.
-        seed: Of the intervals; the probes themselves draw nothing.
+        seed: Seed of the intervals; the probes themselves are deterministic.
 
     Raises:
         ValueError: If there is no such probe, a subject is on both sides, or the bank is too small.
@@ -91,7 +91,7 @@ def probe(
     if both := sorted({*bank.subjects.tolist()} & {*asked.subjects.tolist()}):
         raise ValueError(
             f"{len(both)} subjects are in the bank and asked about, {both[0]} for one; split by "
-            "subject, or the probe recognises the person"
+            "subject, or the probe recognises the subject"
         )
     known = np.unique(bank.values)
     if len(bank.values) < NEIGHBOURS or len(known) < 2:

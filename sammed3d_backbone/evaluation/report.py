@@ -50,43 +50,24 @@ CITATIONS = (
 
 @dataclass(frozen=True)
 class About:
-    """Where scores come from; empty entries are not shown.
-
-    Args:
-        title: First line of the report.
-        command: Command line that makes the scores again.
-        model: What was scored, such as "averaged weights of the last step".
-        weights: What was loaded before training, and what was not.
-        contamination: Whether the data were seen in pretraining.
-        parameters: Part of the network -> number of parameters.
-        steps: Steps of the optimiser.
-        seconds: Wall-clock time of the training.
-        cpu_seconds: CPU time of the training, all cores together.
-        peak_memory_mb: Peak memory of the training process.
-        dataset: Name, note, reference, licence.
-        split: Which cases these are and the rule that chose them.
-        tolerance_mm: Tolerance of the surface Dice.
-        citations: References of weights and networks; that of the data is in `dataset`.
-        config: Configuration of the run.
-        provenance: Machine, versions, commit, date.
-    """
+    """Where scores come from; empty entries are not shown."""
 
     title: str
-    command: str = ""
-    model: str = ""
-    weights: str = ""
-    contamination: str = ""
-    parameters: Mapping[str, int] = field(default_factory=dict)
-    steps: int | None = None
-    seconds: float | None = None
-    cpu_seconds: float | None = None
-    peak_memory_mb: float | None = None
-    dataset: Mapping[str, str] = field(default_factory=dict)
-    split: str = ""
-    tolerance_mm: float = 2.0
-    citations: Sequence[str] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""  # makes the scores again
+    model: str = ""  # what was scored, such as "averaged weights of the last step"
+    weights: str = ""  # what was loaded before training, and what was not
+    contamination: str = ""  # whether the data were seen in pretraining
+    parameters: Mapping[str, int] = field(default_factory=dict)  # part of the network -> number
+    steps: int | None = None  # of the optimiser
+    seconds: float | None = None  # wall-clock time of the training
+    cpu_seconds: float | None = None  # CPU time of the training, all cores together
+    peak_memory_mb: float | None = None  # of the training process
+    dataset: Mapping[str, str] = field(default_factory=dict)  # name, note, reference, licence
+    split: str = ""  # which cases were scored and the rule that chose them
+    tolerance_mm: float = 2.0  # of the surface Dice
+    citations: Sequence[str] = ()  # of weights and networks; that of the data is in `dataset`
+    config: Mapping[str, Any] = field(default_factory=dict)  # configuration of the run
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # machine, versions, commit, date
 
 
 def write_results(

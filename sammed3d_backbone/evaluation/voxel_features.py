@@ -20,13 +20,13 @@ SPREAD = (1, 99)  # percentiles of a component between which its colour runs
 def draw_voxels(
     label: NDArray[Any], values: Sequence[int], per_class: int, rng: np.random.Generator
 ) -> NDArray[np.intp]:
-    """As many voxels of every class, or all where a class has fewer.
+    """Draws the same number of voxels from every class, or all where a class has fewer.
 
     Args:
         label: (X, Y, Z) integers.
         values: Classes to draw.
         per_class: Voxels of each.
-        rng: Of the draws.
+        rng: Random generator.
 
     Shapes:
         returns: (N, 3) indices.

@@ -49,7 +49,7 @@ def test_the_page_shows_figures_starts_notes_and_what_was_left_out(reported):
         f"{dice:.3f}",
         "the first click anywhere in the object",
         MODEL_MASKS.replace("'", "&#39;"),
-        "1 of the 27 voxels that are needed",
+        "1 voxels, fewer than 27",
         "a sphere",
         "a fast one",
         "set_volume",

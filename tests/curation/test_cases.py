@@ -127,7 +127,7 @@ def test_sides_are_checked_against_the_affine(curated, tmp_path, affine, names, 
     if verdict == "dropped":
         (why,) = found["kidney_left"]["why"]
         assert why.startswith("lies 52 mm on the wrong side of 'kidney_right'")
-        assert why.endswith("2 of 2 classes with a side here; mend the affine")
+        assert why.endswith("2 of 2 classes with a side here; correct the affine")
         assert not any((tmp_path / "out/one").glob("masks/*"))
 
 
@@ -139,7 +139,9 @@ def test_one_swapped_pair_among_others_is_a_matter_of_names(curated):
     found = curated(names, array)
     verdicts = [found[name]["verdict"] for name in names.values()]
     assert verdicts == ["kept", "kept", "dropped", "dropped"]
-    assert found["lung_left"]["why"][0].endswith("2 of 4 classes with a side here; mend its name")
+    assert found["lung_left"]["why"][0].endswith(
+        "2 of 4 classes with a side here; correct its name"
+    )
 
 
 @pytest.mark.parametrize(

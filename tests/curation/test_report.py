@@ -7,7 +7,7 @@ import pytest
 
 from sammed3d_backbone.curation.report import count_decisions, write_curation_report
 from sammed3d_backbone.curation.rules import PRESETS
-from sammed3d_backbone.curation.runs import Workers, curate
+from sammed3d_backbone.curation.runs import curate
 from sammed3d_backbone.data.volume import Volume
 
 NAMES = {1: "liver", 2: "cyst", 3: "kidneys", 4: "colon"}
@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
             }
         )
     (folder / "raw/set/labels.json").write_text(json.dumps(entries))
-    found = curate(folder / "raw", folder / "out", PRESETS["default"], Workers(), progress=False)
+    found = curate(folder / "raw", folder / "out", PRESETS["default"], progress=False)
     report = write_curation_report(
         folder / "out", *found, PRESETS["default"], {"preset": "default"}
     )

@@ -12,7 +12,7 @@ from blocks import SHAPE, block
 
 from sammed3d_backbone.curation import runs
 from sammed3d_backbone.curation.rules import PRESETS, CurationRules
-from sammed3d_backbone.curation.runs import Workers, curate
+from sammed3d_backbone.curation.runs import curate
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import load_image, load_label, prepare_cases
 from sammed3d_backbone.data.preprocessing import Preprocessing
@@ -33,7 +33,7 @@ def folder(raw):
 
 
 def run(folder, out, **workers):
-    return curate(folder, out, PRESETS["default"], Workers(**workers), progress=False)[1]
+    return curate(folder, out, PRESETS["default"], progress=False, **workers)[1]
 
 
 def content(out):
@@ -70,7 +70,7 @@ def test_the_result_is_a_data_set_without_what_was_dropped(folder, tmp_path):
 def test_all_channels_of_a_case_come_along(nnunet, tmp_path, labels):
     out = tmp_path.parent / f"{tmp_path.name}-out"
     rules = CurationRules(source="a test", min_ml=0, min_side_mm=0)
-    curate(nnunet(), out, rules, Workers(), progress=False)
+    curate(nnunet(), out, rules, progress=False)
     dataset = read_dataset(out)
     assert dataset.channels == ("T1", "FLAIR")
     assert load_image(dataset.cases[0]).channels == 2
@@ -103,7 +103,7 @@ def test_subjects_splits_and_marks_of_the_raw_data_come_along(decathlon, tmp_pat
     out = tmp_path.parent / f"{tmp_path.name}-out"
     decisions = run(folder, out)
     assert {d["verdict"] for d in decisions if d["class"] == "tail"} == {"dropped"}
-    assert "nobody vouches" in next(d["why"][0] for d in decisions if d["class"] == "tail")
+    assert "not annotated" in next(d["why"][0] for d in decisions if d["class"] == "tail")
     dataset = read_dataset(out)
     assert dataset.about == {"licence": "CC0"}
     assert [case.subject for case in dataset.cases] == ["person 0", "person 0", "person 1"]
@@ -181,7 +181,7 @@ def test_files_that_change_during_the_run_are_noticed(folder, tmp_path, monkeypa
 def test_other_rules_want_another_folder(folder, tmp_path):
     run(folder, tmp_path / "out")
     with pytest.raises(ValueError, match="tells of other rules; choose another folder"):
-        curate(folder, tmp_path / "out", PRESETS["paper"], Workers(), progress=False)
+        curate(folder, tmp_path / "out", PRESETS["paper"], progress=False)
 
 
 def test_a_folder_with_other_files_is_refused(folder, tmp_path):
