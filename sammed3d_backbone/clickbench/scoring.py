@@ -38,9 +38,8 @@ def score(step: ClickStep) -> dict[str, Any]:
     tolerance_mm = max(TOLERANCE_MM, *spacing_mm)
     if mask.any():
         nsd_2mm = surface_dice(mask, truth, spacing_mm, TOLERANCE_MM)
-        nsd = nsd_2mm
-        if tolerance_mm > TOLERANCE_MM:
-            nsd = surface_dice(mask, truth, spacing_mm, tolerance_mm)
+        is_wider = tolerance_mm > TOLERANCE_MM
+        nsd = surface_dice(mask, truth, spacing_mm, tolerance_mm) if is_wider else nsd_2mm
         hd95_mm = hausdorff95_mm(mask, truth, spacing_mm)
     else:
         nsd_2mm = nsd = 0.0

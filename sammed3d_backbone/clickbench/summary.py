@@ -20,14 +20,13 @@ from sammed3d_backbone.clickbench.journal import Key, Line, key_of
 from sammed3d_backbone.clickbench.scoring import plain
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
 
-FIGURES = ("dice", "nsd_2mm", "nsd", "hd95_mm", "volume_error", "agreement", "agreement_all")
 # Scores of a line that reports show: title and format.
 REPORTED = {
     "dice": ("Dice", ".3f"),
     "nsd_2mm": ("NSD at 2 mm", ".3f"),
     "hd95_mm": ("HD95, mm", ".1f"),
 }
-CURVES = ("dice", "nsd_2mm", "nsd", "hd95_mm")
+FIGURES = (*REPORTED, "nsd", "volume_error", "agreement", "agreement_all")
 CVPR25_LOWEST_DICE = 0.2  # up to which the challenge's NSD of a case is 0
 
 
@@ -196,7 +195,7 @@ def _track(targets: Sequence[Played]) -> dict[str, Any]:
         "steps": steps,
         "curve": {
             name: [_interval([t.values[name][i] for t in targets], targets) for i in range(steps)]
-            for name in CURVES
+            for name in (*REPORTED, "nsd")
         },
         "class_first": _interval(last, targets, classes=True),
         "case_first": plain(_mean_of_means(last, [target.key[0] for target in targets])),

@@ -34,7 +34,7 @@ def test_there_is_a_line_per_target_track_and_step_after_the_header(finished, li
 
 def test_targets_that_are_too_small_are_listed(lines):
     dropped = [(line["class"], line["dropped"]) for line in lines if "dropped" in line]
-    assert dropped == [("dot", "1 of the 27 voxels that are needed")] * 4
+    assert dropped == [("dot", "1 voxels, fewer than 27")] * 4
 
 
 def test_a_click_is_given_in_voxels_and_in_mm(lines):

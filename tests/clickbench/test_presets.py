@@ -143,7 +143,7 @@ def test_a_target_that_vanishes_at_the_crops_spacing_is_listed(cube):
     # At 0.1 mm, every 15th voxel is taken along each axis: 7, 22, ... miss voxel 3.
     target = cube(start=(3, 3, 3), side=1, spacing_mm=(0.1,) * 3, shape=(30, 30, 30))
     (line,), mask = play("sammed3d-main", Sphere(), target)
-    assert line["dropped"] == "nothing is left of it at the protocol's spacing"
+    assert line["dropped"] == "empty at the protocol's spacing"
     assert mask is None
 
 
