@@ -180,7 +180,7 @@ def test_files_that_change_during_the_run_are_noticed(folder, tmp_path, monkeypa
 
 def test_other_rules_want_another_folder(folder, tmp_path):
     run(folder, tmp_path / "out")
-    with pytest.raises(ValueError, match="run.json"):
+    with pytest.raises(ValueError, match=r"run\.json"):
         curate(folder, tmp_path / "out", PRESETS["paper"], progress=False)
 
 
