@@ -147,13 +147,20 @@ def _clicks(
     from sammed3d_backbone.inference.interactive.click_io import ClickList
 
     unit = "point_mm" if args.mm else "point_vox"
-    name, clicks = OBJECT, []
+    name, clicks, unused = OBJECT, [], ""
     for kind, value in args.prompts:
         if kind == "object":
-            name = value
+            if unused:
+                break
+            name = unused = value
         else:
+            unused = ""
             voxel = scan.voxel(**{unit: value})
             clicks.append({"point_vox": voxel, "positive": kind == "point", "object": name})
+    if unused:
+        raise ValueError(
+            f"--object {unused} has no points; write --object before the points that it names"
+        )
     if not clicks and args.points is None:
         raise ValueError("there are no clicks; give --point I,J,K or --points FILE.json")
     listed = None if args.points is None else ClickList.load(args.points)

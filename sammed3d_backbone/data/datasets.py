@@ -121,10 +121,21 @@ def with_subjects(dataset: Dataset, path: Path) -> Dataset:
     problems = [
         f"{case.id} has no subject; add it" for case in dataset.cases if case.id not in subjects
     ]
+    named = tuple(
+        replace(case, subject=subject_name(case.id, subjects[case.id], problems))
+        for case in dataset.cases
+        if case.id in subjects
+    )
     if problems:
         raise DatasetError(f"{path} cannot be used:", problems)
-    named = tuple(replace(case, subject=str(subjects[case.id])) for case in dataset.cases)
     return replace(dataset, cases=named)
+
+
+def subject_name(case: str, value: object, problems: list[str]) -> str:
+    """A subject as text; a value that names nobody, such as null, is added to the problems."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        problems.append(f"{case} has the subject {value!r}; give a name or a number")
+    return str(value)
 
 
 def few_subjects(dataset: Dataset, ids: Sequence[str], labels: int, seed: int) -> tuple[str, ...]:
@@ -152,10 +163,22 @@ def few_subjects(dataset: Dataset, ids: Sequence[str], labels: int, seed: int) -
 def read_json(path: Path) -> object:
     """The content of a JSON file."""
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        content: object = json.loads(text, object_pairs_hook=_unique)
         return content
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise DatasetError(
+            f"{path} is not JSON:", ["it is nested too deeply; correct it"]
+        ) from None
+    except ValueError as error:
         raise DatasetError(f"{path} is not JSON:", [f"{error}; correct it"]) from None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of its pairs, of which JSON itself would keep the last of one key."""
+    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+        raise ValueError(f"the key {twice[0]!r} occurs twice")
+    return dict(pairs)
 
 
 def _read_splits(dataset: Dataset, path: Path) -> list[Fold]:

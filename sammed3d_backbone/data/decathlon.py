@@ -6,11 +6,12 @@ whether channels share a file. They are distinguished by their content, not by a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json
+from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json, subject_name
 from sammed3d_backbone.data.volume import SUFFIXES
 
 DESCRIPTION = "dataset.json"
@@ -32,12 +33,24 @@ def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
         raise DatasetError(f"{description} cannot be used:", ["not a JSON object; correct it"])
     labels = _labels(info, problems)
     channels = _channels(info, problems)
+    before = len(problems)
     if isinstance(info.get("dataset"), dict):
         cases = _mapped_cases(folder, info["dataset"], labels, problems)
     elif "training" in info:
         cases = _listed_cases(folder, info, channels, problems)
     else:
         cases = _found_cases(folder, info.get("file_ending", ".nii.gz"), channels, problems)
+    declared = info.get("numTraining")
+    found = sum(case.split in ("", "train") for case in cases)
+    if (
+        isinstance(declared, int)
+        and declared not in (found, len(cases))
+        and len(problems) == before
+    ):
+        problems.append(
+            f'"numTraining" is {declared}, but there are {found} cases; add the missing ones, or '
+            "correct it"
+        )
     return Dataset(
         name=str(info.get("name", folder.name)),
         folder=folder,
@@ -57,14 +70,22 @@ def _labels(info: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
         return {0: "background"}
     labels: dict[int, str] = {}
     for key, value in given.items():
-        if isinstance(value, int):
-            labels[value] = str(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            number, name = value, str(key)
         elif isinstance(value, str) and str(key).isdigit():
-            labels[int(key)] = value
+            number, name = int(key), value
         else:
             problems.append(
                 f"label {key!r}: {value!r} is a region or not a number; give one value per class"
             )
+            continue
+        if number in labels:
+            problems.append(f"labels {labels[number]!r} and {name!r} both have value {number}")
+        if name.lower() == "background" and number != 0:
+            problems.append(f'the label "background" has value {number}; it must be 0')
+        labels[number] = name
+    if twice := sorted(name for name, n in Counter(labels.values()).items() if n > 1):
+        problems.append(f"labels {twice} have several values; give one value per class")
     if "ignore" in labels.values():
         problems.append('the label "ignore" is not supported; give those cases as "annotated"')
     if not problems and sorted(labels) != list(range(len(labels))):
@@ -107,7 +128,9 @@ def _listed_cases(
                     label=folder / entry["label"],
                     annotated=None if annotated is None else tuple(annotated),
                     truncated=tuple(entry.get("truncated", ())),
-                    subject=str(entry.get("subject", "")),
+                    subject=subject_name(stem, entry["subject"], problems)
+                    if "subject" in entry
+                    else "",
                     split=split if validation else "",
                 )
             )
@@ -143,7 +166,9 @@ def _mapped_cases(
                 numbers=tuple(numbers[of] for of in masks),
                 annotated=None if annotated is None else tuple(annotated),
                 truncated=tuple(entry.get("truncated", ())),
-                subject=str(entry.get("subject", "")),
+                subject=subject_name(name, entry["subject"], problems)
+                if "subject" in entry
+                else "",
                 split=str(entry.get("split", "")),
             )
         )
@@ -161,6 +186,12 @@ def _found_cases(
     first = f"_0000{ending}"
     stems = {path.name.removesuffix(first) for path in images.glob(f"[!.]*{first}")}
     stems |= {path.name.removesuffix(ending) for path in labels.glob(f"[!.]*{ending}")}
+    further = f"_{len(channels):04d}{ending}"
+    if undeclared := sorted(path.name for path in images.glob(f"[!.]*{further}")):
+        problems.append(
+            f"{images / undeclared[0]} is channel {len(channels)}, and {len(channels)} are named "
+            f"({', '.join(channels)}); name it in channel_names, or move it away"
+        )
     return [
         Case(
             id=stem,

@@ -91,6 +91,15 @@ def test_a_saved_click_list_gives_the_same_file(known, scan, out, tmp_path):
     assert contents[0] == contents[1]
 
 
+@pytest.mark.parametrize("before", [[], ["--object", "spleen"]])
+def test_an_object_without_points_is_refused(known, scan, out, capsys, before):
+    after = [] if before else ["--object", "liver"]
+    command = ["segment", scan, str(out), *before, "--object", "kidney", "--point", "22,40,36"]
+    assert main([*command, *after]) == 2
+    assert "--object" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_figure_shows_every_object(known, scan, out, tmp_path):
     figure = tmp_path / "fig.png"
     command = ["segment", scan, str(out), "--png", str(figure), "--object", "left", "--point"]

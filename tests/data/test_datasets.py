@@ -90,6 +90,11 @@ def test_a_file_of_subjects_names_one_for_every_case(decathlon, tmp_path):
     path.write_text('{"case_0": "a", "case_1": "a", "case_2": "b"}')
     with pytest.raises(DatasetError, match="case_3 has no subject; add it"):
         with_subjects(dataset, path)
+    path.write_text('{"case_0": "a", "case_1": "a", "case_2": "b", "case_3": null}')
+    with pytest.raises(DatasetError, match="case_3 has the subject None"):
+        with_subjects(dataset, path)
+    path.write_text('{"case_0": 0, "case_1": 0, "case_2": 1, "case_3": 1}')
+    assert [case.subject for case in with_subjects(dataset, path).cases] == ["0", "0", "1", "1"]
     path.write_text('{"case_0": "a", "case_1": "a", "case_2": "b", "case_3": "b"}')
     assert [case.subject for case in with_subjects(dataset, path).cases] == ["a", "a", "b", "b"]
 

@@ -67,11 +67,38 @@ def test_what_was_annotated_and_what_is_cut_off_is_kept(decathlon):
         ({"training": []}, "put them into imagesTr and labelsTr"),
         ({"modality": ["MRI"]}, "the channels are not numbered; give them as"),
         ({"modality": {"1": "MRI"}}, "the channels are not numbered"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "'a' and 'b'"),
+        ({"labels": {"0": "background", "1": "a", "2": "a"}}, "several values"),
+        ({"labels": {"a": 0, "background": 1}}, "background"),
+        ({"numTraining": 20}, "numTraining"),
     ],
 )
 def test_a_description_that_does_not_do_is_refused(decathlon, changes, remedy):
     with pytest.raises(DatasetError, match=remedy):
         read_dataset(decathlon(**changes))
+
+
+@pytest.mark.parametrize("subject", [None, "", True, ["anna"]])
+def test_a_subject_that_names_nobody_is_refused(decathlon, subject):
+    folder = decathlon(cases=2)
+    info = json.loads((folder / "dataset.json").read_text())
+    info["training"][0]["subject"] = subject
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match="case_0 has the subject"):
+        read_dataset(folder)
+
+
+def test_a_channel_on_disk_that_is_not_named_is_refused(nnunet):
+    with pytest.raises(DatasetError, match="channel_names"):
+        read_dataset(nnunet(channel_names={"0": "T1"}))
+
+
+def test_a_key_that_occurs_twice_is_refused(decathlon):
+    folder = decathlon(cases=1)
+    text = (folder / "dataset.json").read_text().rstrip().removesuffix("}")
+    (folder / "dataset.json").write_text(text + ', "labels": {"background": 0}}')
+    with pytest.raises(DatasetError, match="labels"):
+        read_dataset(folder)
 
 
 def test_files_in_another_format_are_to_be_converted(nnunet):
@@ -92,7 +119,7 @@ def test_nnunets_map_of_cases_may_point_anywhere(nnunet):
     (folder / "labelsTr/case_1.nii.gz").rename(folder / "elsewhere/mask.nii.gz")
     channels = [f"imagesTr/case_1_{channel:04d}.nii.gz" for channel in range(2)]
     mapped = {"one": {"images": channels, "label": "elsewhere/mask.nii.gz"}}
-    (case,) = read_dataset(nnunet(dataset=mapped)).cases
+    (case,) = read_dataset(nnunet(dataset=mapped, numTraining=1)).cases
     assert (case.id, case.label) == ("one", folder / "elsewhere/mask.nii.gz")
     assert [path.name for path in case.images] == ["case_1_0000.nii.gz", "case_1_0001.nii.gz"]
 
@@ -113,7 +140,7 @@ def test_nnunets_map_may_name_a_mask_per_class(nnunet, write_volume, labels):
         "subject": "somebody",
         "split": "val",
     }
-    (case,) = read_dataset(nnunet(dataset={"one": entry})).cases
+    (case,) = read_dataset(nnunet(dataset={"one": entry}, numTraining=1)).cases
     assert (case.annotated, case.truncated) == (("tail",), ("tail",))
     assert (case.subject, case.split) == ("somebody", "val")
     assert np.array_equal(load_label(case).array, np.where(labels == 2, 2, 0))

@@ -34,6 +34,7 @@ from sammed3d_backbone.inference.interactive.prompts import (
     MaskPrompt,
     Prompt,
     mask_values,
+    object_name,
 )
 from sammed3d_backbone.inference.interactive.propagation import (
     ClickMode,
@@ -151,23 +152,26 @@ class Predictor:
             point_vox: Voxel i, j, k of the volume's own grid, counted from 0.
             positive: Whether the point lies inside the object.
             point_mm: x, y, z in RAS+ mm, instead of `point_vox`.
-            object: Name of the object.
+            object: Name of the object; a whole number is taken as its text.
 
         Raises:
-            TypeError: If the point is not a sequence of numbers.
+            TypeError: If the point is not a sequence of numbers, `positive` is not a boolean,
+                or the name of the object is neither text nor a whole number.
             ValueError: If there is no volume, the point lies outside it, or an earlier click on
                 the same voxel has the other sign.
         """
+        if not isinstance(positive, bool | np.bool_):
+            raise TypeError(f"positive={positive!r}: expected True or False")
         voxel = self._require_scan().voxel(point_vox, point_mm)
         window = self._window_around(voxel) if positive else None
-        click = ClickPrompt(object, voxel, bool(positive), window)
+        click = ClickPrompt(object_name(object), voxel, bool(positive), window)
         earlier = [prompt for prompt in self._prompts if isinstance(prompt, ClickPrompt)]
         opposite = replace(click, positive=not click.positive)
         for number, other in enumerate(earlier, start=1):
             if replace(other, window=window) == opposite:
                 raise ValueError(
                     f"click {number} says that voxel {voxel} is "
-                    f"{'inside' if other.positive else 'outside'} {object!r}; undo it first"
+                    f"{'inside' if other.positive else 'outside'} {click.object!r}; undo it first"
                 )
         self._prompts.append(click)
 
@@ -197,7 +201,9 @@ class Predictor:
         if not boxes:
             raise ValueError("the mask prompt is empty; click on the object instead")
         x, y, z = ((side.start + side.stop - 1) // 2 for side in boxes[0])
-        self._prompts.append(MaskPrompt(object, values, self._window_around((x, y, z))))
+        self._prompts.append(
+            MaskPrompt(object_name(object), values, self._window_around((x, y, z)))
+        )
 
     def undo(self) -> None:
         """Removes the newest prompt, of whichever object.
@@ -243,7 +249,7 @@ class Predictor:
             ValueError: If there is no such object, or it has no positive prompt.
         """
         volume = self._require_scan().volume
-        name = self._only_object() if object is None else object
+        name = self._only_object() if object is None else object_name(object)
         state = self._state(name)
         clicks = self.clicks_on(name)
         field = self._field(state)

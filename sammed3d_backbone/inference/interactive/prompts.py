@@ -51,6 +51,19 @@ class MaskPrompt:
 Prompt = ClickPrompt | MaskPrompt
 
 
+def object_name(name: object) -> str:
+    """The name of an object; a whole number, as other programs name objects, becomes text.
+
+    Raises:
+        TypeError: If it is neither text nor a whole number.
+    """
+    if isinstance(name, int | np.integer) and not isinstance(name, bool):
+        return str(int(name))
+    if not isinstance(name, str):
+        raise TypeError(f"object={name!r}: expected text or a whole number")
+    return name
+
+
 def mask_values(
     volume: Volume, logits: NDArray[Any] | None, mask: NDArray[Any] | Volume | None
 ) -> NDArray[Any]:
