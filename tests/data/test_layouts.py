@@ -177,7 +177,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"images": ("a.nii.gz",)}, "say where the id of a case stands"),
+        ({"images": ("a.nii.gz",)}, "{case}"),
         ({"channels": ("a", "b", "c"), "images": ("{case}1", "{case}2")}, "give one for each"),
         ({"values": (1,)}, "give 2 different ones"),
         ({"values": (1, 0)}, "none of them 0"),
