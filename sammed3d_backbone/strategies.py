@@ -152,7 +152,7 @@ def largest_centre(errors: Errors) -> Click | None:
     missed ones come first, then the one that begins first; of equally deep voxels, the first. A
     voxel that was clicked before with the same label gives way to the next best.
 
-    Source: protocol clickbench/1, see `evaluation.clickbench`.
+    Source: protocol clickbench/1, see `clickbench.protocol`.
     """
     components = [*_components(errors.missed, True), *_components(errors.extra, False)]
     components.sort(key=lambda component: -component.voxels)  # stable

@@ -140,6 +140,8 @@ class _HubHandler(_Handler):
 
     def do_HEAD(self):
         self.note()
+        if self.path.startswith("/api/models/") and "/tree/" in self.path:
+            return self.tree(*self.path.partition("?")[0][len("/api/models/") :].split("/tree/"))
         if "/resolve/" not in self.path:
             return self.answer(404)
         repo_id, _, rest = self.path.strip("/").partition("/resolve/")
@@ -209,6 +211,24 @@ class _HubHandler(_Handler):
         """An answer in JSON."""
         body = json.dumps(content).encode()
         self.answer(status, {"Content-Type": "application/json", "Content-Length": len(body)}, body)
+
+    def tree(self, repo_id, revision):
+        """The list of a revision's files."""
+        history = self.server.hub.commits.get(repo_id, {})
+        commit = list(history)[-1] if history and revision == "main" else revision
+        if commit not in history:
+            return self.reply(404, {"error": "no such repository or revision"})
+        files = history[commit].items()
+        entries = [
+            {
+                "type": "file",
+                "path": path,
+                "size": len(content),
+                "oid": hashlib.sha1(content, usedforsecurity=False).hexdigest(),
+            }
+            for path, content in files
+        ]
+        return self.reply(200, entries)
 
     def resolve(self, repo_id, revision, filename):
         hub = self.server.hub

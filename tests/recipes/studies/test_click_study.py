@@ -215,7 +215,7 @@ def test_results_of_another_study_are_not_taken_for_this_one(cfg, monkeypatch):
 def _stand_in(network, **_):
     """Plays at once, with any network."""
     standin = Sphere()
-    standin.spacing_mm = (1.0, 1.0, 1.0)
+    standin.preprocessing = None
     return standin
 
 
