@@ -60,6 +60,8 @@ def test_it_says_what_to_type_and_ends_quietly(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        # A shell ignores this signal for what it starts in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = [process.stdout.readline() for _ in range(7)]
     process.send_signal(signal.SIGINT)
