@@ -1,6 +1,7 @@
 """What people meet first when they start the server."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -64,6 +65,10 @@ def test_it_says_what_to_type_and_ends_quietly(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     lines = [process.stdout.readline() for _ in range(7)]
+    host, port = re.search(r"http://([\d.]+):(\d+)", "".join(lines)).groups()
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /nowhere HTTP/1.0\r\n\r\n")
+        assert connection.recv(12).startswith(b"HTTP/1.")  # the server runs, not only its socket
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0
