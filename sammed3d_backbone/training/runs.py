@@ -346,7 +346,9 @@ def _remove(folder: Path) -> None:
     """Removes a checkpoint's own files, and its folder unless it holds other files."""
     if not folder.is_dir() or folder.is_symlink():
         return
-    for name in (INDEX, MODEL, OPTIMIZER, AVERAGE):
+    # safetensors writes under a name of its own first, which a kill leaves behind.
+    unfinished = [path.name for path in folder.glob(".tmp*") if path.is_file()]
+    for name in (INDEX, MODEL, OPTIMIZER, AVERAGE, *unfinished):
         (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sammed3d_backbone.training import runs as runs_module
 from sammed3d_backbone.training.runs import (
@@ -111,6 +112,25 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(toy, monkeypatch):
     assert again.progress.step == 4
     left = sorted(path.name for path in (again.run.folder / "checkpoints").iterdir())
     assert left == ["0000002", "0000004"]
+
+
+def test_a_kill_inside_safetensors_leaves_nothing_in_the_way(toy, monkeypatch):
+    run = toy()
+
+    def die(tensors, path):
+        if path.parent.name == "partial-0000006":
+            (path.parent / ".tmpAbC123").write_bytes(b"half")  # as safetensors 0.7 names it
+            raise KeyboardInterrupt
+        save_file(tensors, path)
+
+    monkeypatch.setattr(runs_module, "save_file", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.go()
+    monkeypatch.undo()
+    again = toy()
+    again.go()
+    left = sorted(path.name for path in (again.run.folder / "checkpoints").iterdir())
+    assert left == ["0000006", "0000008"]
 
 
 DAMAGES = {
