@@ -28,6 +28,8 @@ from sammed3d_backbone.recipes.prepare_demo_data import write_demo_data
 from sammed3d_backbone import config
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.preparation import load_image, load_label
+from sammed3d_backbone.evaluation.figures import Shown, cases_figure
 from sammed3d_backbone.evaluation.report import write_report
 from sammed3d_backbone.loading.checkpoint import read
 from sammed3d_backbone.loading.registry import WEIGHTS
@@ -74,6 +76,22 @@ def variant_for(weights: str) -> str:
     if Path(weights).is_file():
         found = variant_of(read(Path(weights))[0])
     return found or "vit_b"
+
+
+def draw_training_cases(cfg: finetune_unetr.Config) -> Path:
+    """Draws up to two training cases with their labels; a wrong orientation is seen here first.
+
+    Returns:
+        The PNG file.
+    """
+    dataset, fold = finetune_unetr.choose_cases(cfg)
+    shown = []
+    for case in [case for case in dataset.cases if case.id in fold.train][:2]:
+        label = load_label(case)
+        shown.append(Shown(f"to learn from: {case.id}", load_image(case), label, label))
+    path = runs_folder() / f"{cfg.name}_data.png"
+    cases_figure(path, shown, dataset.classes, lines=("labels",))
+    return path
 
 
 def start_twin(cfg: finetune_unetr.Config) -> BaseProcess:
@@ -148,6 +166,7 @@ def main() -> None:
         if "weights" not in given and not cfg.scratch:
             cfg = replace(cfg, threads=cfg.threads or max(1, cores() // 2))
             twin = start_twin(cfg)
+        print(f"the data: {draw_training_cases(cfg)}")
         summary = finetune_unetr.main(cfg)
         if twin is not None:
             twin.join()

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from sammed3d_backbone.recipes import demo, finetune_unetr
@@ -127,6 +128,8 @@ def test_the_demo_ends_with_a_figure(runs, toy_data, monkeypatch, capsys):
     figure = runs / "demo_Toy/results/figure.png"
     printed = capsys.readouterr().out
     assert str(figure) in printed
+    assert str(runs / "demo_Toy_data.png") in printed
+    assert plt.imread(runs / "demo_Toy_data.png").std() > 0.05  # something is drawn
     ours, theirs = (
         json.loads((runs / name / "results/scores.json").read_text())["mean_dice"]
         for name in ("demo_Toy", "demo_Toy_scratch")
