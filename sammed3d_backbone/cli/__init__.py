@@ -27,6 +27,7 @@ COMMANDS = (
     prompts.add_segment,
     prompts.add_features,
     serve.add_serve,
+    serve.add_view,
     selftest.add_selftest,
 )
 

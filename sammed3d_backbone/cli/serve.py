@@ -1,16 +1,23 @@
-"""The server for viewers: `sammed3d serve`."""
+"""The server for viewers: `sammed3d serve`, and `view` with its own page."""
 
 import argparse
 import ipaddress
 import logging
 import os
-from typing import TYPE_CHECKING
+import secrets
+import socket
+import sys
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sammed3d_backbone.cli.checks import on_device
 from sammed3d_backbone.cli.prompts import add_network
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
+    from sammed3d_backbone.serving.labelling import OpenScan
 
 KEY_VARIABLE = "SAMMED3D_API_KEY"
 
@@ -34,7 +41,41 @@ def add_serve(commands: "Commands") -> None:
         help="where the axes i, j, k of an image point if its program does not say so: LPS for an "
         "axial series from DICOM (default), RAS for NIfTI in napari",
     )
+    images.add_argument(
+        "--max-image-gb", type=float, default=4, metavar="GB", help="of one image; 4 when left out"
+    )
     add_network(parser)
+    _add_server(parser)
+    parser.set_defaults(run=_run_serve)
+
+
+def add_view(commands: "Commands") -> None:
+    """Declares `sammed3d view`."""
+    parser = commands.add_parser(
+        "view",
+        help="segment a scan by clicks in a browser",
+        description=(
+            "Opens a page that shows the scan, and runs until Ctrl-C. What is saved goes through "
+            "the browser's downloads; nothing else is written. Nothing but this machine is asked."
+        ),
+    )
+    parser.add_argument("source", metavar="SCAN", type=Path)
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="masks to start from, on the scan's grid"
+    )
+    parser.add_argument("--channel", type=int, metavar="N", help="of a 4-D file, counted from 0")
+    parser.add_argument("--modality", choices=("ct", "mr", "us"), help="ct is clamped to HU")
+    parser.add_argument(
+        "--no-follow", action="store_true", help="begin with objects cut off at their window"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+    add_network(parser)
+    _add_server(parser)
+    parser.set_defaults(run=_run_view)
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    """Declares where a server listens, and to whom."""
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="127.0.0.1 when left out")
     server.add_argument("--port", type=int, default=1527, help="1527 when left out; 0 is any")
@@ -51,45 +92,71 @@ def add_serve(commands: "Commands") -> None:
     server.add_argument(
         "--max-windows", type=int, default=27, metavar="N", help="of one object; 27 when left out"
     )
-    server.add_argument(
-        "--max-image-gb", type=float, default=4, metavar="GB", help="of one image; 4 when left out"
-    )
-    parser.set_defaults(run=_run_serve)
 
 
 def _run_serve(args: argparse.Namespace) -> int:
-    try:
-        from sammed3d_backbone.serving.app import Settings, build_app, listening, serve
-    except ImportError as error:
-        raise ValueError(
-            f"serve needs {error.name}; pip install 'sammed3d-backbone[serve]'"
-        ) from None
-    from sammed3d_backbone import sam
-
+    _require_extra("serve")
     if not args.api_key and not _is_loopback(args.host):
         raise ValueError(
             f"--host {args.host} lets other machines in; give an --api-key, or keep 127.0.0.1 and "
             "connect by ssh -L"
         )
+    images = {"axes": args.axes, "max_image_bytes": int(args.max_image_gb * 2**30)}
+    return _run(args, images, None, lambda port, name: _say(args, port, name))
+
+
+def _run_view(args: argparse.Namespace) -> int:
+    _require_extra("view")
+    from sammed3d_backbone.serving.labelling import OpenScan
+
+    # On a machine with several users everybody reaches the loopback interface.
+    args.api_key = args.api_key or secrets.token_urlsafe(16)
+    scan = OpenScan.load(
+        args.source, channel=args.channel, modality=args.modality, labels=args.labels
+    )
+    return _run(
+        args, {"follow": not args.no_follow}, scan, lambda port, name: _show(args, port, name)
+    )
+
+
+def _require_extra(command: str) -> None:
+    try:
+        import sammed3d_backbone.serving.app  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"{command} needs {error.name}; pip install 'sammed3d-backbone[serve]'"
+        ) from None
+
+
+def _run(
+    args: argparse.Namespace,
+    more: dict[str, Any],
+    scan: "OpenScan | None",
+    say: Callable[[int, str], None],
+) -> int:
+    """Serves until Ctrl-C; `say` gets the port and the name of the weights."""
+    from sammed3d_backbone import sam
+    from sammed3d_backbone.serving.app import Settings, build_app, listening, serve
+
     settings = Settings(
         modality=args.modality,
-        axes=args.axes,
         api_key=args.api_key or None,
         hosts=(args.host,),
         max_sessions=args.max_sessions,
         idle_s=60 * args.idle_minutes,
-        max_image_bytes=int(args.max_image_gb * 2**30),
         max_windows=args.max_windows,
+        **more,
     )
     with listening(args.host, args.port) as listener:  # before the network is loaded
         model = sam(args.variant, pretrained=not args.random, weights=args.weights)
         record = getattr(model, "pretrained_cfg", None)
         name = "random" if record is None else record.name
         license = getattr(record, "licence", None) or "not known"
-        app = build_app(on_device(model, args.device), settings, name=name, license=license)
+        network = on_device(model, args.device)
+        app = build_app(network, settings, name=name, license=license, scan=scan)
         logging.getLogger("sammed3d_backbone.serving").setLevel(logging.INFO)
         try:
-            _say(args, listener.getsockname()[1], name)
+            say(listener.getsockname()[1], name)
             serve(app, listener)
         except KeyboardInterrupt:
             print("stopped")
@@ -103,10 +170,36 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _show(args: argparse.Namespace, port: int, name: str) -> None:
+    """Prints the page's address and opens it."""
+    host = "localhost" if args.host in ("0.0.0.0", "::") else args.host
+    address = f"{_address(host, port)}/#key={args.api_key}"
+    print(
+        f"weights {name} on {args.device}; modality {args.modality or 'not given'}\n"
+        f"page        {address}\n"
+        f"from afar   ssh -L {port}:localhost:{port} {socket.gethostname()}\n"
+        "            there, then the same page\n"
+        "Ctrl-C ends it.",
+        flush=True,
+    )
+    if not args.no_browser and _has_screen():
+        webbrowser.open(address)
+
+
+def _has_screen() -> bool:
+    """Whether a browser has a window to open; else one of text would take over the terminal."""
+    screens = ("DISPLAY", "WAYLAND_DISPLAY")
+    return sys.platform in ("darwin", "win32") or any(map(os.environ.get, screens))
+
+
 def _say(args: argparse.Namespace, port: int, name: str) -> None:
     """Prints what to type in each program."""
     host = "localhost" if args.host in ("0.0.0.0", "::") else args.host
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    address = _address(host, port)
     key = "the one of --api-key" if args.api_key else "leave empty"
     modality = args.modality or "not given: intensities are taken as they are"
     print(

@@ -143,6 +143,13 @@ class Volume:
         """
         path = Path(path)
         require_nifti_name(path)
+        image = self.to_nifti()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as draft:
+            nib.save(image, draft)
+
+    def to_nifti(self) -> nib.Nifti1Image:
+        """The volume as nibabel's image, with the header as `save` writes it."""
         array = self.array if self.array.ndim == 3 else np.moveaxis(self.array, 0, -1)
         header = None
         if self.header is not None:
@@ -152,10 +159,7 @@ class Volume:
             header["cal_min"] = header["cal_max"] = 0
         is_second = isinstance(header, nib.Nifti2Header)
         kind: type[nib.Nifti1Image] = nib.Nifti2Image if is_second else nib.Nifti1Image
-        image = kind(array, self.affine, header)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as draft:
-            nib.save(image, draft)
+        return kind(array, self.affine, header)
 
 
 def _require_one_number_per_voxel(path: Path, dtype: np.dtype[Any]) -> None:

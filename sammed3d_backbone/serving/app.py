@@ -1,4 +1,4 @@
-"""The server: both protocols on one port, behind one gate, with one network."""
+"""The server: both protocols and the page on one port, behind one gate, with one network."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import uvicorn
@@ -17,14 +19,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
 
 from sammed3d_backbone import __version__
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.inference.interactive.embedding_cache import PromptableNetwork
-from sammed3d_backbone.serving import itksnap, nninteractive
+from sammed3d_backbone.serving import itksnap, nninteractive, page
 from sammed3d_backbone.serving.gate import Gate, RefusedError, own_names
-from sammed3d_backbone.serving.leases import FullError, GoneError, Leases
+from sammed3d_backbone.serving.labelling import LabellingSession, OpenScan
+from sammed3d_backbone.serving.leases import FullError, GoneError, Leases, Session
 from sammed3d_backbone.serving.session import InteractiveSession, checked_axes
 
 logger = logging.getLogger(__name__)
@@ -49,6 +53,7 @@ class Settings:
         liveness_s: Seconds without a sign of life after which a session ends.
         max_image_bytes: Of one image, uncompressed.
         max_windows: In which one object is followed.
+        follow: Whether the page follows objects unless its user says otherwise.
     """
 
     modality: Modality | None = None
@@ -60,6 +65,7 @@ class Settings:
     liveness_s: float = 120.0
     max_image_bytes: int = 2**32
     max_windows: int = 27
+    follow: bool = True
 
     def __post_init__(self) -> None:
         checked_axes(self.axes)
@@ -70,7 +76,12 @@ class Settings:
 
 
 def build_app(
-    model: PromptableNetwork, settings: Settings, *, name: str, license: str = "!!MISSING!!"
+    model: PromptableNetwork,
+    settings: Settings,
+    *,
+    name: str,
+    license: str = "!!MISSING!!",
+    scan: OpenScan | None = None,
 ) -> Starlette:
     """The ASGI application.
 
@@ -79,47 +90,63 @@ def build_app(
         settings: How the server behaves.
         name: Of the weights, as ITK-SNAP lists it.
         license: Terms of the weights, as the other programs show them.
+        scan: What the page shows; None for no page.
     """
+    line = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
 
-    def new_session() -> InteractiveSession:
-        predictor = Predictor(
+    def predictor() -> Predictor:
+        return Predictor(
             model,
             max_windows=settings.max_windows,
             enforce_clicks=True,
             cache_bytes=CACHE_BYTES // settings.max_sessions,
         )
+
+    def new_session() -> InteractiveSession:
         return InteractiveSession(
-            predictor, modality=settings.modality, axes=settings.axes, license=license
+            predictor(), modality=settings.modality, axes=settings.axes, license=license
         )
 
-    leases = Leases(
-        new_session,
-        max_sessions=settings.max_sessions,
-        idle_s=settings.idle_s,
-        liveness_s=settings.liveness_s,
-    )
+    def leases_of(new_session: Callable[[], Session]) -> Leases[Session]:
+        return Leases(
+            new_session,
+            line,
+            max_sessions=settings.max_sessions,
+            idle_s=settings.idle_s,
+            liveness_s=settings.liveness_s,
+        )
+
+    leases = leases_of(new_session)
+    sweeps: list[Leases[Any]] = [leases]
     capabilities = capabilities_of(new_session(), model)
     viewers = nninteractive.NnInteractiveProtocol(leases, capabilities, settings.max_image_bytes)
     names = tuple(dict.fromkeys((name, itksnap.MODEL)))
     snap = itksnap.ItkSnapProtocol(leases, __version__, names, settings.max_image_bytes)
+    routes: list[BaseRoute] = [*viewers.routes(), *snap.routes()]
+    if scan is not None:
+        pages = leases_of(lambda: LabellingSession(predictor(), scan))
+        routes += page.Page(pages, scan, name, settings.follow).routes()
+        sweeps.append(pages)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        sweeper = asyncio.create_task(leases.keep_swept())
+        sweepers = [asyncio.create_task(leases.keep_swept()) for leases in sweeps]
         try:
             yield
         finally:
-            sweeper.cancel()
-            leases.close()
+            for sweeper, leases in zip(sweepers, sweeps, strict=True):
+                sweeper.cancel()
+                leases.close()
+            line.shutdown(wait=False, cancel_futures=True)  # work that has not begun is dropped
 
     gate = Middleware(
         Gate,
         api_key=settings.api_key,
         hosts={*settings.hosts, *own_names()},
-        open_paths=nninteractive.OPEN_PATHS,
+        open_paths={*nninteractive.OPEN_PATHS, *(page.OPEN_PATHS if scan else ())},
     )
     return Starlette(
-        routes=[*viewers.routes(), *snap.routes()],
+        routes=routes,
         middleware=[gate],
         lifespan=lifespan,
         exception_handlers={

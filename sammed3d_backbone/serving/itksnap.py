@@ -59,7 +59,7 @@ class ItkSnapProtocol:
         max_image_bytes: Of an image.
     """
 
-    leases: Leases
+    leases: Leases[InteractiveSession]
     version: str
     models: tuple[str, ...]
     max_image_bytes: int

@@ -1,8 +1,9 @@
 """Who may use the server: a lease per client, with its session, its clocks and its place in line.
 
-One network serves all leases. What runs the network waits in one line, first come, first served;
-everything else (receiving an image, undo) runs beside it, so that a prediction delays nobody's
-heartbeat. Within a lease one request is handled at a time.
+One network serves all leases. What runs the network waits in one line, first come, first served,
+also where programs and pages have leases of their own; everything else (receiving an image, undo)
+runs beside it, so that a prediction delays nobody's heartbeat. Within a lease one request is
+handled at a time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar
-
-from sammed3d_backbone.serving.session import InteractiveSession
+from typing import Generic, TypeVar
 
 logger = logging.getLogger(__name__)
 
+Session = TypeVar("Session")
 Result = TypeVar("Result")
 
 
@@ -31,7 +31,7 @@ class FullError(Exception):
     """All sessions are taken."""
 
 
-class Lease:
+class Lease(Generic[Session]):
     """A client's right to one session.
 
     Args:
@@ -41,20 +41,21 @@ class Lease:
             for clients that send none.
     """
 
-    def __init__(self, token: str, session: InteractiveSession, liveness_s: float | None) -> None:
+    def __init__(self, token: str, session: Session, liveness_s: float | None) -> None:
         self.token = token
-        self.session: InteractiveSession | None = session
+        self.session: Session | None = session
         self.liveness_s = liveness_s
         self.seen_s = self.active_s = time.monotonic()
         self.requests = 0  # under way or waiting
         self.turn = asyncio.Lock()
 
 
-class Leases:
-    """All leases of a server.
+class Leases(Generic[Session]):
+    """All leases of one kind of a server.
 
     Args:
         new_session: Builds the session of a lease.
+        line: Runs the network, one piece of work at a time.
         max_sessions: How many leases there may be at a time.
         idle_s: Seconds without work after which a lease ends.
         liveness_s: Seconds without a sign of life after which the lease of a client that promises
@@ -63,7 +64,8 @@ class Leases:
 
     def __init__(
         self,
-        new_session: Callable[[], InteractiveSession],
+        new_session: Callable[[], Session],
+        line: ThreadPoolExecutor,
         *,
         max_sessions: int,
         idle_s: float,
@@ -73,10 +75,10 @@ class Leases:
         self.idle_s = idle_s
         self.liveness_s = liveness_s
         self._new_session = new_session
-        self._leases: dict[str, Lease] = {}
-        self._line = ThreadPoolExecutor(max_workers=1, thread_name_prefix="network")
+        self._leases: dict[str, Lease[Session]] = {}
+        self._line = line
 
-    def claim(self, *, heartbeats: bool) -> Lease:
+    def claim(self, *, heartbeats: bool) -> Lease[Session]:
         """A new lease.
 
         Args:
@@ -94,7 +96,7 @@ class Leases:
         logger.info("a session began; %d of %d in use", len(self._leases), self.max_sessions)
         return lease
 
-    def find(self, token: str | None) -> Lease:
+    def find(self, token: str | None) -> Lease[Session]:
         """The lease of a token; its client has shown that it lives.
 
         Raises:
@@ -104,7 +106,7 @@ class Leases:
         lease.seen_s = time.monotonic()
         return lease
 
-    def peek(self, token: str | None) -> Lease:
+    def peek(self, token: str | None) -> Lease[Session]:
         """The lease of a token, without touching its clocks.
 
         Raises:
@@ -115,7 +117,7 @@ class Leases:
             raise GoneError
         return lease
 
-    def remaining_s(self, lease: Lease) -> float:
+    def remaining_s(self, lease: Lease[Session]) -> float:
         """Seconds until a lease ends if nothing is done."""
         return max(0.0, self.idle_s - (time.monotonic() - lease.active_s))
 
@@ -134,7 +136,7 @@ class Leases:
             self.release(lease.token, "was left")
 
     @asynccontextmanager
-    async def turn(self, token: str | None) -> AsyncIterator[Lease]:
+    async def turn(self, token: str | None) -> AsyncIterator[Lease[Session]]:
         """A lease for one request that works on its session, when earlier ones are done.
 
         Raises:
@@ -152,7 +154,7 @@ class Leases:
             lease.seen_s = lease.active_s = time.monotonic()
 
     async def work(
-        self, lease: Lease, work: Callable[[InteractiveSession], Result], *, network: bool
+        self, lease: Lease[Session], work: Callable[[Session], Result], *, network: bool
     ) -> Result:
         """Runs something on a lease's session in a thread.
 
@@ -181,12 +183,11 @@ class Leases:
             self.sweep()
 
     def close(self) -> None:
-        """Ends all leases; work that has not begun is dropped."""
+        """Ends all leases."""
         for token in list(self._leases):
             self.release(token)
-        self._line.shutdown(wait=False, cancel_futures=True)
 
-    def _is_over(self, lease: Lease) -> bool:
+    def _is_over(self, lease: Lease[Session]) -> bool:
         if lease.requests:
             return False
         now = time.monotonic()

@@ -76,7 +76,7 @@ class NnInteractiveProtocol:
         max_image_bytes: Of an image or a mask.
     """
 
-    leases: Leases
+    leases: Leases[InteractiveSession]
     capabilities: Json
     max_image_bytes: int
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,7 @@ class Seed:
 
 
 Prompt = Point | Seed
+AnyPrompt = TypeVar("AnyPrompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,12 +348,7 @@ class InteractiveSession:
 
     def _tell(self) -> None:
         """Brings the predictor's prompts up to date; answers to those in common are kept."""
-        pairs = zip(self._told, self._prompts, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        while len(self._told) > common:
-            self._predictor.undo()
-            self._told.pop()
-        for prompt in self._prompts[common:]:
+        for prompt in news(self._predictor, self._told, self._prompts):
             if isinstance(prompt, Seed):
                 self._predictor.mask_prompt(mask=prompt.mask)
             else:
@@ -383,6 +379,24 @@ class InteractiveSession:
             import torch
 
             target[region] = torch.from_numpy(values.astype(np.uint8)).to(target)
+
+
+def news(
+    predictor: Predictor, told: list[AnyPrompt], prompts: Sequence[AnyPrompt]
+) -> Sequence[AnyPrompt]:
+    """The prompts that a predictor has not been told; those that no longer hold are taken back.
+
+    Args:
+        predictor: Holds the prompts of `told`.
+        told: Is shortened to the prompts that hold.
+        prompts: All prompts that it shall hold.
+    """
+    pairs = zip(told, prompts, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    while len(told) > common:
+        predictor.undo()
+        told.pop()
+    return prompts[common:]
 
 
 def checked_axes(axes: str) -> str:

@@ -36,6 +36,24 @@ def test_refusals_are_one_line(capsys, arguments, token):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "token"),
+    [
+        (["nowhere.nii.gz"], "nowhere.nii.gz"),
+        (["scan.nii.gz", "--labels", "nowhere.nii.gz"], "nowhere.nii.gz"),
+        (["scan.nii.gz", "--labels", "other.nii.gz"], "other.nii.gz"),
+        (["scan.nii.gz", "--port", "70000"], "port"),
+    ],
+)
+def test_view_refuses_in_one_line(capsys, monkeypatch, write_volume, arguments, token):
+    monkeypatch.chdir(write_volume("scan.nii.gz").parent)
+    write_volume("other.nii.gz", shape=(6, 7, 9))
+    assert main(["view", *arguments, "--variant", "tiny", "--random"]) == 2
+    error = capsys.readouterr().err
+    assert token in error
+    assert error.count("\n") == 1
+
+
 def test_a_port_in_use_is_named(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -11,10 +11,12 @@ from sammed3d_backbone.serving.app import Settings, build_app
 
 
 @contextlib.contextmanager
-def serving(model, **settings):
-    """Yields the server's address."""
-    app = build_app(model, Settings(**settings), name="test")
-    config = uvicorn.Config(app, port=0, http="h11", ws="none", log_level="warning")
+def serving(model, scan=None, port=0, **settings):
+    """Yields the server's address; with a scan there is the page as well."""
+    app = build_app(model, Settings(**settings), name="test", scan=scan)
+    config = uvicorn.Config(
+        app, port=port, http="h11", ws="none", log_level="warning", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -88,6 +88,7 @@ class EmbeddingCache:
         self.folder = None if folder is None else Path(folder).expanduser()
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file; give a folder")
+        self.passes = 0  # of the encoder
         self._encodings: OrderedDict[Triple, Encoding] = OrderedDict()
         # Shown with the first window, and on a terminal only.
         self._bar = tqdm(
@@ -147,6 +148,7 @@ class EmbeddingCache:
             )
         with torch.inference_mode():
             encoding = self.model.encode(image.to(self.device))
+        self.passes += 1
         self._bar.update()
         if path is not None:
             try:

@@ -237,6 +237,11 @@ class Predictor:
         """The clicks on an object, in order."""
         return [prompt for prompt in self._prompts_on(object) if isinstance(prompt, ClickPrompt)]
 
+    @property
+    def windows_encoded(self) -> int:
+        """Passes of the encoder so far; may be read while another thread predicts."""
+        return self._network.passes
+
     # --- predictions ---------------------------------------------------------------------------
 
     def predict(self, object: str | None = None) -> Prediction:
@@ -340,25 +345,33 @@ class Predictor:
 
     # --- click lists ---------------------------------------------------------------------------
 
-    def save_clicks(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes all clicks as JSON, with hashes of the volume and the weights.
+    def click_list(self) -> ClickList:
+        """All clicks, with hashes of the volume and the weights.
 
         Raises:
-            FileExistsError: If the file exists and is not to be overwritten.
             ValueError: If there is a mask prompt, which a click list cannot hold.
         """
         volume = self._require_scan().volume
         clicks = [prompt for prompt in self._prompts if isinstance(prompt, ClickPrompt)]
         if len(clicks) < len(self._prompts):
             raise ValueError("a click list cannot hold mask prompts; save the mask as NIfTI")
-        content = ClickList(
+        return ClickList(
             tuple(click.to_dict() for click in clicks),
             volume_sha256(volume),
             self._network.weights_sha256,
             self._settings,
         )
+
+    def save_clicks(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes all clicks as JSON, with hashes of the volume and the weights.
+
+        Raises:
+            FileExistsError: If the file exists and is not to be overwritten.
+            ValueError: As `click_list`.
+        """
+        content = self.click_list().to_json()
         with atomic_path(path, overwrite=overwrite) as draft:
-            draft.write_text(content.to_json(), encoding="utf-8")
+            draft.write_text(content, encoding="utf-8")
 
     def load_clicks(self, clicks: str | Path | ClickList) -> None:
         """Replaces all prompts by those of a click list.
