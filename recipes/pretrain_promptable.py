@@ -533,6 +533,7 @@ def save_weights(
         filename=path.name,
         rel_pos=cfg.rel_pos,
         point_pos=network.prompt_encoder.point_pos,
+        clicks=cfg.clicks,
         preprocessing=dataclasses.replace(
             SAM_MED3D,
             spacing_mm=(cfg.spacing_mm,) * 3,

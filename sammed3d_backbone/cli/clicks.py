@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sammed3d_backbone.cli.checks import on_device
 from sammed3d_backbone.cli.prompts import add_network
@@ -46,7 +46,9 @@ def add_clicks(commands: "Commands") -> None:
     add_network(parser)
     how = parser.add_argument_group("prediction")
     how.add_argument(
-        "--all-clicks", action="store_true", help="give every pass all clicks, not the newest only"
+        "--clicks",
+        choices=("newest", "all"),
+        help="what every pass is given (default: as the weights were trained)",
     )
     how.add_argument("--no-follow", action="store_true", help="end objects with their window")
     how.add_argument(
@@ -132,11 +134,11 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel
         sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
     )
     record = getattr(network, "pretrained_cfg", None)
-    clicks: Literal["all", "newest"] = "all" if args.all_clicks else "newest"
-    return Predictor(network, clicks=clicks, follow=not args.no_follow), {
+    predictor = Predictor(network, clicks=args.clicks, follow=not args.no_follow)
+    return predictor, {
         "model": f"{args.variant}, {'random initialisation' if record is None else record.name}",
         "weights_sha256": content_sha256(network.state_dict()),
-        "told": f"{clicks} clicks",
+        "told": f"{predictor.clicks} clicks",
         "follow": not args.no_follow,
         "pretraining": str(seen_in_pretraining(record, dataset)),
     }

@@ -55,7 +55,9 @@ def add_segment(commands: "Commands") -> None:
     _add_preprocessing(parser)
     how = parser.add_argument_group("prediction")
     how.add_argument(
-        "--all-clicks", action="store_true", help="give every pass all clicks, not the newest only"
+        "--clicks",
+        choices=("newest", "all"),
+        help="what every pass is given (default: as the weights were trained)",
     )
     how.add_argument("--no-follow", action="store_true", help="cut objects off at their window")
     how.add_argument(
@@ -117,7 +119,7 @@ def _run_segment(args: argparse.Namespace) -> int:
     )
     predictor = Predictor(
         model,
-        clicks="all" if args.all_clicks else "newest",
+        clicks=args.clicks,
         follow=not args.no_follow,
         enforce_clicks=args.enforce_clicks,
         preprocessing=_preprocessing(args, model),

@@ -50,7 +50,6 @@ def _weights_findings(weights: str) -> list[Finding]:
     from sammed3d_backbone import encoder, sam
     from sammed3d_backbone.loading.checkpoint import OTHER_PARTS, CheckpointError
     from sammed3d_backbone.loading.opening import CARD_KEY
-    from sammed3d_backbone.models.attention import RelPos
     from sammed3d_backbone.models.sam import Sam3D
     from sammed3d_backbone.selftest import phantom
 
@@ -61,9 +60,8 @@ def _weights_findings(weights: str) -> list[Finding]:
         raise ValueError(f"{weights} has sizes that fit no known variant; see `sammed3d verify`")
     findings = [hash_finding(record)]
     build = sam if any(name.startswith(OTHER_PARTS) for name in tensors) else encoder
-    rel_pos: RelPos = "axial" if record.rel_pos == "axial" else "sammed3d"
     try:
-        network = build(record.variant, weights=weights, rel_pos=rel_pos).eval()
+        network = build(record.variant, weights=weights).eval()
     except CheckpointError as error:
         return [*findings, (False, str(error))]
     findings.append((True, f"all {len(network.state_dict())} tensors of the weights load strictly"))

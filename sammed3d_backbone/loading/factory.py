@@ -51,7 +51,7 @@ def encoder(
     in_chans: int = 1,
     img_size: int | Sequence[int] | None = None,
     patch_size: int | None = None,
-    rel_pos: RelPos = "sammed3d",
+    rel_pos: RelPos | None = None,
     drop_path_rate: float = 0.0,
     channel_gains: Sequence[float] | None = None,
 ) -> ImageEncoder3D:
@@ -77,8 +77,9 @@ def encoder(
             the weights were stored with. The position table is resampled.
         patch_size: Side of a patch in voxels; None is that of the weights. The filter is
             resampled, exactly for larger patches.
-        rel_pos: "sammed3d" as all public weights were trained; "axial" is the correct form, which
-            needs fine-tuning when the weights were trained with the other.
+        rel_pos: "sammed3d", as the released weights were trained, or "axial", the correct form.
+            None is that of the weights, and "sammed3d" at random initialisation; weights trained
+            with "sammed3d" need fine-tuning with the other.
         drop_path_rate: Stochastic depth of the last block.
         channel_gains: Share of each input channel instead of one over their number; they sum to 1.
             (1, 0, 0, 0) begins with the first channel alone.
@@ -99,17 +100,19 @@ def encoder(
     img_size = _plain_size(img_size)
     options: dict[str, Any] = {
         "in_chans": operator.index(in_chans),
-        "rel_pos": rel_pos,
         "drop_path_rate": drop_path_rate,
     }
     if not pretrained:
         _require_none(
             weights=weights, weights_file=weights_file, inflate=inflate, channel_gains=channel_gains
         )
+        options["rel_pos"] = rel_pos or "sammed3d"
         return build_encoder(with_patch_size(sizes, patch_size), img_size, **options)
     opened = open_weights(
         default_weights(variant) if weights is None else weights, weights_file, variant=variant
     )
+    rel_pos = rel_pos or stored_rel_pos(opened.record, inflate)
+    options["rel_pos"] = rel_pos
     if inflate is not None:
         if rel_pos != "axial":
             raise ValueError("inflate= converts weights of a 2-D network: pass rel_pos='axial'")
@@ -148,7 +151,7 @@ def sam(
     weights: str | os.PathLike[str] | None = None,
     weights_file: str | None = None,
     img_size: int | Sequence[int] | None = None,
-    rel_pos: RelPos = "sammed3d",
+    rel_pos: RelPos | None = None,
     point_pos: PointPos | None = None,
 ) -> Sam3D:
     """The whole promptable network of a variant, with pretrained weights by default.
@@ -193,6 +196,7 @@ def sam(
         call="sam",
     )
     require_all_parts(opened)
+    rel_pos = rel_pos or stored_rel_pos(opened.record)
     require_fit(opened, variant, rel_pos, "sam")
     network = sam_like(opened.tensors, variant, rel_pos=rel_pos)
     stored = network.prompt_encoder.point_pos
@@ -212,6 +216,11 @@ def sam(
     network.load_report = _resampled(report, network, img_size)
     network.pretrained_cfg = dataclasses.replace(opened.record, variant=variant, point_pos=stored)
     return network
+
+
+def stored_rel_pos(record: Weights, inflate: DepthFilter | None = None) -> RelPos:
+    """The relative positions to use with weights when the caller leaves them open."""
+    return "axial" if inflate is not None or record.rel_pos == "axial" else "sammed3d"
 
 
 def _shapes(network: ImageEncoder3D | Sam3D) -> dict[str, Shape]:

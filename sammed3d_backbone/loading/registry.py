@@ -7,6 +7,7 @@ network.
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sammed3d_backbone.data.preprocessing import SAM_MED3D, Preprocessing
 
@@ -41,6 +42,7 @@ class Weights:
         licence: Licence of the weights, as their source states it.
         rel_pos: Relative positions that the weights were trained with: "sammed3d" or "axial".
         point_pos: Position code of clicks that they were trained with: "swapped" or "aligned".
+        clicks: What each step of an interaction was given in training, the "newest" click or "all".
         preprocessing: How a scan becomes the network's input.
         pretraining: The published list of training sets.
         held_out: Sets that the source says were kept out of training.
@@ -58,6 +60,7 @@ class Weights:
     licence: str | None = None
     rel_pos: str | None = None
     point_pos: str | None = None
+    clicks: Literal["newest", "all"] | None = None
     preprocessing: Preprocessing | None = None
     pretraining: tuple[PretrainingSet, ...] | None = field(default=None, repr=False)
     held_out: tuple[str, ...] = field(default=(), repr=False)
@@ -126,6 +129,7 @@ _TURBO = Weights(
     licence="Apache-2.0 by its model card; the training sets have terms of their own",
     rel_pos="sammed3d",
     point_pos="swapped",
+    clicks="newest",
     preprocessing=SAM_MED3D,
     pretraining=SA_MED3D_140K,
     held_out=SA_MED3D_HELD_OUT,

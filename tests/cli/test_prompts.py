@@ -113,7 +113,7 @@ def test_encoded_windows_are_kept_on_request(known, scan, out, tmp_path):
     assert len(list(cache.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize("switch", ["--all-clicks", "--no-follow", "--enforce-clicks"])
+@pytest.mark.parametrize("switch", ["--clicks=all", "--no-follow", "--enforce-clicks"])
 def test_every_switch_is_taken(known, scan, out, switch):
     assert main(["segment", scan, str(out), "--point", "22,40,36", switch]) == 0
 

@@ -334,12 +334,13 @@ def test_axial_weights_load_as_what_they_are(tmp_path, generator, caplog):
     axial = filled(encoder("toy", pretrained=False, rel_pos="axial", img_size=box), generator)
     path = tmp_path / "a.safetensors"
     write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
-    network = encoder("toy", weights=path, rel_pos="axial").eval()
-    assert network.img_size == box
-    assert same(network, axial)
+    for given in ({}, {"rel_pos": "axial"}):
+        network = encoder("toy", weights=path, **given).eval()
+        assert network.img_size == box
+        assert same(network, axial)
     assert not caplog.text
     with pytest.raises(ValueError, match="rel_pos='axial'"):
-        encoder("toy", weights=path)
+        encoder("toy", weights=path, rel_pos="sammed3d")
 
 
 # --- the Hub ---------------------------------------------------------------------------------
@@ -464,13 +465,14 @@ def test_positions_are_those_of_the_weights(tmp_path, promptable):
         sam("toy", weights=path, point_pos="swapped")
 
 
-def test_axial_promptable_weights_ask_for_axial_positions(tmp_path, generator):
+def test_axial_promptable_weights_load_as_what_they_are(tmp_path, generator):
     axial = sam("toy", pretrained=False, rel_pos="axial", point_pos="aligned")
     path = tmp_path / "a.safetensors"
     write(path, axial.state_dict(), to_metadata(Weights(name="ours", rel_pos="axial")))
+    assert same(sam("toy", weights=path), axial)
     assert same(sam("toy", weights=path, rel_pos="axial"), axial)
     with pytest.raises(ValueError, match="rel_pos='axial'"):
-        sam("toy", weights=path)
+        sam("toy", weights=path, rel_pos="sammed3d")
 
 
 def test_an_encoder_alone_is_no_promptable_network(tmp_path, source):

@@ -337,7 +337,7 @@ def test_info_names_the_variant_that_a_2d_file_inflates_to(file, capsys):
 
 def test_inflation_needs_axial_positions(file):
     with pytest.raises(ValueError, match="rel_pos='axial'"):
-        encoder("toy", weights=file, inflate="center")
+        encoder("toy", weights=file, inflate="center", rel_pos="sammed3d")
 
 
 def test_a_2d_file_without_inflation_is_told_of_it(file):

@@ -58,7 +58,8 @@ class Predictor:
     Args:
         model: A promptable network such as `sam(...)` builds; it is set to evaluation mode, and its
             values must not change while it is in use here.
-        clicks: Whether each pass gets the "newest" click, as in training, or "all" clicks so far.
+        clicks: Whether each pass gets the "newest" click or "all" clicks so far; None is as the
+            weights were trained, "newest" if they do not say.
         follow: Whether an object that touches a window's border is followed into the next window.
         max_windows: Bound on the windows of one object.
         enforce_clicks: Whether positive clicks always end inside the mask and negative outside.
@@ -80,7 +81,7 @@ class Predictor:
         self,
         model: PromptableNetwork,
         *,
-        clicks: ClickMode = "newest",
+        clicks: ClickMode | None = None,
         follow: bool = True,
         max_windows: int = 27,
         enforce_clicks: bool = False,
@@ -92,7 +93,8 @@ class Predictor:
         used, self._setup_notes = preprocessing_of(model, preprocessing)
         # The window is the network's input, whatever size the weights were stored with.
         self.preprocessing = replace(used, crop_vox=tuple(model.image_encoder.img_size))
-        self.clicks = clicks
+        record = getattr(model, "pretrained_cfg", None)
+        self.clicks: ClickMode = clicks or getattr(record, "clicks", None) or "newest"
         self.follow = follow
         self.max_windows = max_windows
         self.enforce_clicks = enforce_clicks

@@ -13,6 +13,7 @@ from standin import StandIn
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.loading.registry import Weights
 
 
 def dice(a, b):
@@ -77,6 +78,15 @@ def test_all_clicks_are_told_on_request(model, balls):
     points, labels = model.prompt_encoder.told[-1][0]
     assert points.shape == (1, 3, 3)
     assert labels.tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "used"),
+    [("all", None, "all"), ("all", "newest", "newest"), (None, None, "newest")],
+)
+def test_clicks_are_given_as_the_weights_were_trained(model, trained, given, used):
+    model.pretrained_cfg = Weights(name="ours", clicks=trained)
+    assert Predictor(model, clicks=given).clicks == used
 
 
 def test_asking_in_between_changes_nothing(model, balls):
