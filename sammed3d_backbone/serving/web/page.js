@@ -40,12 +40,12 @@ function keyOfAddress() {
   return sessionStorage.getItem("key");
 }
 
-function ask(path, body) {
+function ask(path, body, keepalive = false) {
   const headers = {};
   if (key) headers["Authorization"] = `Bearer ${key}`;
   if (server) headers["X-Lease-Token"] = server.lease;
-  const method = body === undefined ? "GET" : "POST";
-  return fetch(path, { method, headers, body: body && JSON.stringify(body), cache: "no-store" });
+  const how = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
+  return fetch(path, { ...how, headers, keepalive, cache: "no-store" });
 }
 
 // The answer, however long the server is away; `body` is a function because it may change meanwhile.
@@ -344,6 +344,19 @@ function setContrast(name) {
   viewer.updateGLVolume();
 }
 
+function setRendering(isShown) {
+  const { ALWAYS, NEVER } = niivue.SHOW_RENDER;
+  viewer.opts.multiplanarShowRender = isShown ? ALWAYS : NEVER;
+  viewer.drawScene();
+}
+
+// Without a graphics card the rendering takes ten times as long as the three slices.
+function hasGraphicsCard() {
+  const info = viewer.gl.getExtension("WEBGL_debug_renderer_info");
+  const name = info ? viewer.gl.getParameter(info.UNMASKED_RENDERER_WEBGL) : "";
+  return !/swiftshader|llvmpipe|software/i.test(name);
+}
+
 // --- start ----------------------------------------------------------------------------------
 
 const KEYS = {
@@ -382,34 +395,30 @@ function connect() {
   $("add").onclick = () => addObject(Math.max(...objects.map(({ value }) => value)) + 1);
   $("opacity").oninput = (event) => viewer.setDrawOpacity(event.target.valueAsNumber);
   $("contrast").onchange = (event) => setContrast(event.target.value);
+  $("rendering").onchange = (event) => setRendering(event.target.checked);
   $("save-labels").onclick = () => save("page/labels", `${server.name}_labels.nii.gz`);
   $("save-clicks").onclick = () => save("page/clicks", `${server.name}_clicks.json`);
   for (const type of ["keydown", "keyup"]) document.addEventListener(type, onKey, true);
   setInterval(() => sent ?? ask("page/progress").catch(() => undefined), HEARTBEAT_MS);
   addEventListener("beforeunload", (event) => version !== saved && event.preventDefault());
-  addEventListener("pagehide", () => {
-    const headers = { Authorization: `Bearer ${key}`, "X-Lease-Token": server.lease };
-    fetch("page/close", { method: "POST", keepalive: true, headers });
-  });
+  addEventListener("pagehide", () => ask("page/close", {}, true));
 }
 
 async function start() {
   if (!document.createElement("canvas").getContext("webgl2")) {
     return warn("This browser has no WebGL2, which the page needs; try another, or its settings.");
   }
-  const { Niivue, SHOW_RENDER, MULTIPLANAR_TYPE, DRAG_MODE } = niivue;
+  const { Niivue, MULTIPLANAR_TYPE, DRAG_MODE } = niivue;
   viewer = new Niivue({
     logLevel: "error",
     loadingText: "",
     dragAndDropEnabled: false,
     crosshairColor: [0.36, 0.78, 1, 0.7],
     crosshairWidthUnit: "percent",
-    crosshairWidth: 0.15,
-    crosshairGap: 8,
+    crosshairWidth: 0.3,
     isRadiologicalConvention: true, // the right of the body on the left of the screen
     isForceMouseClickToVoxelCenters: true,
     multiplanarLayout: MULTIPLANAR_TYPE.GRID,
-    multiplanarShowRender: SHOW_RENDER.ALWAYS,
     mouseEventConfig: {
       leftButton: { primary: DRAG_MODE.crosshair },
       rightButton: DRAG_MODE.windowing,
@@ -418,6 +427,7 @@ async function start() {
   });
   viewer.onLocationChange = place;
   await viewer.attachToCanvas($("views"));
+  setRendering(($("rendering").checked = hasGraphicsCard()));
   tell("Loading the scan.");
   await open();
   $("scan").textContent = document.title = server.name;
@@ -434,11 +444,12 @@ async function start() {
   for (const value of Object.keys(server.objects)) addObject(Number(value));
   if (!objects.length) addObject(1);
   connect();
-  viewer.createOnLocationChange();
+  viewer.moveCrosshairInVox(0, 0, 0); // to the centre of a voxel, and says where
   await update();
   saved = version;
   if (server.step > 1) {
-    warn(`The scan is too large to show: every ${server.step}th voxel is shown, all are segmented.`);
+    const nth = { 2: "2nd", 3: "3rd" }[server.step] ?? `${server.step}th`;
+    warn(`The scan is too large to show: every ${nth} voxel is shown, all are segmented.`);
   }
   tell("Place the crosshair with the left mouse button, then press p inside an object.");
   $("views").focus();
