@@ -80,6 +80,13 @@ def test_the_second_version_of_the_format_is_kept(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_a_file_with_a_long_extension_is_read(tmp_path):
+    image = nib.Nifti1Image(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"label table " * 1000))
+    nib.save(image, tmp_path / "labels.nii.gz")
+    assert np.array_equal(Volume.load(tmp_path / "labels.nii.gz").array, image.get_fdata())
+
+
 def test_a_fourth_axis_of_one_is_no_channel(tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((3, 4, 5, 1), np.int16), np.eye(4)), tmp_path / "v.nii")
     assert Volume.load(tmp_path / "v.nii").array.shape == (3, 4, 5)
