@@ -7,6 +7,7 @@ resample or normalise; that is `geometry` and `intensity`.
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import struct
 import zlib
@@ -184,9 +185,10 @@ def _read(path: Path, file: IO[bytes] | gzip.GzipFile) -> bytes:
     content = bytearray(file.read(544))
     is_second = content[4:7] == b"n+2"
     kind = nib.Nifti2Header if is_second else nib.Nifti1Header
-    # Not `from_fileobj`, which would go on to extensions that may be longer than what was read.
-    header = kind(bytes(content[: kind.template_dtype.itemsize]))
-    first, given = 544 if is_second else 352, float(header["vox_offset"])
+    first = 544 if is_second else 352
+    # Four zeros in place of extensions, which may be longer than what was read.
+    header = kind.from_fileobj(io.BytesIO(content[: first - 4] + bytes(4)))
+    given = float(header["vox_offset"])
     if not given >= first:
         if any(content[first - 4 : first - 3]):
             raise ValueError(f"{path} has vox_offset {given:g} and extensions; convert it again")
