@@ -26,6 +26,31 @@ def test_both_codes_read_what_the_other_wrote(rng, dtype, shape):
             assert np.array_equal(read, values)
 
 
+# What versions 2.5.1 and 2.6.0 of the client write.
+IMAGE = """
+4e4e494101010405696e743136010000000000000002000000000000000300000000000000040000000000000001000000
+300000000000000050000000000000000501970230000000300000005000000000000000000005000000000000000000
+fafffbfffcfffdfffeffffff00000100020003000400050006000700080009000a000b000c000d000e000f0010001100"""
+MASK = """
+4e4e49410101030575696e743806000000000000000700000000000000080000000000000001000000
+50010000000000004600000000000000050195015001000050010000460000000000000000000500
+0000000000000000240000001e00000028b52ffd605000a500001000010680501f04a66e750a8a1518080a506e07"""
+
+
+def test_recorded_bytes_are_read_and_the_header_is_written_alike():
+    image = np.arange(-6, 18, dtype=np.int16).reshape(1, 2, 3, 4)
+    mask = np.zeros((6, 7, 8), np.uint8)
+    mask[2:4, 3:5, 1:7] = 1
+    for text, array in ((IMAGE, image), (MASK, mask)):
+        data = bytes.fromhex(text)
+        read = unpacked(data, LIMIT)
+        assert read.dtype == array.dtype
+        assert np.array_equal(read, array)
+        end = 8 + len(array.dtype.name) + 8 * array.ndim + 4 + 8  # up to the chunk's length
+        assert packed(array)[:end] == data[:end]
+        assert np.array_equal(serialization.unpack_array(packed(array)), array)
+
+
 def test_arrays_that_are_not_contiguous(rng):
     array = rng.integers(0, 9, (5, 6, 7)).astype(">i2")
     for values in (array.T, array[::2, 1:], array[::-1]):

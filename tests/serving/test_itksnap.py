@@ -13,6 +13,7 @@ live_server = pytest.importorskip("live_server", reason="needs the extra serve")
 from orientations import ORIENTATIONS, oriented  # noqa: E402
 
 from sammed3d_backbone.inference.interactive import Predictor  # noqa: E402
+from tests.checks.itksnap_shape import shapes  # noqa: E402
 
 POINT, FAR, OTHER = (14, 16, 10), (8, 10, 8), (26, 4, 18)
 
@@ -155,6 +156,36 @@ def test_unknown_sessions_and_tools_are_refused(http, prefix, start):
     for query in ({"x": "a", "y": 1, "z": 2}, {"x": 1}, {}, {"point": [1, 2]}):
         path = f"{prefix}/process_point_interaction/{start}"
         assert http.get(path, params=query).status_code == 400
+
+
+MASK = (200, {"status": "str", "result": "str"})
+ENDED = (200, {"message": "str"})
+
+
+@pytest.mark.parametrize("start", ["/start_session", "/v2/start_session/nnInteractive"])
+def test_answers_have_the_shape_of_the_programs_own_server(lopsided, start):
+    """What `itksnap_dls --mock-models` 0.1.6 answered to tests/checks/itksnap_shape.py.
+
+    One difference is meant: it answers 200 when a session has ended. ITK-SNAP then reads a mask of
+    no voxels over the whole image; at an error code it says that the request has failed.
+    """
+    with live_server.serving(lopsided) as address, httpx.Client(base_url=address) as http:
+        found = shapes(http)
+    model = {"id": "str", "channels": ["int"], "dimensions": "int", "interactions": ["str"]}
+    assert found["/status"] == (200, {"status": "str", "version": "str"})
+    assert found["/v2/models"] == (200, {"models": [model]})
+    assert found[start] == (200, {"session_id": "str"})
+    prefix = "/v2" if start.startswith("/v2") else ""
+    ours = {path: shape for path, shape in found.items() if path.startswith(f"{prefix}/")}
+    for path, shape in {
+        "upload_raw": (200, {"message": "str"}),
+        "process_point_interaction": MASK,
+        "reset_interactions": (200, {"status": "str"}),
+    }.items():
+        assert ours[f"{prefix}/{path}"] == shape
+        assert ours[f"{prefix}/{path} of an ended session"] == (404, {"error": "str"})
+    for path in ("end_session", "end_session of an ended session"):
+        assert ours[f"{prefix}/{path}"] == ENDED
 
 
 def test_sessions_of_both_protocols_share_one_limit(lopsided):

@@ -10,10 +10,14 @@ import uvicorn
 from sammed3d_backbone.serving.app import Settings, build_app
 
 
-@contextlib.contextmanager
 def serving(model, scan=None, port=0, **settings):
     """Yields the server's address; with a scan there is the page as well."""
-    app = build_app(model, Settings(**settings), name="test", scan=scan)
+    return running(build_app(model, Settings(**settings), name="test", scan=scan), port)
+
+
+@contextlib.contextmanager
+def running(app, port=0):
+    """Yields the address of an application."""
     config = uvicorn.Config(
         app, port=port, http="h11", ws="none", log_level="warning", timeout_graceful_shutdown=1
     )
