@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sammed3d_backbone.cli.checks import on_device, require_free
+from sammed3d_backbone.cli.prompts import add_scan, dicom_options
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
@@ -14,16 +15,17 @@ def add_predict(commands: "Commands") -> None:
     """Declares `sammed3d predict`."""
     parser = commands.add_parser(
         "predict",
-        help="segment a NIfTI volume with a fine-tuned model",
-        description="The labels have the grid and the affine of the input volume.",
+        help="segment a scan with a fine-tuned model",
+        description="The labels have the grid and the affine of the scan. Channels lie along a 4th "
+        "axis. OUT ends in .nii.gz, .nii, .nrrd, .mha, or .dcm: a DICOM-SEG of the series SCAN.",
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
         help="safetensors file of a run, folder, or OWNER/NAME[@REVISION] on the Hub",
     )
-    parser.add_argument("source", metavar="IN.nii.gz", type=Path, help="channels as 4th axis")
-    parser.add_argument("target", metavar="OUT.nii.gz", type=Path)
+    add_scan(parser)
+    parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--nearest", action="store_true", help="resample labels, not probabilities")
     parser.add_argument("--modality", choices=("ct", "mr", "us"), help="for models that know it")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
@@ -32,16 +34,17 @@ def add_predict(commands: "Commands") -> None:
 
 
 def _run_predict(args: argparse.Namespace) -> int:
-    from sammed3d_backbone.data.volume import Volume, require_nifti_name
+    from sammed3d_backbone.data.formats import require_writable
+    from sammed3d_backbone.data.volume import Volume
     from sammed3d_backbone.inference.segmenter import Segmenter
 
-    require_nifti_name(args.target)  # before minutes of work
     require_free((args.target,), args.source, force=args.force)
+    volume = Volume.load(args.source, **dicom_options(args))
+    require_writable(args.target, volume.header)  # before minutes of work
     segmenter = Segmenter.from_pretrained(args.model)
     on_device(segmenter.model, args.device)
-    volume = Volume.load(args.source)
     labels = segmenter.predict(volume, modality=args.modality, nearest=args.nearest)
-    labels.save(args.target)
+    labels.save(args.target, names=segmenter.card.labels)
     for value, name in segmenter.card.labels.items():
         if value:
             voxels = int((labels.array == value).sum())

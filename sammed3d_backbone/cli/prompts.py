@@ -29,13 +29,14 @@ def add_segment(commands: "Commands") -> None:
     """Declares `sammed3d segment`."""
     parser = commands.add_parser(
         "segment",
-        help="segment objects of a NIfTI volume from clicks",
+        help="segment objects of a scan from clicks",
         description=(
             "Writes a label map on the volume's own grid, with its affine; objects are numbered in "
-            "their order. Write --point=-31,12,40 if the first number is negative."
+            "their order. OUT ends in .nii.gz, .nii, .nrrd, .mha, or .dcm: a DICOM-SEG of the "
+            "series SCAN. Write --point=-31,12,40 if the first number is negative."
         ),
     )
-    _add_files(parser, "OUT.nii.gz")
+    _add_files(parser, "OUT")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--point", type=_triple, action=_Prompt, metavar="I,J,K", help="a voxel inside the object"
@@ -103,16 +104,16 @@ def _triple(text: str) -> tuple[float, float, float]:
 
 def _run_segment(args: argparse.Namespace) -> int:
     from sammed3d_backbone import sam
-    from sammed3d_backbone.data.volume import require_nifti_name
+    from sammed3d_backbone.data.formats import require_writable
     from sammed3d_backbone.inference.interactive import Predictor
     from sammed3d_backbone.inference.label_map import merge_masks
     from sammed3d_backbone.inference.validation import validate_volume
 
     # Everything that can be wrong is found before the network is loaded.
-    require_nifti_name(args.target)
     _require_png_name(args.png)
     require_free((args.target, args.png, args.save_clicks), args.source, force=args.force)
-    scan = validate_volume(args.source, channel=args.channel)
+    scan = validate_volume(args.source, channel=args.channel, **dicom_options(args))
+    require_writable(args.target, scan.volume.header)
     listed, clicks = _clicks(args, scan)
     model = on_device(
         sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
@@ -133,7 +134,7 @@ def _run_segment(args: argparse.Namespace) -> int:
         predictor.click(**click)
     found = {name: predictor.predict(name) for name in predictor.objects}
     labels, overlap = merge_masks(found, args.merge)
-    labels.save(args.target)
+    labels.save(args.target, names=dict(enumerate(found, start=1)))
     if args.save_clicks is not None:
         predictor.save_clicks(args.save_clicks, overwrite=args.force)
     if args.png is not None:
@@ -229,7 +230,7 @@ def add_features(commands: "Commands") -> None:
     """Declares `sammed3d features`."""
     parser = commands.add_parser(
         "features",
-        help="write or draw the encoder's token maps of a NIfTI volume",
+        help="write or draw the encoder's token maps of a scan",
         description=(
             "Tensors (F, x, y, z) with axes towards R, A, S, and `affine`: token index -> RAS+ mm "
             "of the token's centre. The figure shows the maps of the same blocks (of the last one "
@@ -271,7 +272,7 @@ def _run_features(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.target}: expected a name that ends in .safetensors")
     _require_png_name(args.png)
     require_free((args.target, args.png), args.source, force=args.force)
-    scan = validate_volume(args.source, channel=args.channel)
+    scan = validate_volume(args.source, channel=args.channel, **dicom_options(args))
     network = on_device(
         encoder(args.variant, pretrained=not args.random, weights=args.weights), args.device
     )
@@ -308,7 +309,7 @@ def _run_features(args: argparse.Namespace) -> int:
 
 
 def _add_files(parser: argparse.ArgumentParser, target: str, *, is_optional: bool = False) -> None:
-    parser.add_argument("source", metavar="IN.nii.gz", type=Path)
+    add_scan(parser)
     parser.add_argument("target", metavar=target, type=Path, nargs="?" if is_optional else None)
     parser.add_argument(
         "--channel", type=int, metavar="N", help="channel of a 4-D file, counted from 0"
@@ -317,6 +318,26 @@ def _add_files(parser: argparse.ArgumentParser, target: str, *, is_optional: boo
         "--modality", choices=("ct", "mr", "us"), help="modality of the scan (CT in HU is clamped)"
     )
     parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+
+def add_scan(parser: argparse.ArgumentParser) -> None:
+    """Declares the scan of a command, and which DICOM series it is."""
+    parser.add_argument(
+        "source", metavar="SCAN", type=Path, help="NIfTI, NRRD, ..., or a file or folder of DICOM"
+    )
+    dicom = parser.add_argument_group("DICOM")
+    dicom.add_argument("--series", metavar="UID", help="which series of several")
+    dicom.add_argument(
+        "--slice-tolerance",
+        type=float,
+        metavar="MM",
+        help="how far slices may lie off a regular grid (default: 1%% of their distance)",
+    )
+
+
+def dicom_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_scan` declares, as `Volume.load` takes it."""
+    return {"series": args.series, "slice_tolerance_mm": args.slice_tolerance}
 
 
 def _add_preprocessing(parser: argparse.ArgumentParser) -> None:

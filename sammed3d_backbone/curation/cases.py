@@ -34,8 +34,9 @@ from sammed3d_backbone.curation.sources import RawCase
 from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, shift_mm
 from sammed3d_backbone.data.datasets import Case
 from sammed3d_backbone.data.limits import value_range
+from sammed3d_backbone.data.nifti import SUFFIXES
 from sammed3d_backbone.data.preparation import load_image, load_label
-from sammed3d_backbone.data.volume import SUFFIXES, Volume
+from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import inside, write_json
 
 RECORD = "decisions.json"

@@ -14,7 +14,7 @@ from sammed3d_backbone.data import singles
 from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.folders import DESCRIPTIONS, read_dataset
 from sammed3d_backbone.data.layouts import Layout
-from sammed3d_backbone.data.volume import SUFFIXES
+from sammed3d_backbone.data.nifti import SUFFIXES
 
 
 @dataclass(frozen=True)

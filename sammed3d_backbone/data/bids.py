@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json
-from sammed3d_backbone.data.volume import SUFFIXES
+from sammed3d_backbone.data.nifti import SUFFIXES
 
 DESCRIPTION = "dataset_description.json"
 OF_THE_LABEL = ("atlas", "desc", "label", "res", "seg", "space")  # entities an image does not have

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json, subject_name
-from sammed3d_backbone.data.volume import SUFFIXES
+from sammed3d_backbone.data.nifti import SUFFIXES
 
 DESCRIPTION = "dataset.json"
 

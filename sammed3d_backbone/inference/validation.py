@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sammed3d_backbone.data.dicom import DicomSeries
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.regions import corner_voxels
 from sammed3d_backbone.data.volume import Volume
+
+MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr", "US": "us"}  # by DICOM's tag
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +89,8 @@ class ValidatedVolume:
         if self.high <= 0:
             notes.append("no value is above 0, so the network sees an empty image")
         header = self.volume.header
+        if isinstance(header, DicomSeries):
+            return notes + _modality_notes(header.modality, modality)
         if header is None:
             return notes
         qform, sform = header.get_qform(coded=True)[0], header.get_sform(coded=True)[0]
@@ -104,14 +109,18 @@ def validate_volume(
     affine: ArrayLike | None = None,
     *,
     channel: int | None = None,
+    series: str | None = None,
+    slice_tolerance_mm: float | None = None,
 ) -> ValidatedVolume:
     """Opens and validates a volume for segmentation by clicks.
 
     Args:
-        volume: A NIfTI file, a `Volume`, or an array (X, Y, Z), which is not copied and must not
-            be changed while it is in use.
+        volume: A path for `Volume.load`, a `Volume`, or an array (X, Y, Z), which is not copied and
+            must not be changed while it is in use.
         affine: Voxel -> RAS+ mm, (4, 4); needed for an array.
         channel: Which channel of several, counted from 0.
+        series: For a path of DICOM; see `Volume.load`.
+        slice_tolerance_mm: For a path of DICOM; see `Volume.load`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -121,7 +130,7 @@ def validate_volume(
     source = ""
     if isinstance(volume, str | Path):
         source = f"{volume}: "
-        volume = Volume.load(volume)
+        volume = Volume.load(volume, series=series, slice_tolerance_mm=slice_tolerance_mm)
     elif not isinstance(volume, Volume):
         if affine is None:
             raise TypeError("an array needs its affine, voxel -> RAS+ mm; give affine=")
@@ -133,6 +142,16 @@ def validate_volume(
         return ValidatedVolume(volume, *value_range(volume.array))
     except ValueError as error:
         raise ValueError(f"{source}{error}") from None
+
+
+def _modality_notes(tag: str, modality: Modality | None) -> list[str]:
+    """What the tag of a DICOM series says about the modality that was given."""
+    known = MODALITIES.get(tag)
+    if known is None or known == modality:
+        return []
+    if modality is None:
+        return [f"the series is {tag}; pass modality={known!r}"]
+    return [f"the series is {tag}, and modality={modality!r} was given; check the modality"]
 
 
 def _one_channel(volume: Volume, channel: int | None, source: str) -> Volume:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from sammed3d_backbone.data.geometry import Geometry
+from sammed3d_backbone.data.nifti import SPARE_BYTES
 from sammed3d_backbone.data.preprocessing import Preprocessing
-from sammed3d_backbone.data.volume import SPARE_BYTES, Volume
+from sammed3d_backbone.data.volume import Volume
 
 ARRAY = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
 

@@ -102,15 +102,6 @@ def test_a_missing_file_is_named(tmp_path):
         Volume.load(tmp_path / "none.nii.gz")
 
 
-@pytest.mark.parametrize("name", ["v.mha", "v.nrrd", "v"])
-def test_another_format_is_refused_by_its_name(tmp_path, name):
-    (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="convert it to NIfTI"):
-        Volume.load(tmp_path / name)
-    with pytest.raises(ValueError, match="choose such a name"):
-        Volume(np.zeros((1, 1, 1)), np.eye(4)).save(tmp_path / name)
-
-
 def broken_files(good):
     """What becomes of files on their way."""
     return {
