@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sammed3d_backbone.cli.checks import on_device
-from sammed3d_backbone.cli.prompts import add_network
+from sammed3d_backbone.cli.prompts import add_network, add_scan, dicom_options
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
@@ -59,7 +59,7 @@ def add_view(commands: "Commands") -> None:
             "the browser's downloads; nothing else is written. Nothing but this machine is asked."
         ),
     )
-    parser.add_argument("source", metavar="SCAN", type=Path)
+    add_scan(parser)
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="masks to start from, on the scan's grid"
     )
@@ -112,7 +112,11 @@ def _run_view(args: argparse.Namespace) -> int:
     # On a machine with several users everybody reaches the loopback interface.
     args.api_key = args.api_key or secrets.token_urlsafe(16)
     scan = OpenScan.load(
-        args.source, channel=args.channel, modality=args.modality, labels=args.labels
+        args.source,
+        channel=args.channel,
+        modality=args.modality,
+        labels=args.labels,
+        **dicom_options(args),
     )
     return _run(
         args, {"follow": not args.no_follow}, scan, lambda port, name: _show(args, port, name)

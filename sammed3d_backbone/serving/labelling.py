@@ -108,17 +108,21 @@ class OpenScan:
         path: Path,
         *,
         channel: int | None = None,
+        series: str | None = None,
+        slice_tolerance_mm: float | None = None,
         modality: Modality | None = None,
         labels: Path | None = None,
     ) -> OpenScan:
-        """A scan from a file, with labels from another.
+        """A scan from a file or a DICOM series, with labels from another file.
 
         Raises:
             FileNotFoundError: If a file does not exist.
             ValueError: If a file cannot be used, or the labels are not whole numbers from 0 to 255
                 on the grid of the scan.
         """
-        scan = validate_volume(path, channel=channel)
+        scan = validate_volume(
+            path, channel=channel, series=series, slice_tolerance_mm=slice_tolerance_mm
+        )
         name = path.name.removesuffix(".gz").removesuffix(".nii")
         if labels is None:
             return cls(scan, name, modality=modality)

@@ -148,7 +148,7 @@ def test_a_scan_with_voxels_that_are_no_number_is_refused(model, scan, tmp_path,
         (["{model}", "{tmp}/none.nii.gz", "{tmp}/o.nii.gz"], "check the path"),
         (["{tmp}/none.safetensors", "{scan}", "{tmp}/o.nii.gz"], "none.safetensors"),
         (["{scan}", "{scan}", "{tmp}/o.nii.gz"], "in.nii.gz"),
-        (["{model}", "{scan}", "{tmp}/o.mha"], "choose such a name"),
+        (["{model}", "{scan}", "{tmp}/o.tif"], "o.tif"),
         (["{model}", "{scan}", "{tmp}/o.nii.gz", "--device=nonsense"], "try cpu"),
     ],
 )
