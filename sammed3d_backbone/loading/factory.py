@@ -78,8 +78,8 @@ def encoder(
         patch_size: Side of a patch in voxels; None is that of the weights. The filter is
             resampled, exactly for larger patches.
         rel_pos: "sammed3d", as the released weights were trained, or "axial", the correct form.
-            None is that of the weights, and "sammed3d" at random initialisation; weights trained
-            with "sammed3d" need fine-tuning with the other.
+            None is that of the weights, or of the variant if they do not say; weights trained with
+            "sammed3d" need fine-tuning with the other.
         drop_path_rate: Stochastic depth of the last block.
         channel_gains: Share of each input channel instead of one over their number; they sum to 1.
             (1, 0, 0, 0) begins with the first channel alone.
@@ -106,12 +106,12 @@ def encoder(
         _require_none(
             weights=weights, weights_file=weights_file, inflate=inflate, channel_gains=channel_gains
         )
-        options["rel_pos"] = rel_pos or "sammed3d"
+        options["rel_pos"] = rel_pos or sizes.rel_pos
         return build_encoder(with_patch_size(sizes, patch_size), img_size, **options)
     opened = open_weights(
         default_weights(variant) if weights is None else weights, weights_file, variant=variant
     )
-    rel_pos = rel_pos or stored_rel_pos(opened.record, inflate)
+    rel_pos = rel_pos or stored_rel_pos(opened.record, variant, inflate)
     options["rel_pos"] = rel_pos
     if inflate is not None:
         if rel_pos != "axial":
@@ -196,7 +196,7 @@ def sam(
         call="sam",
     )
     require_all_parts(opened)
-    rel_pos = rel_pos or stored_rel_pos(opened.record)
+    rel_pos = rel_pos or stored_rel_pos(opened.record, variant)
     require_fit(opened, variant, rel_pos, "sam")
     network = sam_like(opened.tensors, variant, rel_pos=rel_pos)
     stored = network.prompt_encoder.point_pos
@@ -218,9 +218,11 @@ def sam(
     return network
 
 
-def stored_rel_pos(record: Weights, inflate: DepthFilter | None = None) -> RelPos:
+def stored_rel_pos(record: Weights, variant: str, inflate: DepthFilter | None = None) -> RelPos:
     """The relative positions to use with weights when the caller leaves them open."""
-    return "axial" if inflate is not None or record.rel_pos == "axial" else "sammed3d"
+    if inflate is not None:
+        return "axial"
+    return record.rel_pos or variant_sizes(variant).rel_pos
 
 
 def _shapes(network: ImageEncoder3D | Sam3D) -> dict[str, Shape]:

@@ -58,7 +58,7 @@ class Weights:
     revision: str | None = None
     sha256: str | None = None
     licence: str | None = None
-    rel_pos: str | None = None
+    rel_pos: Literal["sammed3d", "axial"] | None = None
     point_pos: str | None = None
     clicks: Literal["newest", "all"] | None = None
     preprocessing: Preprocessing | None = None

@@ -45,6 +45,7 @@ class Variant:
         window_size: Side of an attention window, in tokens.
         out_chans: Width of the neck's map, which is what the mask decoder reads.
         mlp_ratio: Hidden width of a block's MLP over `embed_dim`.
+        rel_pos: Form of the relative positions at random initialisation.
         decoder: Sizes of the parts that only the promptable network has.
     """
 
@@ -57,11 +58,13 @@ class Variant:
     window_size: int = 14
     out_chans: int = 384
     mlp_ratio: float = 4.0
+    rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
     decoder: DecoderSizes = DecoderSizes()
 
     def encoder_sizes(self) -> dict[str, Any]:
         """The arguments of the image encoder."""
-        return {name: value for name, value in vars(self).items() if name != "decoder"}
+        forms = ("rel_pos", "decoder")
+        return {name: value for name, value in vars(self).items() if name not in forms}
 
 
 # `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
@@ -88,6 +91,7 @@ VARIANTS: dict[str, Variant] = {
     "tiny_next": replace(
         TINY,
         out_chans=128,
+        rel_pos="axial",
         decoder=DecoderSizes(
             num_heads=8,
             mlp_dim=256,
@@ -102,6 +106,7 @@ VARIANTS: dict[str, Variant] = {
         depth=5,
         num_heads=2,
         global_attn_indexes=tuple(range(5)),
+        rel_pos="axial",
         decoder=replace(TINY.decoder, high_resolution=True),
     ),
     "vit_b": Variant(
