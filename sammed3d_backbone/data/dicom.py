@@ -54,10 +54,12 @@ class DicomSeries:
     Args:
         files: Its files in the order of the slices, or one multi-frame file.
         modality: As DICOM writes it, for example "CT".
+        frame_of_reference: UID of the space that it shares with other series; "" if not given.
     """
 
     files: tuple[Path, ...]
     modality: str
+    frame_of_reference: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +137,8 @@ def read_dicom(
         for place, voxels in zip(array, _frames(ordered), strict=True):
             place[...] = voxels
     files = tuple(dict.fromkeys(one.file for one in ordered))
-    return array.T, affine, DicomSeries(files, str(first.get("Modality", "")))
+    modality, frame = str(first.get("Modality", "")), str(first.get("FrameOfReferenceUID", ""))
+    return array.T, affine, DicomSeries(files, modality, frame)
 
 
 # --- which series ------------------------------------------------------------------------------

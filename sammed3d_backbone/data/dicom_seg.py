@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,9 +22,9 @@ MAKER = "sammed3d_backbone"
 LABEL_CHARACTERS = 64  # of DICOM's long strings
 # Category, and the context group with the structures of that category.
 CATEGORIES = {
-    "AnatomicalStructure": "cid7192",
-    "MorphologicallyAbnormalStructure": "cid7194",
     "Tissue": "cid7191",
+    "MorphologicallyAbnormalStructure": "cid7194",
+    "AnatomicalStructure": "cid7192",
 }
 SIDES = {"left": "Left", "right": "Right"}
 # What is missing in de-identified files, and may be empty in a SEG.
@@ -46,14 +47,15 @@ def write_dicom_seg(
     series: DicomSeries,
     names: Mapping[int, str],
 ) -> None:
-    """Writes or replaces a segmentation of all labels, a segment each, with every frame.
+    """Writes or replaces a segmentation, a segment for each label in their order.
 
-    Patient and study are those of the series. Frames without a voxel are written too, because
-    viewers misplace segmentations that leave them out.
+    Patient and study are those of the series. Frames without a voxel are written, because viewers
+    misplace segmentations that leave them out; labels without a voxel are not, because viewers
+    crash on them.
 
     Args:
         path: The file.
-        labels: Integers, 0 is background; segment numbers are the labels.
+        labels: Integers, 0 is background.
         affine: Voxel -> RAS+ mm, that of the series.
         series: What was segmented.
         names: Names of the labels; others are called "label N".
@@ -62,17 +64,22 @@ def write_dicom_seg(
         labels: (X, Y, Z).
 
     Raises:
-        ValueError: If there is no label, or the files of the series are gone or cannot be used.
+        ValueError: If no voxel has a label, or the series does not say what a segmentation needs.
     """
     import highdicom
     import pydicom
     from highdicom.seg import Segmentation
 
-    highest = int(labels.max())
-    if highest < 1:
-        raise ValueError(
-            f"{path}: all labels are 0, and a DICOM-SEG needs a segment; nothing is written"
-        )
+    # It logs names of patients that it finds unusual.
+    logging.getLogger("highdicom.base").setLevel(logging.ERROR)
+    is_present = np.zeros(int(labels.max()) + 1, bool)
+    for plane in labels:  # a plane at a time, since indices take eight bytes
+        is_present[plane] = True
+    is_present[0] = False
+    if not is_present.any():
+        raise ValueError("no voxel has a label, and a DICOM-SEG needs a segment")
+    number_of = (is_present.cumsum() * is_present).astype(np.uint16)
+    numbers = np.stack([number_of[plane] for plane in labels])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's repeat values of tags, such as names
         images = [pydicom.dcmread(file, stop_before_pixels=True) for file in series.files]
@@ -82,29 +89,36 @@ def write_dicom_seg(
                     setattr(image, keyword, None)
         signs = np.diag([-1.0, -1.0, 1.0, 1.0])
         volume = highdicom.Volume(
-            labels.astype(np.uint8 if highest < 256 else np.uint16).T,
+            numbers.T,
             signs @ affine[:, [2, 1, 0, 3]],
             coordinate_system="PATIENT",
-            frame_of_reference_uid=images[0].get("FrameOfReferenceUID"),
+            frame_of_reference_uid=series.frame_of_reference,
         )
-        segmentation = Segmentation(
-            source_images=images,
-            pixel_array=volume,
-            segmentation_type="BINARY",
-            segment_descriptions=[
-                _segment(n, names.get(n, f"label {n}")) for n in range(1, highest + 1)
-            ],
-            series_instance_uid=highdicom.UID(),
-            series_number=9000 + int(images[0].get("SeriesNumber") or 0) % 1000,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer=MAKER,
-            manufacturer_model_name=MAKER,
-            software_versions=_version(),
-            device_serial_number="0",
-            series_description=f"{MAKER} segmentation",
-            omit_empty_frames=False,
-        )
+        try:
+            segmentation = Segmentation(
+                source_images=images,
+                pixel_array=volume,
+                segmentation_type="BINARY",
+                segment_descriptions=[
+                    _segment(number, names.get(value, f"label {value}"))
+                    for number, value in enumerate(np.flatnonzero(is_present).tolist(), start=1)
+                ],
+                series_instance_uid=highdicom.UID(),
+                series_number=9000 + int(images[0].get("SeriesNumber") or 0) % 1000,
+                sop_instance_uid=highdicom.UID(),
+                instance_number=1,
+                manufacturer=MAKER,
+                manufacturer_model_name=MAKER,
+                software_versions=_version(),
+                device_serial_number="0",
+                series_description=f"{MAKER} segmentation",
+                omit_empty_frames=False,
+                specific_character_set="ISO_IR 192",  # UTF-8
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the series lacks what a DICOM-SEG needs ({error}); write .nii.gz"
+            ) from None
         segmentation.save_as(path)
 
 
@@ -116,11 +130,13 @@ def _segment(number: int, name: str) -> SegmentDescription:
     from pydicom.sr.codedict import codes
 
     words = _words(name)
-    category, kind = codes.SCT.AnatomicalStructure, codes.SCT.AnatomicalStructure
-    for keyword, group in CATEGORIES.items():
-        for code in getattr(codes, group).concepts.values():
-            if _words(code.meaning) in (words, words - SIDES.keys()):
-                category, kind = getattr(codes.SCT, keyword), code
+    known = {
+        _words(code.meaning): (getattr(codes.SCT, keyword), code)
+        for keyword, group in CATEGORIES.items()
+        for code in getattr(codes, group).concepts.values()
+    }
+    unknown = (codes.SCT.AnatomicalStructure, codes.SCT.AnatomicalStructure)
+    category, kind = known.get(words) or known.get(words.difference(SIDES)) or unknown
     segment = SegmentDescription(
         number,
         name[:LABEL_CHARACTERS],

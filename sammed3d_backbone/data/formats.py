@@ -102,7 +102,7 @@ def require_writable(path: Path, header: Header) -> None:
 
     Raises:
         ValueError: If the format is not known, needs a package that is not installed, or is
-            DICOM-SEG without a DICOM series that it belongs to.
+            DICOM-SEG without a DICOM series that it can belong to.
     """
     suffix = next((suffix for suffix in WRITERS if path.name.endswith(suffix)), None)
     if suffix is None:
@@ -111,9 +111,16 @@ def require_writable(path: Path, header: Header) -> None:
             f"{', '.join(WRITERS)}"
         )
     _require(*WRITERS[suffix], f"{path} is {suffix}, which")
-    if suffix == ".dcm" and not isinstance(header, DicomSeries):
+    if suffix != ".dcm":
+        return
+    fault = ""
+    if not isinstance(header, DicomSeries):
+        fault = "the scan was not read from one"
+    elif not header.frame_of_reference:
+        fault = "that of the scan has no Frame of Reference UID"
+    if fault:
         raise ValueError(
-            f"{path}: DICOM-SEG belongs to a DICOM series, and the scan was not read from one; "
+            f"{path}: a DICOM-SEG belongs to a DICOM series, and {fault}; "
             f"write {path.with_suffix('.nii.gz')}"
         )
 

@@ -57,7 +57,7 @@ def write_itk(path: Path, array: NDArray[Any], affine: NDArray[np.float64]) -> N
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     direction = affine[:3, :3] / spacing
     if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-4):
-        raise ValueError(f"{path}: the axes are not at right angles; write .nii.gz or .nrrd")
+        raise ValueError("the axes are not at right angles; write .nii.gz or .nrrd")
     image = sitk.GetImageFromArray(array.T, isVector=array.ndim == 4)
     image.SetSpacing(spacing.tolist())
     image.SetDirection((direction * SIGNS[:, None]).ravel().tolist())

@@ -120,7 +120,10 @@ class Volume:
         require_writable(path, self.header)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as draft:
-            write_voxels(draft, self.array, self.affine, self.header, names or {})
+            try:
+                write_voxels(draft, self.array, self.affine, self.header, names or {})
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
 
     def to_nifti(self) -> Nifti1Image:
         """The volume as nibabel's image, with the header as `save` writes it."""

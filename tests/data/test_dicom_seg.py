@@ -69,6 +69,28 @@ def test_known_names_get_their_codes(tmp_path):
     assert own.SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Anatomical Structure"
 
 
+def test_names_in_any_script_are_kept(tmp_path):
+    def named(image, number):
+        image.SpecificCharacterSet = "ISO_IR 100"
+        image.PatientName = "Müller^Zoë"
+
+    write_series(tmp_path / "series", change=named)
+    labels = labels_of(Volume.load(tmp_path / "series"))
+    labels.save(tmp_path / "seg.dcm", names={1: "Leber, größer", 2: "肝"})
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.PatientName == "Müller^Zoë"
+    assert [s.SegmentLabel for s in seg.SegmentSequence] == ["Leber, größer", "肝"]
+
+
+def test_labels_without_a_voxel_are_no_segments(tmp_path):
+    write_series(tmp_path / "series")
+    labels = labels_of(Volume.load(tmp_path / "series"))
+    labels.array[labels.array == 2] = 3
+    labels.save(tmp_path / "seg.dcm", names={1: "a", 2: "b", 3: "c"})
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert [s.SegmentLabel for s in seg.SegmentSequence] == ["a", "c"]
+
+
 def test_files_of_de_identified_series_are_enough(tmp_path):
     def anonymous(image, number):
         for keyword in ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID"):
@@ -93,11 +115,18 @@ def test_what_cannot_be_a_segmentation_is_refused(tmp_path):
     write_series(tmp_path / "series")
     scan = Volume.load(tmp_path / "series")
     empty = Volume(np.zeros(scan.shape, np.uint8), scan.affine, scan.header)
-    with pytest.raises(ValueError, match="segment"):
+    with pytest.raises(ValueError, match=r"/seg\.dcm"):
         empty.save(tmp_path / "seg.dcm")
     elsewhere = Volume(np.ones(scan.shape, np.uint8), scan.affine)
     with pytest.raises(ValueError, match=r"seg\.nii\.gz"):
         elsewhere.save(tmp_path / "seg.dcm")
+
+    def placeless(image, number):
+        del image.FrameOfReferenceUID
+
+    write_series(tmp_path / "series", change=placeless)
+    with pytest.raises(ValueError, match="Frame of Reference"):
+        labels_of(Volume.load(tmp_path / "series")).save(tmp_path / "seg.dcm")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["series"]
 
 
