@@ -25,15 +25,13 @@ from typing import Any
 from sammed3d_backbone.recipes import finetune_unetr
 from sammed3d_backbone.recipes.prepare_demo_data import write_demo_data
 
-from sammed3d_backbone import config
+from sammed3d_backbone import config, console
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure
 from sammed3d_backbone.evaluation.report import write_report
-from sammed3d_backbone.loading.checkpoint import read
-from sammed3d_backbone.loading.registry import WEIGHTS
-from sammed3d_backbone.loading.stored_sizes import variant_of
+from sammed3d_backbone.loading.opening import variant_for
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training.runs import Run, runs_folder
 
@@ -67,15 +65,6 @@ def configure(given: dict[str, str]) -> finetune_unetr.Config:
         fitting = {"variant": variant_for(given["weights"]), "crop_vox": "64"}
         given = {"intensity": "null", **fitting, **given, "name": name}
     return config.load(finetune_unetr.Config, CONFIG, [f"{k}={v}" for k, v in given.items()])
-
-
-def variant_for(weights: str) -> str:
-    """The variant of weights: by the table, by a local file's tensors, else vit_b."""
-    record = WEIGHTS.get(weights)
-    found = record.variant if record else None
-    if Path(weights).is_file():
-        found = variant_of(read(Path(weights))[0])
-    return found or "vit_b"
 
 
 def draw_training_cases(cfg: finetune_unetr.Config) -> Path:
@@ -151,7 +140,7 @@ What to try next:
 
 
 def main() -> None:
-    """Runs the demo."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,6 +149,15 @@ def main() -> None:
     if lost := [key for key, equals, _ in pairs if not equals]:
         parser.error(f"{lost[0]!r} is not of the form key=value")
     given = {key: value for key, _, value in pairs}
+    sys.exit(console.run_program(lambda: run_demo(given), "demo"))
+
+
+def run_demo(given: dict[str, str]) -> None:
+    """Trains, beside a twin from random initialisation unless weights are given, and explains.
+
+    Args:
+        given: key -> value from the command line.
+    """
     twin = None
     try:
         cfg = configure(given)
@@ -173,8 +171,6 @@ def main() -> None:
             if summary["mean_dice"] is not None:
                 print(compare(cfg, summary["mean_dice"]))
         print(explain(cfg, summary))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     finally:
         if twin is not None:
             twin.terminate()  # it has ended, unless something failed

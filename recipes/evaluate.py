@@ -185,16 +185,16 @@ def from_model(
     start = card.training.get("start", {})
     own = {*card.training.get("cases", ())} & {*ids}
     is_same = card.training.get("dataset", {}).get("name") == dataset.name
-    contamination = pretraining_statement(card, dataset.name)
+    data_overlap = pretraining_statement(card, dataset.name)
     if own and is_same:
-        contamination = (
+        data_overlap = (
             f"{len(own)} of these {len(ids)} cases are from the model's own training set: their "
-            f"scores say nothing about unseen data. {contamination}"
+            f"scores say nothing about unseen data. {data_overlap}"
         )
     origin = {
         "model": f"{card.network} of {source}",
         "weights": start.get("weights", ""),
-        "contamination": contamination,
+        "data_overlap": data_overlap,
         "parameters": start.get("parameters", {}),
         "citations": start.get("citations", ()),
         "config": card.training.get("config", {}),

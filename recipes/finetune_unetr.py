@@ -38,6 +38,7 @@ from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.evaluation.scores import summarise_scores
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter
+from sammed3d_backbone.loading.hub import needs_download
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, finetuning, optim
@@ -137,7 +138,7 @@ def main(
 
     Args:
         cfg: The configuration.
-        dry_run: Measure up to three steps and write nothing.
+        dry_run: Measure up to three steps; download and write nothing.
         num_subjects: Train on so many subjects, drawn by the seed; None is all.
         build: Builds the network, as `finetuning.build_model` does; for controls of studies.
 
@@ -169,7 +170,9 @@ def main(
 
     # Model
     torch.manual_seed(cfg.seed)
-    network, card = make_model(cfg, card, dataset, fold, build)
+    network, card = make_model(
+        without_downloads(cfg, say) if dry_run else cfg, card, dataset, fold, build
+    )
     say("\n".join(f"{key}: {value}" for key, value in card.training["start"].items()))
 
     # Crops
@@ -177,7 +180,7 @@ def main(
         dataset,
         (*fold.train, *fold.val),  # together, so that all problems are reported at once
         card.preprocessing,
-        cache=None if cfg.cache is None else Path(cfg.cache).expanduser(),
+        cache=None if cfg.cache is None or dry_run else Path(cfg.cache).expanduser(),
         jobs=threads,
         progress=is_main,
     )
@@ -307,6 +310,18 @@ def make_card(cfg: Config, dataset: Dataset, say: Callable[[str], object] = prin
     )
     say("\n".join(f"preprocessing: {note}" for note in notes))
     return finetuning.make_card(dataset, preprocessing, dataclasses.asdict(cfg))
+
+
+def without_downloads(cfg: Config, say: Callable[[str], object]) -> Config:
+    """The configuration with random initialisation for what would have to be downloaded."""
+    weights = None if cfg.scratch else cfg.weights or DEFAULT_WEIGHTS.get(cfg.variant)
+    if cfg.model != "basicunet" and weights is not None and needs_download(weights):
+        say(f"dry run: weights {weights} are not downloaded; random initialisation stands for them")
+        cfg = replace(cfg, scratch=True, weights=None)
+    if cfg.init is not None and not Path(cfg.init).expanduser().exists():
+        say(f"dry run: init={cfg.init} is not downloaded")
+        cfg = replace(cfg, init=None)
+    return cfg
 
 
 def make_model(

@@ -18,12 +18,14 @@ import argparse
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sammed3d_backbone import console
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.training.runs import (
@@ -102,10 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--unpack", action="store_true")
     parser.add_argument("--other-config", action="store_true")
     arguments = parser.parse_args()
-    try:
-        if arguments.unpack:
-            unpack(arguments.source, arguments.target, other_config=arguments.other_config)
-        else:
-            pack(arguments.source, arguments.target)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    work = partial(unpack, other_config=arguments.other_config) if arguments.unpack else pack
+    sys.exit(
+        console.run_program(partial(work, arguments.source, arguments.target), "pack_checkpoint")
+    )

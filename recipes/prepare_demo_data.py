@@ -12,6 +12,7 @@ Source: Fonov et al., Unbiased average age-appropriate atlases for pediatric stu
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from nilearn.datasets import (
     load_mni152_wm_template,
 )
 
+from sammed3d_backbone import console
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import write_json
 
@@ -79,4 +81,5 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    write_demo_data(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    sys.exit(console.run_program(lambda: write_demo_data(folder), "prepare_demo_data"))

@@ -165,7 +165,7 @@ def main(cfg: Config) -> dict[str, float]:
     torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
     say = accelerator.print
     run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
-    say(f"{config.dump(cfg)}hash of what counts: {config.digest(cfg, leave_out=('name', *FREE))}")
+    say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *FREE))}")
 
     network = make_network(cfg, warm_up=not run.checkpoints, say=say)
     side_vox = network.img_size[0]
@@ -555,7 +555,9 @@ def save_weights(
         "crops": volumes,
         "objects": objects,
         "most_clicks": objects * cfg.interactions,
-        "began_with": "random values" if start is None else strip_directory(start.name),
+        "initial_weights": (
+            "random initialisation" if start is None else strip_directory(start.name)
+        ),
         "before": before,
         "versions": library_versions(),
     }

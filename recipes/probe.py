@@ -120,7 +120,7 @@ def main(cfg: Config) -> None:
             "run": name,
             "config": known,
             "sha256": sha256,
-            "seen": contamination(record if name == "pretrained" else None, dataset.name),
+            "seen": data_overlap(record if name == "pretrained" else None, dataset.name),
             **voxels,
             "cpu_seconds": round(time.process_time() - started, 1),
             **tables.made(provenance(HERE)),
@@ -130,7 +130,7 @@ def main(cfg: Config) -> None:
     write_report(out)
 
 
-def contamination(record: Weights | None, dataset: str) -> str:
+def data_overlap(record: Weights | None, dataset: str) -> str:
     """Whether weights were trained on the data set, without the folder of their file."""
     if record is not None:
         record = replace(record, name=strip_directory(record.name))

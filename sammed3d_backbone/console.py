@@ -1,4 +1,4 @@
-"""What a user of a shell sees when a command or a recipe ends early: one line and an exit code."""
+"""Errors of commands and recipes on the command line: one line and an exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 DEBUG_VARIABLE = "SAMMED3D_DEBUG"
-MAX_CHARACTERS = 500  # of one line of a message: messages repeat input, which has any length
+MAX_CHARACTERS = 500  # per line of a message, since messages repeat input of any length
 MAX_LINES = 100
 EXPECTED = (ValueError, OSError, FloatingPointError)  # what the package raises on purpose
 
@@ -19,7 +19,7 @@ def run_program(call: Callable[[], object], name: str) -> int:
 
     Args:
         call: The body; an int that it returns is the exit code.
-        name: Of the program, for the line.
+        name: Name of the program, printed before the message.
 
     Returns:
         The exit code: 2 after an error, 130 after Ctrl-C.

@@ -89,7 +89,7 @@ def plain_name(name: str, what: str = "name") -> str:
 
     Args:
         name: For example the id of a case.
-        what: What the error calls it.
+        what: Kind of name, for the error.
 
     Raises:
         ValueError: If it is empty, starts with a dot, is longer than 200 bytes, or contains a

@@ -50,7 +50,7 @@ def strip_directory(text: str) -> str:
 
 
 def resident_bytes(entry: str) -> int:
-    """Resident size of this process, now (VmRSS) or at its highest (VmHWM); 0 but on Linux.
+    """Resident size of this process, now (VmRSS) or at most (VmHWM); 0 if this is not Linux.
 
     `resource.getrusage` would not do: its peak is inherited from the process that started this one.
     """
@@ -66,13 +66,14 @@ def cores() -> int:
 
 
 def command_line(processes: int) -> str:
-    """What starts this recipe again, from the root of a checkout.
+    """The command that starts this recipe again, from the root of a checkout.
 
     torchrun starts as many processes on GPUs and on CPUs; accelerate's launcher starts one on CPUs,
     whatever number it is given, unless there is MPI.
     """
     start = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
-    return shlex.join([*start.split(), f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    folder, _, script = Path(sys.argv[0]).resolve().as_posix().rpartition("/recipes/")
+    return shlex.join([*start.split(), f"{'recipes/' if folder else ''}{script}", *sys.argv[1:]])
 
 
 def _commit(repository: Path) -> str:
@@ -95,7 +96,7 @@ def _commit(repository: Path) -> str:
 
 
 def _processor() -> str:
-    """The processor's own name where the system tells it."""
+    """The name of the processor, as far as the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

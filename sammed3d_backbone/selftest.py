@@ -97,11 +97,11 @@ def network_of(sizes: Variant) -> Sam3D:
 
 
 def outputs(network: nn.Module, sizes: Variant, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a promptable network computes from one volume, one click, and a second one.
+    """Outputs of a promptable network for one volume, one click, and a second click.
 
     Args:
         network: Has the three parts, which may be the reference's.
-        sizes: Those of the network.
+        sizes: Sizes of the network.
         dtype: Number format of the network.
     """
     side = sizes.img_size

@@ -1,11 +1,11 @@
-"""Where the next click goes: one function per strategy, below benchmark and training.
+"""Strategies of simulated clicks, one function each, for the benchmark and for training.
 
-A strategy takes `Errors`, everything that a click is chosen from, and returns a `Click` on a voxel
-that the mask has wrong, or None if there is nothing left to correct. The first click corrects an
-empty mask. Training uses `uniform` and `deepest` in the batched form of `pretraining.click_cells`.
+A strategy takes `Errors` and returns a `Click` on a wrong voxel of the mask, or None if there is
+nothing left to correct. The first click corrects an empty mask. Training uses `uniform` and
+`deepest` in the batched form of `pretraining.click_cells`.
 
-A strategy sees arrays whose axes run towards R, A, S, whatever the storage, so that turning or
-mirroring a file turns its clicks with it and changes none. Random strategies draw from `Draws`.
+Strategies work on arrays that are reoriented to R, A, S, so that the clicks do not depend on the
+order and direction of the axes in a file. Random strategies draw from `Draws`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from scipy import ndimage
 from sammed3d_backbone.data.geometry import Triple, nearest_ras
 from sammed3d_backbone.data.regions import Mask, bounding_box, depth_mm
 
-Orientation = tuple[Triple, tuple[bool, bool, bool]]  # as of `nearest_ras`
+Orientation = tuple[Triple, tuple[bool, bool, bool]]  # as returned by `nearest_ras`
 Entries = TypeVar("Entries", bound=np.generic)
 
 TOUCHING = np.ones((3, 3, 3), dtype=bool)  # 26-connectivity: corners count
@@ -58,7 +58,7 @@ class Draws:
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """Where a mask is wrong, and what else may determine the next click.
+    """The errors of a mask, and everything else that may determine the next click.
 
     Shapes:
         truth: (X, Y, Z) bool.
@@ -147,10 +147,10 @@ def connected_parts(mask: Mask, affine: NDArray[np.float64]) -> Iterator[Mask]:
 def largest_centre(errors: Errors) -> Click | None:
     """The deepest voxel of the largest connected error; on an empty mask, of the largest part.
 
-    Missed and extra voxels are taken apart. Depth is the distance in mm to the nearest voxel that
-    is not of the component, and what lies outside the volume is not. Of equally large components,
-    missed ones come first, then the one that begins first; of equally deep voxels, the first. A
-    voxel that was clicked before with the same label gives way to the next best.
+    Missed and extra voxels form separate components. Depth is the distance in mm to the nearest
+    voxel outside the component; beyond the volume counts as outside. Of equally large components,
+    missed ones come first, then the one with the first voxel; of equally deep voxels, the first. A
+    voxel that was clicked before with the same label is skipped for the next best.
 
     Source: protocol clickbench/1, see `clickbench.protocol`.
     """
@@ -208,8 +208,8 @@ def deepest(errors: Errors) -> Click | None:
 def joint_centre(errors: Errors) -> Click | None:
     """The deepest voxel of the largest error, missed and extra voxels taken together.
 
-    Depth is counted in voxels; ties are broken by a generator that starts anew for every click, so
-    a model that does not answer gets the same click again.
+    Depth is counted in voxels; ties are broken by a generator that is seeded again for every click,
+    so an unchanged mask gets the same click again.
 
     Source: ``CVPR25_iter_eval.py`` of CVPR-MedSegFMCompetition at 748e862, whose arrays have their
     axes towards S, A, R. Its halving of errors above 6e7 voxels is left out.
@@ -246,8 +246,8 @@ class _Component:
 
     labels: NDArray[np.int32]  # numbers of all components
     number: int
-    box: tuple[slice, ...]  # of this one, in `labels`
-    corner: NDArray[np.int64]  # of `labels`, in the whole array
+    box: tuple[slice, ...]  # bounding box of this component in `labels`
+    corner: NDArray[np.int64]  # first voxel of `labels` in the whole array
     voxels: int
     is_missed: bool
 

@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 from sammed3d_backbone.recipes import finetune_unetr
 from torch import nn
 
-from sammed3d_backbone import config
+from sammed3d_backbone import config, console
 from sammed3d_backbone.adapters.controls import ZeroedEncoder
 from sammed3d_backbone.adapters.registry import accepted_options
 from sammed3d_backbone.inference.card import Card
@@ -95,10 +95,7 @@ def fine_tune(cfg: ArmConfig, *, dry_run: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        cfg, flags = config.parse(
-            ArmConfig, description=__doc__, flags={"dry_run": finetune_unetr.DRY_RUN}
-        )
-        fine_tune(cfg, **flags)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    cfg, flags = config.parse(
+        ArmConfig, description=__doc__, flags={"dry_run": finetune_unetr.DRY_RUN}
+    )
+    sys.exit(console.run_program(lambda: fine_tune(cfg, **flags), "arms"))

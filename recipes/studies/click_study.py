@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
 
-from sammed3d_backbone import config, sam
+from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.bench import header_of, run_benchmark
 from sammed3d_backbone.clickbench.cases import ClickCase, ClickSet, read_click_set
 from sammed3d_backbone.clickbench.journal import Journal, read_journal, read_times
@@ -174,7 +174,7 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
             **shared,
             **about,
             "weights_sha256": content_sha256(network.state_dict()),
-            "told": f"{clicks} clicks",
+            "clicks": clicks,
         }
         return header, [(Predictor(network, clicks=clicks, preprocessing=preprocessing), scored)]
 
@@ -254,7 +254,7 @@ def row_of(player: str, header: Mapping[str, Any], journal: Path) -> dict[str, A
     """A player's row of runs.csv."""
     _, lines = read_journal(journal)
     seconds = [line["seconds"]["click"] for line in read_times(journal) if line["seconds"]]
-    keys = ("model", "weights_sha256", "told", "trained_on", "dataset", "dataset_sha256", "fold")
+    keys = ("model", "weights_sha256", "clicks", "trained_on", "dataset", "dataset_sha256", "fold")
     volumes = header.get("volumes_mm3")
     return {
         "run": player,
@@ -418,10 +418,7 @@ def draw_figure(
 
 
 if __name__ == "__main__":
-    try:
-        cfg, flags = config.parse(
-            Config, description=__doc__, flags={"report": "play nothing, write table and figure"}
-        )
-        main(cfg, **flags)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cfg, flags = config.parse(
+        Config, description=__doc__, flags={"report": "play nothing, write table and figure"}
+    )
+    sys.exit(console.run_program(lambda: main(cfg, **flags), "click_study"))

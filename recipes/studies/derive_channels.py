@@ -16,6 +16,7 @@ from shutil import copyfile
 import numpy as np
 from scipy.ndimage import gaussian_gradient_magnitude
 
+from sammed3d_backbone import console
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import write_text
 
@@ -52,7 +53,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     given = parser.parse_args()
-    try:
-        derive_channels(given.folder, given.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(
+        console.run_program(lambda: derive_channels(given.folder, given.out), "derive_channels")
+    )

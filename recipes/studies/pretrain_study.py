@@ -24,7 +24,7 @@ from sammed3d_backbone.recipes import pretrain_promptable
 from sammed3d_backbone.recipes.studies import tables
 from tqdm import tqdm
 
-from sammed3d_backbone import config, sam
+from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.pretraining.click_loss import dice_per_click
 from sammed3d_backbone.provenance import command_line, provenance
@@ -180,7 +180,8 @@ if __name__ == "__main__":
     parser.add_argument("study", type=Path, help="YAML file with the fields of Study")
     parser.add_argument("--report", action="store_true", help="rewrite table and figure only")
     args = parser.parse_args()
-    try:
-        main(tables.load(Study, args.study), report=args.report)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(
+        console.run_program(
+            lambda: main(tables.load(Study, args.study), report=args.report), "pretrain_study"
+        )
+    )

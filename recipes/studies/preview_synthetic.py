@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sammed3d_backbone import config
+from sammed3d_backbone import config, console
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure
 from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
@@ -53,10 +53,10 @@ if __name__ == "__main__":
         "settings", nargs="*", metavar="key=value", help="of a volume, or of Config"
     )
     args = parser.parse_args()
-    try:
-        values = {
-            key: yaml.safe_load(text) for key, _, text in (k.partition("=") for k in args.settings)
-        }
-        main(args.out, config.build(Config, values))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    pairs = (pair.partition("=") for pair in args.settings)
+    values = {key: yaml.safe_load(text) for key, _, text in pairs}
+    sys.exit(
+        console.run_program(
+            lambda: main(args.out, config.build(Config, values)), "preview_synthetic"
+        )
+    )

@@ -21,6 +21,7 @@ import pandas as pd
 import yaml
 from sammed3d_backbone.recipes.studies import tables
 
+from sammed3d_backbone import console
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.loading.hub import sha256_of
 from sammed3d_backbone.training.runs import Run
@@ -105,8 +106,9 @@ if __name__ == "__main__":
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("stages", type=Path, nargs="+", metavar="RUN")
     args = parser.parse_args()
-    try:
-        weights, results = HERE.parents[1] / "weights", HERE / "results" / args.name
-        print(main(args.stages, args.name, weights, results))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    weights, results = HERE.parents[1] / "weights", HERE / "results" / args.name
+    sys.exit(
+        console.run_program(
+            lambda: print(main(args.stages, args.name, weights, results)), "publish_weights"
+        )
+    )

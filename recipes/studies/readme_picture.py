@@ -9,6 +9,7 @@ components of the last block's tokens, in the 96 mm cube around the click.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from sammed3d_backbone.recipes.studies.tables import new_figure
 from scipy import ndimage
 from sklearn.decomposition import PCA
 
-from sammed3d_backbone import sam
+from sammed3d_backbone import console, sam
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
@@ -105,4 +106,8 @@ if __name__ == "__main__":
     parser.add_argument("organ")
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    main(args.data, args.case, args.organ, args.out)
+    sys.exit(
+        console.run_program(
+            lambda: main(args.data, args.case, args.organ, args.out), "readme_picture"
+        )
+    )

@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from sammed3d_backbone.recipes.studies import tables
 from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
-from sammed3d_backbone import config
+from sammed3d_backbone import config, console
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.training.runs import Run, runs_folder
 
@@ -162,7 +162,7 @@ def train(run: Planned, settings: Mapping[str, Any], study: Study, out: Path) ->
         "parameters": about["parameters"]["all"],
         "trained_parameters": about["parameters"].get("trained"),
         "start": "; ".join(about["weights"].splitlines()),
-        "seen": about["contamination"],
+        "seen": about["data_overlap"],
         "split": about["split"],
         "validation": " ".join(f"{line['step']}:{line['mean_dice']}" for line in curve),
         "command": about["command"],
@@ -324,7 +324,8 @@ if __name__ == "__main__":
     parser.add_argument("study", type=Path, help="YAML file with the fields of Study")
     parser.add_argument("--report", action="store_true", help="rewrite table and figure only")
     args = parser.parse_args()
-    try:
-        main(read_study(args.study), report=args.report)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(
+        console.run_program(
+            lambda: main(read_study(args.study), report=args.report), "transfer_study"
+        )
+    )

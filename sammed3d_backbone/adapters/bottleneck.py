@@ -64,6 +64,6 @@ def add_bottlenecks(encoder: nn.Module, *, width: int) -> None:
 
 
 def _through_bottleneck(block: nn.Module, _: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
-    """What a block returns, after its bottleneck."""
+    """The forward hook of a block: passes its output through the bottleneck."""
     out: Tensor = block.get_submodule("bottleneck")(tokens)
     return out

@@ -1,10 +1,9 @@
-"""Several input channels through an encoder that knows one.
+"""Several input channels with an encoder that was pretrained on one.
 
-Of the three ways, two are in the first layer and need nothing of this file: its kernel is repeated
-over the channels (`encoder(in_chans=C)`), evenly or with a gain for each (`channel_gains=`), at
-next to no cost. Here is the third: every channel goes through the encoder by itself, and the maps
-are merged. It costs C times the encoder's time and activations, keeps channels apart until then,
-and takes volumes that lack some of them.
+The encoder processes each channel separately, and the maps are merged. This costs C times the
+encoder's time and activations, and accepts volumes that lack some channels. The cheap alternatives
+are in `encoder`: `in_chans=C` repeats the first layer's kernel over the channels, evenly or with
+`channel_gains=`.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""A control without an encoder: what a decoder reaches on it is not the encoder's merit.
+"""A control for studies: an encoder that returns zeros shows what a decoder reaches on its own.
 
-It fulfils the contract, so that it runs through the same network, loop and scores.
+It fulfils the contract, so that it runs in the same network, loop and scores.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sammed3d_backbone.adapters.contract import Encoder
 class ZeroedEncoder(nn.Module):
     """Returns maps of zeros in place of an encoder's.
 
-    It has no parameters; shapes and everything else that an adapter needs are the encoder's.
+    It has no parameters; its sizes are those of the replaced encoder.
     """
 
     def __init__(self, replaced: Encoder) -> None:

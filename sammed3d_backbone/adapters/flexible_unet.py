@@ -1,8 +1,8 @@
 """MONAI's FlexibleUNet on any encoder of the contract.
 
 Maps a volume (B, C, X, Y, Z) to class logits (B, K, X, Y, Z). `flexible_unet` puts
-MONAI's decoder around an encoder that is there; `register_backbones` gives MONAI names, so that its
-own `FlexibleUNet(backbone="sammed3d-conv_stem", ...)`, in a bundle for instance, builds one.
+MONAI's decoder around an encoder; `register_backbones` registers backbones with MONAI, so that its
+own `FlexibleUNet(backbone="sammed3d-conv_stem", ...)`, for instance in a bundle, builds one.
 """
 
 from collections.abc import Callable, Sequence
@@ -126,8 +126,8 @@ def register_backbones(
     registration brings dictionaries of its own, and nothing is read from them but the kind.
 
     Args:
-        make_encoder: From the number of input channels, and whether trained values are wanted.
-        prefix: What the names begin with.
+        make_encoder: Builds an encoder, given the number of input channels and `pretrained`.
+        prefix: Prefix of the registered names.
         feature_size: Channels of the pyramids per voxel of stride.
 
     Returns:

@@ -45,7 +45,7 @@ def linear_head(encoder: Encoder, out_channels: int) -> HeadNetwork:
 
 
 def expanding_head(encoder: Encoder, out_channels: int, *, feature_size: int = 16) -> HeadNetwork:
-    """Each token unfolded to its P³ voxels, by halves of its side, without its neighbours.
+    """Logits of a token's P³ voxels by transposed convolutions that do not read its neighbours.
 
     Args:
         encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.

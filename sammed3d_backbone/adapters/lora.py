@@ -50,7 +50,7 @@ def add_lora(encoder: nn.Module, *, rank: int, targets: str = BLOCKS) -> None:
 
 def merge_lora(model: nn.Module) -> nn.Module:
     """A copy with LoRA updates merged into plain layers; the model itself if there are none."""
-    # Asked by name, since only who uses LoRA needs peft.
+    # Identified by an attribute, so that peft is not imported.
     found = [name for name, part in model.named_modules() if hasattr(part, "lora_A")]
     if not found:
         return model

@@ -1,4 +1,4 @@
-"""What every network around an encoder has in common: which maps it reads, and timm's hooks.
+"""The base class of networks around an encoder: the maps that they read, and timm's hooks.
 
 The base class holds an encoder of the contract as `encoder`, so that its tensors have the same
 names in every file.
@@ -15,7 +15,7 @@ from sammed3d_backbone.adapters.contract import Encoder
 
 
 class EncoderNetwork(nn.Module):
-    """An encoder, cut down to what is read of it, and the parts that a derived network adds.
+    """An encoder without its unread parts; derived networks add a decoder.
 
     The encoder loses the blocks behind the last index and, unless `reads_neck`, its neck, so that
     every trainable parameter gets a gradient, which multi-process training needs.
@@ -44,7 +44,7 @@ class EncoderNetwork(nn.Module):
         return groups_under_encoder(self.encoder, coarse)
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """A block of the decoder, whose inner values are not kept if they are to be recomputed."""
+        """Runs a block of the decoder, with gradient checkpointing if that is enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
         else:

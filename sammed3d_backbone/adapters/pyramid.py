@@ -161,7 +161,7 @@ class Halve(nn.Module):
 
 
 def _level(embed_dim: int, width: int, scale: float, blocks: dict[str, Any]) -> nn.Module:
-    """What turns tokens into a map on `scale` times the grid, a power of two."""
+    """The layers from tokens to a map on `scale` times their grid; `scale` is a power of two."""
     if scale > 1:
         doublings = int(scale).bit_length() - 1
         return UnetrPrUpBlock(

@@ -37,6 +37,6 @@ def adapter(name: str) -> Callable[..., nn.Module]:
 
 
 def accepted_options(name: str, **options: object) -> dict[str, Any]:
-    """Those of the options that a network's function takes."""
+    """The subset of options that a network's function accepts."""
     known = inspect.signature(adapter(name)).parameters
     return {key: value for key, value in options.items() if key in known}

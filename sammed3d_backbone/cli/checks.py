@@ -23,10 +23,10 @@ def require_free(targets: Sequence[Path | None], source: Path, *, force: bool) -
         IsADirectoryError: If a target is a folder.
         ValueError: If two targets are one file.
     """
-    asked = [target for target in targets if target is not None]
-    if len({target.absolute() for target in asked}) < len(asked):
-        raise ValueError(f"two outputs are named {asked[-1]}; give each its own name")
-    for target in asked:
+    wanted = [target for target in targets if target is not None]
+    if len({target.absolute() for target in wanted}) < len(wanted):
+        raise ValueError(f"two outputs are named {wanted[-1]}; give each its own name")
+    for target in wanted:
         if target.is_dir():
             raise IsADirectoryError(f"{target} is a folder; give a file name in it")
         if target.exists() and (not force or (source.exists() and target.samefile(source))):

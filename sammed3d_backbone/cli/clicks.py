@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sammed3d_backbone.cli.checks import on_device
-from sammed3d_backbone.cli.prompts import add_network
+from sammed3d_backbone.cli.prompts import add_network, chosen_network, variant_of_command
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
@@ -130,15 +129,14 @@ def _predictor(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel
     from sammed3d_backbone.loading.exposure import seen_in_pretraining
 
     torch.manual_seed(0)  # the same random initialisation every time
-    network = on_device(
-        sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
-    )
+    network = chosen_network(sam, args)
     record = getattr(network, "pretrained_cfg", None)
     predictor = Predictor(network, clicks=args.clicks, follow=not args.no_follow)
+    start = "random initialisation" if record is None else record.name
     return predictor, {
-        "model": f"{args.variant}, {'random initialisation' if record is None else record.name}",
+        "model": f"{variant_of_command(args)}, {start}",
         "weights_sha256": content_sha256(network.state_dict()),
-        "told": f"{predictor.clicks} clicks",
+        "clicks": predictor.clicks,
         "follow": not args.no_follow,
         "pretraining": str(seen_in_pretraining(record, dataset)),
     }

@@ -68,11 +68,11 @@ def _run_curate(args: argparse.Namespace) -> int:
         scheduler=args.scheduler,
         layout=layout,
     )
-    asked = ["sammed3d", "curate", args.raw, args.out, "--preset", args.preset]
-    asked += [] if args.min_side_mm is None else ["--min-side-mm", args.min_side_mm]
-    asked += [] if args.layout is None else ["--layout", args.layout]
+    command = ["sammed3d", "curate", args.raw, args.out, "--preset", args.preset]
+    command += [] if args.min_side_mm is None else ["--min-side-mm", args.min_side_mm]
+    command += [] if args.layout is None else ["--layout", args.layout]
     about = {
-        "command": shlex.join(map(str, asked)),
+        "command": shlex.join(map(str, command)),
         "preset": args.preset,
         **provenance(Path(__file__).parent),
     }

@@ -3,13 +3,16 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sammed3d_backbone.cli.checks import on_device, require_free
 
 if TYPE_CHECKING:
     from torch import nn
+
+    NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
     from sammed3d_backbone.cli import Commands
     from sammed3d_backbone.data.preprocessing import Preprocessing
@@ -115,9 +118,7 @@ def _run_segment(args: argparse.Namespace) -> int:
     scan = validate_volume(args.source, channel=args.channel, **dicom_options(args))
     require_writable(args.target, scan.volume.header)
     listed, clicks = _clicks(args, scan)
-    model = on_device(
-        sam(args.variant, pretrained=not args.random, weights=args.weights), args.device
-    )
+    model = chosen_network(sam, args)
     predictor = Predictor(
         model,
         clicks=args.clicks,
@@ -273,9 +274,7 @@ def _run_features(args: argparse.Namespace) -> int:
     _require_png_name(args.png)
     require_free((args.target, args.png), args.source, force=args.force)
     scan = validate_volume(args.source, channel=args.channel, **dicom_options(args))
-    network = on_device(
-        encoder(args.variant, pretrained=not args.random, weights=args.weights), args.device
-    )
+    network = chosen_network(encoder, args)
     preprocessing, notes = preprocessing_of(network, _preprocessing(args, network))
     blocks = args.blocks or ([] if args.png is None else [network.depth - 1])
     found = token_maps(
@@ -296,7 +295,7 @@ def _run_features(args: argparse.Namespace) -> int:
         record = getattr(network, "pretrained_cfg", None)
         weights = "random initialisation" if record is None else Path(record.name).name
         shown = {name: part for name, part in found.maps.items() if name != "neck"}
-        title = f"{args.source.name} through {args.variant}, {weights}"
+        title = f"{args.source.name} through {variant_of_command(args)}, {weights}"
         features_figure(args.png, scan.volume, shown, found.affine, title=title)
     for note in notes:
         print(f"note: {note}")
@@ -364,12 +363,34 @@ def _preprocessing(args: argparse.Namespace, network: "nn.Module") -> "Preproces
 def add_network(parser: argparse.ArgumentParser) -> None:
     """Declares which network a command runs, and where."""
     network = parser.add_argument_group("network")
-    network.add_argument("--variant", default="vit_b", help="sizes of the network (default: vit_b)")
+    network.add_argument(
+        "--variant", help="size of the network (default: that of the weights, or vit_b)"
+    )
     network.add_argument(
         "--weights", help="a name, a file or hf-hub:OWNER/REPO (default: those of the variant)"
     )
     network.add_argument("--random", action="store_true", help="random initialisation")
     network.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
+
+
+def variant_of_command(args: argparse.Namespace) -> str:
+    """The size of network that was named, or that of the named weights."""
+    from sammed3d_backbone.loading.opening import variant_for
+
+    variant: str = args.variant or variant_for(args.weights)
+    return variant
+
+
+def chosen_network(build: "Callable[..., NetworkT]", args: argparse.Namespace) -> "NetworkT":
+    """The network of the command line on its device.
+
+    Args:
+        build: `sam` or `encoder`.
+        args: Arguments that `add_network` declared.
+    """
+    variant = variant_of_command(args)
+    network = build(variant, pretrained=not args.random, weights=args.weights)
+    return on_device(network, args.device)
 
 
 def _require_png_name(path: Path | None) -> None:

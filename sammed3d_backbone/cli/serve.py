@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sammed3d_backbone.cli.checks import on_device
-from sammed3d_backbone.cli.prompts import add_network, add_scan, dicom_options
+from sammed3d_backbone.cli.prompts import add_network, add_scan, chosen_network, dicom_options
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
@@ -152,12 +151,11 @@ def _run(
         **more,
     )
     with listening(args.host, args.port) as listener:  # before the network is loaded
-        model = sam(args.variant, pretrained=not args.random, weights=args.weights)
+        model = chosen_network(sam, args)
         record = getattr(model, "pretrained_cfg", None)
         name = "random" if record is None else record.name
         license = getattr(record, "licence", None) or "not known"
-        network = on_device(model, args.device)
-        app = build_app(network, settings, name=name, license=license, scan=scan)
+        app = build_app(model, settings, name=name, license=license, scan=scan)
         logging.getLogger("sammed3d_backbone.serving").setLevel(logging.INFO)
         try:
             say(listener.getsockname()[1], name)

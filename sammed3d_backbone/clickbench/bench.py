@@ -100,7 +100,7 @@ def played(
             line["predicted_dice"] = plain(step.predicted_dice)
         lines.append(line)
         seconds = {part: round(value, 4) for part, value in step.seconds.items()}
-        peak_mib = round(resident_bytes("VmHWM") / 2**20, 1)  # of the process so far
+        peak_mib = round(resident_bytes("VmHWM") / 2**20, 1)  # peak of the process so far
         times.append({**about, "step": number, "seconds": seconds, "peak_rss_mib": peak_mib})
     if before is None:
         return [{**about, "dropped": "empty at the protocol's spacing"}], [], None

@@ -43,7 +43,7 @@ class ClickTarget:
     dataset: str
     case: str
     subject: str  # scans of one subject are not independent
-    name: str  # of the class, and the number of the part where parts are targets
+    name: str  # name of the class, with a number if parts are targets
     image: Volume
     truth: Mask
     modality: Modality | None  # None if unknown

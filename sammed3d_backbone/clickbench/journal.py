@@ -18,7 +18,7 @@ from typing import Any
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import file_name, inside, write_text
 
-FORMAT = 1  # of the lines; a file of another one is refused
+FORMAT = 1  # version of the file; others are refused
 Line = dict[str, Any]
 Key = tuple[str, str, str]  # case, class, track
 
@@ -92,7 +92,7 @@ def read_times(folder: Path) -> list[Line]:
 
 
 def mask_path(folder: Path, line: Line) -> Path:
-    """Where the last mask of a line's target and track lies."""
+    """The file of the last mask of a line's target and track."""
     case, name, track = key_of(line)
     return inside(inside(folder / "masks", case), file_name(name), f".{track}.nii.gz")
 

@@ -1,7 +1,7 @@
-"""The rules by name: our own protocol, and published ones as they were really run.
+"""Click protocols by name: `clickbench/1`, and published ones as their code runs them.
 
-A published protocol that takes more from the truth than its clicks is marked as an oracle: its
-scores cannot be reached by a user. `ClickRules.differs` says what is not as it was published;
+A published protocol that uses the truth beyond the clicks is marked as an oracle: users cannot
+reach its scores. `ClickRules.differs` says what is not as it was published;
 random clicks are drawn as published, but from other random numbers.
 """
 
@@ -196,7 +196,7 @@ def _around_label(target: ClickTarget) -> tuple[Geometry, Mask]:
 
 
 def _with_slice(stack: ClickStep, step: ClickStep, axis: int, index: int) -> ClickStep:
-    """A stack's record with the clicks, failures and seconds of one more slice."""
+    """The step of a stack with the clicks, failures and seconds of one more slice."""
     seconds = dict(stack.seconds)
     for part, value in step.seconds.items():
         seconds[part] = seconds.get(part, 0.0) + value

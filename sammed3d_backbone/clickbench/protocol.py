@@ -1,4 +1,4 @@
-"""Plays any promptable model by the rules of a protocol: one `ClickStep` per click.
+"""Runs any promptable model by the rules of a click protocol, with one `ClickStep` per click.
 
 A model has ``set_volume``, ``click``, ``predict`` and ``reset``. An exception of the model is
 counted as a failure, with an empty mask.
@@ -28,11 +28,7 @@ FAILED = "the model failed, which counts as an empty mask"
 
 
 class MaskAnswer(Protocol):
-    """The prediction of a model.
-
-    It may also have ``seconds``, a mapping such as ``{"encode": 1.2, "decode": 0.03}``, which is
-    recorded, and ``predicted_dice``, a float or None.
-    """
+    """The prediction of a model; it may also have ``predicted_dice``, a float or None."""
 
     @property
     def mask(self) -> NDArray[Any]:
@@ -104,7 +100,7 @@ class ClickRules:
 
 
 class Player:
-    """A model under test, the volume that it has, and the time that its answers take."""
+    """A model under test, its current volume, and the time that its answers take."""
 
     def __init__(self, model: PromptableModel) -> None:
         self.model = model
@@ -146,7 +142,6 @@ class Player:
             self._shown = None  # set again before the next target
             return {**failed, "failure": type(error).__name__}
         seconds["click"] = time.perf_counter() - start
-        seconds.update(getattr(prediction, "seconds", {}))
         mask = np.asarray(prediction.mask)
         if mask.shape != shape:
             raise ValueError(
@@ -166,12 +161,12 @@ def interact(
     draws: Draws,
     steps: int,
 ) -> Iterator[ClickStep]:
-    """One click per step where the strategies want it, scored on the volume's own grid.
+    """One click per step, scored on the volume's own grid.
 
-    Where no click is left to be made, the last answer is carried forward.
+    Where nothing is left to correct, the last mask is carried forward.
 
     Args:
-        player: Plays the model.
+        player: The model under test.
         volume: The volume that the model gets.
         truth: Mask on the volume's grid; not given to the model.
         modality: Modality of the volume.

@@ -86,7 +86,7 @@ def write_click_report(folder: Path, click_set: ClickSet, machine: Mapping[str, 
 
 
 def _notes(header: Line, summary: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know before the figures."""
+    """Notes that stand above the figures."""
     notes = []
     if header["oracle"]:
         notes.append(f"ORACLE. This protocol takes from the truth: {header['oracle']}.")

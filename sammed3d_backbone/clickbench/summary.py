@@ -175,7 +175,7 @@ def times_by_part(times: Iterable[Line]) -> dict[str, Any]:
 
 
 def reported_steps(steps: int) -> list[int]:
-    """Those of 1, 2, 3, 5, 10 and the last within a number of steps."""
+    """The steps that reports show: 1, 2, 3, 5, 10 and the last."""
     return sorted({n for n in (1, 2, 3, 5, 10) if n <= steps} | {steps})
 
 

@@ -177,7 +177,7 @@ def _dropping_steps(decision: Decision) -> list[str]:
 
 
 def _data_set(decision: Decision) -> str:
-    """Where it lies in the raw folder; its name where it is the raw folder."""
+    """The data set's subfolder of the raw folder, or its name if it is the raw folder."""
     return str(decision["dataset"] if decision["place"] == "." else decision["place"])
 
 
@@ -209,7 +209,7 @@ def _gallery(
 
 
 def _reasons(decision: Decision) -> str:
-    """What was decided on a mask, in words."""
+    """The decision on a mask as text."""
     islands = _step(decision, "islands")
     reasons = [*decision["why"]] or [decision["verdict"]]
     if islands["beyond"]:

@@ -12,7 +12,7 @@ from sammed3d_backbone.data.geometry import Triple, TripleMm
 from sammed3d_backbone.data.regions import Mask, bounding_box, components
 from sammed3d_backbone.data.volume import Volume
 
-ROUNDING = 1e-6  # of limits: spacings are stored as float32
+ROUNDING = 1e-6  # tolerance of limits, since spacings are stored as float32
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class CurationRules:
 
     source: str
     min_ml: float = 1.0
-    min_side_mm: float = 15.0  # of the box around the mask
+    min_side_mm: float = 15.0  # smallest side of the box around the mask
     max_side_mm: float | None = None
     max_background: float | None = None  # share of the volume's voxels
     max_parts: int = 5  # the largest ones; all others are islands
-    max_island_share: float | None = None  # of the mask: larger islands are not debris
+    max_island_share: float | None = None  # larger shares of a mask are not removed
 
     def small(self, extent: Extent) -> str:
-        """Why a mask is dropped by its size; empty if it is not."""
+        """The reason to drop a mask for its size; empty if there is none."""
         if extent.ml < self.min_ml * (1 - ROUNDING):
             return f"{extent.ml:.3g} ml is less than {self.min_ml:g} ml"
         if min(extent.sides_mm) < self.min_side_mm * (1 - ROUNDING):
@@ -39,7 +39,7 @@ class CurationRules:
         return ""
 
     def sparse(self, extent: Extent) -> str:
-        """Why a mask is dropped by its background; empty if it is not."""
+        """The reason to drop a mask for the share of background; empty if there is none."""
         limit = self.max_background
         if limit is None or extent.background <= limit:
             return ""
@@ -79,11 +79,11 @@ def preset(name: str) -> CurationRules:
 
 @dataclass(frozen=True)
 class Extent:
-    """How large a mask is."""
+    """Size of a mask."""
 
     ml: float
-    sides_mm: TripleMm  # of the box around it, along the volume's axes
-    background: float  # share of the volume's voxels that are not its own
+    sides_mm: TripleMm  # sides of its box along the volume's axes
+    background: float  # share of the volume's voxels outside the mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
 from sammed3d_backbone.files import write_json, write_text
 
-FORMAT = 1  # of the result folder; another one is refused
+FORMAT = 1  # version of the result folder; others are refused
 
 
 def curate(
@@ -129,7 +129,7 @@ def _collect(raw_set: RawSet, out: Path) -> list[Decision]:
             "subject": raw.case.subject,
         }
         if raw.case.annotated is not None or len(kept) < len(record["decisions"]):
-            entry["annotated"] = list(kept)  # what was dropped is unknown, not background
+            entry["annotated"] = list(kept)  # dropped masks are unknown, not background
         if truncated := [n for n, d in kept.items() if d["raw_class"] in raw.case.truncated]:
             entry["truncated"] = truncated
         if raw.case.split:

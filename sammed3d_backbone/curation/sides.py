@@ -58,7 +58,7 @@ def _other(match: re.Match[str]) -> str:
 
 
 def separations_mm(x_mm: Mapping[str, float]) -> dict[str, float]:
-    """How far the right one of a pair lies to the right of the left one, for both names.
+    """Distance of a pair along the left-right axis, positive if the right one lies right.
 
     Args:
         x_mm: World x of the centre of every class.

@@ -32,7 +32,7 @@ class RawSet:
 
     name: str
     folder: Path
-    place: str  # of its results below the result folder; "." where the raw folder is the set
+    place: str  # subfolder of its results; "." if the raw folder is the data set
     channels: tuple[str, ...]
     cases: tuple[RawCase, ...]
     note: str = ""

@@ -17,7 +17,7 @@ AFFINE_TOLERANCE_MM = 1e-2  # origins written by different tools differ in the f
 
 
 def label_problems(path: Path, label: Volume, known: Collection[int]) -> list[str]:
-    """What is wrong with an opened label file of which values are known."""
+    """The problems of an opened label file with declared values."""
     values = values_of(label.array)
     if not np.isfinite(values).all() or (values != np.round(values)).any():
         return [f"{path}: labels are not whole numbers; save them as integers"]
@@ -30,7 +30,7 @@ def label_problems(path: Path, label: Volume, known: Collection[int]) -> list[st
 
 
 def class_problems(case: Case, classes: Collection[str]) -> list[str]:
-    """What is wrong with which classes occur in a case's label.
+    """The problems of the classes that occur in a case's label.
 
     Voxels of a class that is not annotated are allowed, since they are not used. An annotated
     class without voxels would be taken for absent.
@@ -47,7 +47,7 @@ def class_problems(case: Case, classes: Collection[str]) -> list[str]:
 
 
 def pair_problems(path: Path, volume: Volume, other_path: Path, other: Volume) -> list[str]:
-    """What keeps two volumes from lying on one grid."""
+    """The differences between the grids of two volumes."""
     if volume.shape != other.shape:
         return [f"{path}: shape {volume.shape}, but {other_path} has {other.shape}; resample one"]
     apart_mm = shift_mm(volume, other)

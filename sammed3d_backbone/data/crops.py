@@ -21,7 +21,7 @@ from sammed3d_backbone.data.preprocessing import Preprocessing
 
 
 class Augmentation(Protocol):
-    """What MONAI's random transforms on dictionaries offer."""
+    """The interface of MONAI's random transforms on dictionaries."""
 
     def set_random_state(self, seed: int) -> object:
         """Makes the next call depend on the seed only."""

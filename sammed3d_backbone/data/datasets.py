@@ -63,7 +63,7 @@ class Dataset:
     labels: Mapping[int, str]  # 0 is background; values are 0, 1, ..., K - 1
     channels: tuple[str, ...]  # e.g. ("CT",)
     cases: tuple[Case, ...]
-    note: str = ""  # what a reader of a result must know, printed on the figure
+    note: str = ""  # caveat for readers of results, printed on the figure
     about: Mapping[str, str] = field(default_factory=dict)  # reference, licence
 
     @property
@@ -206,7 +206,7 @@ def _read_splits(dataset: Dataset, path: Path) -> list[Fold]:
 
 
 def _fold_problems(dataset: Dataset, fold: Fold) -> list[str]:
-    """What is wrong with a split, in words that follow its name."""
+    """The problems of a split; each follows the split's name in the message."""
     subject_of = {case.id: case.subject for case in dataset.cases}
     train, val = set(fold.train), set(fold.val)
     problems = []

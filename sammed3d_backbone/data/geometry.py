@@ -45,7 +45,7 @@ class Geometry:
     input_shape: Triple
     input_affine: NDArray[np.float64]
     axes: Triple  # axis i of the oriented volume is axis axes[i] of the input
-    flips: tuple[bool, bool, bool]  # of the oriented volume's axes
+    flips: tuple[bool, bool, bool]  # whether axis i of the oriented volume is reversed
     resampled_shape: Triple
     spacing_mm: TripleMm  # as resampled, nearest to the wanted one
     box_start: Triple  # first voxel of the box in the resampled grid; negative where it pads
@@ -340,7 +340,7 @@ def interpolate_axis(
 
 
 def nearest_ras(affine: NDArray[np.float64]) -> tuple[Triple, tuple[bool, bool, bool]]:
-    """Which input axis runs towards R, A and S, and which of the three run the other way.
+    """The input axes that run along R, A and S, and whether they run the other way.
 
     Among the 48 ways to name the axes, the one with the smallest rotation to R, A, S is chosen. It
     depends on the axes' directions only, not on their order in the file, so one volume stored in

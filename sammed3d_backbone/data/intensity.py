@@ -83,7 +83,7 @@ def measure_scale(slabs: Callable[[], Iterable[Tensor]], mode: str) -> Intensity
 
     Args:
         slabs: Returns an iterator over all slabs of one channel; called once or twice.
-        mode: As for `normalise`.
+        mode: See `normalise`.
 
     Raises:
         ValueError: If the mode is unknown.

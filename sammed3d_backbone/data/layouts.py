@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 class Layout:
     """The folder structure of one data set and the meaning of its label values."""
 
-    name: str  # as a list of pretraining sets would name it
+    name: str  # as in published lists of pretraining sets
     channels: tuple[str, ...]
     classes: tuple[str, ...]  # without background; numbered 1, 2, ... in this order
     images: tuple[str, ...]  # a pattern per channel, or one for a file that holds all of them
@@ -36,7 +36,7 @@ class Layout:
     splits: tuple[str, ...] = ()  # folder names of training and validation for {split}
     split_table: str | None = None  # CSV with columns image_id and split: train, val, test
     group: str = ""  # name shared by sets that a paper reports together
-    note: str = ""  # what a reader of a result must know
+    note: str = ""  # caveat for readers of results
     citation: str = ""
     licence: str = ""
 

@@ -104,7 +104,7 @@ def prepare_cases(
     Args:
         dataset: Data set of the cases.
         ids: Names of the cases.
-        preprocessing: What happens to them.
+        preprocessing: Applied to every image.
         cache: Folder that keeps them for the next start; None keeps them in memory only.
         jobs: Number of cases prepared at the same time, by joblib in threads unless
             `joblib.parallel_config` says otherwise.
@@ -135,7 +135,7 @@ def prepare_cases(
 def _prepare(
     case: Case, dataset: Dataset, preprocessing: Preprocessing, cache: Path | None
 ) -> tuple[list[str], tuple[Tensor, Tensor] | None]:
-    """What is wrong with a case, or its image and label on the network's grid."""
+    """The problems of a case, or its image and label on the network's grid."""
     kept = None if cache is None else cache_path(cache, case, dataset, preprocessing)
     if kept is not None and (tensors := read_prepared(kept)) is not None:
         return [], tensors
@@ -155,7 +155,7 @@ def _prepare(
 
 
 def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume] | None]:
-    """What is wrong with a case, or its image and label."""
+    """The problems of a case, or its image and label."""
     problems: list[str] = []
     known = (0, 1) if case.masks else (0, *(case.values or range(1, len(dataset.labels))))
     try:

@@ -1,4 +1,4 @@
-"""How a scan becomes a network's input: data that travels with the weights, not code.
+"""The preprocessing of a scan for a network, as data that travels with the weights.
 
 A record of weights and the card of a fine-tuned model both hold a `Preprocessing`. Predictor,
 feature extraction, fine-tuning, exported models and the self-test read it from there.
@@ -29,7 +29,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network expects of its input.
+    """The preprocessing that a network expects.
 
     Args:
         spacing_mm: Voxel spacing along R, A, S; None keeps the spacing of each scan.

@@ -24,11 +24,11 @@ from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.voxel_features import pca_colours, sampled
 
 PLANES = ("sagittal", "coronal", "axial")
-LEVELS = 63  # of a colour of features
-ENDS = ("LR", "PA", "IS")  # of the axes, as letters
-MARGIN_MM = 8.0  # around what is drawn
-LINES = ("reference", "prediction")  # solid and dotted
-FEW = 20  # points of a curve that are marked
+LEVELS = 63  # levels of a colour channel in feature maps
+ENDS = ("LR", "PA", "IS")  # letters at both ends of the axes
+MARGIN_MM = 8.0  # margin around the drawn structures
+LINES = ("reference", "prediction")  # names of solid and dotted outlines
+FEW = 20  # curves with fewer points have markers
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
@@ -203,7 +203,7 @@ def features_figure(
         drawn = {"image": oriented.take(centre[plane], axis=plane)}
         for name, colours in coloured.items():
             flat = sampled(colours, tokens_at.reshape(-1, 3))
-            # Fewer levels than a screen has are not seen, and halve the file.
+            # The reduced number of levels is not visible and halves the file.
             drawn[name] = (flat.reshape(voxels.shape) * LEVELS).round().numpy() / LEVELS
         for row, (name, values) in enumerate(drawn.items()):
             axes = figure.add_subplot(grid[row, plane])
@@ -277,7 +277,7 @@ def _show_slice(
     spacing_mm: TripleMm,
     view: Sequence[tuple[int, int]],
 ) -> None:
-    """One slice, (Y, X) or in colours (Y, X, 3), in its true proportions, letters for ticks."""
+    """Draws a slice, (Y, X) or (Y, X, 3) in colours, with letters for its directions."""
     across, up = (axis for axis in range(3) if axis != plane)
     axes.imshow(
         background,
@@ -329,7 +329,7 @@ def _outline(axes: Axes, labels: np.ndarray[Any, Any], style: str) -> None:
 
 
 def _legend(classes: Sequence[str], lines: Sequence[str] = LINES) -> list[Line2D]:
-    """What the colours and lines of the outlines mean."""
+    """Legend entries of the classes' colours and the outlines' line styles."""
     named = [Line2D([], [], color=_colour(i), label=name) for i, name in enumerate(classes, 1)]
     styles: tuple[Literal["-", ":"], ...] = ("-", ":")
     styled = [
@@ -367,7 +367,7 @@ def _draw_curve(
 def _view(
     label: np.ndarray[Any, Any], prediction: np.ndarray[Any, Any], spacing_mm: TripleMm
 ) -> list[tuple[int, int]]:
-    """Per axis, the voxels to show: all that is labelled or predicted anywhere, and a margin."""
+    """The range of voxels to show along each axis: all labels and predictions, with a margin."""
     box = bounding_box((label > 0) | (prediction > 0)) or tuple(map(slice, label.shape))
     view = []
     for side, size, mm in zip(box, label.shape, spacing_mm, strict=True):
@@ -377,7 +377,7 @@ def _view(
 
 
 def _fullest_slices(label: np.ndarray[Any, Any]) -> list[int]:
-    """Per axis, the slice with most labelled voxels."""
+    """The slice with the most labelled voxels along each axis."""
     labelled = label > 0
     return [
         int(labelled.sum(axis=tuple(a for a in range(3) if a != axis)).argmax())

@@ -58,11 +58,11 @@ class ProbeScores:
     """Scores of a probe over the classified subjects, with 95 % intervals.
 
     Args:
-        dice: Per class without background, of the voxels asked about. Where equally many of every
-            class were drawn, it ranks features; in a segmentation background is more frequent.
-        mean_dice: Over these classes.
-        balanced_accuracy: Mean over all classes of the share of their voxels that is found.
-        by_subject: The same of every subject alone, for paired comparisons.
+        dice: Dice of each class but background on the classified voxels. With equally many voxels
+            of every class it ranks features; in a segmentation, background is more frequent.
+        mean_dice: Mean over these classes.
+        balanced_accuracy: Mean recall over all classes.
+        by_subject: Balanced accuracy of every subject, for paired comparisons.
     """
 
     dice: dict[str, Interval]
@@ -72,14 +72,14 @@ class ProbeScores:
 
 
 def probe(
-    kind: str, bank: Voxels, asked: Voxels, classes: Sequence[str], *, seed: int = 0
+    kind: str, bank: Voxels, queries: Voxels, classes: Sequence[str], *, seed: int = 0
 ) -> ProbeScores:
     """Scores of a classifier that is fitted to the bank, on the voxels of other subjects.
 
     Args:
         kind: A name in `PROBES`.
         bank: Voxels to fit to.
-        asked: Voxels to classify.
+        queries: Voxels to classify.
         classes: Names of the values 0, 1, ..., background first.
         seed: Seed of the intervals; the probes themselves are deterministic.
 
@@ -88,9 +88,9 @@ def probe(
     """
     if kind not in PROBES:
         raise ValueError(f"unknown probe {kind!r}; choose one of {', '.join(PROBES)}")
-    if both := sorted({*bank.subjects.tolist()} & {*asked.subjects.tolist()}):
+    if both := sorted({*bank.subjects.tolist()} & {*queries.subjects.tolist()}):
         raise ValueError(
-            f"{len(both)} subjects are in the bank and asked about, {both[0]} for one; split by "
+            f"{len(both)} subjects are in both bank and queries, {both[0]} for one; split by "
             "subject, or the probe recognises the subject"
         )
     known = np.unique(bank.values)
@@ -99,18 +99,18 @@ def probe(
             f"a bank of {len(bank.values)} voxels of {len(known)} classes; draw at least "
             f"{NEIGHBOURS} voxels of two classes"
         )
-    named = PROBES[kind]().fit(bank.features, bank.values).predict(asked.features)
-    return _scores(named, asked, classes, seed)
+    named = PROBES[kind]().fit(bank.features, bank.values).predict(queries.features)
+    return _scores(named, queries, classes, seed)
 
 
-def _scores(named: NDArray[Any], asked: Voxels, classes: Sequence[str], seed: int) -> ProbeScores:
+def _scores(named: NDArray[Any], queries: Voxels, classes: Sequence[str], seed: int) -> ProbeScores:
     """Scores per subject and class, and their means; a class that a subject lacks is left out."""
     subjects, names, dice, found = [], [], [], []
     by_subject = {}
-    for subject in np.unique(asked.subjects).tolist():
-        own = asked.subjects == subject
+    for subject in np.unique(queries.subjects).tolist():
+        own = queries.subjects == subject
         _, recall, f1, voxels = precision_recall_fscore_support(
-            asked.values[own], named[own], labels=range(len(classes)), zero_division=0
+            queries.values[own], named[own], labels=range(len(classes)), zero_division=0
         )
         by_subject[subject] = float(recall[voxels > 0].mean())
         for value in np.flatnonzero(voxels).tolist():

@@ -50,22 +50,22 @@ CITATIONS = (
 
 @dataclass(frozen=True)
 class About:
-    """Where scores come from; empty entries are not shown."""
+    """Provenance of scores, for the report; empty entries are not shown."""
 
     title: str
     command: str = ""  # makes the scores again
-    model: str = ""  # what was scored, such as "averaged weights of the last step"
-    weights: str = ""  # what was loaded before training, and what was not
-    contamination: str = ""  # whether the data were seen in pretraining
+    model: str = ""  # the scored model, such as "averaged weights of the last step"
+    weights: str = ""  # report of loading the initial weights
+    data_overlap: str = ""  # whether the data were seen in pretraining
     parameters: Mapping[str, int] = field(default_factory=dict)  # part of the network -> number
-    steps: int | None = None  # of the optimiser
+    steps: int | None = None  # optimiser steps
     seconds: float | None = None  # wall-clock time of the training
     cpu_seconds: float | None = None  # CPU time of the training, all cores together
-    peak_memory_mb: float | None = None  # of the training process
+    peak_memory_mb: float | None = None  # peak memory of the training process
     dataset: Mapping[str, str] = field(default_factory=dict)  # name, note, reference, licence
-    split: str = ""  # which cases were scored and the rule that chose them
-    tolerance_mm: float = 2.0  # of the surface Dice
-    citations: Sequence[str] = ()  # of weights and networks; that of the data is in `dataset`
+    split: str = ""  # scored cases and the rule that chose them
+    tolerance_mm: float = 2.0  # tolerance of the surface Dice
+    citations: Sequence[str] = ()  # weights and networks; the data's is in `dataset`
     config: Mapping[str, Any] = field(default_factory=dict)  # configuration of the run
     provenance: Mapping[str, Any] = field(default_factory=dict)  # machine, versions, commit, date
 
@@ -129,7 +129,7 @@ def write_report(
         "evaluation/report.html",
         title=about.title,
         about=about,
-        notes=[about.dataset.get("note", ""), about.contamination],
+        notes=[about.dataset.get("note", ""), about.data_overlap],
         metrics=list(METRICS.values()),
         heads=[metric.head for metric in METRICS.values()],
         legend=LEGEND.format(tolerance=about.tolerance_mm),
@@ -182,7 +182,7 @@ def _case_row(case: str, scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def _cost(about: About, records: Sequence[Mapping[str, Any]]) -> dict[str, object]:
-    """What was trained, and what that took."""
+    """Size and cost of the training."""
     rates = [record["images_per_s"] for record in records if "images_per_s" in record]
     return stated(
         {

@@ -27,7 +27,7 @@ class Card:
         adapter: Arguments of the adapter's function without encoder and number of classes.
         labels: Class value -> name, including the background.
         channels: Names of the input channels, in order.
-        preprocessing: What happens to a scan before the network; `crop_vox` is the sliding window.
+        preprocessing: Preprocessing of a scan; `crop_vox` is the sliding window.
         overlap: Fraction by which neighbouring windows overlap, in [0, 1).
         shared: Whether each channel passes through the encoder separately; see
             adapters/channels.py.

@@ -68,7 +68,7 @@ def model_card(
                 "note": dataset.get("note"),
                 "training cases": len(card.training.get("cases", ())),
                 "initial weights": start.get("weights", "").partition("\n")[0],
-                "overlap with pretraining": start.get("contamination"),
+                "overlap with pretraining": start.get("data_overlap"),
                 "versions": ", ".join(f"{name} {it}" for name, it in card.versions.items()),
             }
         ),

@@ -174,7 +174,7 @@ class Segmenter:
 
         Args:
             image: From `Preprocessing.image`.
-            modality: As for `predict`.
+            modality: See `predict`.
 
         Shapes:
             image: (C, X, Y, Z), no side smaller than the window.
@@ -270,7 +270,7 @@ def init_from_checkpoint(
     name = strip_directory(source)
     return {
         "weights": f"all values of the fine-tuned {name}",
-        "contamination": before.get("contamination", f"unknown: {name} does not say"),
+        "data_overlap": before.get("data_overlap", f"unknown: {name} does not say"),
     }, cases
 
 

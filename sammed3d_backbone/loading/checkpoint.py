@@ -41,7 +41,7 @@ def abbreviated(names: Sequence[str], limit: int = 4) -> str:
 
 
 class _Inert:
-    """Takes the place of a plain object in a pickle: holds what it was given, does nothing."""
+    """Stands in for a plain object of a pickle: stores its arguments and does nothing."""
 
     def __init__(self, *given: object) -> None:
         self.given = given
@@ -96,7 +96,7 @@ def read(
         )
     with path.open("rb") as file:
         start = file.read(512)
-    _refuse_what_is_no_checkpoint(path, start)
+    _refuse_other_files(path, start)
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path, start)
         layout = "safetensors"
@@ -114,7 +114,7 @@ def read(
     return tensors, {**metadata, "layout": ", ".join(parts)}
 
 
-def _refuse_what_is_no_checkpoint(path: Path, start: bytes) -> None:
+def _refuse_other_files(path: Path, start: bytes) -> None:
     text = start.lstrip().lower()
     if not start:
         raise CheckpointError(f"{path} is empty; download it again")
@@ -159,7 +159,7 @@ def _read_torch(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _refusal(path: Path) -> str:
-    """Why torch's restricted reader refused a file, without its advice to trust the file."""
+    """The reason why torch's restricted reader refused a file, without its advice to trust it."""
     try:
         unsafe = sorted(get_unsafe_globals_in_checkpoint(path))
     except Exception:  # noqa: BLE001 (another format of pickles, or damaged in any way)
@@ -209,7 +209,7 @@ def _is_plain(name: object, value: object) -> bool:
 
 
 def _facts(content: Mapping[object, object]) -> dict[str, str]:
-    """What a training checkpoint says besides its tensors, as text."""
+    """The plain values of a training checkpoint beside its tensors, as text."""
     facts = {}
     for key, value in content.items():
         if isinstance(value, _Inert) and isinstance(value.state, Mapping):
@@ -229,7 +229,7 @@ def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
 
 
 def _extent(tensors: Mapping[str, Tensor]) -> str:
-    """How much of the promptable network is there."""
+    """The parts of the promptable network that the tensors cover."""
     if any(name.startswith(OTHER_PARTS) for name in tensors):
         extent = "full model of the challenge" if CORNERS[0] in tensors else "full model"
     elif any(name.startswith(ENCODER) for name in tensors):

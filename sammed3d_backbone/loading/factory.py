@@ -82,7 +82,7 @@ def encoder(
             "sammed3d" need fine-tuning with the other.
         drop_path_rate: Stochastic depth of the last block.
         channel_gains: Share of each input channel instead of one over their number; they sum to 1.
-            (1, 0, 0, 0) begins with the first channel alone.
+            (1, 0, 0, 0) uses the first channel alone.
 
     Raises:
         ValueError: If a name is unknown, or arguments contradict each other or the weights.

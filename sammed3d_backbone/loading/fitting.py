@@ -1,6 +1,6 @@
 """Tensors of a file made to fit a network, with a report of every difference.
 
-`fit` takes tensors and the shapes that a network asks for; it returns tensors for a strict load and
+`fit` takes tensors and the shapes of a network's tensors; it returns tensors for a strict load and
 a `LoadReport`. Independent of model classes, the weights table and the Hub.
 """
 
@@ -23,7 +23,7 @@ STEM = "patch_embed.proj.weight"
 
 @dataclass(frozen=True)
 class Change:
-    """One tensor that was altered on its way into the network.
+    """One tensor that was altered while loading.
 
     Args:
         name: Name of the tensor in the network.
@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to every tensor of a file, and to every tensor of a network.
+    """The result of loading for every tensor of a file and of a network.
 
     Args:
         source: The file.
@@ -104,7 +104,7 @@ def fit(
         shapes: Shapes of the network's tensors, by the names of its state dict.
         part: Prefix under which the file may hold this network as part of a larger one.
         channel_gains: Share of each input channel in place of one over their number, such as
-            (1, 0, 0, 0) to begin with the first alone. They sum to 1, which keeps the response.
+            (1, 0, 0, 0) for the first channel alone. They sum to 1, which keeps the response.
         source: Name of the file, for the report and errors.
         layout: Layout of the file, for the report.
 

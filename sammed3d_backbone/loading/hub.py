@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from sammed3d_backbone.loading.registry import WEIGHTS, Weights
+from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights
 from sammed3d_backbone.loading.variants import VARIANTS
 
 logger = logging.getLogger(__name__)
@@ -92,15 +92,15 @@ def fetch(record: Weights) -> Path:
         FileNotFoundError: If the repository has no such file; the candidates are listed.
         OSError: If the Hub refuses access or cannot be reached (errors of huggingface_hub).
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     repo_id, filename = str(record.repo_id), str(record.filename)
     if record.sha256 is not None:
         # Content that the table fixes cannot be outdated: no request if it is cached.
-        cached = try_to_load_from_cache(repo_id, filename, revision=record.revision)
-        if isinstance(cached, str) and sha256_of(Path(cached)) == record.sha256:
-            return Path(cached)
+        cached = find_cached(record)
+        if cached is not None and sha256_of(cached) == record.sha256:
+            return cached
     try:
         path = Path(hf_hub_download(repo_id, filename, revision=record.revision))
     except RemoteEntryNotFoundError as error:
@@ -108,9 +108,17 @@ def fetch(record: Weights) -> Path:
             f"{repo_id}@{record.revision} has no file {filename!r}; pass weights_file= with one of "
             f"{_candidates(record)}"
         ) from error
+    except LocalEntryNotFoundError as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ConnectionError(
+            f"weights {record.name!r}: {filename} of {repo_id} is not in the cache and cannot be "
+            f"downloaded ({reason}); go online (without HF_HUB_OFFLINE=1), set HF_ENDPOINT to a "
+            "mirror, pass the path of a copy as weights=, or take weights='tiny', which installs "
+            "with the package"
+        ) from error
     except (OSError, TypeError, ValueError):  # huggingface_hub's own
         raise
-    except Exception as error:  # of its HTTP library, which changes between releases
+    except Exception as error:  # raised by its HTTP library, which differs between releases
         raise ConnectionError(
             f"the download of {filename} from {repo_id} broke off: {error}"
         ) from (error)
@@ -122,6 +130,22 @@ def fetch(record: Weights) -> Path:
     else:
         _require_sha256(record, path, expected)
     return path
+
+
+def find_cached(record: Weights) -> Path | None:
+    """The file of a record in the Hub's cache, unchecked; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(
+        str(record.repo_id), str(record.filename), revision=record.revision
+    )
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def needs_download(weights: str | os.PathLike[str]) -> bool:
+    """Whether `locate` would download these weights; no request is made."""
+    record, path = resolve(weights)
+    return path is None and find_cached(record) is None
 
 
 def sha256_of(path: Path) -> str:
@@ -189,5 +213,7 @@ def _unknown(text: str) -> Exception:
     near = difflib.get_close_matches(text, WEIGHTS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if text in VARIANTS:
-        hint = f" {text!r} is a variant; for random initialisation pass pretrained=False."
+        default = DEFAULT_WEIGHTS.get(text)
+        those = f"its weights are {default!r}" if default else "no weights are published for it"
+        hint = f" {text!r} is a variant: {those}; pretrained=False is random initialisation."
     return ValueError(f"unknown weights {text!r}; {known}.{hint}")

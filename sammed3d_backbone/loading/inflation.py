@@ -79,7 +79,7 @@ def inflate_2d(
     reshaped: list[Change] = []
     for name, shape in wanted.items():
         origin, axes, rule = _rule(name, depth_filter)
-        if rule is None or origin not in flat:  # as it is, or missing, which `fit` says
+        if rule is None or origin not in flat:  # unchanged, or missing, which `fit` reports
             continue
         before = flat[origin]
         if before.ndim != axes:
@@ -191,7 +191,7 @@ def _table(meaning: str, table: Tensor, shape: Shape) -> tuple[Tensor, str]:
 
 
 def _by_kind(changes: Sequence[Change]) -> tuple[Change, ...]:
-    """One line for what happened alike to several tensors: of all blocks, to weights and biases."""
+    """Merges changes that are the same in all blocks, or for weights and biases, into one line."""
     kinds: dict[Change, int] = {}
     for change in changes:
         name = re.sub(r"^blocks\.\d+\.", "blocks.*.", change.name)

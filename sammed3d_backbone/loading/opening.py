@@ -19,6 +19,7 @@ from sammed3d_backbone.models.attention import RelPos
 
 CARD_KEY = "sammed3d_backbone"  # metadata entry of a fine-tuned model, see inference/card.py
 MODEL_ENCODER = "encoder."  # prefix of the encoder's tensors in it
+DEFAULT_VARIANT = "vit_b"
 
 
 class OpenedWeights(NamedTuple):
@@ -45,7 +46,7 @@ def open_weights(
         weights_file: File in a Hub repository.
         variant: Refuse weights that the table lists for another variant, before a download.
         call: Name of the function to call with the right variant, for the error.
-        check_hash: As for `checkpoint.read`.
+        check_hash: See `checkpoint.read`.
     """
     record, path = resolve(weights, weights_file)
     if variant is not None:
@@ -53,6 +54,23 @@ def open_weights(
     path = path or fetch(record)
     tensors, metadata = read(path, check_hash=check_hash)
     return OpenedWeights(from_metadata(record, metadata), path, tensors, metadata)
+
+
+def variant_for(weights: str | os.PathLike[str] | None) -> str:
+    """The variant of weights, by the table, a fine-tuned model's card or a file's sizes.
+
+    `vit_b` if nothing says so, as for weights on the Hub that are not in the table; nothing is
+    downloaded. Errors are those of `hub.resolve` and `checkpoint.read`.
+    """
+    if weights is None:
+        return DEFAULT_VARIANT
+    record, path = resolve(weights)
+    found = record.variant
+    if found is None and path is not None:
+        tensors, metadata = read(path)
+        card = json.loads(metadata.get(CARD_KEY, "{}"))
+        found = card.get("encoder", {}).get("variant") or variant_of(tensors)
+    return found or DEFAULT_VARIANT
 
 
 def encoder_of_model(opened: OpenedWeights) -> OpenedWeights:

@@ -20,7 +20,7 @@ class PretrainingSet:
     """One dataset that a network was trained on.
 
     Args:
-        name: As its source lists it.
+        name: Name in the list of its source.
         stages: Stages of the pretraining that used it, counted from 1.
     """
 
@@ -47,8 +47,8 @@ class Weights:
         pretraining: The published list of training sets.
         held_out: Sets that the source says were kept out of training.
         undisclosed_sets: Number of further training sets whose names are not public.
-        citation: What to cite when using them.
-        status: What this project has done with the file.
+        citation: Reference to cite when using them.
+        status: Whether this project trained, opened or only lists the file.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Attention over a 3-D token grid, whole or in windows, with SAM-Med3D's or axial positions.
 
-Comes in: normalised tokens (B, X, Y, Z, E); goes out: the same shape after attention and output
+Input: normalised tokens (B, X, Y, Z, E). Output: the same shape after attention and output
 projection. Letters used here: B batch, E token width, A heads, C width of one head, N tokens of
 a window, S side of a window, and for the *real* extents of one window (x, y, z).
 
@@ -134,7 +134,8 @@ class Attention(nn.Module):
         terms = self._axial(q, grid) if self.rel_pos == "axial" else self._sammed3d(q, pad_q, grid)
         if pad_v is not None:
             k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, pad_v], dim=1)  # (Z, N + 1, C)
-        # What differs between queries rides along in the matrix product, on indicator keys.
+        # Terms that differ between queries join the matrix product as extra columns, whose keys are
+        # indicators.
         q = torch.cat([q, terms.queries], dim=-1)
         k = torch.cat([k * self.scale, terms.keys.expand(k.shape[0], -1, -1)], dim=-1)
         out = _attend_by_heads(q, k, v, terms.lines)  # (Z, N, C)

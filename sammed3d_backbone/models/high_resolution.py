@@ -1,8 +1,8 @@
 """Maps of the image at two and four times the token grid, for sharp masks.
 
-Comes in: the image and its embedding; goes out: two maps that the mask decoder adds where it
-upsamples, and a vector for every click from the places it falls on. They are made once per image,
-like the embedding, and serve all prompts. Released networks have none.
+Input: the image and its embedding. Output: two maps that the mask decoder adds while upsampling,
+and a vector for every click, read from the maps at its position. They are computed once per image,
+like the embedding, and serve all prompts. The released networks do not have them.
 
 Source of the idea: high-resolution features of SAM 2 (Ravi et al., 2024) and HQ-SAM (Ke et al.,
 NeurIPS 2023). The wiring, a small U-Net whose deepest level is the embedding, is our own.
@@ -59,7 +59,7 @@ class HighResolution(nn.Module):
         return middle, fine
 
     def at_points(self, maps: tuple[Tensor, ...], points: Tensor, img_size: Grid) -> Tensor:
-        """What the maps hold where clicks fall, as prompt tokens.
+        """Prompt tokens from the values of the maps at the clicks.
 
         Args:
             maps: As `forward` returned them, of B images with P / B consecutive prompts each.

@@ -1,7 +1,7 @@
 """The image encoder: patches -> transformer blocks -> neck.
 
-Comes in: a normalised volume (B, C, X, Y, Z); goes out: the neck's map for the mask decoder
-(`forward`) or the token maps of any blocks for a segmentation decoder (`forward_intermediates`).
+Input: a normalised volume (B, C, X, Y, Z). Output: the neck's map for the mask decoder
+(`forward`), or the token maps of any blocks for a segmentation decoder (`forward_intermediates`).
 Array axes 0, 1, 2 of a volume are X, Y, Z; after reorientation they run towards R, A, S. The
 names `rel_pos_d`, `rel_pos_h`, `rel_pos_w` are fixed by the checkpoint and belong to them in
 this order. Letters: E token width, F neck width, x, y, z tokens per axis.
@@ -339,7 +339,7 @@ class ImageEncoder3D(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay would only pull towards a meaningless zero."""
+        """Names of the position tables, to which weight decay is not applied."""
         tables = ("rel_pos_d", "rel_pos_h", "rel_pos_w")
         names = {name for name, _ in self.named_parameters() if name.endswith(tables)}
         return names | {"pos_embed"}

@@ -1,6 +1,6 @@
 """Small layers that several parts of the network share, one definition each.
 
-Comes in: a feature map or tokens; goes out: the same shape. No attention, no positions.
+Each keeps the shape of its input. No attention, no positions.
 """
 
 import torch

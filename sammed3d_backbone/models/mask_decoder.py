@@ -1,7 +1,8 @@
-"""From an image embedding and prompts to mask logits at a quarter of the token's side.
+"""The mask decoder: mask logits at a quarter of the token's side from embedded image and prompts.
 
-Comes in: the neck's map, its position code and embedded prompts; goes out: logits (P, 1, 4 x, 4 y,
-4 z) and a quality per mask. Letters: P prompts, M prompt tokens, F width, (x, y, z) image tokens.
+Input: the neck's map, its position code and embedded prompts. Output: logits (P, 1, 4 x, 4 y, 4 z)
+and a predicted quality per mask. Letters: P prompts, M prompt tokens, F width, (x, y, z) image
+tokens.
 
 Upsampling runs on tokens with channels last: a transposed convolution whose stride equals its
 kernel is one matrix product, and only the logits are sorted into a volume at the end. On a CPU that
@@ -24,9 +25,9 @@ MASK_TOKENS = 4  # one for the single mask, three for its alternatives
 class MaskDecoder3D(nn.Module):
     """Predicts masks of prompts, with the released network's parameter names and call.
 
-    Training of the released weights used mask 0 only: nothing ever taught the alternatives 1 to 3
-    (`multimask_output=True`) or the quality. They are computed as the reference computes them and
-    mean nothing with those weights.
+    The released weights were trained with mask 0 only: the alternatives 1 to 3
+    (`multimask_output=True`) and the quality head were never trained. They are computed as in the
+    reference and are meaningless with those weights.
 
     Args:
         embed_dim: Width F of image embedding and prompts.
@@ -115,7 +116,7 @@ class MaskDecoder3D(nn.Module):
         return sorted_into_volume(logits), quality[:, list(chosen)]
 
     def at_points(self, maps: tuple[Tensor, ...], points: Points, img_size: Grid) -> Tensor:
-        """What is added to the embedded clicks from the high-resolution maps.
+        """The share of the high-resolution maps in the embedded clicks, which is added to them.
 
         Shapes:
             points: voxel indices (P, N, 3) and labels (P, N); -1, no point, gets nothing.
@@ -129,7 +130,7 @@ class MaskDecoder3D(nn.Module):
         return F.pad(added * is_point, (0, 0, 0, 1))
 
     def _upscaled(self, tokens: Tensor, maps: tuple[Tensor, ...]) -> Tensor:
-        """What `output_upscaling` makes of the image, with the high-resolution maps added.
+        """The image tokens after `output_upscaling`, with the high-resolution maps added.
 
         Shapes:
             tokens: (P, x, y, z, F).
@@ -155,7 +156,7 @@ def _halved(tokens: Tensor, convolution: nn.Module) -> Tensor:
 
 
 def _plus(tokens: Tensor, of_images: Tensor) -> Tensor:
-    """(P, ...) plus what belongs to B images, (B, ...), each of P / B consecutive prompts."""
+    """Adds values of B images, (B, ...), to P / B consecutive prompts each, (P, ...)."""
     images = len(of_images)
     both: Tensor = tokens.unflatten(0, (images, -1)) + of_images.unsqueeze(1)
     return both.flatten(0, 1)

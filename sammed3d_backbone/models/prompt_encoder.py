@@ -1,7 +1,7 @@
 """Prompts as embeddings: clicks become sparse tokens, a mask becomes a dense map.
 
-Comes in: voxel indices with labels, and the logits of an earlier mask; goes out: what the mask
-decoder reads, and the position code of the image tokens. Letters used here: P prompts, N points of
+Input: voxel indices with labels, and the logits of an earlier mask. Output: the input of the mask
+decoder, and the position code of the image tokens. Letters used here: P prompts, N points of
 a prompt, F width of the neck's map, (X, Y, Z) voxels of the input, (x, y, z) its tokens.
 """
 

@@ -1,6 +1,6 @@
 """The promptable network: image encoder, prompt encoder and mask decoder wired together.
 
-Comes in: a normalised cube and clicks in its voxels; goes out: mask logits on the same cube. The
+Input: a normalised cube and clicks in its voxels. Output: mask logits on the same cube. The
 encoder never sees the prompts, so one embedding serves every click and every object. Volumes,
 spacing and windows are the predictor's. Letters: P prompts, N points, F width of the embedding,
 (X, Y, Z) input voxels, (x, y, z) tokens.
@@ -20,7 +20,7 @@ from sammed3d_backbone.models.prompt_encoder import PointPos, Points, PromptEnco
 
 
 class Encoding(NamedTuple):
-    """What the network knows of an image before any prompt: all that a cache has to keep.
+    """An encoded image: everything that does not depend on prompts, which is what a cache stores.
 
     Shapes:
         embedding: (B, F, x, y, z), the image encoder's output.
@@ -106,7 +106,7 @@ class Sam3D(nn.Module):
         return self.upsample(self.decode(self.encode(x), points, mask_logits))
 
     def encode(self, x: Tensor) -> Encoding:
-        """Everything that prompts are decoded on, computed once per image."""
+        """Encodes an image once, for all prompts."""
         embedding = self.image_encoder(x)
         if self.mask_decoder.high_resolution is None:
             return Encoding(embedding)

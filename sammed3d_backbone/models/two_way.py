@@ -1,6 +1,6 @@
 """The two-way transformer: prompt tokens read the image, and the image reads them back.
 
-Comes in: image tokens, their position code and prompt tokens; goes out: both after two layers.
+Input: image tokens, their position code and prompt tokens. Output: both after two layers.
 Letters used here: P prompts, M prompt tokens, N image tokens, F width.
 """
 

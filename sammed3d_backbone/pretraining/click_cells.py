@@ -1,7 +1,7 @@
-"""Where the next click of many objects goes, on the decoder's grid: strategies in batched form.
+"""Click strategies in batched form, on the decoder's grid.
 
-Comes in: objects on the image's voxels and masks on the decoder's cells; goes out: a voxel and a
-label for each object. Equal to `strategies.uniform` and `strategies.deepest` on masks that are
+Input: objects on the image's voxels and masks on the decoder's cells. Output: a voxel and a label
+for each object. Equal to `strategies.uniform` and `strategies.deepest` on masks that are
 enlarged to the image's grid without interpolation, at a hundredth of their cost. Letters: Q
 objects, S voxels a side, s cells a side, f = S / s.
 """
@@ -33,15 +33,15 @@ def next_points(
 ) -> tuple[Tensor, Tensor]:
     """A click on each object, on a wrong voxel; where none is wrong, on any voxel of the object.
 
-    A click is at one of the deepest cells of an error, or on any wrong voxel, each as likely. Deep
-    cells are those of `deepest_cells`, missed or extra, whichever goes deeper. Where no cell is
-    wrong for the most part, a deep click falls on any wrong voxel, too.
+    A deep click falls into one of the deepest cells of an error (see `deepest_cells`), missed or
+    extra, whichever is deeper; other clicks fall on any wrong voxel, each with the same
+    probability. If no cell is mostly wrong, a deep click falls on any wrong voxel, too.
 
     Args:
         truth: The objects.
-        share: Those of `shares_of_cells`.
-        mask: What the network has answered.
-        draws: Random numbers from 0 to 1: which of the two, which cell, which voxel in it.
+        share: Result of `shares_of_cells`.
+        mask: Predicted masks.
+        draws: Random numbers from 0 to 1 that choose the kind of click, the cell, and the voxel.
         deep_share: Share of the clicks that are deep.
 
     Shapes:
@@ -75,9 +75,9 @@ def next_points(
 
 
 def deepest_cells(region: Tensor) -> tuple[Tensor, Tensor]:
-    """The cells farthest from all that is not of a region, counted in steps to any neighbour.
+    """The deepest cells of a region, by the number of steps to the nearest cell outside it.
 
-    What lies beyond the grid is not of the region.
+    Cells beyond the grid count as outside; a step goes to any of the 26 neighbours.
 
     Shapes:
         region: (Q, s, s, s) bool.
@@ -94,7 +94,7 @@ def deepest_cells(region: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _deepest_errors(share: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
-    """Which cells a deep click may fall into; all of them where no cell is wrong for the most part.
+    """The cells that a deep click may fall into; all wrong ones if no cell is mostly wrong.
 
     Shapes:
         share, mask, counts: (Q, s, s, s).
@@ -110,7 +110,7 @@ def _deepest_errors(share: Tensor, mask: Tensor, counts: Tensor) -> Tensor:
 
 
 def _eroded(region: Tensor) -> Tensor:
-    """Cells of which all 26 neighbours are of the region, too; (Q, s, s, s) bool."""
+    """Binary erosion with the 26 neighbours; (Q, s, s, s) bool."""
     for axis in (1, 2, 3):
         n = region.shape[axis]
         inner = region.narrow(axis, 1, n - 2) if n > 2 else region.narrow(axis, 0, 0)
@@ -123,7 +123,13 @@ def _eroded(region: Tensor) -> Tensor:
 
 
 def _drawn(counts: Tensor, share: Tensor) -> Tensor:
-    """An entry of each row, as likely as its count; (Q, M) int32 and (Q,) -> (Q,)."""
+    """Draws an entry of each row with probability proportional to its count.
+
+    Shapes:
+        counts: (Q, M) int32.
+        share: (Q,), random numbers from 0 to 1.
+        returns: (Q,).
+    """
     # Counts up to each entry; the default, int64, takes five times as long.
     upto = counts.cumsum(1, dtype=torch.int32)
     last = upto[:, -1]

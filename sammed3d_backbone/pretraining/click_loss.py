@@ -1,12 +1,12 @@
-"""An interaction as one loss: click, look, click where the mask is wrong, on one encoded image.
+"""The loss of an interaction: several simulated clicks per object on one encoded image.
 
-Comes in: volumes, objects in them and the random numbers of their clicks; goes out: the loss summed
-over steps, and figures. The encoder runs once for all objects and steps, and everything is one
-module's forward pass, so that wrappers which average gradients over processes see it.
+Input: volumes, objects in them and random numbers for their clicks. Output: the loss summed over
+steps, and figures for the log. The encoder runs once for all objects and steps, and everything is
+one module's forward pass, so that wrappers which average gradients over processes see it.
 
-Losses, masks and errors live on the decoder's own grid, whose voxels are called cells here: an
-object is the share of each cell that it fills. Only clicks are voxels of the image. Letters: B
-volumes, P objects of each, N steps, S voxels a side, s cells a side, Q = B P.
+Losses, masks and errors are computed on the decoder's grid, whose voxels are called cells here: an
+object is given by the share of each cell that it fills. Only clicks are voxels of the image.
+Letters: B volumes, P objects of each, N steps, S voxels a side, s cells a side, Q = B P.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sammed3d_backbone.models.sam import Encoding, Sam3D
 from sammed3d_backbone.pretraining.click_cells import next_points, shares_of_cells
 from sammed3d_backbone.strategies import Click, Draws, Errors, largest_centre
 
-# Nothing in an interaction reads them: the first step has a mask of zeros, and one mask is asked
-# for. Without a gradient they would stall several processes, and weight decay would shrink them.
-UNREAD = ("no_mask_embed", *(f"output_hypernetworks_mlps.{i}" for i in (1, 2, 3)))
+# Unused in an interaction: the first step has a mask of zeros, and only the first mask is decoded.
+# Without a gradient they would stall several processes, and weight decay would shrink them.
+UNUSED = ("no_mask_embed", *(f"output_hypernetworks_mlps.{i}" for i in (1, 2, 3)))
 
 
-GRADED, WITHOUT_POINT = 1, 2  # of a step: it is part of the loss; it has only its own last mask
+GRADED, WITHOUT_POINT = 1, 2  # flags of a step: it has a loss; it only refines the last mask
 
 
 class Interaction(nn.Module):
@@ -40,14 +40,14 @@ class Interaction(nn.Module):
     No gradient flows through a mask that is fed back.
 
     Args:
-        network: Promptable; what no step reads is frozen.
+        network: A promptable network; parameters that no step uses are frozen.
         clicks: "newest" gives a step its own click only, as the released weights were trained;
-            "all" those of the steps before it, too.
-        deep_share: Share of the clicks that fall on the deepest place of an error; the others fall
-            on any wrong voxel.
-        balance: How far the voxels of an object make up in the cross-entropy for being few: 0 is
-            not at all, and 1 lets them weigh as much as all others together. At 0, a network that
-            cannot find the object yet learns to answer with nothing, where Dice is flat.
+            "all" gives it those of earlier steps, too.
+        deep_share: Share of the clicks at the deepest place of an error; the others fall on any
+            wrong voxel.
+        balance: Class weighting of the cross-entropy: at 0 all voxels have the same weight, at 1
+            the object weighs as much as the background. At 0, a network that cannot find the object
+            yet learns to predict empty masks, where the gradient of Dice vanishes.
         quality_weight: Weight of the squared error of the predicted Dice.
 
     Shapes:
@@ -55,12 +55,12 @@ class Interaction(nn.Module):
         objects: (B, P, S, S, S) bool, none of them empty.
         draws: (B, N, P, 3), from 0 to 1, see `next_points`.
         plan: (B, N) sums of `GRADED` and `WITHOUT_POINT`; alike for all volumes of a batch. Steps
-            that are not graded only lead to the graded ones, at a third of the cost; those after
+            that are not graded only prepare the graded ones, at a third of the cost; those after
             the last graded one are not run. The first step is graded and has a point.
         returns: a scalar, and scalars by name.
 
     Raises:
-        ValueError: If the plan differs within the batch, or its first step is not as it has to be.
+        ValueError: If the plan differs within the batch, or its first step is not graded.
     """
 
     def __init__(
@@ -80,19 +80,19 @@ class Interaction(nn.Module):
         self.quality_weight = quality_weight
         self.dice_loss = DiceLoss(sigmoid=True)
         for name, parameter in network.named_parameters():
-            if any(f".{part}." in f".{name}" for part in UNREAD):
+            if any(f".{part}." in f".{name}" for part in UNUSED):
                 parameter.requires_grad_(False)
 
     def forward(
         self, image: Tensor, objects: Tensor, draws: Tensor, plan: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of all graded steps together, and figures of all steps."""
+        """The summed loss of all graded steps, and figures of all steps."""
         return self.on_encoding(self.network.encode(image), objects, draws, plan)
 
     def on_encoding(
         self, encoding: Encoding, objects: Tensor, draws: Tensor, plan: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same from the encoded volumes."""
+        """The same as `forward` for volumes that are already encoded."""
         steps = _steps_to_run(plan)
         encoding = Encoding(encoding.embedding.float(), tuple(m.float() for m in encoding.maps))
         truth = objects.flatten(0, 1)  # (Q, S, S, S)
@@ -149,7 +149,7 @@ def _steps_to_run(plan: Tensor) -> list[int]:
 
 
 def _exact(of: Tensor) -> contextlib.AbstractContextManager[object]:
-    """No autocast where it is slower: on a CPU, what the decoder does is many small products."""
+    """Disables autocast on CPUs, where the decoder's many small products are slower with it."""
     if of.device.type == "cpu":
         return torch.autocast("cpu", enabled=False)
     return contextlib.nullcontext()
@@ -174,11 +174,11 @@ def dice_per_click(
         returns: (P, N).
 
     Args:
-        network: Promptable, in evaluation mode.
-        image: Normalised.
-        objects: To be segmented.
-        clicks: Their number N.
-        given: Which clicks a step is given.
+        network: A promptable network in evaluation mode.
+        image: The normalised crop.
+        objects: Masks of the objects.
+        clicks: Number N of clicks.
+        given: The clicks that each step gets.
     """
     encoding = network.encode(image[None])
     truth = objects.cpu().numpy()

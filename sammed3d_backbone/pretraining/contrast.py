@@ -1,10 +1,10 @@
 """Contrastive loss: places of one object are drawn together and away from all other places.
 
-A linear layer makes of every token's vector those of the 2 x 2 x 2 parts of its patch. Parts of the
-same object are drawn together and away from everything else (supervised contrastive learning:
+A linear layer maps every token to vectors of the 2 x 2 x 2 parts of its patch. Parts of the same
+object are drawn together and away from everything else (supervised contrastive learning:
 Khosla et al., NeurIPS 2020; on voxels of synthetic volumes: Dey et al., anatomix, ICLR 2025).
-Unlabelled places serve as negatives only, since they may be many things. A click teaches about one
-object; this teaches about all places at once, on the same pass of the encoder.
+Unlabelled places serve as negatives only, since they may be anything. A click trains one object;
+this loss trains all places at once, on the same pass of the encoder.
 
 Letters: B volumes, S voxels a side, T tokens of a volume, N = 8 T parts, M places, D channels.
 """
@@ -22,7 +22,7 @@ PURE = 0.75  # a part belongs to the label that this share of its voxels has
 
 
 class Contrast(nn.Module):
-    """The loss, with the linear layer that makes the vectors of places.
+    """The contrastive loss and its linear layer.
 
     Args:
         encoder: Has one input channel; only its sizes are read, see `Reconstruction`.
@@ -95,7 +95,7 @@ class Contrast(nn.Module):
         cosines = (vectors @ vectors.T / self.temperature).masked_fill(itself, -torch.inf)
         log_share = cosines - cosines.logsumexp(1, keepdim=True)
         missed = -log_share.masked_fill(~same, 0).sum(1) / partners.clamp(min=1)
-        # Every object counts alike, whatever its size.
+        # Objects have equal weight, whatever their size.
         weight = (partners > 0) / (partners + 1)
         weight = weight / weight.sum()
         nearest = same.gather(1, cosines.argmax(1, keepdim=True)).squeeze(1)

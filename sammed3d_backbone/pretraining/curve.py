@@ -1,4 +1,4 @@
-"""The log of a pretraining as one picture, drawn anew while it runs."""
+"""The log of a pretraining as one picture, which is redrawn at every validation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 
 from sammed3d_backbone.files import atomic_path
 
-POINTS = 60  # of a curve of training steps; each is a mean over equally many lines of the log
+POINTS = 60  # points of a training curve; each is a mean over equally many lines of the log
 TRAINING = {"dice_first": "first click", "dice_last": "last click", "dense_dice": "classes"}
 
 
 def draw_training_curve(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a PNG: Dice of crops set apart after each scored click, Dice in training, the loss.
+    """Writes a PNG: validation Dice after each scored click, training Dice, and the loss.
 
     Args:
         path: The picture.
-        log: Lines of `Run.records`; those with a loss are of training steps.
+        log: Lines of `Run.records`; those with a loss are training steps, the others validations.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def draw_training_curve(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
     apart, training, loss = figure.subplots(1, 3)
     for key in sorted({key for line in scored for key in line if key.startswith("dice_")}):
         known = [line for line in scored if key in line]
-        style = "-" if key.count("_") == 1 else ":"  # of one source
+        style = "-" if key.count("_") == 1 else ":"  # dotted: one source
         points = [line["step"] for line in known], [100 * line[key] for line in known]
         apart.plot(*points, style, marker=".", label=key.removeprefix("dice_").replace("_", ", "))
     for key, label in TRAINING.items():
@@ -39,7 +39,7 @@ def draw_training_curve(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
         training.plot(steps, [100 * mean for mean in means], label=label)
     loss.plot(*_smoothed(trained, "loss"))
     for axes, title in (
-        (apart, "crops set apart, by clicks and source"),
+        (apart, "validation crops, by clicks and source"),
         (training, "training crops"),
         (loss, "training crops"),
     ):

@@ -1,8 +1,8 @@
-"""All voxels of a volume told apart by class, from the maps that masks are made of.
+"""Semantic segmentation as an auxiliary loss: a linear layer on the finer high-resolution map.
 
-Comes in: an encoding with high-resolution maps, label maps and which classes were drawn in each
-volume; goes out: the loss of a linear layer on the finer map. A click teaches about one object at a
-time, this about every voxel at once, and needs no pass of the encoder beside the clicks'. Letters:
+Input: an encoding with high-resolution maps, label maps, and the classes that are annotated in each
+volume. A click trains one object at a time, this loss all voxels at once, on the same pass of the
+encoder. Letters:
 B volumes, K classes beside the background, S voxels a side, s cells a side.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from sammed3d_backbone.models.sam import Encoding
 from sammed3d_backbone.pretraining.click_cells import shares_of_cells
 
-FOREGROUND_WEIGHT = 5.0  # of a labelled cell in the cross-entropy, the background's being 1
+FOREGROUND_WEIGHT = 5.0  # weight of a labelled cell in the cross-entropy; background has 1
 
 
 class DenseLabels(nn.Module):
-    """Dice and cross-entropy over the classes that were drawn; unknown ones count as background.
+    """Dice and cross-entropy over the annotated classes; others count as background.
 
     Args:
         width: Channels of the finer map.

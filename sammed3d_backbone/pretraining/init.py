@@ -1,8 +1,8 @@
-"""Random initialisation from which the promptable network trains well.
+"""Random initialisation for training the promptable network by clicks.
 
-With torch's own initialisation, training by clicks stays for hundreds of steps where every click
-gets the same answer, because what a click says is lost on its way to the mask. `init_weights` lets
-it through, and after `warm_up_decoder` a click means a place.
+With torch's default initialisation, the mask does not depend on the click for hundreds of training
+steps, because the signal of the click fades on its way through the decoder. `init_weights`
+preserves that signal, and `warm_up_decoder` trains the decoder to predict a ball around each click.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from sammed3d_backbone.models.sam import Encoding, Sam3D
 from sammed3d_backbone.models.two_way import PromptAttention
 from sammed3d_backbone.training.optim import set_lr, warmup_cosine
 
-# Chosen by how soon a decoder on random embeddings answered a click with a ball around it.
-GAIN = 1.7  # of queries and keys
-QUIET = 0.25  # of the image beside its position code, whose numbers have this size, too
-WARMUP = 20  # one over the share of the steps in which the learning rate goes up
+# Chosen by how soon a decoder on random embeddings predicted a ball around a click.
+GAIN = 1.7  # gain of the query and key projections
+QUIET = 0.25  # scale of image embeddings relative to their position code
+WARMUP = 20  # the learning rate rises during one part in this many of the steps
 
 
 @torch.no_grad()
 def init_sincos_pos_embed(encoder: ImageEncoder3D) -> None:
-    """Fills the position table with sines and cosines, so that tokens know their place."""
+    """Fills the position table with sines and cosines."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.meshgrid", UserWarning)  # MONAI's call of it
         table = build_sincos_position_embedding(list(encoder.grid), encoder.embed_dim)
@@ -39,17 +39,18 @@ def init_sincos_pos_embed(encoder: ImageEncoder3D) -> None:
 def init_weights(network: Sam3D) -> None:
     """Initialises all parts of the network.
 
-    - The position table of the encoder holds sines and cosines; the released code begins with
-      zeros, in which tokens do not know their place.
+    - The position table of the encoder holds sines and cosines; the released code starts from
+      zeros, which carry no positions.
     - Linear layers and the stem get Xavier's uniform initialisation.
-    - What high-resolution maps add to a click begins at zero.
-    - Where prompts and image read each other, queries and keys begin with one projection, values
-      come through as they are, and the image and the kinds of clicks are quiet beside the position
-      codes: a click attends to its own place, and its place to the click. It helps with consistent
-      positions only; released ones give a click and its place different codes.
+    - The contribution of high-resolution maps to a click starts at zero.
+    - In the cross-attention of prompts and image, queries and keys start from one projection, the
+      output projection as the transpose of the value projection, and image embeddings and click
+      labels are small against the position codes: a click attends to its own position, and that
+      position to the click. This helps with point_pos="aligned" only; "swapped" gives a click and
+      its token different codes.
 
     Args:
-        network: Promptable.
+        network: A promptable network.
     """
     encoder, decoder = network.image_encoder, network.mask_decoder
     init_sincos_pos_embed(encoder)
@@ -75,16 +76,15 @@ def init_weights(network: Sam3D) -> None:
 
 
 def warm_up_decoder(network: Sam3D, steps: int, *, objects: int = 12, lr: float = 3e-3) -> float:
-    """Teaches prompts and decoder, without any image, that a click means what is around it.
+    """Trains prompt encoder and mask decoder to predict a ball around each click, without images.
 
-    Clicks in the middle of balls are to be answered with the balls, on random numbers in place of
-    an embedding. Training by clicks then begins with a ball around each click.
+    The targets are balls with a click at the centre; random numbers replace the image embedding.
 
     Args:
-        network: Promptable, after `init_weights`.
-        steps: Of the optimiser, 1 or more.
-        objects: Balls of a step, P.
-        lr: Largest learning rate; it goes down to 0 along a cosine.
+        network: A promptable network after `init_weights`.
+        steps: Optimiser steps, 1 or more.
+        objects: Number P of balls in a step.
+        lr: Highest learning rate; it falls to 0 along a cosine.
 
     Returns:
         The soft Dice of the balls in the last step.
@@ -99,7 +99,7 @@ def warm_up_decoder(network: Sam3D, steps: int, *, objects: int = 12, lr: float 
         encoding = balls.random_encoding()
         clicks = torch.ones(objects, 1, dtype=torch.long)
         logits = network.decode(encoding, (points.unsqueeze(1), clicks))
-        weight = (1 / truth.mean() - 1) ** 0.7  # a ball is small; see Interaction's balance
+        weight = (1 / truth.mean() - 1) ** 0.7  # see `balance` of Interaction
         not_dice = dice_loss(logits, truth)
         wrong = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weight)
         optimizer.zero_grad()
@@ -128,7 +128,7 @@ class _Balls:
         self.places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
     def random_encoding(self) -> Encoding:
-        """Random numbers in place of what the encoder makes of an image."""
+        """Random numbers in place of an encoded image."""
         embedding = QUIET * torch.randn(self.embedding_shape)
         if self.maps is None:
             return Encoding(embedding)
@@ -136,7 +136,7 @@ class _Balls:
             return Encoding(embedding, self.maps(torch.randn(1, 1, *self.sides), embedding))
 
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        """Middles in voxels, (P, 3), and which parts of the mask are inside, (P, 1, x, y, z)."""
+        """Centres in voxels, (P, 3), and masks on the decoder's grid, (P, 1, x, y, z)."""
         middles = torch.stack([torch.randint(side, (number,)) for side in self.sides], dim=-1)
         squares = (self.places - middles.view(-1, 1, 1, 1, 3)).square().sum(-1)
         return middles, (squares < self.radius**2).unsqueeze(1).float()

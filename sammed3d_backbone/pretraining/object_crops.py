@@ -31,7 +31,7 @@ from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 Classes = Mapping[int, int]  # value of a label -> number of its class, from 1
 PARTS_OF_PATCH = 8
 TRIES = 10  # crops of a source, until one holds an object that is large enough
-FINEST = 1 / 3  # of a scan's spacing: there is nothing more to be seen in finer crops
+FINEST = 1 / 3  # finest spacing of a crop relative to the scan's
 
 
 class Crop(NamedTuple):
@@ -45,15 +45,15 @@ class Crop(NamedTuple):
     image: Tensor
     labels: Tensor
     classes: Classes
-    known: frozenset[int]  # classes that were looked for in the volume
+    known: frozenset[int]  # classes that are annotated in the volume
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Large objects in simple volumes first: the first and the last value of each setting.
+    """Curriculum from large objects in simple volumes: first and last value of each setting.
 
     Args:
-        smallest_vox: Size of the smallest object that is asked for, in voxels.
+        smallest_vox: Smallest size of an object in voxels.
         structures: Largest number of structures in a synthetic volume.
         samples: Number of samples after which the last values hold.
     """
@@ -74,10 +74,10 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class InteractionPlan:
-    """Which steps of an interaction are part of the loss, drawn anew for every optimiser step.
+    """Draws the steps of an interaction that have a loss, for every optimiser step.
 
-    The first step always is, one of the next three and then later ones, each as likely, so that
-    every number of clicks is taught while only a few steps of each interaction need a gradient.
+    These are the first step, one of the next three, and later ones with equal probability, so that
+    all numbers of clicks are trained while few steps of each interaction need a gradient.
 
     Args:
         graded: Number of steps with a loss; None for all.
@@ -106,7 +106,7 @@ class InteractionPlan:
 
 
 class Source(Protocol):
-    """Where crops come from."""
+    """A source of crops."""
 
     name: str
     is_real: bool  # scans, whose contrast may be randomised
@@ -114,7 +114,7 @@ class Source(Protocol):
     def draw(
         self, rng: np.random.Generator, side_vox: int, smallest_vox: int, structures: int
     ) -> Crop:
-        """A crop, of which an object of so many voxels may be asked for."""
+        """A crop, if possible with an object of at least `smallest_vox` voxels."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class LabelledScan:
     zero: Tensor
     spacing_mm: TripleMm
     classes: Classes = field(default_factory=dict)
-    known: frozenset[int] = frozenset()  # classes that were looked for
+    known: frozenset[int] = frozenset()  # classes that are annotated
 
     def crop(self, centre_vox: Sequence[float], side_vox: int, spacing_mm: TripleMm) -> Crop:
         """A cube around a place."""
@@ -179,7 +179,7 @@ def read_scan(
         case: The case.
         intensity: Mode of `data.intensity.normalise`.
         classes: Number of the class of each value that has one.
-        known: Classes that were looked for in this case.
+        known: Classes that are annotated in this case.
 
     Raises:
         DatasetError: If image and label do not lie on one grid.
@@ -201,14 +201,14 @@ def read_scan(
 
 
 class ScanSource:
-    """Crops around the objects of real volumes, each volume and each of its objects as likely.
+    """Crops around objects of real volumes; volumes and their objects are drawn uniformly.
 
     Args:
         name: Name of the source.
         scans: At least one, each with an object.
         spacing_mm: Spacing of the crops, in the middle of its range.
         zoom: Largest factor on it, and one over the smallest; no crop is finer than `FINEST`.
-        stretch: The same for each axis by itself.
+        stretch: The same for each axis separately.
     """
 
     is_real = True
@@ -251,7 +251,7 @@ class ScanSource:
             int(rng.integers(len(fitting or objects)))
         ]
         centre = places[int(rng.integers(len(places)))]
-        # Off the middle, so that its place in the crop tells nothing about what is asked for.
+        # Off the centre, so that the position in the crop does not reveal the object.
         reach = side_vox / 4 * np.array([x, y, z]) / scan.spacing_mm
         return scan.crop(centre + rng.uniform(-reach, reach), side_vox, (x, y, z))
 
@@ -262,10 +262,10 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
     Shapes:
         returns: ``image`` (1, S, S, S) float32; ``objects`` (P, S, S, S) bool, none of them empty;
             ``draws`` (N, P, 3) float32 from 0 to 1, for the clicks of N steps; ``plan`` (N,) uint8,
-            see `InteractionPlan`; ``hidden`` (T,),
-            too, for T patches that may be hidden; ``labels`` (S, S, S) int16 and ``places`` (8 T,)
-            from 0 to 1, for places of objects; ``classes`` (S, S, S) uint8 and ``known`` (K,) bool
-            for K classes; ``source`` the number of the source.
+            see `InteractionPlan`; ``hidden`` (T,) from 0 to 1, for T patches that may be hidden;
+            ``labels`` (S, S, S) int16 and ``places`` (8 T,) from 0 to 1, for the contrastive loss;
+            ``classes`` (S, S, S) uint8 and ``known`` (K,) bool for K classes; ``source`` the number
+            of the source.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             sources: Sources that are mixed.
             shares: Relative frequency of each source.
             side_vox: Side of the crops.
-            curriculum: What is asked for when.
+            curriculum: Difficulty by sample number.
             objects: Number P; where a crop holds fewer, they come several times.
             steps: Number N of steps of an interaction.
             samples: Number of samples of the whole run.
@@ -300,7 +300,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             augment: Applied to every crop, as ``image`` and ``label``.
             patches: Number T of the patches of a crop.
             classes: Number K of the classes.
-            plan: What happens in the steps; None for a loss in each of them.
+            plan: Steps that have a loss; None for all.
             per_step: Samples of an optimiser step; they share one plan.
             contrast_share: Share of real crops whose contrast is randomised.
 
@@ -387,10 +387,10 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
 
 
 def random_contrast(rng: np.random.Generator, image: Tensor, labels: Tensor) -> Tensor:
-    """A scan under a contrast that no scanner has: its intensities mapped at random, by label.
+    """Contrast randomisation: maps the intensities of a scan at random, partly by label.
 
-    All intensities go through one random piecewise linear curve, which need not rise, and each
-    label gets an offset of its own half of the time; then mean and deviation are as before.
+    All intensities pass one random piecewise linear curve, which need not be monotonic, and each
+    label gets an offset with probability 0.5; mean and deviation stay as they are.
 
     Shapes:
         image: (1, S, S, S) float32.
@@ -418,7 +418,7 @@ def _classes_of(labels: Tensor, classes: Classes) -> Tensor:
 
 
 def _objects(labels: Tensor, most: int = 1024) -> list[tuple[int, NDArray[np.int64]]]:
-    """Voxels of each object, and places of up to `most` of them, evenly picked, (N, 3)."""
+    """Size of each object, and up to `most` of its voxels, evenly spaced, (N, 3)."""
     found = []
     for value in torch.unique(labels).tolist():
         if value:

@@ -1,9 +1,8 @@
-"""What a step of pretraining minimises.
+"""The loss of a pretraining step.
 
-Comes in: a batch of `object_crops.ObjectStream`; goes out: the loss, and figures, by one forward
-pass, so that wrappers which average gradients over processes see all of it. Clicks, classes, hidden
-patches and places of objects teach the same encoder, any of them or all; all but hidden patches
-share one pass of it.
+Input: a batch of `object_crops.ObjectStream`. Output: the loss and figures for the log, by one
+forward pass, so that wrappers which average gradients over processes see all of it. The parts are
+optional: clicks, dense labels, contrast, which share one pass of the encoder, and reconstruction.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ class Objective(nn.Module):
     """A promptable network with the losses that train it; at least one.
 
     Args:
-        interaction: With the network that is to be trained.
-        with_clicks: Whether the loss of the clicks counts. If not, only the encoder is trained.
-        reconstruction: Of hidden patches; None for none.
-        contrast: Of places of objects; None for none.
-        dense: Classes of all voxels; None for none. The network has high-resolution maps then.
-        reconstruction_weight: Beside the clicks.
-        contrast_weight: The same.
-        dense_weight: The same.
+        interaction: Click loss, with the network that is trained.
+        with_clicks: Whether the click loss is used; without it, only the encoder is trained.
+        reconstruction: Loss of hidden patches; None for none.
+        contrast: Contrastive loss of places; None for none.
+        dense: Loss of dense labels, which needs high-resolution maps; None for none.
+        reconstruction_weight: Weight of the reconstruction loss; the click loss has 1.
+        contrast_weight: Weight of the contrastive loss.
+        dense_weight: Weight of the dense loss.
 
     Shapes:
         batch: ``image``, ``objects``, ``draws``, ``plan``, ``hidden``, ``labels``, ``places``,
@@ -39,7 +38,7 @@ class Objective(nn.Module):
         returns: a scalar, and scalars by name.
 
     Raises:
-        ValueError: If nothing is asked for, or classes of a network without high-resolution maps.
+        ValueError: If there is no loss, or dense labels without high-resolution maps.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         if not with_clicks and reconstruction is None and contrast is None and dense is None:
-            raise ValueError("nothing to learn; give clicks, reconstruction, contrast or dense")
+            raise ValueError("there is no loss; give clicks, reconstruction, contrast or dense")
         if dense is not None and interaction.network.mask_decoder.high_resolution is None:
             raise ValueError("dense labels need a variant with high_resolution, such as tiny_next")
         self.interaction = interaction

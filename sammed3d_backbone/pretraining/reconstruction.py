@@ -15,7 +15,7 @@ from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
 
 class Reconstruction(nn.Module):
-    """The loss, with the linear layer that predicts voxels from the encoder's map.
+    """The reconstruction loss and its linear layer, which predicts voxels from the encoder's map.
 
     Args:
         encoder: Has one input channel; only its sizes are read. `forward` is given the encoder, so
@@ -47,9 +47,9 @@ class Reconstruction(nn.Module):
         for axis in (1, 2, 3):
             covered = covered.repeat_interleave(self.patch_size, dim=axis)  # (B, S, S, S)
         seen = image.masked_fill(covered.unsqueeze(1), 0.0)
-        told = self.to_voxels(encoder(seen).movedim(1, -1))
+        predicted = self.to_voxels(encoder(seen).movedim(1, -1))
         truth = F.layer_norm(patches, patches.shape[-1:])
-        error = (told.float() - truth).square().mean(-1)  # (B, x, y, z)
+        error = (predicted.float() - truth).square().mean(-1)  # (B, x, y, z)
         # A mean over volumes, so that halves of a batch, on two processes, make up the whole.
         per_volume = (error * hidden).flatten(1).sum(1) / hidden.flatten(1).sum(1).clamp(min=1)
         loss: Tensor = per_volume.mean()

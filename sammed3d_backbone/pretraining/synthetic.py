@@ -2,8 +2,8 @@
 
 A body holds ellipsoids, tubes and lumps that overlap, touch, nest, wrap and split each other; all
 are bent by one smooth field. Every structure has a brightness and a grain of its own, and the
-volume gets what scanners add: shading, blur, thick slices, noise. Nothing here is anatomy: what is
-to be learned is telling apart what looks apart, under contrasts that no single modality has.
+volume gets what scanners add: shading, blur, thick slices, noise. There is no
+anatomy: the aim is to segment whatever differs in appearance, whatever the modality.
 
 Sources of the idea: Billot et al., SynthSeg, Medical Image Analysis 86:102789, 2023 (random
 contrast, artefacts and resolution of label maps); Dey et al., anatomix, ICLR 2025 (random shapes
@@ -49,7 +49,7 @@ class Synthetic(NamedTuple):
 
 @dataclass(frozen=True)
 class Synthesis:
-    """How difficult the volumes are."""
+    """Difficulty of the volumes."""
 
     structures: tuple[int, int] = (3, 12)  # fewest and most structures in a volume
     smallest_vox: int = 100  # smaller structures are merged into their surroundings
@@ -76,7 +76,7 @@ class Synthesis:
 def synthetic_sample(seed: int, side_vox: int, how: Synthesis | None = None) -> Synthetic:
     """Generates the volume of a seed; the number of threads does not change it.
 
-    Structures for which no place is left are omitted, so there may be fewer than `how` asks for.
+    Structures for which no place is left are omitted, so there may be fewer than `how` states.
 
     Args:
         seed: A whole number, 0 or more.
@@ -103,14 +103,14 @@ def synthetic_sample(seed: int, side_vox: int, how: Synthesis | None = None) -> 
 
 
 def _draw_tissues(rng: Generator, side_vox: int, how: Synthesis) -> tuple[Tissues, list[int]]:
-    """Structures in a body, later ones over earlier ones, and for every tissue what it lies in."""
+    """Structures in a body, later over earlier ones, and the surrounding tissue of each."""
     tissues: Tissues = np.full([side_vox] * 3, BODY, np.uint8)
     if rng.random() < 0.7:  # otherwise a cube from the inside of a body
         middle, radii = rng.uniform(0.4, 0.6, 3) * side_vox, rng.uniform(0.38, 0.75, 3) * side_vox
         tissues[:] = AIR
         box = _box(middle, radii.max(), side_vox)
         tissues[box][_ellipsoid(rng, box, middle, radii)] = BODY
-    around = [AIR, AIR]  # of air (of no meaning) and of the body
+    around = [AIR, AIR]  # of air (unused) and of the body
     wanted = len(around) + int(rng.integers(how.structures[0], how.structures[1] + 1))
     for _ in range(3 * wanted):
         if len(around) == wanted:
@@ -164,7 +164,7 @@ def _box(middle: NDArray[np.float64], radius: float, side_vox: int) -> Region:
 def _distance(
     rng: Generator, box: Region, middle: NDArray[np.float64], radii: NDArray[np.float64]
 ) -> Field:
-    """From the middle, along turned axes and in units of the radii, of every voxel of a box."""
+    """Distance of a box's voxels from a centre, along rotated axes in units of the radii."""
     axes = np.linalg.qr(rng.normal(size=(3, 3)))[0] / radii  # columns
     x, y, z = (
         np.arange(part.start, part.stop, dtype=np.float32) - np.float32(centre)
@@ -217,7 +217,7 @@ def _ball(box: Region, middle: NDArray[np.float64], radius: float) -> Inside:
 
 
 def _half(rng: Generator, inside: Inside) -> Inside:
-    """What lies on one side of a plane that cuts a structure, like the front of an organ."""
+    """The part of a structure on one side of a random plane, like the front of an organ."""
     voxels = np.argwhere(inside)
     towards = rng.normal(size=3)
     heights = (np.indices(inside.shape).T @ towards).T
@@ -226,12 +226,12 @@ def _half(rng: Generator, inside: Inside) -> Inside:
 
 
 def _core(rng: Generator, inside: Inside) -> Inside:
-    """A structure without its rind, like a ventricle in its wall."""
+    """An eroded structure, like a ventricle in its wall."""
     return np.asarray(ndimage.binary_erosion(inside, iterations=int(rng.integers(1, 4))))
 
 
 def _bend(rng: Generator, tissues: Tissues) -> Tissues:
-    """The map, looked up at places that a smooth field has moved."""
+    """The map deformed by a smooth random field."""
     side_vox = len(tissues)
     reach = rng.uniform(0.0, 0.06) * side_vox
     index = np.zeros(tissues.shape, np.int64)
@@ -245,7 +245,7 @@ def _bend(rng: Generator, tissues: Tissues) -> Tissues:
 def _without_small(
     tissues: Tissues, around: Sequence[int], smallest_vox: int
 ) -> tuple[Tissues, list[int]]:
-    """The map with what has become too small given to what it lies in, numbered without gaps."""
+    """Merges structures that are too small into their surroundings; numbers without gaps."""
     sizes = np.bincount(tissues.ravel(), minlength=len(around))
     new = np.arange(len(around), dtype=np.uint8)
     kept = [AIR, AIR]

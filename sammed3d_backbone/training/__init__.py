@@ -1,1 +1,1 @@
-"""The small pieces every recipe shares: the loop's body, the optimiser, the run folder."""
+"""Parts that the training recipes share: schedule, optimiser, losses, run folder, report."""

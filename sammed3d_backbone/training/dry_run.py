@@ -1,4 +1,4 @@
-"""What a run will cost: time and memory, measured on its first steps."""
+"""Time and memory of a run, estimated from its first steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DryRun:
         """Notes a step that has just ended; returns whether enough steps were measured.
 
         Args:
-            began: What `time.monotonic` gave at its beginning.
+            began: Value of `time.monotonic` at its start.
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

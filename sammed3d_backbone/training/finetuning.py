@@ -82,7 +82,7 @@ def choose_preprocessing(
 
 
 def _preprocessing_of(weights: str) -> Preprocessing | None:
-    """What the record of weights says; None if it says nothing."""
+    """The preprocessing in the record of weights; None if it is not recorded."""
     record, path = resolve(weights)
     if path is None or record.preprocessing is not None:
         return record.preprocessing
@@ -148,11 +148,11 @@ def build_model(
         card: Describes the network.
         dataset_name: Name of the data set, to look up whether the weights were trained on it.
         scratch: Random initialisation.
-        weights: As for `encoder`, like `inflate`.
+        weights: See `encoder`, as for `inflate` and `channel_gains`.
         inflate: How weights of a 2-D encoder are converted.
         drop_path_rate: Stochastic depth of the last block.
         lora_rank: Rank of LoRA in the encoder; 0 is none.
-        channel_gains: As for `encoder`.
+        channel_gains: See `encoder`.
         wrap: Replaces the encoder in front of the decoder; for controls.
     """
     if not card.encoder:
@@ -171,7 +171,7 @@ def build_model(
         start["weights"] = str(replace(loaded, source=strip_directory(loaded.source)))
     if record is not None:
         record = replace(record, name=strip_directory(record.name))
-    start["contamination"] = str(seen_in_pretraining(record, dataset_name))
+    start["data_overlap"] = str(seen_in_pretraining(record, dataset_name))
     start["citations"] = [record.citation] if record and record.citation else []
     if lora_rank:
         add_lora(backbone, rank=lora_rank)
@@ -186,7 +186,7 @@ def record_start(card: Card, network: nn.Module, fold: Fold, *, init: str | None
     """The card with the numbers of parameters and all cases that the network will have seen.
 
     Args:
-        card: As `build_model` returns it.
+        card: The card that `build_model` returned.
         network: Its network.
         fold: The cases to train and validate on.
         init: A fine-tuned model whose values the network takes over; None is none.

@@ -19,7 +19,7 @@ def set_frozen(part: nn.Module, frozen: bool) -> None:
     """Freezes a part of a network, or makes it trainable again.
 
     A frozen part stays in evaluation mode when `.train()` is called on it or on a network around
-    it, since drop path would be active otherwise. Copies of it are frozen too.
+    it, so that drop path stays off. Copies of it are frozen too.
     """
     if frozen:
         part.eval()

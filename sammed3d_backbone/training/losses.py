@@ -1,8 +1,8 @@
 """The loss of semantic segmentation for partially annotated cases.
 
-A class that is not annotated in a case is not background there: it may be anywhere that no other
-class is. So its probability is added to that of the background, and the loss is an ordinary Dice
-and cross-entropy over the annotated classes.
+In a case where a class is not annotated, its voxels are labelled as background. Its probability is
+therefore added to that of the background, and the loss is Dice and cross-entropy over the annotated
+classes.
 
 Source: the marginal loss of Shi et al., Marginal loss and exclusion loss for partially supervised
 multi-organ segmentation, Medical Image Analysis 70:101979, 2021.
@@ -21,14 +21,14 @@ def partial_dice_ce(
 ) -> Tensor:
     """Dice and cross-entropy over the annotated classes of each case, then the mean over cases.
 
-    Every case counts alike, whatever is annotated in the others of its batch, so the loss does not
-    depend on how cases are spread over batches and processes.
+    Cases have equal weight, whatever is annotated in the others of their batch, so the loss does
+    not depend on the distribution of cases over batches and processes.
 
     Args:
         foreground_weight: Weight of a labelled voxel in the cross-entropy; background has 1.
-            Where structures are small, both parts of the loss hardly have a gradient inside them
-            while their probability is near 0: Dice since softmax is flat there, cross-entropy
-            since they are one voxel in a thousand. A weight keeps them from staying there.
+            It helps small structures whose probability is near 0, where both parts of the loss have
+            nearly no gradient: Dice because softmax is flat there, cross-entropy because the
+            structures are one voxel in a thousand.
 
     Shapes:
         logits: (B, K, X, Y, Z), class 0 is background.

@@ -50,7 +50,7 @@ PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")  # P
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Counters of a run."""
 
     processes: int = 1  # processes that train together and share the samples of a step
     step: int = 0  # finished optimiser steps
@@ -198,7 +198,7 @@ class Run:
 
 
 def runs_folder() -> Path:
-    """Where all runs lie: SAMMED3D_RUNS, by default outside any work tree."""
+    """The folder of all runs: SAMMED3D_RUNS, by default outside any work tree."""
     return Path(os.environ.get(RUNS_VARIABLE, DEFAULT_RUNS)).expanduser()
 
 
@@ -249,7 +249,7 @@ def open_run(
 def _refuse_pickles(folder: Path) -> None:
     """Checks that no file in a run's folder is a pickle, by its name and its first two bytes.
 
-    A safetensors file may begin with any byte and is never unpickled, so it is not looked at.
+    A safetensors file may start with any byte and is never unpickled, so it is not checked.
     """
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.suffix == ".safetensors":
@@ -328,7 +328,7 @@ def _restore(accelerator: Accelerator, state: State, folder: Path) -> None:
 
 
 def _damage(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used; None if it can."""
+    """The reason why a checkpoint cannot be used; None if it can."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         Progress(**index["progress"])

@@ -77,7 +77,7 @@ def test_our_own_predictor_is_tested_where_nothing_else_is_named(data, tmp_path,
     assert "played twice: no difference" in capsys.readouterr().out
     header, *lines = map(json.loads, (tmp_path / "out" / "clicks.jsonl").read_text().splitlines())
     assert header["model"] == "tiny, random initialisation"
-    assert header["told"] == "newest clicks"
+    assert header["clicks"] == "newest"
     assert header["pretraining"].startswith("random initialisation")
     assert len(header["weights_sha256"]) == 64
     assert {line["failure"] for line in lines} == {""}

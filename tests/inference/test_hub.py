@@ -33,7 +33,7 @@ CARD = Card(
     ),
     training={
         "dataset": {"name": "Toes", "reference": "Doe et al., 2020", "licence": "CC BY-SA 4.0"},
-        "start": {"weights": "tiny: random weights, as asked\nmore", "contamination": "none seen"},
+        "start": {"weights": "tiny: random weights, as asked\nmore", "data_overlap": "none seen"},
         "cases": ["a", "b", "c"],
     },
 )

@@ -12,7 +12,6 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -219,10 +218,12 @@ def test_offline_with_a_cache_works_and_asks_nobody(at_hub, offline):
     assert not at_hub.requests
 
 
-def test_offline_without_a_cache_says_what_to_unset(at_hub, offline):
+def test_offline_without_a_cache_names_file_repository_and_remedy(at_hub, offline):
     offline()
-    with pytest.raises(LocalEntryNotFoundError):
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE") as caught:
         locate(HUB, FILE)
+    assert FILE in str(caught.value)
+    assert REPO in str(caught.value)
     assert not at_hub.requests
 
 

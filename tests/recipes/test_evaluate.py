@@ -55,8 +55,8 @@ def test_model_predictions_and_run_give_the_same_scores(small, runs, toy_data, t
     assert "training loss" in page
     command(run / "last.safetensors", toy_data, "--out", tmp_path / "all", "--device", "cpu")
     about = json.loads((tmp_path / "all/scores.json").read_text())
-    assert about["contamination"].startswith("4 of these 6 cases are from the model's own training")
-    assert "random initialisation" in about["contamination"]
+    assert about["data_overlap"].startswith("4 of these 6 cases are from the model's own training")
+    assert "random initialisation" in about["data_overlap"]
     assert about["cases"] == 6
 
 

@@ -144,7 +144,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights
         "config digest: ",
         "Toy: 4 cases to train on",
         "matched: ",
-        "contamination: ",
+        "data_overlap: ",
         "encoder.blocks.0.*",
         "GiB on cpu",
         "for 4 steps without validation",
@@ -293,7 +293,7 @@ def test_training_continues_from_a_fine_tuned_model(small, model_of_toys):
     stored = load_file(path)
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
     assert origin["weights"] == "all values of the fine-tuned model.safetensors"
-    assert origin["contamination"] == card.training["start"]["contamination"]
+    assert origin["data_overlap"] == card.training["start"]["data_overlap"]
     assert cases == ("case_0",)
 
 

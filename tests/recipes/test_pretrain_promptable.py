@@ -151,10 +151,10 @@ def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
     main(replace(small, name="tuned", steps=2, weights=str(start), img_size=None, clicks="all"))
     with safe_open(runs / "tuned/last.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
-    assert training["began_with"] == "last.safetensors"
+    assert training["initial_weights"] == "last.safetensors"
     assert len(training["cases"]["Toy"]) == 4
     assert (training["crops"], training["objects"], training["most_clicks"]) == (2, 4, 8)
-    assert training["before"]["began_with"] == "random values"
+    assert training["before"]["initial_weights"] == "random initialisation"
     record = sam("tiny", weights=runs / "tuned/last.safetensors").pretrained_cfg
     assert {entry.name: entry.stages for entry in record.pretraining} == {
         "synthetic": (1, 2),

@@ -28,13 +28,13 @@ from sammed3d_backbone.models.sam import Encoding
 logger = logging.getLogger(__name__)
 
 CELLS_PER_TOKEN = 4  # along each axis; the decoder doubles its grid twice
-CACHE_FORMAT = 2  # of the files; part of their names, so that those of another format are not read
+CACHE_FORMAT = 2  # version of the files; part of the hash in their names
 EMBEDDING, MAP = "embedding", "map"  # names of the tensors in a file; maps are numbered
 WindowClick = tuple[Triple, bool]  # voxel of a window, and whether the click is positive
 
 
 class PromptableNetwork(Protocol):
-    """What the predictor needs of a `torch.nn.Module`; `Sam3D` has it.
+    """The interface of networks for the predictor; `Sam3D` has it.
 
     Shapes:
         image_encoder: (1, 1, S, S, S) -> (1, F, g, g, g); its `img_size` is (S, S, S).
@@ -43,7 +43,7 @@ class PromptableNetwork(Protocol):
     image_encoder: Any
 
     def encode(self, x: Tensor) -> Encoding:
-        """Everything that prompts are decoded on, of a window (1, 1, S, S, S)."""
+        """Encodes a window, (1, 1, S, S, S)."""
 
     def predict_masks(
         self, encoding: Encoding, points: tuple[Tensor, Tensor] | None, mask_logits: Tensor | None

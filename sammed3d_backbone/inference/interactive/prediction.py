@@ -28,7 +28,7 @@ class Prediction:
         predicted_dice: Dice of its own mask that the network predicts in the window around the
             newest prompt; None where that lies in no window of the object. The released weights
             were not trained to predict it.
-        notes: What the reader has to know before trusting the mask.
+        notes: Remarks on volume, weights and clicks that concern the trust in the mask.
         logits: The network's logits, for `probs`.
 
     Shapes:

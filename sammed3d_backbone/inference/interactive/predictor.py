@@ -117,7 +117,7 @@ class Predictor:
 
         Args:
             volume: The result of `validate_volume`, or what `validate_volume` takes.
-            affine: As for `validate_volume`.
+            affine: See `validate_volume`.
             modality: "ct", "mr" or "us" choose the intensity mode that the weights were trained
                 with; None is their default.
 
@@ -289,12 +289,12 @@ class Predictor:
         """The masks of all objects of a volume in one call.
 
         Args:
-            volume: As `affine` and `modality` for `set_volume`.
+            volume: See `set_volume`.
             points: Positive clicks, or those of each object by its name.
             negative: Negative clicks, in the same form; they follow all positive ones.
             in_mm: Whether points are RAS+ mm instead of voxels of the volume's own grid.
-            affine: See `volume`.
-            modality: See `volume`.
+            affine: See `set_volume`.
+            modality: See `set_volume`.
 
         Returns:
             Predictions by name, "object" if none is given. Masks are independent of each other and
@@ -436,7 +436,7 @@ class Predictor:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """What a mask depends on besides volume, weights and clicks."""
+        """All settings that a mask depends on, beside volume, weights and clicks."""
         return {
             "clicks": self.clicks,
             "follow": self.follow,
@@ -479,7 +479,7 @@ class Predictor:
         return states[-1]
 
     def _click_notes(self, clicks: Sequence[ClickPrompt], mask: NDArray[np.bool_]) -> list[str]:
-        """What is unusual about the clicks."""
+        """Notes on unusual clicks."""
         scan = self._require_scan()
         lowest = max(scan.low, CT_WINDOW_HU[0]) if self._modality == "ct" else scan.low
         notes = [

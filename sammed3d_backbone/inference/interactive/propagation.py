@@ -82,8 +82,8 @@ class WindowPropagator:
             found = {new.window: self._open(new.window, [], prior)}
         else:
             found = self._after_click(state.windows, clicks, prior)
-        asked = dict.fromkeys(p.window for p in (prior, *clicks) if p and p.window is not None)
-        roots = {start: found[start] for start in asked if start in found}
+        prompted = dict.fromkeys(p.window for p in (prior, *clicks) if p and p.window is not None)
+        roots = {start: found[start] for start in prompted if start in found}
         if not self.follow:
             return ObjectState(roots)
         return self._followed(roots, found, clicks, prior)

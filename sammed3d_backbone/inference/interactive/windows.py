@@ -27,7 +27,7 @@ from sammed3d_backbone.data.preprocessing import Modality, Preprocessing
 from sammed3d_backbone.data.volume import Volume
 
 GridPoint = tuple[float, float, float]
-SLAB_PLANES = 16  # of the resampled volume, measured at a time
+SLAB_PLANES = 16  # planes of the resampled volume that are measured at a time
 
 
 class Windows:
@@ -35,7 +35,7 @@ class Windows:
 
     Args:
         volume: Has one channel.
-        preprocessing: What the network expects; the side S of a window is its `crop_vox`.
+        preprocessing: Expected by the network; the side S of a window is its `crop_vox`.
         modality: Chooses the intensity mode.
 
     Shapes:

@@ -69,7 +69,7 @@ def trained(monkeypatch, runs):
             "peak_memory_mb": 100,
             "parameters": {"all": 2_000_000, "trained": 1_000_000},
             "weights": "none\nof them",
-            "contamination": "not seen",
+            "data_overlap": "not seen",
             "split": "fold 0",
             "command": "python",
             "provenance": {"commit": "123456"},
