@@ -43,10 +43,10 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config, console, sam
-from sammed3d_backbone.clickbench.cases import ClickCase, read_click_set
-from sammed3d_backbone.data.datasets import few_subjects, read_fold
+from sammed3d_backbone.clickbench.cases import read_click_set
+from sammed3d_backbone.data.datasets import LabelledCase, few_subjects, read_fold
 from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
-from sammed3d_backbone.data.preprocessing import SAM_MED3D
+from sammed3d_backbone.data.preprocessing import SAM_MED3D, modality_of
 from sammed3d_backbone.data.singles import DESCRIPTION
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.hub import locate
@@ -387,7 +387,7 @@ def open_sources(
     return training, scored, seen
 
 
-def _scan_of(entry: ClickCase, dense_classes: Sequence[str]) -> LabelledScan:
+def _scan_of(entry: LabelledCase, dense_classes: Sequence[str]) -> LabelledScan:
     """A case with the numbers of its dense classes, and which of these were looked for."""
     number_of = {name: number for number, name in enumerate(dense_classes, start=1)}
     plain = {
@@ -406,7 +406,9 @@ def _scan_of(entry: ClickCase, dense_classes: Sequence[str]) -> LabelledScan:
         for number in classes.values()
         if all(value in drawn for value, other in classes.items() if other == number)
     }
-    return read_scan(entry.case, SAM_MED3D.intensity_mode(entry.modality), classes, known)
+    return read_scan(
+        entry.case, SAM_MED3D.intensity_mode(modality_of(entry.modality)), classes, known
+    )
 
 
 def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
@@ -418,7 +420,7 @@ def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
     return found
 
 
-def choose_cases(cfg: Config, source: str) -> tuple[str, list[ClickCase], list[ClickCase]]:
+def choose_cases(cfg: Config, source: str) -> tuple[str, list[LabelledCase], list[LabelledCase]]:
     """The name of a data set, its cases to train on, and those that are set apart to be scored.
 
     Single volumes are all trained on. Scans of one person are never on both sides.

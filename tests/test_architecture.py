@@ -74,9 +74,6 @@ MAY_IMPORT = {
 MAY_IMPORT["__init__"] = {"adapters", "data.volume", "inference", "loading"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}
 
-# Shrinks to nothing: public classes and functions that two modules define.
-STILL_TWICE = {"Scan", "validate"}
-
 HEAVY = {
     "accelerate",
     "huggingface_hub",

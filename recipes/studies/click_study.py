@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.bench import header_of, run_benchmark
-from sammed3d_backbone.clickbench.cases import ClickCase, ClickSet, read_click_set
+from sammed3d_backbone.clickbench.cases import ClickSet, read_click_set
 from sammed3d_backbone.clickbench.journal import Journal, read_journal, read_times
 from sammed3d_backbone.clickbench.presets import rules_of
 from sammed3d_backbone.clickbench.protocol import ClickRules, PromptableModel
-from sammed3d_backbone.data.datasets import read_fold
+from sammed3d_backbone.data.datasets import LabelledCase, read_fold
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.preparation import load_label
@@ -197,7 +197,7 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
     }
 
 
-def sides(cfg: Config) -> tuple[ClickSet, list[ClickCase]]:
+def sides(cfg: Config) -> tuple[ClickSet, list[LabelledCase]]:
     """The cases of the fold that are scored, and those that the balls are measured on."""
     dataset = read_dataset(find_dataset(cfg.data))
     fold = read_fold(dataset, cfg.fold)
@@ -235,7 +235,7 @@ def refuse_trained(trained: Mapping[str, set[str]], scored: ClickSet) -> str:
     return f"{len(seen)} cases of {scored.name}, none of those that are scored"
 
 
-def mean_volumes_mm3(cases: Iterable[ClickCase]) -> dict[str, float]:
+def mean_volumes_mm3(cases: Iterable[LabelledCase]) -> dict[str, float]:
     """Mean volume of every class over the cases that have it; classes that none has are absent."""
     found: dict[str, list[float]] = {}
     for case in tqdm(cases, desc="mean volumes", unit="case"):

@@ -36,23 +36,38 @@ DECODER: dict[str, Any] = {
 
 
 class FlexibleUNet(PyramidNetwork):
-    """An encoder's pyramid under MONAI's U-Net decoder.
+    """MONAI's FlexibleUNet around an encoder, for `out_channels` classes.
+
+    MONAI's own takes batch norm and nearest-neighbour upsampling by default; with batches of one
+    or two volumes, instance norm and transposed convolutions are the better start.
+
+    Args:
+        encoder: A module that fulfils `contract.Encoder`; it becomes part of the network.
+        out_channels: Number of classes K, background included.
+        kind: Kind of pyramid, see `PyramidNetwork`.
+        feature_size: Also the decoder's channels at full resolution.
+        out_indices: Block numbers, see `PyramidNetwork`.
+        norm_name: Norm of pyramid and decoder, in MONAI's words.
 
     Shapes:
         x: (B, C, X, Y, Z), sides equal to the encoder's `img_size`.
         returns: (B, K, X, Y, Z), logits.
+
+    Raises:
+        ValueError: If `out_channels` is not positive, or `kind` or `out_indices` do not fit.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         out_channels: int,
-        kind: Kind,
+        kind: Kind = "conv_stem",
         *,
-        feature_size: int,
-        out_indices: Sequence[int] | None,
-        norm_name: str | tuple[str, dict[str, Any]],
+        feature_size: int = 16,
+        out_indices: Sequence[int] | None = None,
+        norm_name: str | tuple[str, dict[str, Any]] = "instance",
     ) -> None:
+        require_classes(out_channels)
         super().__init__(
             encoder,
             kind,
@@ -78,40 +93,7 @@ class FlexibleUNet(PyramidNetwork):
         return logits
 
 
-def flexible_unet(
-    encoder: Encoder,
-    out_channels: int,
-    kind: Kind = "conv_stem",
-    *,
-    feature_size: int = 16,
-    out_indices: Sequence[int] | None = None,
-    norm_name: str | tuple[str, dict[str, Any]] = "instance",
-) -> FlexibleUNet:
-    """MONAI's FlexibleUNet around an encoder, for `out_channels` classes.
-
-    MONAI's own takes batch norm and nearest-neighbour upsampling by default; with batches of one
-    or two volumes, instance norm and transposed convolutions are the better start.
-
-    Args:
-        encoder: A module that fulfils `contract.Encoder`; it becomes part of the network.
-        out_channels: Number of classes K, background included.
-        kind: Kind of pyramid, see `pyramid.pyramid`.
-        feature_size: Also the decoder's channels at full resolution.
-        out_indices: Block numbers, see `pyramid.pyramid`.
-        norm_name: Norm of pyramid and decoder, in MONAI's words.
-
-    Raises:
-        ValueError: If `out_channels` is not positive, or `kind` or `out_indices` do not fit.
-    """
-    require_classes(out_channels)
-    return FlexibleUNet(
-        encoder,
-        out_channels,
-        kind,
-        feature_size=feature_size,
-        out_indices=out_indices,
-        norm_name=norm_name,
-    )
+flexible_unet = FlexibleUNet  # the public name, as in the registry
 
 
 def register_backbones(

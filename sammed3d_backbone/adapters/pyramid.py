@@ -22,22 +22,43 @@ STRIDES = (2, 4, 8, 16)  # voxels
 
 
 class PyramidNetwork(EncoderNetwork):
-    """An encoder and its pyramid, for networks that decode it.
+    """An encoder and its maps at strides 2, 4, 8 and 16, for networks that decode them.
+
+    The encoder becomes part of the network and loses what is not read: the blocks behind the last
+    index, and the neck.
+
+    Args:
+        encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
+        kind: "simple" makes all maps from the last block's. "multi_level" makes each from a block
+            of its own, the finest from the earliest. "conv_stem" is "simple" plus a convolution
+            branch on the raw volume, added to every map finer than the tokens. The branch is
+            initialised to zero, so training begins at "simple".
+        feature_size: Channels W per voxel of stride.
+        out_indices: Block numbers from 0, fine to coarse: four for "multi_level", one otherwise;
+            None spreads them evenly and ends at the last block.
+        full_resolution: Put a map at stride 1 before the others: convolutions on the raw volume.
+        norm_name: Norm inside the convolution blocks, in MONAI's words.
 
     Attributes:
         strides: Voxels per cell of each map, fine to coarse.
         out_channels: Channels of each map.
+
+    Raises:
+        ValueError: If the kind is unknown, or `out_indices` do not fit kind and encoder.
+
+    Source: "simple" follows Li et al., Exploring plain vision transformer backbones for object
+        detection, ECCV 2022.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        kind: Kind,
+        kind: Kind = "simple",
         *,
-        feature_size: int,
-        out_indices: Sequence[int] | None,
-        full_resolution: bool,
-        norm_name: str | tuple[str, dict[str, Any]],
+        feature_size: int = 16,
+        out_indices: Sequence[int] | None = None,
+        full_resolution: bool = False,
+        norm_name: str | tuple[str, dict[str, Any]] = "instance",
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -49,7 +70,7 @@ class PyramidNetwork(EncoderNetwork):
         self.out_channels = tuple(feature_size * stride for stride in self.strides)
         self.full_resolution = full_resolution
         blocks: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": True}
-        # Taps are raw residual streams, whose scale grows with depth.
+        # The maps are raw residual streams, whose scale grows with depth.
         self.tap_norms = nn.ModuleList(LayerNorm3d(encoder.embed_dim) for _ in out_indices)
         widths = {stride: feature_size * stride for stride in STRIDES}
         self.levels = nn.ModuleList(
@@ -100,46 +121,7 @@ class Pyramid(PyramidNetwork):
         return self.pyramid(x)
 
 
-def pyramid(
-    encoder: Encoder,
-    kind: Kind = "simple",
-    *,
-    feature_size: int = 16,
-    out_indices: Sequence[int] | None = None,
-    full_resolution: bool = False,
-    norm_name: str | tuple[str, dict[str, Any]] = "instance",
-) -> Pyramid:
-    """An encoder as a source of maps at strides 2, 4, 8 and 16.
-
-    The encoder becomes part of the network and loses what is not read: the blocks behind the last
-    index, and the neck.
-
-    Args:
-        encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
-        kind: "simple" makes all maps from the last block's. "multi_level" makes each from a block
-            of its own, the finest from the earliest. "conv_stem" is "simple" plus a convolution
-            branch on the raw volume, added to every map finer than the tokens. The branch is
-            initialised to zero, so training begins at "simple".
-        feature_size: Channels W per voxel of stride.
-        out_indices: Block numbers from 0, fine to coarse: four for "multi_level", one otherwise;
-            None spreads them evenly and ends at the last block.
-        full_resolution: Put a map at stride 1 before the others: convolutions on the raw volume.
-        norm_name: Norm inside the convolution blocks, in MONAI's words.
-
-    Raises:
-        ValueError: If the kind is unknown, or `out_indices` do not fit kind and encoder.
-
-    Source: "simple" follows Li et al., Exploring plain vision transformer backbones for object
-        detection, ECCV 2022.
-    """
-    return Pyramid(
-        encoder,
-        kind,
-        feature_size=feature_size,
-        out_indices=out_indices,
-        full_resolution=full_resolution,
-        norm_name=norm_name,
-    )
+pyramid = Pyramid  # the public name
 
 
 class Halve(nn.Module):

@@ -21,25 +21,41 @@ from sammed3d_backbone.adapters.pyramid import STRIDES, Kind, PyramidNetwork
 
 
 class SegResNet(PyramidNetwork):
-    """An encoder's pyramid with full resolution, and residual blocks on the way up.
+    """SegResNetDS's decoder around an encoder, for `out_channels` classes.
+
+    Args:
+        encoder: A module that fulfils `contract.Encoder`; it becomes part of the network.
+        out_channels: Number of classes K, background included.
+        kind: Kind of pyramid, see `PyramidNetwork`.
+        feature_size: Also the decoder's channels at full resolution.
+        out_indices: Block numbers, see `PyramidNetwork`.
+        dsdepth: Resolutions that give logits while training, full resolution first; 1 for no deep
+            supervision.
+        norm_name: Norm of pyramid and decoder, in MONAI's words.
 
     Shapes:
         x: (B, C, X, Y, Z), sides equal to the encoder's `img_size`.
         returns: (B, K, X, Y, Z), logits; in training with `dsdepth` above 1 a list of them, whose
             entry i is (B, K, X / 2**i, Y / 2**i, Z / 2**i).
+
+    Raises:
+        ValueError: If a number is out of range, or `kind` or `out_indices` do not fit.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         out_channels: int,
-        kind: Kind,
+        kind: Kind = "conv_stem",
         *,
-        feature_size: int,
-        out_indices: Sequence[int] | None,
-        dsdepth: int,
-        norm_name: str | tuple[str, dict[str, Any]],
+        feature_size: int = 16,
+        out_indices: Sequence[int] | None = None,
+        dsdepth: int = 4,
+        norm_name: str | tuple[str, dict[str, Any]] = ("instance", {"affine": True}),
     ) -> None:
+        require_classes(out_channels)
+        if not 1 <= dsdepth <= len(STRIDES):
+            raise ValueError(f"dsdepth={dsdepth}; give 1 (full resolution only) to {len(STRIDES)}")
         super().__init__(
             encoder,
             kind,
@@ -70,43 +86,7 @@ class SegResNet(PyramidNetwork):
         return outputs if len(outputs) > 1 else outputs[0]
 
 
-def segresnet(
-    encoder: Encoder,
-    out_channels: int,
-    kind: Kind = "conv_stem",
-    *,
-    feature_size: int = 16,
-    out_indices: Sequence[int] | None = None,
-    dsdepth: int = 4,
-    norm_name: str | tuple[str, dict[str, Any]] = ("instance", {"affine": True}),
-) -> SegResNet:
-    """SegResNetDS's decoder around an encoder, for `out_channels` classes.
-
-    Args:
-        encoder: A module that fulfils `contract.Encoder`; it becomes part of the network.
-        out_channels: Number of classes K, background included.
-        kind: Kind of pyramid, see `pyramid.pyramid`.
-        feature_size: Also the decoder's channels at full resolution.
-        out_indices: Block numbers, see `pyramid.pyramid`.
-        dsdepth: Resolutions that give logits while training, full resolution first; 1 for no deep
-            supervision.
-        norm_name: Norm of pyramid and decoder, in MONAI's words.
-
-    Raises:
-        ValueError: If a number is out of range, or `kind` or `out_indices` do not fit.
-    """
-    require_classes(out_channels)
-    if not 1 <= dsdepth <= len(STRIDES):
-        raise ValueError(f"dsdepth={dsdepth}; give 1 (full resolution only) to {len(STRIDES)}")
-    return SegResNet(
-        encoder,
-        out_channels,
-        kind,
-        feature_size=feature_size,
-        out_indices=out_indices,
-        dsdepth=dsdepth,
-        norm_name=norm_name,
-    )
+segresnet = SegResNet  # the public name, as in the registry
 
 
 def _grown(y: Tensor, skip: Tensor) -> Tensor:

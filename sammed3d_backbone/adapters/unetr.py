@@ -24,15 +24,35 @@ from sammed3d_backbone.models.layers import LayerNorm3d
 
 
 class UNETR(EncoderNetwork):
-    """An encoder's token maps, decoded to full resolution beside a convolution on the raw volume.
+    """UNETR around an encoder, for `out_channels` classes.
 
-    Letters: S = log2(patch size) stages, W = `feature_size`. Stage s of the decoder runs at
-    stride 2**s with W * 2**s channels; stage 0 is the raw volume's, the stages 1 to S - 1 get one
-    tap each, and the deepest map starts the way up.
+    The encoder becomes part of the network and loses what the decoder does not read: the blocks
+    behind the last index and, with `deepest="block"`, the neck. With S = log2(patch size) stages,
+    stage s of the decoder runs at stride 2**s with `feature_size` * 2**s channels: stage 0 reads
+    the raw volume, the stages 1 to S - 1 a token map each, and the deepest map starts the way up.
+
+    Args:
+        encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
+        out_channels: Number of classes K, background included.
+        feature_size: Channels at full resolution.
+        out_indices: Block numbers from 0, fine to coarse, one per halving from the volume to the
+            tokens (four for patches of 16 voxels, three for 8). None spreads them evenly and ends
+            at the last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released
+            network's global blocks. "monai" takes MONAI's, all but the last one block later.
+        deepest: Start the way up from the last block's map ("block") or from the neck's ("neck"),
+            which is what the mask decoder was trained on.
+        norm_maps: Give each map a layer norm of its own: these maps are raw residual streams, whose
+            scale grows with depth. MONAI norms the last only.
+        norm_name: Norm inside the decoder's blocks, in MONAI's words.
+        conv_block: Convolutions after each upsampling of a token map, as in MONAI.
+        res_block: Residual decoder blocks, as in MONAI.
 
     Shapes:
         x: (B, C, X, Y, Z), sides equal to the encoder's `img_size`.
         returns: (B, K, X, Y, Z), logits.
+
+    Raises:
+        ValueError: If `out_indices` do not fit the encoder, or `out_channels` is not positive.
     """
 
     def __init__(
@@ -40,18 +60,32 @@ class UNETR(EncoderNetwork):
         encoder: Encoder,
         out_channels: int,
         *,
-        feature_size: int,
-        out_indices: Sequence[int],
-        deepest: Literal["block", "neck"],
-        norm_maps: bool,
-        norm_name: str | tuple[str, dict[str, Any]],
-        conv_block: bool,
-        res_block: bool,
+        feature_size: int = 16,
+        out_indices: Sequence[int] | Literal["monai"] | None = None,
+        deepest: Literal["block", "neck"] = "block",
+        norm_maps: bool = True,
+        norm_name: str | tuple[str, dict[str, Any]] = "instance",
+        conv_block: bool = True,
+        res_block: bool = True,
     ) -> None:
+        require_classes(out_channels)
+        if deepest not in ("block", "neck"):
+            raise ValueError(f"deepest={deepest!r} is unknown; use 'block' or 'neck'")
+        stages = encoder.patch_size.bit_length() - 1
+        even = spread_indices(encoder, stages)
+        if out_indices is None:
+            out_indices = even
+        elif out_indices == "monai":
+            out_indices = [*(index + 1 for index in even[:-1]), even[-1]]
+        require_out_indices(encoder, out_indices, stages)
+        if deepest == "neck" and out_indices[-1] != encoder.depth - 1:
+            raise ValueError(
+                f"deepest='neck' reads the last block, but out_indices={tuple(out_indices)} end "
+                f"earlier; end them with {encoder.depth - 1}"
+            )
         super().__init__(encoder, out_indices, reads_neck=deepest == "neck")
         self.deepest = deepest
         hidden_size = encoder.embed_dim
-        stages = len(out_indices)
         widths = [feature_size * 2**stage for stage in range(stages)]
         # A map that starts the way up from the neck has been normalised there.
         normed = out_indices if deepest == "block" else out_indices[:-1]
@@ -98,65 +132,4 @@ class UNETR(EncoderNetwork):
         return logits
 
 
-def unetr(
-    encoder: Encoder,
-    out_channels: int,
-    *,
-    feature_size: int = 16,
-    out_indices: Sequence[int] | Literal["monai"] | None = None,
-    deepest: Literal["block", "neck"] = "block",
-    norm_maps: bool = True,
-    norm_name: str | tuple[str, dict[str, Any]] = "instance",
-    conv_block: bool = True,
-    res_block: bool = True,
-) -> UNETR:
-    """UNETR around an encoder, for `out_channels` classes.
-
-    The encoder becomes part of the network and loses what the decoder does not read: the blocks
-    behind the last index and, with `deepest="block"`, the neck.
-
-    Args:
-        encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
-        out_channels: Number of classes K, background included.
-        feature_size: Channels at full resolution.
-        out_indices: Block numbers from 0, fine to coarse, one per halving from the volume to the
-            tokens (four for patches of 16 voxels, three for 8). None spreads them evenly and ends
-            at the last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released
-            network's global blocks. "monai" takes MONAI's, all but the last one block later.
-        deepest: Start the way up from the last tap's map ("block") or from the neck's ("neck"),
-            which is what the mask decoder was trained on.
-        norm_maps: Give each tap a layer norm of its own: these maps are raw residual streams, whose
-            scale grows with depth. MONAI norms the last only.
-        norm_name: Norm inside the decoder's blocks, in MONAI's words.
-        conv_block: Convolutions after each upsampling of a tap, as in MONAI.
-        res_block: Residual decoder blocks, as in MONAI.
-
-    Raises:
-        ValueError: If `out_indices` do not fit the encoder, or `out_channels` is not positive.
-    """
-    require_classes(out_channels)
-    if deepest not in ("block", "neck"):
-        raise ValueError(f"deepest={deepest!r} is unknown; use 'block' or 'neck'")
-    stages = encoder.patch_size.bit_length() - 1
-    even = spread_indices(encoder, stages)
-    if out_indices is None:
-        out_indices = even
-    elif out_indices == "monai":
-        out_indices = [*(tap + 1 for tap in even[:-1]), even[-1]]
-    require_out_indices(encoder, out_indices, stages)
-    if deepest == "neck" and out_indices[-1] != encoder.depth - 1:
-        raise ValueError(
-            f"deepest='neck' reads the last block, but out_indices={tuple(out_indices)} end "
-            f"earlier; end them with {encoder.depth - 1}"
-        )
-    return UNETR(
-        encoder,
-        out_channels,
-        feature_size=feature_size,
-        out_indices=out_indices,
-        deepest=deepest,
-        norm_maps=norm_maps,
-        norm_name=norm_name,
-        conv_block=conv_block,
-        res_block=res_block,
-    )
+unetr = UNETR  # the public name, as in the registry

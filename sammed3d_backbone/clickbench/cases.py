@@ -17,18 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
-from sammed3d_backbone.data.datasets import Case, DatasetError, with_subjects
+from sammed3d_backbone.data.datasets import Case, DatasetError, LabelledCase, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import load_image, load_label
-from sammed3d_backbone.data.preprocessing import Modality
+from sammed3d_backbone.data.preprocessing import Modality, modality_of
 from sammed3d_backbone.data.regions import Mask
 from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.strategies import connected_parts
 
-MODALITIES: dict[str, Modality] = {"ct": "ct", "mr": "mr", "mri": "mr", "us": "us"}
-MODALITIES["ultrasound"] = "us"
 MODEL_MASKS = "The masks are another model's output: scores are agreement with it, not accuracy."
 
 
@@ -50,25 +48,16 @@ class ClickTarget:
 
 
 @dataclass(frozen=True)
-class ClickCase:
-    """One volume with the names of its labels; not opened yet."""
-
-    case: Case
-    labels: Mapping[int, str] | None  # None: all, each named by its number
-    modality: Modality | None = None
-
-
-@dataclass(frozen=True)
 class ClickSet:
     """The cases of one folder."""
 
     name: str
-    cases: tuple[ClickCase, ...]
+    cases: tuple[LabelledCase, ...]
     note: str = ""  # shown in the report
     instances: bool = False  # every connected part of a class is a target of its own
     spacing_is_xyz: bool = False  # how the spacing of npz files is read, see `read_npz`
 
-    def targets(self, case: ClickCase) -> Iterator[ClickTarget]:
+    def targets(self, case: LabelledCase) -> Iterator[ClickTarget]:
         """The objects of a case, in the order of their label values; opens its files.
 
         Raises:
@@ -89,9 +78,8 @@ class ClickSet:
                 numbered = enumerate(connected_parts(truth, image.affine), start=1)
                 parts = {f"{name} {number}": part for number, part in numbered}
             for called, part in parts.items():
-                yield ClickTarget(
-                    self.name, files.id, files.subject, called, image, part, case.modality
-                )
+                modality = modality_of(case.modality)
+                yield ClickTarget(self.name, files.id, files.subject, called, image, part, modality)
 
     def target(self, case: str, name: str) -> ClickTarget:
         """The target of a case's id and a class; opens the files of the case."""
@@ -136,7 +124,7 @@ class ClickSet:
         return digest.hexdigest()
 
 
-def _named(case: ClickCase, numbers: Iterable[str]) -> Mapping[int, str]:
+def _named(case: LabelledCase, numbers: Iterable[str]) -> Mapping[int, str]:
     """The labels of a case; where they have no names, those of the given numbers."""
     if case.labels is not None:
         return case.labels
@@ -171,8 +159,7 @@ def read_click_set(
     if subjects is not None:
         dataset = with_subjects(dataset, subjects)
     names = {value: name for value, name in dataset.labels.items() if value}
-    modality = _modality(dataset.channels[0])
-    cases = [ClickCase(case, names, modality) for case in dataset.cases]
+    cases = [LabelledCase(case, names, dataset.channels[0]) for case in dataset.cases]
     return ClickSet(dataset.name, tuple(cases), dataset.note)
 
 
@@ -210,7 +197,7 @@ def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]
     return Volume(image.T.astype(np.float32), affine), labels.T
 
 
-def _read_pair(case: ClickCase) -> tuple[Volume, NDArray[Any]]:
+def _read_pair(case: LabelledCase) -> tuple[Volume, NDArray[Any]]:
     """Image and integer labels of NIfTI files that lie on one grid."""
     files = case.case
     image = load_image(files)
@@ -232,17 +219,11 @@ def _read_pair(case: ClickCase) -> tuple[Volume, NDArray[Any]]:
 def _singles(folder: Path) -> ClickSet:
     """The volumes of a labels.json."""
     found = read_singles(folder)
-    cases = tuple(ClickCase(one.case, one.labels, _modality(one.modality)) for one in found)
     is_model = any("model" in one.mask for one in found)
-    return ClickSet(folder.name, cases, MODEL_MASKS if is_model else "")
+    return ClickSet(folder.name, found, MODEL_MASKS if is_model else "")
 
 
 def _archives(paths: Iterable[Path]) -> ClickSet:
     """The npz files of one folder."""
-    cases = tuple(ClickCase(Case(path.stem, (path,), path), None) for path in paths)
+    cases = tuple(LabelledCase(Case(path.stem, (path,), path), None) for path in paths)
     return ClickSet(cases[0].case.label.parent.name if cases else "", cases)
-
-
-def _modality(name: str) -> Modality | None:
-    """The word for a model, such as mr for "MR T2w"."""
-    return MODALITIES.get(name.split(" ")[0].lower())

@@ -30,9 +30,8 @@ from sammed3d_backbone.curation.sides import (
     separations_mm,
     split,
 )
-from sammed3d_backbone.curation.sources import RawCase
 from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, shift_mm
-from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.datasets import Case, LabelledCase
 from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.nifti import SUFFIXES
 from sammed3d_backbone.data.preparation import load_image, load_label
@@ -44,7 +43,7 @@ OWN_FILES = re.compile(r".*\.nii(\.gz)?|.*decisions\.json")  # temporary names a
 Decision = dict[str, Any]
 
 
-def curate_case(raw: RawCase, folder: Path, rules: CurationRules) -> None:
+def curate_case(raw: LabelledCase, folder: Path, rules: CurationRules) -> None:
     """Writes the folder of a case.
 
     Args:
@@ -75,7 +74,7 @@ def curate_case(raw: RawCase, folder: Path, rules: CurationRules) -> None:
     staging.rename(final)
 
 
-def read_case(raw: RawCase, folder: Path) -> dict[str, Any] | None:
+def read_case(raw: LabelledCase, folder: Path) -> dict[str, Any] | None:
     """The record of a case; None if it is not done, or was made of files that changed since."""
     path = inside(folder, raw.case.id) / RECORD
     if not path.is_file():
@@ -119,7 +118,7 @@ def open_grid(case: Case) -> Volume:
     return dataclasses.replace(image, array=np.broadcast_to(np.uint8(0), image.shape))
 
 
-def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[ClassMask, float]]:
+def raw_targets(raw: LabelledCase, grid: Volume) -> Iterator[tuple[ClassMask, float]]:
     """The raw masks of a case, one at a time, and the distance in mm of each from the grid.
 
     Args:
@@ -130,8 +129,8 @@ def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[ClassMask, float]]
         FileNotFoundError: If a file is not there.
         ValueError: If a file cannot be used; says what to do.
     """
-    case = raw.case
-    known = (0, 1) if case.masks else (0, *(case.values or raw.labels))
+    case, labels_of = raw.case, raw.labels or {}
+    known = (0, 1) if case.masks else (0, *(case.values or labels_of))
     is_empty = True
     for index, path in enumerate(case.label_files):
         stored = Volume.load(path)
@@ -145,14 +144,14 @@ def raw_targets(raw: RawCase, grid: Volume) -> Iterator[tuple[ClassMask, float]]
         for value, box in enumerate(ndimage.find_objects(labels), start=1):
             if box is not None:
                 is_empty = False
-                number = (case.numbers or (*raw.labels,))[index] if case.masks else value
+                number = (case.numbers or (*labels_of,))[index] if case.masks else value
                 x, y, z = (int(side.start) for side in box)
-                yield ClassMask(raw.labels[number], labels[box] == value, (x, y, z)), apart_mm
+                yield ClassMask(labels_of[number], labels[box] == value, (x, y, z)), apart_mm
     if is_empty:
         raise ValueError(class_problems(case, [])[0])
 
 
-def _decide(raw: RawCase, rules: CurationRules, staging: Path) -> list[Decision]:
+def _decide(raw: LabelledCase, rules: CurationRules, staging: Path) -> list[Decision]:
     """Judges all masks of a case and writes those that stay."""
     grid = open_grid(raw.case)
     annotated = raw.case.annotated
@@ -241,7 +240,7 @@ def _check_sides(decisions: dict[str, Decision], x_mm: dict[str, float]) -> None
             )
 
 
-def _made_of(raw: RawCase) -> list[list[str | int]]:
+def _made_of(raw: LabelledCase) -> list[list[str | int]]:
     """Name, bytes and time of change of the files of a case."""
     files = dict.fromkeys((*raw.case.images, *raw.case.label_files))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

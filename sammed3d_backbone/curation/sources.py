@@ -11,19 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sammed3d_backbone.data import singles
-from sammed3d_backbone.data.datasets import Case, DatasetError
+from sammed3d_backbone.data.datasets import Case, DatasetError, LabelledCase
 from sammed3d_backbone.data.folders import DESCRIPTIONS, read_dataset
 from sammed3d_backbone.data.layouts import Layout
 from sammed3d_backbone.data.nifti import SUFFIXES
-
-
-@dataclass(frozen=True)
-class RawCase:
-    """One labelled volume to be curated."""
-
-    case: Case
-    labels: Mapping[int, str]  # number that `load_label` gives -> class, without background
-    modality: str
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,7 @@ class RawSet:
     folder: Path
     place: str  # subfolder of its results; "." if the raw folder is the data set
     channels: tuple[str, ...]
-    cases: tuple[RawCase, ...]
+    cases: tuple[LabelledCase, ...]
     note: str = ""
     about: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,7 +77,7 @@ def _of_dataset(folder: Path, root: Path, layout: Layout | None) -> RawSet:
         folder=folder,
         place=_place(folder, root),
         channels=dataset.channels,
-        cases=tuple(RawCase(case, labels, modality) for case in dataset.cases),
+        cases=tuple(LabelledCase(case, labels, modality) for case in dataset.cases),
         note=dataset.note,
         about=dataset.about,
     )
@@ -102,7 +93,7 @@ def _of_singles(folder: Path, root: Path) -> RawSet:
         folder=folder,
         place=_place(folder, root),
         channels=tuple(modalities) if len(modalities) == 1 else ("image",),
-        cases=tuple(RawCase(one.case, one.labels, one.modality) for one in found),
+        cases=tuple(found),
         note="; ".join(sorted({f"masks: {one.mask}" for one in found if one.mask})),
     )
 
@@ -120,7 +111,7 @@ def _of_reference(folder: Path, root: Path) -> Iterator[RawSet]:
     for dataset, files in sorted(masks.items()):
         modality = dataset.partition("_")[0]
         cases = [
-            RawCase(
+            LabelledCase(
                 Case(
                     id=file.split(".nii")[0],
                     images=(_image_of(next(iter(of_classes.values()))),),

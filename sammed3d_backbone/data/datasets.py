@@ -55,6 +55,16 @@ class Case:
 
 
 @dataclass(frozen=True)
+class LabelledCase:
+    """A case with label names and modality of its own, for data sets whose cases differ."""
+
+    case: Case
+    labels: Mapping[int, str] | None  # value -> class without background; None: all, by number
+    modality: str = ""  # such as "MR T2w"; "" if unknown
+    mask: str = ""  # origin of the mask
+
+
+@dataclass(frozen=True)
 class Dataset:
     """The cases of one folder and the meaning of their label values."""
 

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 Modality = Literal["ct", "mr", "us"]
 Statistics = Literal["crop", "volume"]
 DEFAULT = "default"
+MODALITIES: dict[str, Modality] = {"ct": "ct", "mr": "mr", "mri": "mr", "us": "us"}
+MODALITIES["ultrasound"] = "us"
+
+
+def modality_of(name: str) -> Modality | None:
+    """The modality of a channel's name, such as "mr" for "MR T2w"; None if it is unknown."""
+    return MODALITIES.get(name.split(" ")[0].lower())
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from sammed3d_backbone.data.datasets import Case, DatasetError, read_json
+from sammed3d_backbone.data.datasets import Case, DatasetError, LabelledCase, read_json
 
 DESCRIPTION = "labels.json"
 
 
-@dataclass(frozen=True)
-class Single:
-    """One volume of a labels.json."""
-
-    case: Case
-    labels: Mapping[int, str]  # value in the file -> class
-    modality: str  # such as "MR T2w"; empty where nothing tells
-    mask: str  # where the mask comes from
-
-
-def read_singles(folder: Path) -> tuple[Single, ...]:
+def read_singles(folder: Path) -> tuple[LabelledCase, ...]:
     """The volumes of a folder's labels.json: entries of image, label, labels, modality and mask.
 
     Raises:
@@ -33,7 +21,7 @@ def read_singles(folder: Path) -> tuple[Single, ...]:
     try:
         times = Counter(entry["image"] for entry in entries)  # type: ignore[attr-defined]
         return tuple(
-            Single(
+            LabelledCase(
                 case=Case(
                     # An image that is labelled twice does not name its cases.
                     id=Path(entry["image" if times[entry["image"]] == 1 else "label"]).name.split(

@@ -24,7 +24,7 @@ from sammed3d_backbone.loading.opening import (
     require_all_parts,
     require_fit,
 )
-from sammed3d_backbone.loading.registry import Weights, default_weights
+from sammed3d_backbone.loading.registry import Weights
 from sammed3d_backbone.loading.stored_sizes import (
     build_encoder,
     encoder_like,
@@ -108,9 +108,7 @@ def encoder(
         )
         options["rel_pos"] = rel_pos or sizes.rel_pos
         return build_encoder(with_patch_size(sizes, patch_size), img_size, **options)
-    opened = open_weights(
-        default_weights(variant) if weights is None else weights, weights_file, variant=variant
-    )
+    opened = open_weights(weights, weights_file, variant=variant)
     rel_pos = rel_pos or stored_rel_pos(opened.record, variant, inflate)
     options["rel_pos"] = rel_pos
     if inflate is not None:
@@ -129,15 +127,7 @@ def encoder(
         record = opened.record
         network = encoder_like(opened.tensors, variant, **options)
         dropped = _prune_like(network, opened.tensors) if is_model else ()
-        state, report = fit(
-            opened.tensors,
-            _shapes(network),
-            part=ENCODER,
-            channel_gains=channel_gains,
-            source=str(opened.path),
-            layout=opened.metadata["layout"],
-        )
-        network.load_state_dict(state)
+        report = _fill(network, opened, part=ENCODER, channel_gains=channel_gains)
         report = _with_rel_pos(_without(report, dropped), record, rel_pos)
     network.load_report = _resampled(report, network, img_size, patch_size)
     network.pretrained_cfg = dataclasses.replace(record, variant=variant)
@@ -189,12 +179,7 @@ def sam(
         image_encoder = encoder(variant, pretrained=False, img_size=img_size, rel_pos=rel_pos)
         sizes = {**vars(decoder), "point_pos": point_pos or decoder.point_pos}
         return Sam3D.around(image_encoder, **sizes)
-    opened = open_weights(
-        default_weights(variant) if weights is None else weights,
-        weights_file,
-        variant=variant,
-        call="sam",
-    )
+    opened = open_weights(weights, weights_file, variant=variant, call="sam")
     require_all_parts(opened)
     rel_pos = rel_pos or stored_rel_pos(opened.record, variant)
     require_fit(opened, variant, rel_pos, "sam")
@@ -205,14 +190,7 @@ def sam(
             f"{opened.record.name} was trained with point_pos={stored!r}, not {point_pos!r}; leave "
             "point_pos out, or pass pretrained=False"
         )
-    state, report = fit(
-        opened.tensors,
-        _shapes(network),
-        source=str(opened.path),
-        layout=opened.metadata["layout"],
-    )
-    network.load_state_dict(state)
-    report = _with_rel_pos(report, opened.record, rel_pos)
+    report = _with_rel_pos(_fill(network, opened), opened.record, rel_pos)
     network.load_report = _resampled(report, network, img_size)
     network.pretrained_cfg = dataclasses.replace(opened.record, variant=variant, point_pos=stored)
     return network
@@ -256,6 +234,25 @@ def _plain_size(img_size: int | Sequence[int] | None) -> int | list[int] | None:
         raise ValueError(
             f"img_size={img_size!r}: expected one whole number of voxels, or three"
         ) from None
+
+
+def _fill(
+    network: ImageEncoder3D | Sam3D,
+    opened: OpenedWeights,
+    part: str = "",
+    channel_gains: Sequence[float] | None = None,
+) -> LoadReport:
+    """Loads the weights of a whole network; arguments are those of `fit`."""
+    state, report = fit(
+        opened.tensors,
+        _shapes(network),
+        part=part,
+        channel_gains=channel_gains,
+        source=str(opened.path),
+        layout=opened.metadata["layout"],
+    )
+    network.load_state_dict(state)
+    return report
 
 
 def _fill_from_2d(

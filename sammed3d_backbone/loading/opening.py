@@ -13,7 +13,7 @@ from sammed3d_backbone.loading.checkpoint import OTHER_PARTS, CheckpointError, r
 from sammed3d_backbone.loading.fitting import part_of
 from sammed3d_backbone.loading.hub import fetch, resolve
 from sammed3d_backbone.loading.inflation import is_2d
-from sammed3d_backbone.loading.registry import Weights, from_metadata
+from sammed3d_backbone.loading.registry import Weights, default_weights, from_metadata
 from sammed3d_backbone.loading.stored_sizes import variant_of
 from sammed3d_backbone.models.attention import RelPos
 
@@ -32,7 +32,7 @@ class OpenedWeights(NamedTuple):
 
 
 def open_weights(
-    weights: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | None,
     weights_file: str | None = None,
     *,
     variant: str | None = None,
@@ -42,12 +42,14 @@ def open_weights(
     """Finds and reads weights once; arguments and errors are those of `hub.locate`.
 
     Args:
-        weights: A name, a path, or `hf-hub:OWNER/REPO[@REV]`.
+        weights: A name, a path, or `hf-hub:OWNER/REPO[@REV]`; None is the variant's default.
         weights_file: File in a Hub repository.
         variant: Refuse weights that the table lists for another variant, before a download.
         call: Name of the function to call with the right variant, for the error.
         check_hash: See `checkpoint.read`.
     """
+    if weights is None:
+        weights = default_weights(str(variant))
     record, path = resolve(weights, weights_file)
     if variant is not None:
         _require_variant(record, variant, call)

@@ -10,11 +10,10 @@ import pytest
 
 from sammed3d_backbone.clickbench.cases import (
     MODEL_MASKS,
-    ClickCase,
     ClickSet,
     read_click_set,
 )
-from sammed3d_backbone.data.datasets import DatasetError
+from sammed3d_backbone.data.datasets import DatasetError, LabelledCase
 
 
 def targets(click_set, **changed):
@@ -129,7 +128,7 @@ def test_a_folder_without_any_layout_is_refused(tmp_path):
 
 def test_labels_that_a_case_lacks_are_no_targets(data):
     (case, _) = read_click_set(data).cases
-    asked = ClickSet("made", (ClickCase(case.case, {7: "block", 8: "absent"}),))
+    asked = ClickSet("made", (LabelledCase(case.case, {7: "block", 8: "absent"}),))
     assert [target.name for target in targets(asked)] == ["block"]
 
 

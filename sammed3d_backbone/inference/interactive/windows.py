@@ -51,8 +51,9 @@ class Windows:
     ) -> None:
         self.geometry = Geometry.plan(volume.shape, volume.affine, preprocessing.spacing_mm)
         self.side_vox = preprocessing.crop_vox[0]
+        self._preprocessing = preprocessing
+        self._modality = modality
         self._intensity = preprocessing.intensity_mode(modality)
-        self._by_volume = preprocessing.statistics == "volume"
         self._array = volume.array
         self._shape = self.geometry.oriented(volume.array).shape
 
@@ -136,9 +137,10 @@ class Windows:
             returns: (1, 1, S, S, S) float32.
         """
         side = self.side_vox
-        raw = self.geometry.resample_box(self._array, start, (side, side, side))
-        scale = self._scale if self._by_volume else measure_scale(lambda: [raw], self._intensity)
-        return scale.apply(raw)[None, None]
+        window = self.geometry.resample_box(self._array, start, (side, side, side))[None, None]
+        if self._preprocessing.statistics == "volume":
+            window = self._scale.apply(window)
+        return self._preprocessing.crops(window, self._modality)
 
     @cached_property
     def _scale(self) -> IntensityScale:

@@ -21,8 +21,7 @@ from sammed3d_backbone.recipes.studies.click_study import (
 from standins import Sphere
 
 from sammed3d_backbone import sam
-from sammed3d_backbone.clickbench.cases import ClickCase
-from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.datasets import Case, LabelledCase
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
@@ -128,7 +127,7 @@ def test_a_class_has_the_mean_volume_of_the_cases_that_have_it(tmp_path):
         label.reshape(-1)[: sum(voxels)] = np.repeat([1, 2], voxels)
         path = tmp_path / f"{number}.nii.gz"
         Volume(label, TURNED).save(path)
-        cases.append(ClickCase(Case(str(number), (path,), path), {1: "a", 2: "b", 3: "nowhere"}))
+        cases.append(LabelledCase(Case(str(number), (path,), path), {1: "a", 2: "b", 3: "nowhere"}))
     assert mean_volumes_mm3(cases) == {"a": pytest.approx(15 * 9), "b": pytest.approx(4 * 9)}
 
 
