@@ -44,13 +44,13 @@ from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, finetuning, optim
 from sammed3d_backbone.training.augmentation import augmentation
 from sammed3d_backbone.training.dry_run import DryRun
+from sammed3d_backbone.training.finetuning import make_card
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.losses import partial_dice_ce
 from sammed3d_backbone.training.runs import Progress, State, open_run
 from sammed3d_backbone.training.validation import validate
 
 CLIP_NORM = 1.0  # largest norm of all gradients together
-DROP_PATH_RATE = 0.1  # of the encoder's last block
 EMA_DECAY = 0.999  # less during the first 30,000 steps, see timm's ModelEmaV3
 SAVE_EVERY_S = 300.0  # seconds between checkpoints
 WEIGHT_DECAY = 0.05
@@ -170,9 +170,10 @@ def main(
 
     # Model
     torch.manual_seed(cfg.seed)
-    network, card = make_model(
-        without_downloads(cfg, say) if dry_run else cfg, card, dataset, fold, build
-    )
+    start = without_downloads(cfg, say) if dry_run else cfg
+    network, card = build(card, dataset.name, scratch=start.scratch, weights=start.weights)
+    set_up(network, cfg)
+    card = finetuning.record_start(card, network, fold, init=start.init)
     say("\n".join(f"{key}: {value}" for key, value in card.training["start"].items()))
 
     # Crops
@@ -298,18 +299,12 @@ def choose_cases(cfg: Config, num_subjects: int | None = None) -> tuple[Dataset,
     return dataset, fold
 
 
-def make_card(cfg: Config, dataset: Dataset, say: Callable[[str], object] = print) -> Card:
-    """The description that is saved with the weights; prints which fields it overrides."""
-    preprocessing, notes = finetuning.choose_preprocessing(
-        cfg.weights or DEFAULT_WEIGHTS.get(cfg.variant),  # without weights: as the fair twin
-        dataset,
-        spacing_mm=cfg.spacing_mm,
-        intensity=cfg.intensity,
-        statistics=cfg.statistics,
-        crop_vox=cfg.crop_vox,
-    )
-    say("\n".join(f"preprocessing: {note}" for note in notes))
-    return finetuning.make_card(dataset, preprocessing, dataclasses.asdict(cfg))
+def set_up(network: nn.Module, cfg: Config) -> None:
+    """Sets gradient checkpointing, and freezes an encoder that is frozen for good."""
+    if cfg.checkpointing:
+        network.set_grad_checkpointing()
+    if cfg.freeze == "encoder":
+        set_frozen(network.encoder, True)
 
 
 def without_downloads(cfg: Config, say: Callable[[str], object]) -> Config:
@@ -322,28 +317,6 @@ def without_downloads(cfg: Config, say: Callable[[str], object]) -> Config:
         say(f"dry run: init={cfg.init} is not downloaded")
         cfg = replace(cfg, init=None)
     return cfg
-
-
-def make_model(
-    cfg: Config,
-    card: Card,
-    dataset: Dataset,
-    fold: Fold,
-    build: Callable[..., tuple[nn.Module, Card]] = finetuning.build_model,
-) -> tuple[nn.Module, Card]:
-    """The network to train, and the card with its start and all cases that it will have seen."""
-    network, card = build(
-        card,
-        dataset.name,
-        scratch=cfg.scratch,
-        weights=cfg.weights,
-        drop_path_rate=DROP_PATH_RATE,
-    )
-    if card.encoder:
-        network.set_grad_checkpointing(cfg.checkpointing)
-        if cfg.freeze == "encoder":
-            set_frozen(network.encoder, True)
-    return network, finetuning.record_start(card, network, fold, init=cfg.init)
 
 
 if __name__ == "__main__":

@@ -143,12 +143,7 @@ def dump(config: DataclassInstance) -> str:
 
 
 def digest(config: DataclassInstance, leave_out: Collection[str] = ()) -> str:
-    """Twelve hexadecimal digits that identify the values of a configuration.
-
-    Args:
-        config: The configuration.
-        leave_out: Keys whose values do not count.
-    """
+    """Twelve hexadecimal digits that identify the values of a configuration."""
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in leave_out}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -16,11 +16,7 @@ RESULTS = "recipes/studies/results"  # kept results, seen from a checkout's root
 
 
 def provenance(repository: Path) -> dict[str, object]:
-    """Machine, library versions, commit and date of this run.
-
-    Args:
-        repository: A folder inside the git checkout whose code runs.
-    """
+    """Machine, library versions, commit and date of this run."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(repository),

@@ -48,13 +48,7 @@ CASES: dict[str, Variant] = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One compared tensor.
-
-    Args:
-        case: A name in `CASES`.
-        tensor: What was compared.
-        error: Relative L2 error of its samples.
-    """
+    """One compared tensor."""
 
     case: str
     tensor: str
@@ -97,13 +91,7 @@ def network_of(sizes: Variant) -> Sam3D:
 
 
 def outputs(network: nn.Module, sizes: Variant, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Outputs of a promptable network for one volume, one click, and a second click.
-
-    Args:
-        network: Has the three parts, which may be the reference's.
-        sizes: Sizes of the network.
-        dtype: Number format of the network.
-    """
+    """Outputs of a promptable network for one volume, one click, and a second click."""
     side = sizes.img_size
     volume = _noise("volume", 1, 1, side, side, side).to(dtype)
     points = torch.from_numpy(_bits("points", 6) % side).view(1, 2, 3).to(dtype)

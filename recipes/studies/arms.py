@@ -35,7 +35,7 @@ class ArmConfig(finetune_unetr.Config):
     channel_gains: tuple[float, ...] | None = None  # share of each input channel; None: equal
     peft: Literal["none", "lora", "bottleneck"] = "none"  # trained beside a frozen encoder
     peft_size: PositiveInt = 8  # rank of LoRA, width of bottlenecks
-    drop_path_rate: float = finetune_unetr.DROP_PATH_RATE
+    drop_path_rate: float = 0.1
     channels_last: bool = False  # memory layout that is faster on some CPUs
 
     def __post_init__(self) -> None:
@@ -80,7 +80,8 @@ class ArmConfig(finetune_unetr.Config):
             lora_rank=self.peft_size if self.peft == "lora" else 0,
             channel_gains=self.channel_gains,
             wrap=ZeroedEncoder if self.control == "zero_encoder" else None,
-            **given | {"drop_path_rate": self.drop_path_rate},
+            drop_path_rate=self.drop_path_rate,
+            **given,
         )
         if self.channels_last:
             network.to(memory_format=torch.channels_last_3d)

@@ -382,12 +382,7 @@ def variant_of_command(args: argparse.Namespace) -> str:
 
 
 def chosen_network(build: "Callable[..., NetworkT]", args: argparse.Namespace) -> "NetworkT":
-    """The network of the command line on its device.
-
-    Args:
-        build: `sam` or `encoder`.
-        args: Arguments that `add_network` declared.
-    """
+    """The network of the command line on its device."""
     variant = variant_of_command(args)
     network = build(variant, pretrained=not args.random, weights=args.weights)
     return on_device(network, args.device)

@@ -22,14 +22,7 @@ from sammed3d_backbone.strategies import Click, Draws
 def header_of(
     rules: ClickRules, click_set: ClickSet, tracks: Iterable[str], *, classes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The header of a journal, apart from model and versions.
-
-    Args:
-        rules: Rules of the protocol.
-        click_set: The cases.
-        tracks: Names of the tracks of the rules that are played.
-        classes: Classes that the set was narrowed to; empty for all.
-    """
+    """The header of a journal, apart from model and versions."""
     return {
         "protocol": rules.name,
         "source": rules.source,
@@ -55,16 +48,7 @@ def run_benchmark(
     *,
     progress: bool = True,
 ) -> None:
-    """Plays every target and track that is not in the journal yet.
-
-    Args:
-        model: The model under test.
-        rules: Rules of the protocol.
-        click_set: The cases.
-        journal: Gets the lines.
-        tracks: Names of the tracks of the rules to play.
-        progress: Whether to show a bar on standard error.
-    """
+    """Plays every target and track that is not in the journal yet."""
     player = Player(model)
     bar = tqdm(click_set.cases, unit="case", disable=not progress)
     for case in bar:

@@ -26,11 +26,6 @@ Key = tuple[str, str, str]  # case, class, track
 class Journal:
     """The result folder of one run, new or resumed.
 
-    Args:
-        folder: The result folder.
-        header: The first line; the other lines depend on it.
-        steps: Number of lines per target and track.
-
     Raises:
         ValueError: If the folder holds results of another header; names what differs.
     """

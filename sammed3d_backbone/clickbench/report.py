@@ -42,13 +42,7 @@ STARTS = {
 
 
 def write_click_report(folder: Path, click_set: ClickSet, machine: Mapping[str, Any]) -> Path:
-    """Writes ``summary.json``, ``worst.png`` and ``report.html`` of a finished run.
-
-    Args:
-        folder: Result folder with ``clicks.jsonl``, ``times.jsonl`` and masks.
-        click_set: The cases of the run, for the images of the worst targets.
-        machine: Machine and versions, see `provenance`.
-    """
+    """Writes ``summary.json``, ``worst.png`` and ``report.html`` of a finished run."""
     header, lines = read_journal(folder)
     rules = rules_of(header["protocol"])
     summary = {

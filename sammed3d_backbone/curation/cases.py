@@ -44,13 +44,7 @@ Decision = dict[str, Any]
 
 
 def curate_case(raw: LabelledCase, folder: Path, rules: CurationRules) -> None:
-    """Writes the folder of a case.
-
-    Args:
-        raw: The case.
-        folder: Parent of the folders of all cases.
-        rules: Rules for its masks.
-    """
+    """Writes the folder of a case."""
     final = inside(folder, raw.case.id)
     staging = final.with_name(f".{final.name}.partial")  # no case has such an id
     for earlier in (staging, final):
@@ -120,10 +114,6 @@ def open_grid(case: Case) -> Volume:
 
 def raw_targets(raw: LabelledCase, grid: Volume) -> Iterator[tuple[ClassMask, float]]:
     """The raw masks of a case, one at a time, and the distance in mm of each from the grid.
-
-    Args:
-        raw: The case.
-        grid: Grid of its image.
 
     Raises:
         FileNotFoundError: If a file is not there.

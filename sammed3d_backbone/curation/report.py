@@ -107,15 +107,7 @@ def write_curation_report(
     rules: CurationRules,
     about: Mapping[str, object],
 ) -> Path:
-    """Writes ``summary.json``, ``examples/*.png`` and ``report.html`` of a finished run.
-
-    Args:
-        folder: Result folder of `curate`.
-        raw_sets: Data sets that `curate` returned.
-        decisions: Decisions that `curate` returned.
-        rules: The rules that were applied.
-        about: Command, preset, machine and versions.
-    """
+    """Writes ``summary.json``, ``examples/*.png`` and ``report.html`` of a finished run."""
     limits = dataclasses.asdict(rules)
     summary = {**about, "rules": limits, **count_decisions(decisions)}
     write_json(folder / "summary.json", summary)

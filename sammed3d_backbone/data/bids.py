@@ -23,10 +23,6 @@ OF_THE_LABEL = ("atlas", "desc", "label", "res", "seg", "space")  # entities an 
 def read_bids(folder: Path, problems: list[str]) -> Dataset:
     """The data set of a BIDS folder with one labelled derivative.
 
-    Args:
-        folder: Contains dataset_description.json and derivatives/.
-        problems: Gets a line for everything that is wrong.
-
     Raises:
         DatasetError: If dataset_description.json is not a JSON object.
     """

@@ -34,10 +34,6 @@ def class_problems(case: Case, classes: Collection[str]) -> list[str]:
 
     Voxels of a class that is not annotated are allowed, since they are not used. An annotated
     class without voxels would be taken for absent.
-
-    Args:
-        case: The case of the label.
-        classes: Names of the classes that have voxels, without background.
     """
     if not classes:
         return [f"{case.label}: holds background only; remove the case or label it"]

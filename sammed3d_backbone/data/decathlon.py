@@ -20,10 +20,6 @@ DESCRIPTION = "dataset.json"
 def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
     """The data set of a folder with a dataset.json.
 
-    Args:
-        folder: Contains dataset.json.
-        problems: Gets a line for everything that is wrong.
-
     Raises:
         DatasetError: If dataset.json is not a JSON object.
     """

@@ -83,13 +83,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def read_described(folder: Path, layout: Layout, problems: list[str]) -> Dataset:
-    """The data set of a folder as the layout describes it.
-
-    Args:
-        folder: The patterns are relative to it.
-        layout: Describes the files.
-        problems: Gets a line for everything that is wrong.
-    """
+    """The data set of a folder as the layout describes it."""
     splits = _split_table(folder, layout, problems)
     cases = []
     for name, split in sorted(_ids(folder, layout)):

@@ -120,11 +120,6 @@ def clicks_figure(path: Path, image: Volume, shown: Sequence[Clicked]) -> None:
     """Writes a PNG: one row per object, three planes through its first click.
 
     Clicks that lie in a plane are full marks, the others faint ones: + inside, x outside.
-
-    Args:
-        path: The PNG file.
-        image: One channel.
-        shown: Objects, drawn from top to bottom.
     """
     figure = Figure(figsize=(9, 0.8 + 3.0 * len(shown)), layout="constrained")
     geometry = Geometry.plan(image.shape, image.affine)

@@ -77,12 +77,6 @@ def surface_dice(prediction: Mask, label: Mask, spacing_mm: TripleMm, tolerance_
     Shapes:
         prediction: (X, Y, Z).
         label: (X, Y, Z).
-
-    Args:
-        prediction: Predicted mask.
-        label: Reference mask.
-        spacing_mm: Voxel spacing along X, Y, Z.
-        tolerance_mm: Distance that still counts as right.
     """
     score = partial(compute_surface_dice, class_thresholds=[tolerance_mm], use_subvoxels=True)
     return _of_pair(score, prediction, label, spacing_mm, one_empty=0.0)
@@ -96,11 +90,6 @@ def hausdorff95_mm(prediction: Mask, label: Mask, spacing_mm: TripleMm) -> float
     Shapes:
         prediction: (X, Y, Z).
         label: (X, Y, Z).
-
-    Args:
-        prediction: Predicted mask.
-        label: Reference mask.
-        spacing_mm: Voxel spacing along X, Y, Z.
     """
     score = partial(compute_hausdorff_distance, percentile=95)
     return _of_pair(score, prediction, label, spacing_mm, one_empty=math.inf)

@@ -22,12 +22,6 @@ def draw_voxels(
 ) -> NDArray[np.intp]:
     """Draws the same number of voxels from every class, or all where a class has fewer.
 
-    Args:
-        label: (X, Y, Z) integers.
-        values: Classes to draw.
-        per_class: Voxels of each.
-        rng: Random generator.
-
     Shapes:
         returns: (N, 3) indices.
     """

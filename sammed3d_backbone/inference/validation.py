@@ -25,13 +25,7 @@ MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr", "US": "us"}  # by DIC
 
 @dataclass(frozen=True, eq=False)
 class ValidatedVolume:
-    """A validated volume: one channel of finite real numbers with contrast and a usable spacing.
-
-    Args:
-        volume: (X, Y, Z).
-        low: Lowest value.
-        high: Highest value.
-    """
+    """A validated volume: one channel of finite real numbers with contrast and a usable spacing."""
 
     volume: Volume
     low: float

@@ -23,14 +23,7 @@ STEM = "patch_embed.proj.weight"
 
 @dataclass(frozen=True)
 class Change:
-    """One tensor that was altered while loading.
-
-    Args:
-        name: Name of the tensor in the network.
-        before: Shape or dtype in the file.
-        after: Shape or dtype in the network.
-        rule: How it was altered.
-    """
+    """One tensor that was altered while loading."""
 
     name: str
     before: str

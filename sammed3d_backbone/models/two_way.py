@@ -48,12 +48,6 @@ class PromptAttention(nn.Module):
 class TwoWayLayer(nn.Module):
     """One layer: among prompt tokens, from image to tokens, MLP, and from tokens to image.
 
-    Args:
-        embed_dim: Width F.
-        num_heads: Heads of all three attentions.
-        mlp_dim: Hidden width of the MLP.
-        is_first: Tokens are their own position code there.
-
     Shapes:
         tokens, token_pos: (P, M, F). image: (P, N, F). image_pos: (1 or P, N, F).
         returns: tokens and image, shaped as they came.

@@ -48,9 +48,6 @@ def init_weights(network: Sam3D) -> None:
       labels are small against the position codes: a click attends to its own position, and that
       position to the click. This helps with point_pos="aligned" only; "swapped" gives a click and
       its token different codes.
-
-    Args:
-        network: A promptable network.
     """
     encoder, decoder = network.image_encoder, network.mask_decoder
     init_sincos_pos_embed(encoder)

@@ -16,12 +16,7 @@ MEASURED = 3  # steps
 
 
 class DryRun:
-    """Measures network, data and steps from its construction on, without the libraries' memory.
-
-    Args:
-        device: The device that trains.
-        steps: Optimiser steps of the whole run.
-    """
+    """Measures network, data and steps from its construction on, without the libraries' memory."""
 
     def __init__(self, device: torch.device, steps: int) -> None:
         self.device, self.steps = device, steps
@@ -36,11 +31,7 @@ class DryRun:
             self._before = resident_bytes("VmRSS")
 
     def measured(self, began: float) -> bool:
-        """Notes a step that has just ended; returns whether enough steps were measured.
-
-        Args:
-            began: Value of `time.monotonic` at its start.
-        """
+        """Notes a step that has just ended; returns whether enough steps were measured."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.step_seconds.append(time.monotonic() - began)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -16,7 +17,7 @@ from sammed3d_backbone.adapters.lora import add_lora
 from sammed3d_backbone.adapters.registry import accepted_options, adapter
 from sammed3d_backbone.data.datasets import Dataset, Fold
 from sammed3d_backbone.data.preparation import load_image
-from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing, Statistics
+from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing
 from sammed3d_backbone.evaluation.report import About, write_results
 from sammed3d_backbone.evaluation.scores import score_cases, summarise_scores
 from sammed3d_backbone.inference.card import Card
@@ -32,88 +33,63 @@ from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.hub import resolve
 from sammed3d_backbone.loading.inflation import DepthFilter
 from sammed3d_backbone.loading.opening import CARD_KEY
-from sammed3d_backbone.loading.registry import from_metadata
+from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, from_metadata
 from sammed3d_backbone.provenance import command_line, library_versions, provenance, strip_directory
 from sammed3d_backbone.training.runs import Progress, Run
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def choose_preprocessing(
-    weights: str | None,
-    dataset: Dataset,
-    *,
-    spacing_mm: tuple[float, float, float] | None = None,
-    intensity: str | None = None,
-    statistics: Statistics | None = None,
-    crop_vox: int | None = None,
-) -> tuple[Preprocessing, list[str]]:
-    """The preprocessing that weights expect, with some fields overridden, and lines that say so.
+
+def make_card(
+    cfg: DataclassInstance, dataset: Dataset, say: Callable[[str], object] = print
+) -> Card:
+    """The card of a network that is to be trained.
+
+    Its preprocessing is that of the weights, unless the configuration sets `spacing_mm` ((0, 0, 0)
+    keeps that of each scan), `intensity`, `statistics` or `crop_vox`; says what is overridden.
 
     Args:
-        weights: Name or file; None if there are none.
-        dataset: Its channels decide whether the intensity mode is that of CT.
-        spacing_mm: Voxel spacing; (0, 0, 0) keeps that of each scan. None leaves it to the weights,
-            as for the other fields.
-        intensity: A mode of `data.intensity.normalise`.
-        statistics: Voxels behind mean and deviation.
-        crop_vox: Side of the crop.
+        cfg: Configuration of the recipe.
+        dataset: Gives channels and classes; its channels decide whether it is CT.
+        say: Prints a line.
     """
+    settings = dataclasses.asdict(cfg)
+    weights = settings["weights"] or DEFAULT_WEIGHTS.get(settings["variant"])
     known = None if weights is None else _preprocessing_of(weights)
-    notes = []
     if known is None:
         known = SAM_MED3D
-        notes.append("the weights do not state theirs; that of SAM-Med3D is assumed")
+        say("preprocessing: the weights do not state theirs; that of SAM-Med3D is assumed")
     modes, is_ct = known.intensity, {name.upper() for name in dataset.channels} == {"CT"}
     known = replace(
         known, intensity={DEFAULT: modes.get("ct" if is_ct else DEFAULT, modes[DEFAULT])}
     )
     given: dict[str, Any] = {}
-    if spacing_mm is not None:
+    if (spacing_mm := settings["spacing_mm"]) is not None:
         given["spacing_mm"] = spacing_mm if any(spacing_mm) else None
-    if intensity is not None:
-        given["intensity"] = {DEFAULT: intensity}
-    if statistics is not None:
-        given["statistics"] = statistics
-    if crop_vox is not None:
-        given["crop_vox"] = (crop_vox,) * 3
-    chosen = replace(known, **given)
-    changed = [name for name in given if getattr(chosen, name) != getattr(known, name)]
-    notes += [f"{n}={getattr(chosen, n)} instead of {getattr(known, n)}" for n in changed]
-    return chosen, [*notes, str(chosen.to_dict())]
-
-
-def _preprocessing_of(weights: str) -> Preprocessing | None:
-    """The preprocessing in the record of weights; None if it is not recorded."""
-    record, path = resolve(weights)
-    if path is None or record.preprocessing is not None:
-        return record.preprocessing
-    metadata = read(path)[1]
-    if CARD_KEY in metadata:
-        return Card.from_json(metadata[CARD_KEY]).preprocessing
-    return from_metadata(record, metadata).preprocessing
-
-
-def make_card(dataset: Dataset, preprocessing: Preprocessing, settings: Mapping[str, Any]) -> Card:
-    """The card of a network that is to be trained.
-
-    Args:
-        dataset: Gives channels and classes.
-        preprocessing: The one of weights and configuration.
-        settings: The recipe's configuration: `model`, `variant`, `feature_size`, `overlap` and
-            `keep_largest_component` are read, everything is stored.
-    """
-    encoder: dict[str, Any] = {}
-    adapter: dict[str, Any] = {}
-    if settings["model"] != "basicunet":
-        encoder = {
-            "variant": settings["variant"],
-            "in_chans": len(dataset.channels),
-            "img_size": preprocessing.crop_vox[0],
-        }
-        adapter = accepted_options(settings["model"], feature_size=settings["feature_size"])
+    if settings["intensity"] is not None:
+        given["intensity"] = {DEFAULT: settings["intensity"]}
+    if settings["statistics"] is not None:
+        given["statistics"] = settings["statistics"]
+    if settings["crop_vox"] is not None:
+        given["crop_vox"] = (settings["crop_vox"],) * 3
+    preprocessing = replace(known, **given)
+    for name in given:
+        if (now := getattr(preprocessing, name)) != (before := getattr(known, name)):
+            say(f"preprocessing: {name}={now} instead of {before}")
+    say(f"preprocessing: {preprocessing.to_dict()}")
+    has_encoder = settings["model"] != "basicunet"
+    encoder = {
+        "variant": settings["variant"],
+        "in_chans": len(dataset.channels),
+        "img_size": preprocessing.crop_vox[0],
+    }
     return Card(
         network=settings["model"],
-        encoder=encoder,
-        adapter=adapter,
+        encoder=encoder if has_encoder else {},
+        adapter=accepted_options(settings["model"], feature_size=settings["feature_size"])
+        if has_encoder
+        else {},
         labels=dataset.labels,
         channels=dataset.channels,
         preprocessing=preprocessing,
@@ -130,6 +106,17 @@ def make_card(dataset: Dataset, preprocessing: Preprocessing, settings: Mapping[
     )
 
 
+def _preprocessing_of(weights: str) -> Preprocessing | None:
+    """The preprocessing in the record of weights; None if it is not recorded."""
+    record, path = resolve(weights)
+    if path is None or record.preprocessing is not None:
+        return record.preprocessing
+    metadata = read(path)[1]
+    if CARD_KEY in metadata:
+        return Card.from_json(metadata[CARD_KEY]).preprocessing
+    return from_metadata(record, metadata).preprocessing
+
+
 def build_model(
     card: Card,
     dataset_name: str,
@@ -137,7 +124,7 @@ def build_model(
     scratch: bool = False,
     weights: str | None = None,
     inflate: DepthFilter | None = None,
-    drop_path_rate: float = 0.0,
+    drop_path_rate: float = 0.1,
     lora_rank: int = 0,
     channel_gains: Sequence[float] | None = None,
     wrap: Callable[[Encoder], Encoder] | None = None,

@@ -88,13 +88,7 @@ def part_scaled(
 
 
 def describe(model: nn.Module, optimizer: Optimizer, lr: float) -> str:
-    """The optimiser's groups as a table: highest learning rate, weight decay, size, layers.
-
-    Args:
-        model: Names the parameters.
-        optimizer: Its optimiser.
-        lr: Highest learning rate of the schedule.
-    """
+    """The optimiser's groups as a table: highest learning rate, weight decay, size, layers."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rows = [f"{'lr':>9} {'decay':>6} {'tensors':>8} {'parameters':>12}  layers"]
     for group in optimizer.param_groups:

@@ -1,12 +1,9 @@
-"""Every encoder under every adapter: what an adapter promises, checked pair by pair.
-
-    python -m tests.checks.check_adapters      # -> results/adapters.md
+"""Checks of an encoder under an adapter, which tests/adapters/test_pairs.py runs on all pairs.
 
 Encoders are this package's and two of MONAI's behind the contract, adapters the pyramids and the
-networks that cards name. tests/adapters/test_pairs.py runs the same pairs.
+networks that cards name.
 """
 
-import argparse
 import runpy
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,18 +16,15 @@ import torch
 from monai.networks.nets import SwinUNETR
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool3d
-from tqdm import tqdm
 
 from sammed3d_backbone import encoder
-from sammed3d_backbone.adapters.contract import Encoder, check_encoder
+from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.pyramid import KINDS, Pyramid, pyramid
 from sammed3d_backbone.adapters.registry import ADAPTERS, accepted_options, adapter
 from sammed3d_backbone.data.preprocessing import Preprocessing
-from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.loading.checkpoint import read, write
-from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.freezing import set_frozen
 
 HERE = Path(__file__).parent
@@ -236,65 +230,3 @@ CHECKS: dict[str, Callable[[Pair], bool]] = {
     "freezing": stays_frozen,
     "file": comes_back_from_a_file,
 }
-NOTES = {
-    "shapes": "logits of every voxel, or maps of the declared strides and channels",
-    "gradient": "a training step reaches every parameter with finite values",
-    "odd sizes": "the same shapes on an odd token grid, a box where the encoder takes boxes",
-    "3 channels": "the same shapes with three input channels",
-    "freezing": "a frozen encoder has no gradient and survives `.train()`; it can be freed again",
-    "file": "back from one file with equal outputs, by its card alone where a card names it",
-}
-
-
-def table() -> str:
-    """The matrix as Markdown."""
-    columns = [*PYRAMIDS, *NETWORKS]
-    lines = [f"| encoder | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    passed = 0
-    pairs = tqdm(total=len(ENCODERS) * len(columns), unit="pair")
-    for name, source in ENCODERS.items():
-        check_encoder(source.make(source.channels, CUBE))
-        cells = []
-        for column in columns:
-            failed = Pair(source, column).failed()
-            passed += len(CHECKS) - len(failed)
-            cells.append(f"fails: {', '.join(failed)}" if failed else f"{len(CHECKS)}")
-            pairs.update()
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    whole = pairs.total * len(CHECKS)
-    notes = [f"- *{name}*: {note}" for name, note in NOTES.items()]
-    about = provenance(HERE)
-    return "\n".join(
-        [
-            "# Encoders under adapters",
-            "",
-            f"{len(ENCODERS)} encoders, which all pass `check_encoder`, under {len(columns)} "
-            f"adapters: {passed} of {whole} checks passed. A cell counts those of its pair:",
-            "",
-            *notes,
-            "",
-            *lines,
-            "",
-            f"`python -m tests.checks.check_adapters`, torch {about['torch']}, "
-            f"MONAI {about['monai']}, "
-            f"commit {about['commit']}, {about['date']}.",
-            "",
-        ]
-    )
-
-
-def main() -> None:
-    """Checks all pairs and writes the matrix."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "adapters.md")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    text = table()
-    write_text(arguments.out, text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,22 +1,13 @@
-"""Every challenge config on made-up files in its layout: model, batch, step, prediction.
+"""A challenge config on synthetic files in its layout: model, batch, step, prediction.
 
-    python -m tests.checks.check_challenges        # each at its own size
-    python -m tests.checks.check_challenges kits brats  # these only
-    python -m tests.checks.check_challenges --table  # the table of recipes/configs/README.md
-
-The files hold noise, so nothing is learned here; what shows is that the layout is read, and that
-channels, classes, spacing and crop fit the network. Weights are random: no download. Each config
-runs in a process of its own, on the CPU. `--dry-run` estimates the memory of a training.
+The files hold noise, so nothing is learned; the check shows that the layout is read, and that
+channels, classes, spacing and crop fit the network. The initialisation is random: no download.
 """
 
-import argparse
 import csv
 import json
 import math
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,17 +18,14 @@ from accelerate import Accelerator
 from sammed3d_backbone.recipes.finetune_unetr import Config, choose_cases, make_card
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from sammed3d_backbone import config
 from sammed3d_backbone.data.crops import CropStream
+from sammed3d_backbone.data.datasets import Dataset
 from sammed3d_backbone.data.layouts import SPLITS, Layout, read_layout
 from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.segmenter import Segmenter, build_network
-from sammed3d_backbone.loading.exposure import seen_in_pretraining
-from sammed3d_backbone.loading.registry import WEIGHTS
-from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training import optim
 from sammed3d_backbone.training.losses import partial_dice_ce
 
@@ -175,8 +163,8 @@ def write_decathlon(folder: Path, task: Task) -> None:
     (folder / "dataset.json").write_text(json.dumps(description))
 
 
-def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """One config: read, build, one step, one prediction.
+def check(path: Path, overrides: Mapping[str, Any]) -> Dataset:
+    """Reads a config, builds its network, takes one step and predicts; returns the data set.
 
     Args:
         path: Of the config.
@@ -199,12 +187,10 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=True)
         optimizer = optim.layer_decayed(network, layer_decay=cfg.layer_decay)
         optim.set_lr(optimizer, 1e-3)
-        start = time.perf_counter()
         with accelerator.autocast():
             loss = loss_of(network, batch)
         loss.backward()
         optimizer.step()
-        seconds = time.perf_counter() - start
         held_out = next(case for case in dataset.cases if case.id == fold.val[0])
         image = load_image(held_out)
         with accelerator.autocast():
@@ -213,23 +199,7 @@ def check(path: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{path.stem}: the prediction lies on another grid than its image")
     if not math.isfinite(loss.item()):
         raise ValueError(f"{path.stem}: the loss is {loss.item()}")
-    return {
-        "layout": Path(cfg.layout).stem if cfg.layout else "dataset.json",
-        "name": dataset.name,
-        "channels": dataset.channels,
-        "classes": len(dataset.classes),
-        "cases": len(dataset.cases),
-        "spacing_mm": cfg.spacing_mm,
-        "intensity": cfg.intensity,
-        "flip_axes": cfg.flip_axes,
-        "crop_vox": cfg.crop_vox,
-        "batch": cfg.batch,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "loss": round(loss.item(), 4),
-        "step_s": round(seconds, 2),
-        "precision": cfg.mixed_precision,
-        "seen": seen_in_pretraining(WEIGHTS["turbo"], dataset.name).verdict,
-    }
+    return dataset
 
 
 def loss_of(network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -237,52 +207,6 @@ def loss_of(network: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return partial_dice_ce(network(batch["image"]).float(), batch["label"], batch["annotated"])
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The table of recipes/configs/README.md as Markdown."""
-    head = "config | classes | channels | spacing, crop | flips | batch | seen | licence"
-    lines = [f"| {head} |", "|---|---|---|---|---|---|---|---|"]
-    for name, row in result["configs"].items():
-        layout = None if row["layout"] == "dataset.json" else layout_of(row["layout"])
-        group = f" ({layout.group})" if layout and layout.group else ""
-        licence = layout.licence if layout else "CC BY-SA 4.0"
-        spacing = " x ".join(f"{mm:g}" for mm in dict.fromkeys(row["spacing_mm"]))
-        lines.append(
-            f"| `{name}`{group} | {row['classes']} | {', '.join(row['channels'])} | {spacing} mm, "
-            f"{row['crop_vox']}³ | {row['flip_axes'] or 'none'} | {row['batch']} | "
-            f"{row['seen']} | {licence} |"
-        )
-    return "\n".join(lines)
-
-
 def layout_of(stem: str) -> Layout:
     """The layout of a challenge."""
     return read_layout(RECIPES / "layouts" / f"{stem}.yaml")
-
-
-def main() -> None:
-    """Checks each config in its own process and keeps the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    configs = challenge_configs()
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(configs)}; all when left out")
-    parser.add_argument("--table", action="store_true", help="print the table and check nothing")
-    parser.add_argument("--one", choices=configs, help="check one here and print its figures")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "challenges.json")
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(check(configs[arguments.one], {})))
-        return
-    result = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"configs": {}}
-    if not arguments.table:
-        for name in tqdm(arguments.names or configs, unit="config"):
-            command = [sys.executable, "-m", "tests.checks.check_challenges", "--one", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            result["configs"][name] = json.loads(done.stdout.splitlines()[-1])
-            result = {"configs": dict(sorted(result["configs"].items())), **provenance(HERE)}
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
-
-
-if __name__ == "__main__":
-    main()

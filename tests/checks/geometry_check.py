@@ -1,7 +1,4 @@
-"""How exactly volumes come back from the network's grid, in every orientation.
-
-    python -m tests.checks.geometry_check                # 1,200 volumes -> results/geometry.json
-    python -m tests.checks.geometry_check --cases 48     # one per orientation
+"""The exactness of the way to the network's grid and back, in every orientation.
 
 A case is a random volume: one of the 48 ways to lay three axes into a file, turned by any angles
 (exactly 45 degrees among them), sheared now and then, with its own odd size and spacing, brought
@@ -9,12 +6,10 @@ to a random spacing and padded to a random box. `errors` compares `Geometry` wit
 an affine and with SciPy's interpolation; tests/data/test_geometry.py runs the same function.
 """
 
-import argparse
 import itertools
-import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -24,7 +19,6 @@ from scipy.ndimage import map_coordinates
 
 from sammed3d_backbone.data.geometry import Geometry
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.provenance import provenance
 
 HERE = Path(__file__).parent
 # (which of the axes R, A, S, which sign) of array axes 0, 1, 2
@@ -236,34 +230,3 @@ def _way_back(case: Case, geometry: Geometry, rng: np.random.Generator) -> dict[
         "labels, way back": float((differs & is_clear).sum()),
         "labels, nearest": float(((taken != wanted) & ~is_tie).sum()),
     }
-
-
-def main() -> None:
-    """Checks, prints the worst error of each kind and writes them with their cases."""
-    parser = argparse.ArgumentParser(description="Exactness of the way to the network and back.")
-    parser.add_argument("--cases", type=int, default=1200)
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "geometry.json")
-    arguments = parser.parse_args()
-    worst = dict.fromkeys(BOUNDS, (0.0, None))
-    seen = set()
-    for case in draw(arguments.cases):
-        seen.add(case.orientation)
-        for kind, error in errors(case).items():
-            if error > worst[kind][0]:
-                worst[kind] = (error, asdict(case))
-    result = {
-        "cases": arguments.cases,
-        "orientations": len(seen),
-        "worst": {kind: error for kind, (error, _) in worst.items()},
-        "bounds": BOUNDS,
-        "worst_cases": {kind: case for kind, (_, case) in worst.items() if case},
-        **provenance(HERE),
-    }
-    for kind, error in result["worst"].items():
-        print(f"{kind}: {error:.3g} (at most {BOUNDS[kind]:.3g})")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

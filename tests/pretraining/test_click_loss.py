@@ -7,7 +7,7 @@ from torch import nn
 from sammed3d_backbone import sam
 from sammed3d_backbone.pretraining.click_loss import (
     GRADED,
-    UNREAD,
+    UNUSED,
     WITHOUT_POINT,
     Interaction,
     dice_per_click,
@@ -42,7 +42,7 @@ def test_the_loss_reaches_every_part_that_an_interaction_reads(network, clicks):
     loss, figures = interaction(image, truth, draws, plan)
     loss.backward()
     for name, parameter in network.named_parameters():
-        is_unread = any(f".{part}." in f".{name}" for part in UNREAD)
+        is_unread = any(f".{part}." in f".{name}" for part in UNUSED)
         assert parameter.requires_grad != is_unread, name
         assert (parameter.grad is not None) != is_unread, name
     for part in ("image_encoder.patch_embed", "prompt_encoder.mask_down", "mask_decoder.iou_pred"):

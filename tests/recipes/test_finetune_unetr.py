@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sammed3d_backbone.recipes import finetune_unetr
-from sammed3d_backbone.recipes.finetune_unetr import Config, main, make_card, make_model
+from sammed3d_backbone.recipes.finetune_unetr import Config, main, make_card
 from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
 from sammed3d_backbone import config, encoder
@@ -50,10 +50,9 @@ def threads():
 
 def made(cfg, card):
     """The network to train and its start."""
-    dataset = SimpleNamespace(name="Toy")
     build = cfg.build if isinstance(cfg, ArmConfig) else finetuning.build_model
-    network, card = make_model(cfg, card, dataset, SimpleNamespace(train=[], val=[]), build)
-    return network, card
+    network, card = build(card, "Toy", scratch=cfg.scratch, weights=cfg.weights)
+    return network, finetuning.record_start(card, network, SimpleNamespace(train=[], val=[]))
 
 
 @pytest.fixture

@@ -249,9 +249,6 @@ class Predictor:
     def predict(self, object: str | None = None) -> Prediction:
         """The mask of an object.
 
-        Args:
-            object: Name of the object; None if there is only one.
-
         Raises:
             ValueError: If there is no such object, or it has no positive prompt.
         """
