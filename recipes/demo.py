@@ -125,7 +125,7 @@ def compare(cfg: finetune_unetr.Config, ours: float) -> str:
 
 
 def explain(cfg: finetune_unetr.Config, summary: dict[str, Any]) -> str:
-    """What was shown, and what to try next."""
+    """A text about what was shown and what to try next."""
     run = runs_folder() / cfg.name
     return f"""
 What you saw: a UNETR learned {" and ".join(summary["dice"])} from the training cases in

@@ -178,8 +178,8 @@ def from_model(
     card = segmenter.card
     if dict(card.labels) != dict(dataset.labels):
         raise ValueError(
-            f"the model knows {card.labels}, {dataset.name} has {dict(dataset.labels)}; give data "
-            "with the same classes"
+            f"the model has labels {card.labels}, {dataset.name} has {dict(dataset.labels)}; give "
+            "data with the same classes"
         )
     segmenter.model.to(device)
     start = card.training.get("start", {})

@@ -31,7 +31,7 @@ NOTE = (
     "not how well it generalises"
 )
 GAP_MM = 48  # the demo's crop: 32 voxels of 1.5 mm
-TRAIN_SHARE = 0.6  # of what the gap leaves
+TRAIN_SHARE = 0.6  # share of the volume without the gap
 
 
 def write_demo_data(folder: Path) -> None:

@@ -5,9 +5,9 @@
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
 The first click falls into the object, later ones where the mask is wrong, on one encoding per
-volume; large objects in simple volumes come first. Besides or instead of clicks (objectives=), the
-classes of all voxels, hidden patches, or places of one object against all others are learned. The
-same command resumes an interrupted run. Everything is written to SAMMED3D_RUNS/<name>; its
+volume; large objects in simple volumes come first. Other objectives (objectives=) can be
+added or replace the clicks: dense labels, reconstruction of hidden patches, contrast. The same
+command resumes an interrupted run. Everything is written to SAMMED3D_RUNS/<name>; its
 `last.safetensors` loads as `sam(variant, weights=FILE)`, and curve.png shows the progress; both are
 renewed at every validation.
 """
@@ -75,7 +75,7 @@ from sammed3d_backbone.training.runs import Progress, State, open_run
 
 SYNTHETIC = "synthetic"  # the source that needs no files
 SCORED_CLICKS = (1, 3, 5)
-OTHER_FIGURES = {"patch_error", "nearest_same"}  # of objectives beside the clicks
+OTHER_FIGURES = {"patch_error", "nearest_same"}  # figures of the other objectives
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class Config:
     shares: tuple[float, ...]  # relative frequency of each source
     exclude: tuple[str, ...] = ()  # names of data sets to refuse and of cases to leave out
     held_out_folds: tuple[int, ...] = ()  # their validation cases are not used at all
-    val_cases: int = 6  # subjects of each data set that are set apart for validation
+    val_cases: int = 6  # subjects of each data set that are held out for validation
     scored: tuple[str, ...] = ()  # sources used for validation; (): all
     val_crops: int = 24  # crops per validation
     variant: str = "tiny"
     weights: str | None = None  # a name or file of whole promptable networks; None: random
-    decoder_warmup_steps: int = 0  # teach a random decoder first that a click means a place
+    decoder_warmup_steps: int = 0  # steps of `warm_up_decoder` before the training
     rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
     point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
@@ -181,7 +181,7 @@ def main(cfg: Config) -> dict[str, float]:
     }
     objective = make_objective(cfg, network)
     parts = nn.ModuleDict(dict(network.named_children()))
-    # In one order always: a checkpoint knows the optimiser's parameters by their numbers.
+    # Always in this order, since checkpoints number the optimiser's parameters.
     for name in ("reconstruction", "contrast", "dense"):
         if (part := getattr(objective, name)) is not None:
             parts[name] = part
@@ -292,7 +292,7 @@ def make_network(cfg: Config, *, warm_up: bool, say: Callable[[str], object]) ->
 def scored_stream(
     cfg: Config, apart: Sequence[Source], network: Sam3D, *, part: int = 1
 ) -> ObjectStream:
-    """The crops of cases set apart that a network is scored on.
+    """The crops of held-out cases on which a network is scored.
 
     Args:
         cfg: Configuration of the run.
@@ -344,7 +344,7 @@ def make_objective(cfg: Config, network: Sam3D) -> Objective:
 
 
 def trained_before(weights: str | None) -> dict[str, Any] | None:
-    """What an earlier run of this recipe says of itself in its weights; None: nothing does."""
+    """The training record of an earlier run in its weights; None if there is none."""
     if weights is None:
         return None
     _, metadata = read(locate(weights)[1])
@@ -355,7 +355,7 @@ def trained_before(weights: str | None) -> dict[str, Any] | None:
 def open_sources(
     cfg: Config, before: Mapping[str, Any] | None
 ) -> tuple[list[Source], list[Source], dict[str, list[str]]]:
-    """What to train on, what to score on, and by name the cases that are trained on.
+    """Training sources, validation sources, and the ids of the training cases by data set.
 
     Raises:
         ValueError: If a source is excluded, or a case that was trained on before is to be scored.
@@ -373,7 +373,7 @@ def open_sources(
         name, mine, apart = choose_cases(cfg, source)
         if known := {entry.case.id for entry in apart} & cases_before(before, name):
             raise ValueError(
-                f"{min(known)} of {name} is set apart to be scored, but the weights were trained "
+                f"{min(known)} of {name} is held out for validation, but the weights were trained "
                 "on it; give seed=, val_cases= and held_out_folds= of their run"
             )
         for cases, sources, zoom, stretch in (
@@ -388,7 +388,7 @@ def open_sources(
 
 
 def _scan_of(entry: LabelledCase, dense_classes: Sequence[str]) -> LabelledScan:
-    """A case with the numbers of its dense classes, and which of these were looked for."""
+    """A case with the numbers of its dense classes, and those that are annotated in it."""
     number_of = {name: number for number, name in enumerate(dense_classes, start=1)}
     plain = {
         value: name.removeprefix("Left").removeprefix("Right")
@@ -400,7 +400,7 @@ def _scan_of(entry: LabelledCase, dense_classes: Sequence[str]) -> LabelledScan:
         for value, name in (entry.labels or {}).items()
         if entry.case.annotated is None or name in entry.case.annotated
     }
-    # A class of two sides is known only where both were looked for.
+    # A class of two sides is known only if both are annotated.
     known = {
         number
         for number in classes.values()
@@ -412,7 +412,7 @@ def _scan_of(entry: LabelledCase, dense_classes: Sequence[str]) -> LabelledScan:
 
 
 def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
-    """Of a data set, the cases that any earlier stage was trained on."""
+    """The cases of a data set that any earlier stage was trained on."""
     found: set[str] = set()
     while before is not None:
         found.update(before.get("cases", {}).get(name, ()))
@@ -421,9 +421,9 @@ def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
 
 
 def choose_cases(cfg: Config, source: str) -> tuple[str, list[LabelledCase], list[LabelledCase]]:
-    """The name of a data set, its cases to train on, and those that are set apart to be scored.
+    """The name of a data set, its training cases, and its held-out cases.
 
-    Single volumes are all trained on. Scans of one person are never on both sides.
+    Folders with a labels.json are used for training only. Subjects are never on both sides.
     """
     below = Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / source
     folder = below if below.is_dir() else Path(source).expanduser()
@@ -450,7 +450,7 @@ def choose_cases(cfg: Config, source: str) -> tuple[str, list[LabelledCase], lis
 
 
 def augmentation(flips: Sequence[float] = (0.5, 0.5, 0.5)) -> Compose:
-    """Random changes under which an object stays the object that it is."""
+    """Random changes that keep the meaning of the labels."""
     return Compose(
         [
             *(
@@ -471,9 +471,9 @@ def validate(
     crops: ObjectStream,
     clicks: Literal["newest", "all"],
 ) -> dict[str, float]:
-    """Mean Dice after the scored clicks on objects of crops that stay the same, by source too.
+    """Mean Dice after the scored clicks on fixed crops, in all and by source.
 
-    And the figures of the other objectives.
+    The figures of the other objectives are added.
     """
     objective.eval()
     network = objective.network
@@ -510,10 +510,9 @@ def save_weights(
     volumes: int,
     before: Mapping[str, Any] | None,
 ) -> None:
-    """Writes the network as weights that `sam` and `encoder` load, with all that is known of it.
+    """Writes the network as weights that `sam` and `encoder` load, with a complete record.
 
-    What was kept out of pretraining is what its first stage kept out; sets that a later one adds
-    count as seen all the same.
+    `held_out` is that of the first stage; data sets that a later stage adds count as seen.
 
     Args:
         path: File to write.

@@ -218,7 +218,7 @@ def write_report(out: Path) -> None:
 
 
 def gain_of(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
-    """What an encoder has over the random one, per block and probe, paired by subject."""
+    """The gain over the random encoder, per block and probe, paired by subject."""
     pairs = tables.paired(ours, theirs, ["block", "probe", "subject"], ["accuracy"])
     lines = []
     for (name, block, kind), own in pairs.groupby(["run", "block", "probe"], sort=False):

@@ -46,7 +46,7 @@ DATA = HERE / "../../../shared/data/singles/totalsegmentator"
 SIDE, CELLS, SPACING_MM = 128, 32, 1.5
 OBJECTS = 13
 LATER_CLICKS = 10
-LEAST_VOXELS = 27  # of a structure that is clicked
+LEAST_VOXELS = 27  # smallest structure that is clicked
 LARGE = (512, 512, 800)  # voxels of the volume for peak memory
 LARGE_MM = (0.8, 0.8, 0.7)
 
@@ -174,7 +174,7 @@ def _centre(mask: np.ndarray, volume: Volume) -> tuple[int, int, int]:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """How long an action takes."""
+    """Wall-clock seconds of an action."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
@@ -198,7 +198,7 @@ def measure(scan: Path, labels: Path, runs: int, runs_many: int) -> dict[str, ob
         times: dict[str, list[float]] = {"reference": [], "ours": []}
         for number in tqdm(range(count + 1), desc=f"{len(some)} objects"):
             mine = seconds(lambda some=some: our_masks(predictor, scan, some))
-            if number == 0:  # not counted; the reference is long past caring
+            if number == 0:  # warm-up, not counted
                 continue
             times["ours"].append(mine)
             times["reference"].append(seconds(lambda some=some: reference_of(some)))
@@ -234,8 +234,8 @@ def peak(name: str, scan: Path, labels: Path) -> dict[str, float]:
 def measure_peak(name: str, scan: Path, labels: Path) -> dict[str, float]:
     """In this process: the highest resident size of a procedure minus that before it.
 
-    "reference" and "ours" work on the scan, "large" on a made volume of 512 x 512 x 800 voxels,
-    which is in memory before; there the times are told, too.
+    "reference" and "ours" work on the scan, "large" on a synthetic volume of 512 x 512 x 800 voxels
+    that is in memory before; its times are returned as well.
     """
     torch.manual_seed(0)
     clicks = clicks_in_one_window(scan, labels, OBJECTS)
@@ -252,7 +252,7 @@ def measure_peak(name: str, scan: Path, labels: Path) -> dict[str, float]:
         volume = Volume(scan_array, np.diag([*LARGE_MM, 1.0]))
         predictor = Predictor(network, follow=False)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest size begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident_bytes("VmRSS")
     found: dict[str, float] = {}
     if name == "reference":

@@ -222,7 +222,7 @@ def prompt_pair(case: PromptCase, seed: int) -> tuple[nn.ModuleDict, nn.ModuleDi
         if name.endswith("bias") or parameter.ndim == 1:  # norms' gains too
             with torch.no_grad():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    # Of our encoder only its sizes are asked here.
+    # Only the sizes of our encoder are used here.
     part = ImageEncoder3D(
         img_size=case.side,
         patch_size=case.side // case.grid,
@@ -255,12 +255,12 @@ def compare_prompts(case: PromptCase, seed: int = 0) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """One image or several, and what is asked about them."""
+    """One or several image embeddings and their prompts."""
 
     embedding: Tensor
     points: tuple[Tensor, Tensor] | None
     masks: Tensor | None
-    projections: tuple[Tensor, ...]  # of masks, quality, alternatives and theirs, onto one number
+    projections: tuple[Tensor, ...]  # random projections of all outputs onto one number
 
 
 def _drawn(case: PromptCase, generator: torch.Generator) -> Prompts:
@@ -283,7 +283,7 @@ def _drawn(case: PromptCase, generator: torch.Generator) -> Prompts:
     if masks is not None and below(2):
         masks = 4 * normal(*masks.shape)
     if points is None and masks is None:
-        prompts = 1  # what the reference answers to no prompt at all
+        prompts = 1  # the reference's output without any prompt
         images = 1
     shapes = [(prompts, n, *size) for n in (1, 3) for size in ((side,) * 3, ())]
     return Prompts(
@@ -409,7 +409,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def main() -> None:
-    """Measures the asked parts, writes them with their provenance and prints the tables."""
+    """Measures the chosen parts, writes them with their provenance and prints the tables."""
     parser = argparse.ArgumentParser(description="Compare the network with the reference.")
     parser.add_argument("--out", type=Path, default=HERE / "parity.json")
     parser.add_argument("--only", choices=("encoder", "prompts"), help="measure one part anew")

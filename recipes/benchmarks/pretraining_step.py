@@ -124,12 +124,12 @@ def whole_step(crop: dict[str, Tensor]) -> dict[str, float]:
     step, optimiser = smallest(losses), smallest(optimizer.step)
     # The plan is drawn for every step: here with a loss after the first, third and seventh click.
     batch["plan"] = torch.tensor([[1, 0, 1, 0, 0, 0, 1]] * cfg.batch)
-    told = cfg.batch * cfg.objects * batch["plan"].shape[1]
+    clicks = cfg.batch * cfg.objects * batch["plan"].shape[1]
     return {
         "losses": step,
         "optimiser": optimiser,
-        "clicks": told,
-        "losses and optimiser for each click of an object": round((step + optimiser) / told, 4),
+        "clicks": clicks,
+        "losses and optimiser for each click of an object": round((step + optimiser) / clicks, 4),
     }
 
 

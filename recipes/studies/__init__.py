@@ -1,1 +1,1 @@
-"""Studies of this project: what was asked, how it was measured, and what came out."""
+"""Studies of this project: scripts, configurations and results."""

@@ -51,15 +51,15 @@ HERE = Path(__file__).parent
 PROTOCOL = "clickbench/1"
 # One of Okabe and Ito's colours for each player, in the order of the tables.
 PLAYERS = {"newest": "#0072B2", "all": "#56B4E9", "untrained": "#999999", "sphere": "#E69F00"}
-SHADES = ("#D55E00", "#0072B2")  # of the first and last number of clicks
+SHADES = ("#D55E00", "#0072B2")  # first and last number of clicks
 RATED = ("newest", "all")  # players whose predicted Dice is compared with the true one
 DIFFERENCES = (("newest", "untrained"), ("newest", "sphere"), ("all", "newest"))
 MEASURES = {"dice": "Dice", "nsd_2mm": "NSD at 2 mm"}
 COLUMNS = ("case", "subject", "class", "step", *MEASURES, "predicted_dice")
-TARGET = ("case", "class", "step")  # what two players are paired by
+TARGET = ("case", "class", "step")  # key by which two players are paired
 BINS = 5  # groups of equal count in which predicted and true Dice are compared
 
-# What the results of a player depend on; its objects, each with what it is played on.
+# Header of a player's journal, and its models with the cases of each.
 Entry = tuple[dict[str, Any], list[tuple[PromptableModel, ClickSet]]]
 
 
@@ -76,7 +76,7 @@ class Config:
     clicks: tuple[int, ...] = (1, 3, 5, 10)  # numbers of clicks that are reported; the last ends it
     out: str = "click_study"  # folder of the results, relative to recipes/studies/results
     threads: int = 0  # 0: all cores
-    seed: int = 0  # of the random initialisation
+    seed: int = 0  # seed of the random initialisation
 
     def __post_init__(self) -> None:
         steps = rules_of(PROTOCOL).steps
@@ -139,7 +139,7 @@ def main(cfg: Config, *, report: bool = False) -> None:
     write_report(out, cfg.clicks)
 
 
-# --- who plays, and on what ---------------------------------------------------------------------
+# --- players and cases -------------------------------------------------------------------------
 
 
 def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:

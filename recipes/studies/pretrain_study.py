@@ -45,8 +45,8 @@ class Study:
     base: str  # configuration of the pretraining, relative to this script
     out: str  # folder of the results, relative to recipes/studies/results
     arms: Mapping[str, Mapping[str, Any]]  # arm -> its settings; the first is the baseline
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of every arm
-    crops: int = 96  # that all arms are scored on
+    settings: Mapping[str, Any] = field(default_factory=dict)  # for every arm
+    crops: int = 96  # number of crops on which all arms are scored
 
 
 def main(study: Study, *, report: bool = False) -> None:
@@ -85,13 +85,13 @@ def train(arm: str, settings: Mapping[str, Any], study: Study, out: Path) -> Non
     keys = ["step", "cpu_seconds", "dice_first", "dice_1", "patch_error"]
     curve = log.reindex(columns=keys)
     curve["cpu_seconds"] = curve["cpu_seconds"].ffill()  # validations follow their step's line
-    curve.loc[trained.index, "patch_error"] = None  # of validations only
+    curve.loc[trained.index, "patch_error"] = None  # validations have it
     scores = score(folder / "last.safetensors", wanted, study.crops)
     tables.add(out, row, scores=scores, curves=curve.dropna(subset=keys[2:], how="all"))
 
 
 def score(weights: Path, wanted: pretrain_promptable.Config, crops: int) -> pd.DataFrame:
-    """Dice of every object after some clicks, in crops of cases set apart, not of validation."""
+    """Dice of every object after some clicks, in crops of held-out cases."""
     network = sam(wanted.variant, weights=weights, rel_pos=wanted.rel_pos).eval()
     _, apart, _ = pretrain_promptable.open_sources(wanted, None)
     stream = pretrain_promptable.scored_stream(
@@ -117,7 +117,7 @@ def write_report(out: Path) -> None:
         return
     scores = tables.read(out, "scores").assign(subject=lambda rows: rows["crop"].astype(str))
     text = (
-        f"Dice on {scores['crop'].nunique()} crops of cases set apart, in %, with 95 % intervals "
+        f"Dice on {scores['crop'].nunique()} crops of held-out cases, in %, with 95 % intervals "
         "over crops; below it the gain over the first arm on the same objects, in points. One "
         "seed each.\n\n" + tables.markdown(main_table(runs, scores, curves))
     )
@@ -156,7 +156,7 @@ def main_table(runs: pd.DataFrame, scores: pd.DataFrame, curves: pd.DataFrame) -
 
 
 def draw_figure(path: Path, runs: pd.DataFrame, curves: pd.DataFrame) -> None:
-    """Writes a PNG: Dice after one click, set apart and in training, against the time it took."""
+    """Writes a PNG: Dice after one click on held-out and training crops against CPU time."""
     figure = tables.new_figure(10, 4)
     panels = figure.subplots(1, 2)
     for arm, colour in zip(runs["run"], COLOURS, strict=False):
@@ -165,7 +165,7 @@ def draw_figure(path: Path, runs: pd.DataFrame, curves: pd.DataFrame) -> None:
         panels[0].plot(scored["minutes"], 100 * scored["dice_1"], "o-", color=colour, label=arm)
         smooth = trained["dice_first"].rolling(min(SMOOTHED, max(len(trained), 1))).mean()
         panels[1].plot(trained["minutes"], 100 * smooth, color=colour)
-    titles = ("crops set apart", "training crops: objects get smaller")
+    titles = ("held-out crops", "training crops: objects get smaller")
     for axes, title in zip(panels, titles, strict=True):
         axes.set(title=f"One click, {title}", xlabel="CPU minutes", ylabel="Dice (%)")
         axes.grid(alpha=0.3)

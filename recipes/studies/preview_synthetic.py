@@ -27,7 +27,7 @@ from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 class Config(Synthesis):
     """The settings of the volumes, and which to draw."""
 
-    seed: int = 0  # of the first
+    seed: int = 0  # seed of the first
     side_vox: int = 64
     volumes: int = 8
 

@@ -90,7 +90,7 @@ def draw_curve(path: Path, log: pd.DataFrame) -> None:
                 points = means.agg({"step": "last", key: "mean"})
                 axes.plot(points["step"], points[key], alpha=0.7, label=f"training, {whose}")
             if len(scored):
-                axes.plot(scored["step"], scored[key], marker="o", label=f"set apart, {whose}")
+                axes.plot(scored["step"], scored[key], marker="o", label=f"held out, {whose}")
         for step in ends.iloc[:-1]:
             axes.axvline(step, color="grey", linestyle=":")
         axes.set(xlabel="step", ylabel=label)

@@ -1,4 +1,4 @@
-"""What the studies share: runs.csv and scores.csv of a study, and their intervals as tables.
+"""Files and tables of studies: runs.csv, scores.csv, and their intervals as tables.
 
 runs.csv has a row per run: its name, settings, cost, and what produced it. scores.csv has the rows
 of all runs, with a column `run`. Tables and figures are made of these two files alone.

@@ -31,7 +31,7 @@ from sammed3d_backbone.training.runs import Run, runs_folder
 
 HERE = Path(__file__).parent
 CELL = ["task", "labels", "arm"]
-CASE = ["task", "labels", "draw", "case", "class"]  # what two arms are paired by
+CASE = ["task", "labels", "draw", "case", "class"]  # key by which two arms are paired
 METRICS = ["dice", "nsd"]
 
 
@@ -45,7 +45,7 @@ class Study:
     # Blocks of runs, the most informative first: task (a file of recipes/configs), labels (numbers
     # of labelled subjects, or all), draws, arms, and settings of the block's runs.
     grid: Sequence[Mapping[str, Any]]
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of every run
+    settings: Mapping[str, Any] = field(default_factory=dict)  # for every run
     baseline: str = "scratch"
     rates: Sequence[float] = ()  # learning rates that every arm chooses from
     tuning: Mapping[str, Any] = field(default_factory=lambda: {"fold": 1, "labels": 8})
@@ -111,7 +111,7 @@ def in_order(study: Study) -> Iterator[Planned]:
 
 
 def settings_of(run: Planned, study: Study, out: Path) -> dict[str, Any]:
-    """What a run sets over its task's file."""
+    """The settings of a run on top of its task's file."""
     settings = {**study.settings, **run.settings, **study.arms[run.arm]}
     settings |= {"num_subjects": None if run.labels == "all" else run.labels, "seed": run.draw}
     rate = run.rate
