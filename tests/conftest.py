@@ -1,4 +1,4 @@
-"""What every test may ask for: real and small volumes, data-set folders, seeded random numbers."""
+"""Fixtures of all tests: real and small volumes, data-set folders, seeded random numbers."""
 
 import json
 import os
@@ -16,13 +16,13 @@ NO_DATA = "no test volumes in"
 
 
 def pytest_configure():
-    """Workers that run side by side share out the cores."""
+    """Divides the cores among parallel workers."""
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
         torch.set_num_threads(max(1, cores() // workers))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says what was left out for want of the volumes."""
+    """Reports the tests that were skipped because volumes are missing."""
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if NO_DATA in str(r.longrepr)]
     if skipped:
         terminalreporter.write_line(
@@ -137,7 +137,7 @@ def nnunet(tmp_path, write_volume, labels):
 
 @pytest.fixture
 def fine_tuned(tmp_path):
-    """Writes a small model of two classes, so to speak; keyword arguments change its card."""
+    """Writes a small model with random weights; keyword arguments change its card."""
     from sammed3d_backbone.data.preprocessing import Preprocessing
     from sammed3d_backbone.inference.card import Card
     from sammed3d_backbone.inference.segmenter import Segmenter, build_network

@@ -1,4 +1,4 @@
-"""The layout is a promise: who may import whom, what an import costs, where a file may lie."""
+"""The architecture: import directions, cost of an import, names, unused code."""
 
 import ast
 import graphlib

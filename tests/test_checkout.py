@@ -1,4 +1,4 @@
-"""A checkout works without an install, and says what is missing where something is."""
+"""A checkout works without an install, and names missing dependencies."""
 
 import os
 import subprocess

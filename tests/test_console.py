@@ -1,4 +1,4 @@
-"""Whatever a program raises becomes one line and an exit code."""
+"""Every exception of a program becomes one line and an exit code."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the documentation shows runs as it stands, offline: each example and README block once."""
+"""Examples, README blocks and links, offline."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The notebooks run as they stand, offline, and keep small outputs."""
+"""The notebooks run offline and keep small outputs."""
 
 from pathlib import Path
 

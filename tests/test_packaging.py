@@ -1,4 +1,4 @@
-"""What pip installs from a wheel works without the checkout."""
+"""The wheel works without the checkout."""
 
 import ast
 import configparser

@@ -1,4 +1,4 @@
-"""What produced a figure."""
+"""Provenance of results."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The selftest: passes where the network is right, fails where it is not, and checks weights."""
+"""The selftest passes for a correct network, fails for another, and checks weights."""
 
 import hashlib
 import json

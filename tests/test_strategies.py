@@ -1,4 +1,4 @@
-"""Clicks lie where the protocol says, and the way a file is stored does not move them."""
+"""Click strategies, independent of a file's orientation."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Several channels through an encoder of one."""
+"""Several input channels with an encoder of one channel."""
 
 import pytest
 import torch

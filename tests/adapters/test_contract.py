@@ -1,4 +1,4 @@
-"""What an adapter may rely on, for every size of ours and for a foreign encoder."""
+"""The encoder contract, for every variant and for a foreign encoder."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Encoders that know nothing."""
+"""Control encoders."""
 
 import torch
 

@@ -16,7 +16,7 @@ from sammed3d_backbone.adapters.pyramid import KINDS
 
 @pytest.fixture
 def names(monkeypatch):
-    """Our names in MONAI's registry, for the time of a test."""
+    """Registers our backbones with MONAI during a test."""
     monkeypatch.setattr(FLEXUNET_BACKBONE, "register_dict", {**FLEXUNET_BACKBONE.register_dict})
     return register_backbones(
         lambda in_channels, pretrained: ConvEncoder(in_chans=in_channels, depth=6 - pretrained),

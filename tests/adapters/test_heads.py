@@ -1,4 +1,4 @@
-"""Light heads, which see tokens and nothing else."""
+"""Heads that read tokens only."""
 
 import pytest
 import torch

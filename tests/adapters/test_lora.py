@@ -1,4 +1,4 @@
-"""LoRA on the blocks' linear layers: what learns, what it does, and that it leaves no trace."""
+"""LoRA on the blocks' linear layers: trainable parameters, effect, and merging."""
 
 import copy
 import sys
@@ -27,7 +27,7 @@ def volume(generator):
 
 
 def with_lora(plain, *, learned):
-    """A copy with LoRA, zero as at the start or with random numbers as after some steps."""
+    """A copy with LoRA, with updates of zero or, as after some steps, random ones."""
     network = copy.deepcopy(plain)
     add_lora(network, rank=RANK)
     if learned:

@@ -60,7 +60,7 @@ class SwinOnOneGrid(nn.Module):
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """The last map unless told not, and those of stages, each (B, E, x, y, z)."""
+        """The last map unless left out, and maps of stages, each (B, E, x, y, z)."""
         grid = [n // self.patch_size for n in self.img_size]
         maps, x = {}, self.patch_embed(x)
         for i, stage in enumerate(self.stages):
@@ -73,7 +73,7 @@ class SwinOnOneGrid(nn.Module):
     def prune_intermediate_layers(
         self, indices: Sequence[int], *, prune_norm: bool = False
     ) -> list[int]:
-        """Drops the stages behind the last one that is read, and what makes unread maps."""
+        """Drops the stages behind the last index and the layers of unread maps."""
         read = {*indices} if prune_norm else {*indices, self.depth - 1}
         del self.stages[max(read) + 1 :]
         for i in {*map(int, self.to_maps)} - read:
@@ -91,7 +91,7 @@ class SwinOnOneGrid(nn.Module):
         return {name for name, _ in self.named_parameters() if "relative_position" in name}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Stages and what makes their maps, by depth."""
+        """Stages and the layers of their maps, by depth."""
         stages = [(r"^stages\.(\d+)", None), (r"^to_maps\.(\d+)", None)]
         return {"stem": r"^patch_embed", "blocks": r"^stages|^to_maps" if coarse else stages}
 
@@ -114,12 +114,12 @@ class Source:
 
 
 def tiny(rel_pos: str, in_chans: int, img_size: Sequence[int]) -> Encoder:
-    """This package's small encoder with random values."""
+    """This package's small encoder with random initialisation."""
     return encoder("tiny", pretrained=False, rel_pos=rel_pos, in_chans=in_chans, img_size=img_size)
 
 
 def described(rel_pos: str, channels: int = 1) -> dict[str, Any]:
-    """The same on a card."""
+    """The encoder's description on a card."""
     return {"variant": "tiny", "rel_pos": rel_pos, "in_chans": channels, "img_size": CUBE[0]}
 
 
@@ -144,19 +144,19 @@ class Pair:
     adapter: str
 
     def build(self, channels: int | None = None, img_size: Sequence[int] = CUBE) -> nn.Module:
-        """The network, random."""
+        """The network with random initialisation."""
         made = self.source.make(channels or self.source.channels, img_size)
         if self.adapter in PYRAMIDS:
             return pyramid(made, PYRAMIDS[self.adapter], feature_size=WIDTH)
         return adapter(self.adapter)(made, CLASSES, **NETWORKS[self.adapter])
 
     def failed(self) -> list[str]:
-        """Names of the checks that it does not pass."""
+        """Names of the failed checks."""
         return [name for name, check in CHECKS.items() if not check(self)]
 
 
 def outputs(network: nn.Module) -> list[Tensor]:
-    """What comes out for two random volumes of its size, as a list."""
+    """The outputs for two random volumes of its size, as a list."""
     source = network.encoder
     generator = torch.Generator().manual_seed(0)
     out = network(torch.randn(2, source.in_chans, *source.img_size, generator=generator))
@@ -182,7 +182,7 @@ def learns_everywhere(pair: Pair) -> bool:
 
 
 def stays_frozen(pair: Pair) -> bool:
-    """A frozen encoder gets no gradient and stays in evaluation whatever the network is told."""
+    """A frozen encoder gets no gradient and stays in evaluation mode."""
     network = pair.build()
     set_frozen(network.encoder, True)
     sum(out.square().mean() for out in outputs(network.train())).backward()
@@ -195,7 +195,7 @@ def stays_frozen(pair: Pair) -> bool:
 
 
 def comes_back_from_a_file(pair: Pair) -> bool:
-    """From its card alone where a card can name it, else its tensors in a network made anew."""
+    """A saved network is restored from its card, or its tensors fit a new network."""
     network = pair.build().eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -211,7 +211,7 @@ def comes_back_from_a_file(pair: Pair) -> bool:
 
 
 def card_of(pair: Pair) -> Card:
-    """What travels with a pair's weights."""
+    """The card of a pair's network."""
     return Card(
         network=pair.adapter,
         encoder=pair.source.described or {},

@@ -50,7 +50,7 @@ FIRST_ID = {"amos_mr": 507}
 
 @dataclass(frozen=True)
 class Task:
-    """What a Decathlon task's dataset.json says."""
+    """The description of a Decathlon task."""
 
     name: str
     channels: tuple[str, ...]
@@ -76,7 +76,7 @@ DECATHLON = {
 
 
 def challenge_configs() -> dict[str, Path]:
-    """The configs that this checks: those of a layout or of a Decathlon task, by name."""
+    """The configs of challenges: those with a layout or a Decathlon task, by name."""
     found = {}
     for path in sorted((RECIPES / "configs").glob("*.yaml")):
         cfg = config.load(Config, path)
@@ -86,7 +86,7 @@ def challenge_configs() -> dict[str, Path]:
 
 
 def write_files(folder: Path, cfg: Config) -> None:
-    """Made-up cases in the layout that the configuration names."""
+    """Synthetic cases in the layout that the configuration names."""
     if cfg.layout is None:
         write_decathlon(folder, DECATHLON[cfg.data])
     else:
@@ -137,7 +137,7 @@ def write_layout(folder: Path, path: Path) -> None:
 
 
 def _fill(pattern: str, place: Mapping[str, Any], stars: tuple[str, ...]) -> str:
-    """A pattern with everything in its place."""
+    """A pattern with its placeholders filled."""
     for star in stars:
         pattern = pattern.replace("*", star, 1)
     return pattern.format(**place)

@@ -1,4 +1,4 @@
-"""Processes, accumulation and kills change nothing: the recipe against itself, on boxes.
+"""Equality of fine-tuning runs under several processes, accumulation and kills, on boxes.
 
     python -m tests.checks.equality_check                # writes tests/checks/results/equality.json
 
@@ -60,7 +60,7 @@ NETWORKS = ("best.safetensors", "last.safetensors")
 
 
 def small_config(data: Path) -> ArmConfig:
-    """A run of a second or two."""
+    """The configuration of a run of about two seconds."""
     return ArmConfig(
         name="whole",
         data=str(data),
@@ -81,7 +81,7 @@ def small_config(data: Path) -> ArmConfig:
 
 
 class WatchedStream(CropStream):
-    """Notes what each sample was, in the folder of the run."""
+    """Writes a hash of each sample into the folder of the run."""
 
     notes: Path
 
@@ -94,7 +94,7 @@ class WatchedStream(CropStream):
 
 
 def start(cfg: ArmConfig, processes: int = 1) -> list[BaseProcess]:
-    """Starts a run in as many processes as asked, as torchrun would."""
+    """Starts a run in a number of processes, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,7 +111,7 @@ def start(cfg: ArmConfig, processes: int = 1) -> list[BaseProcess]:
 
 
 def finish(children: list[BaseProcess]) -> None:
-    """Waits for a run and expects it to end well."""
+    """Waits for a run, which has to succeed."""
     for child in children:
         child.join()
         if child.exitcode:
@@ -119,7 +119,7 @@ def finish(children: list[BaseProcess]) -> None:
 
 
 def kill_until_done(cfg: ArmConfig, processes: int, rng: np.random.Generator) -> Counter[str]:
-    """Kills a run again and again, at random moments or while it saves, until it gets through.
+    """Kills and resumes a run, at random moments or while it saves, until it completes.
 
     Returns:
         How many kills left a half-written checkpoint behind ("while saving"), and how many not.
@@ -146,7 +146,7 @@ def kill_until_done(cfg: ArmConfig, processes: int, rng: np.random.Generator) ->
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-    """What is not the same to the last bit in two finished runs."""
+    """The parts that are not bit-equal in two finished runs."""
     checkpoints = [Run(folder).checkpoints[-1] for folder in (whole, other)]
     pairs: dict[str, list[object]] = {
         state: [_tensors(folder / file) for folder in checkpoints] for state, file in STATES.items()
@@ -185,7 +185,7 @@ def compare_sharing(cfg: ArmConfig) -> dict[str, float]:
 
 
 def check(kills: int, seed: int) -> dict[str, object]:
-    """All figures, from a folder that is thrown away."""
+    """All figures, from runs in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ[RUNS_VARIABLE] = f"{folder}/runs"
         runs_folder().mkdir()
@@ -232,7 +232,7 @@ def main() -> None:
 
 
 def _run(cfg: ArmConfig, place: dict[str, str]) -> None:
-    """A child: the recipe without the scores at its end."""
+    """The child process: the recipe without its final scores."""
     os.environ.update(place)
     with _said_by(multiprocessing.current_process()).open("w") as said:
         os.dup2(said.fileno(), sys.stdout.fileno())
@@ -245,7 +245,7 @@ def _run(cfg: ArmConfig, place: dict[str, str]) -> None:
 
 
 def _said_by(child: BaseProcess) -> Path:
-    """The file of what a child printed."""
+    """The file with a child's output."""
     return runs_folder() / f"{child.name}.txt"
 
 
@@ -259,12 +259,12 @@ def _wait_for_save(folder: Path, child: BaseProcess) -> None:
 
 
 def _log(folder: Path) -> list[dict[str, object]]:
-    """A run's log without what a clock or the machine says."""
+    """A run's log without times and memory."""
     return [{k: v for k, v in r.items() if k not in CLOCKS} for r in Run(folder).records()]
 
 
 def _samples(folder: Path) -> set[str]:
-    """Which numbers were drawn and what they were, whoever drew them and how often."""
+    """Numbers and hashes of the drawn samples, as a set."""
     return {*(folder / "samples.txt").read_text().split("\n")}
 
 

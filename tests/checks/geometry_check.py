@@ -44,7 +44,7 @@ BOUNDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One volume and what is wanted of it."""
+    """One volume and its target grid."""
 
     orientation: int  # index into ORIENTATIONS
     turns_degrees: tuple[float, float, float]  # about z, y, x
@@ -159,7 +159,7 @@ def _nested_labels(case: Case, rng: np.random.Generator) -> float:
 def _other_orientation(
     case: Case, geometry: Geometry, array: np.ndarray, rng: np.random.Generator
 ) -> dict[str, float]:
-    """What changes for the network when the same volume is stored in another orientation."""
+    """The change of the network's input when a volume is stored in another orientation."""
     order, flips = rng.permutation(3), rng.random(3) < 0.5
     stored = array.transpose(order)
     to_old = np.zeros((4, 4))  # voxel of the stored array -> voxel of the first one
@@ -190,7 +190,7 @@ def _map(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _place(case: Case, geometry: Geometry) -> float:
-    """Distance between where a voxel of the network lies and where what it shows came from.
+    """Distance between the position of a voxel and the origin of its value.
 
     The volume shows world coordinates, so every voxel's value is its own place. Beyond the centres
     of the outermost voxels there is nothing to interpolate, so only what lies between them counts.

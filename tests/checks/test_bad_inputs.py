@@ -196,7 +196,7 @@ def _missing_pair(place: Workplace) -> None:
 
 
 def _many(place: Workplace) -> None:
-    """Something else in each of four cases."""
+    """A different fault in each of four cases."""
     _cut(place.data / "imagesTr/case_0.nii.gz")
     place.label(1, _at(7))
     place.image(2, np.ones((12, 10, 8)))
@@ -256,7 +256,7 @@ def _without_card(place: Workplace) -> list[str]:
 
 
 def _says(*arguments: str) -> Spoil:
-    """Nothing is spoilt but the arguments."""
+    """Bad arguments for good files."""
     return lambda _: arguments
 
 

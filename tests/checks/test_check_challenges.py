@@ -1,4 +1,4 @@
-"""Every challenge config, tried on made-up files in the challenge's layout."""
+"""Every challenge config, on synthetic files in the challenge's layout."""
 
 import pytest
 from sammed3d_backbone.recipes.finetune_unetr import Config

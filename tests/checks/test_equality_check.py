@@ -1,4 +1,4 @@
-"""Processes, accumulation and kills change nothing, by the committed check in a small form."""
+"""Fine-tuning is equal under several processes, accumulation and kills."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SAME = {
 
 @pytest.fixture(scope="module")
 def figures(root, tmp_path_factory):
-    """What the check wrote; its runs are forks of one process, started once."""
+    """The figures of the check, which runs once."""
     out = tmp_path_factory.mktemp("equality") / "equality.json"
     subprocess.run(
         [sys.executable, "-m", "tests.checks.equality_check", "--kills", "10", "--out", out],
@@ -52,7 +52,7 @@ def test_runs_killed_again_and_again_end_with_the_same_bits(figures):
 
 
 def finished_run(folder, value):
-    """A folder with what the check looks at, every file holding the value."""
+    """A folder with the files that the check compares, all holding the value."""
     checkpoint = folder / "checkpoints/0000012"
     checkpoint.mkdir(parents=True)
     checked = [checkpoint / name for name in equality_check.STATES.values()]

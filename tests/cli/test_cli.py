@@ -17,7 +17,7 @@ from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    """A variant that costs nothing."""
+    """A variant of a small network."""
     sizes = Variant(
         img_size=32,
         patch_size=8,

@@ -16,7 +16,7 @@ AFFINE = np.array([[0, 0, -2.0, 5], [-1.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1
 
 @pytest.fixture
 def model(fine_tuned):
-    """A fine-tuned network, so to speak."""
+    """A model file with random weights."""
     return fine_tuned(training={"dataset": {"name": "toes"}})
 
 

@@ -1,4 +1,4 @@
-"""What people meet first when they start the server."""
+"""The command `sammed3d serve`: refusals, greeting, end."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A whole run: what its lines say, and that they come out the same twice."""
+"""A whole run: the content of its lines, and its reproducibility."""
 
 import pytest
 from standins import SHORT, Broken, Sphere, played_into
@@ -83,7 +83,7 @@ def test_failures_are_written(finished, tmp_path, caplog):
 
 
 class Rating(Sphere):
-    """Knows what it thinks of its first answer only."""
+    """Returns a predicted Dice for its first answer only."""
 
     def predict(self):
         answer = super().predict()

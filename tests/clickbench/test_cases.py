@@ -1,4 +1,4 @@
-"""Targets come from every layout, with what a reader has to know about them."""
+"""Targets of data sets in every layout."""
 
 import shutil
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A run that was cut off ends like one that was not; results read back."""
+"""Interrupted runs are resumed; results are read back."""
 
 import json
 import shutil

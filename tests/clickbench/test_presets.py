@@ -1,4 +1,4 @@
-"""Every protocol does what was published, against values worked out by hand."""
+"""Every protocol against values computed by hand."""
 
 from dataclasses import replace
 

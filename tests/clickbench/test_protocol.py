@@ -1,4 +1,4 @@
-"""An object is played by the rules: its volume, its clicks, and its failures, which count."""
+"""The interaction with a model: volume, clicks, failures."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The page of a run: its figures are those of the lines, and its warnings cannot be overlooked."""
+"""The page of a run: figures and warnings."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from sammed3d_backbone.clickbench.summary import times_by_part
 
 @pytest.fixture
 def reported(finished, tmp_path):
-    """Plays a protocol and gives back its page and its summary."""
+    """Runs a protocol; returns its page and its summary."""
 
     def make(rules=SHORT, **header):
         about = {

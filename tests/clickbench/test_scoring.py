@@ -1,4 +1,4 @@
-"""The figures of a line, against values worked out by hand."""
+"""The scores of a step against values computed by hand."""
 
 import math
 

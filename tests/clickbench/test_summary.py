@@ -1,4 +1,4 @@
-"""From lines to the figures of a protocol, with the arithmetic beside them."""
+"""Summaries of result lines against values computed by hand."""
 
 import pytest
 

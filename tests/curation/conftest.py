@@ -1,4 +1,4 @@
-"""Raw folders with one case for each thing that can be decided."""
+"""Raw folders with one case per decision of the rules."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One case: which masks stay, what is written of them, and what is refused."""
+"""Curation of a case: kept masks, records, refusals."""
 
 import re
 
@@ -182,7 +182,7 @@ def test_classes_that_would_share_a_file_are_refused(curated, tmp_path):
 
 
 def refusal(tmp_path):
-    """Why the only case is refused; nothing else of it is written."""
+    """The reason why the only case is refused."""
     (raw_set,) = read_raw(tmp_path / "raw")
     curate_case(raw_set.cases[0], tmp_path / "out", PRESETS["default"])
     (decision,) = read_case(raw_set.cases[0], tmp_path / "out")["decisions"]

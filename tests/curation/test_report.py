@@ -1,4 +1,4 @@
-"""Counts of decisions that are known, and a page that shows them."""
+"""Counts of known decisions, and their page."""
 
 import json
 
@@ -15,7 +15,7 @@ NAMES = {1: "liver", 2: "cyst", 3: "kidneys", 4: "colon"}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run over a case with a mask of every fate, and one that is refused; its folder and more."""
+    """A run with a mask of every verdict and a refused case."""
     folder = tmp_path_factory.mktemp("curation")
     label = np.zeros((60, 60, 60), np.uint8)
     label[2:14, 2:14, 2:14] = 1

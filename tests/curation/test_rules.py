@@ -1,4 +1,4 @@
-"""The limits, from both sides of each."""
+"""Every limit, from both sides."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whole runs: any number of workers, interrupted or not, the same files."""
+"""Whole runs: the same files for any number of workers, interrupted or not."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Left and right in names, and in the world of every orientation."""
+"""Left and right in names and in world coordinates, in every orientation."""
 
 import nibabel as nib
 import numpy as np

@@ -16,7 +16,7 @@ DERIVATIVE = "derivatives/manual"
 
 @pytest.fixture
 def bids(tmp_path, write_volume, labels):
-    """Two people, one of them scanned twice, with two channels; values in the files have gaps."""
+    """Two subjects, one scanned twice, with two channels; label values have gaps."""
     for i, stem in enumerate(STEMS):
         for suffix in ("T1w", "FLAIR"):
             write_volume(f"{stem}_{suffix}.nii.gz", seed=i)

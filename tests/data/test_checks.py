@@ -1,4 +1,4 @@
-"""What is wrong with opened volumes, in sentences with the path and the remedy."""
+"""Problems of opened volumes, with path and remedy."""
 
 import re
 from pathlib import Path

@@ -78,14 +78,14 @@ def one_structure(seed, contrast, noise=0.4):
 
 @pytest.fixture(scope="module")
 def plain_seeds():
-    """Of volumes with neither air nor shading: without contrast, grain and noise all is flat."""
+    """Seeds of volumes with neither air nor shading."""
     seeds = [seed for seed in range(40) if not one_structure(seed, 0.0, noise=0).image.any()]
     assert len(seeds) > 3
     return seeds
 
 
 def contrast_to_noise(sample):
-    """Of the only structure against all that is around it, away from the blurred border."""
+    """Contrast-to-noise ratio of the only structure, away from its blurred border."""
     image, inside = sample.image[0].numpy(), sample.labels[0].numpy() == 1
     outside = ~ndimage.binary_dilation(inside, iterations=2)
     core = ndimage.binary_erosion(inside, iterations=2, border_value=1)

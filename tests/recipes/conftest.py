@@ -1,4 +1,4 @@
-"""A data set and a configuration with which a recipe runs in seconds."""
+"""A data set and configurations with which recipes run in seconds."""
 
 import pytest
 import torch

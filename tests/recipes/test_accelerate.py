@@ -1,4 +1,4 @@
-"""The launch files are read by accelerate, and the one that can run here does."""
+"""Launch files for accelerate."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_torchrun_starts_as_many_processes_on_a_cpu_as_it_is_told(small, runs, t
 
 
 def launched(launch, small, tmp_path, root):
-    """What a training says that a launcher has started."""
+    """The output of a training that a launcher started."""
     path = tmp_path / "small.yaml"
     path.write_text(config.dump(Config(**small | {"steps": 2})))
     done = subprocess.run(
@@ -64,6 +64,6 @@ def launched(launch, small, tmp_path, root):
 
 
 def processes(runs):
-    """How many trained together, by the newest checkpoint."""
+    """Number of processes by the newest checkpoint."""
     index = max(runs.glob(f"toy/checkpoints/*/{INDEX}"))
     return json.loads(index.read_text())["progress"]["processes"]

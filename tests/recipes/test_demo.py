@@ -1,4 +1,4 @@
-"""What make demo runs: its data, and the configuration it makes of what it is given."""
+"""`make demo`: its data, and its configuration from arguments."""
 
 import json
 
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def written(monkeypatch):
-    """Folders that the demo's data were written to, without the work."""
+    """Folders to which demo data would have been written."""
     folders = []
     monkeypatch.setattr(demo, "write_demo_data", folders.append)
     return folders

@@ -1,4 +1,4 @@
-"""Scoring again what a run left, by three ways that must agree."""
+"""Scoring a run's model in three ways that must agree."""
 
 import json
 
@@ -13,7 +13,7 @@ from sammed3d_backbone.data.volume import Volume
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs the script; gives back what it printed, or the error."""
+    """Runs the script; returns its output, or the error."""
 
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])

@@ -42,7 +42,7 @@ CONFIGS = sorted((ROOT / "recipes/configs").glob("*.yaml"))
 
 @pytest.fixture(scope="session", autouse=True)
 def threads():
-    """The recipe sets the number of threads; what other tests see is put back."""
+    """Restores the number of threads, which the recipe sets."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

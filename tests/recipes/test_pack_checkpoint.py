@@ -1,4 +1,4 @@
-"""A run continues from one small file as from its own checkpoint, but for rounding."""
+"""A run resumes from a packed file as from its checkpoint, up to rounding."""
 
 from dataclasses import replace
 

@@ -37,7 +37,7 @@ def small(small_pretraining):
 
 
 def state(folder):
-    """What has to be equal after a kill."""
+    """Everything that has to be equal after a kill."""
     checkpoint = Run(folder).checkpoints[-1]
     return {
         **load_file(checkpoint / "model.safetensors"),
@@ -68,7 +68,7 @@ def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     assert all(0 <= line["soft_dice_first"] <= 1 for line in lines)
 
 
-NEXT = {  # what the configuration of the next `tiny` asks for
+NEXT = {  # settings of the next `tiny`'s configuration
     "variant": "tiny_next",
     "rel_pos": "axial",
     "objectives": ("clicks", "dense"),
@@ -258,7 +258,7 @@ def voxels_sha256(path):
 
 @pytest.fixture(scope="module")
 def kept_out(shared_data):
-    """Hashes and subjects of all that is to be transferred to."""
+    """Hashes and subjects of all data that pretraining must not see."""
     entries = [
         entry
         for name in ("hippocampus", "abdomen_mr", "singles/voxelmorph_brain")

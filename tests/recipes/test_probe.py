@@ -1,4 +1,4 @@
-"""The probe of frozen encoders: its voxels, its order, its table."""
+"""The probe of frozen encoders: voxels, order, table."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ from sammed3d_backbone.loading.checkpoint import write
 
 @pytest.fixture
 def make_run(small, runs):
-    """Writes what a run leaves that the recipe reads, without training; returns its folder."""
+    """Writes the files of a run that the recipe reads, without training; returns the folder."""
 
     def make(**changes):
         cfg = finetune_unetr.Config(**small | changes)
@@ -37,7 +37,7 @@ def make_run(small, runs):
 
 @pytest.fixture
 def cfg(make_run, tmp_path, monkeypatch):
-    """A probe of seconds: few voxels of boxes, with pretrained weights."""
+    """A quick probe: few voxels of boxes, with pretrained weights."""
     monkeypatch.setattr(probe, "PROBES", {kind: PROBES[kind] for kind in ("knn", "prototype")})
     make_run()
     weights = tmp_path / "tiny.safetensors"
@@ -47,7 +47,7 @@ def cfg(make_run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def probed(monkeypatch):
-    """Whose voxels are computed, in order, two blocks of them; the fourth time, all is stopped."""
+    """Names of the encoders in order; the fourth computation is stopped."""
     seen, real = [], probe.voxels_of
 
     def noted(*args, desc):

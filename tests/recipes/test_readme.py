@@ -1,4 +1,4 @@
-"""recipes/README.md does what it says, with a few steps of a small network."""
+"""The commands of recipes/README.md, with a few steps of a small network."""
 
 import json
 import re

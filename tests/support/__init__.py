@@ -1,1 +1,1 @@
-"""What several tests share: small data sets, stand-in networks, a local Hub."""
+"""Helpers of several tests: small data sets, stand-in networks, a local Hub."""

@@ -1,4 +1,4 @@
-"""Labels of which a rule's verdict is known."""
+"""Labels with a known verdict of the curation rules."""
 
 import numpy as np
 

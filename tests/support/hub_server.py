@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 @pytest.fixture
 def loopback_hub(tmp_path, monkeypatch):
-    """A Hub on loopback which this process asks, with a fresh cache in tmp_path.
+    """A Hub on loopback for this process, with a fresh cache in tmp_path.
 
     huggingface_hub reads its environment when it is imported, hence its constants.
     """
@@ -43,7 +43,7 @@ def loopback_hub(tmp_path, monkeypatch):
 
 
 class HubServer:
-    """Repositories to publish into, and a list of what was asked of it.
+    """Repositories to publish into, and a log of requests.
 
     Usage: `with HubServer() as hub: hub.publish("org/name", "file", b"..."); hub.endpoint`.
     """
@@ -92,12 +92,12 @@ class HubServer:
         return commit
 
     def files(self, repo_id):
-        """Of the newest commit, name -> content."""
+        """The files of the newest commit, name -> content."""
         history = self.commits[repo_id]
         return dict(history[list(history)[-1]]) if history else {}
 
     def asked(self, server, method):
-        """Headers of the requests of one method that one of the two servers got."""
+        """Headers of the requests with one method to one of the two servers."""
         return [headers for s, m, _, headers in self.requests if (s, m) == (server, method)]
 
     def find(self, digest):

@@ -1,4 +1,4 @@
-"""The server on a free port of the loopback interface, for the time of a test."""
+"""The server on a free port of the loopback interface."""
 
 import contextlib
 import threading

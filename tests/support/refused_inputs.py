@@ -1,4 +1,4 @@
-"""Every bad input of the predictor and of `sammed3d segment`, and what the answer has to name.
+"""Bad inputs of the predictor and of `sammed3d segment`, and a token of each message.
 
 A refused input raises in Python; `sammed3d segment` prints the message, writes nothing and ends
 with exit code 2. An input that is odd without being wrong is segmented with a note.
@@ -37,7 +37,7 @@ def balls():
 
 @dataclass(frozen=True)
 class Row:
-    """An input, and what is said about it.
+    """An input, and a token of the message.
 
     Args:
         what: The input in words.
@@ -115,7 +115,7 @@ MASKS = [
 
 
 def nifti(change: Callable[[bytearray], bytes], name: str = "in.nii") -> Callable[[Path], Path]:
-    """A file that was changed after it was written well."""
+    """A damaged copy of a good file."""
 
     def make(folder: Path) -> Path:
         nib.save(nib.Nifti1Image(balls(), AFFINE), folder / "good.nii")

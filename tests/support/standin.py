@@ -1,4 +1,4 @@
-"""A promptable network whose right answer is known.
+"""A promptable network with a known answer.
 
 Its encoder passes the image on, averaged over cells; its decoder finds the connected bright part at
 the click. So a predictor around it must bring back bright objects, wherever windows lie.
@@ -42,7 +42,7 @@ class PassOn(nn.Module):
 
 
 class Remember(nn.Module):
-    """A prompt encoder that hands the prompts on."""
+    """A prompt encoder that returns the prompts."""
 
     def __init__(self):
         super().__init__()
@@ -101,11 +101,11 @@ class StandIn(nn.Module):
         self.mask_decoder.side_vox = side_vox
 
     def encode(self, x):
-        """As of `Sam3D`."""
+        """See `Sam3D`."""
         return Encoding(self.image_encoder(x))
 
     def predict_masks(self, encoding, points=None, mask_logits=None):
-        """As of `Sam3D`."""
+        """See `Sam3D`."""
         if mask_logits is None:
             mask_logits = torch.zeros(1, 1, 32, 32, 32)
         sparse, dense = self.prompt_encoder(points=points, boxes=None, masks=mask_logits)

@@ -1,4 +1,4 @@
-"""Objects that stand in for a promptable network and whose right answers are known; made data."""
+"""Models with known answers for the click benchmark, and a small data set."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def box(shape, start, side):
 
 
 class Standin:
-    """Remembers its volume and clicks; what it answers is left to the kind."""
+    """Base class: stores its volume and clicks."""
 
     def __init__(self):
         self.volumes = 0
@@ -64,7 +64,7 @@ class Sphere(Standin):
 
 
 class Fixed(Standin):
-    """Answers with given masks, one per click, the last one from then on."""
+    """Returns given masks, one per click, the last one from then on."""
 
     def __init__(self, *masks):
         super().__init__()
@@ -75,7 +75,7 @@ class Fixed(Standin):
 
 
 class Broken(Sphere):
-    """Fails at its second answer after every reset."""
+    """Raises at its second prediction after every reset."""
 
     def mask(self):
         if len(self.clicks) == 2:
@@ -84,7 +84,7 @@ class Broken(Sphere):
 
 
 class Flickering(Sphere):
-    """Finds the object in every second axial slice only, as a slice-wise model may."""
+    """Finds the object in every second axial slice only."""
 
     def mask(self):
         mask = super().mask()
@@ -118,7 +118,7 @@ def made_set(folder):
 
 
 def played_into(out, model, data, rules=SHORT, /, **header):
-    """Plays a folder of volumes by some rules; goes on where `out` has results already."""
+    """Runs a protocol on a folder of volumes; resumes where `out` has results."""
     journal = Journal(out, {"protocol": rules.name, **header}, rules.steps)
     run_benchmark(model, rules, read_click_set(data), journal, rules.tracks, progress=False)
     return out

@@ -1,4 +1,4 @@
-"""Attention as it is written down: the padded window, every logit, float64. Slow on purpose."""
+"""Attention in textbook form: the padded window, every logit, in float64."""
 
 import itertools
 

@@ -67,7 +67,7 @@ class Toy:
         return {"image": torch.randn(6, 4, generator=generator), "number": torch.tensor(number)}
 
     def batches(self, first, stop):
-        """Those of some steps, each in as many shares as are accumulated."""
+        """Batches of some steps, split into the accumulated shares."""
         for number in range(first, stop):
             batch = self.batch(number)
             for share in batch["image"].chunk(self.accumulate):
@@ -104,14 +104,14 @@ class Toy:
         return tensors
 
     def log(self):
-        """The log without what a clock says."""
+        """The log without times."""
         clocks = ("seconds", "cpu_seconds", "images_per_s", "memory_gib")
         return [{k: v for k, v in r.items() if k not in clocks} for r in self.run.records()]
 
 
 @pytest.fixture
 def toy(tmp_path):
-    """Sets up the run of a name, afresh each time, as a new process would."""
+    """Sets up the run of a name, as a new process would."""
 
     def make(name="run", **changes):
         return Toy(tmp_path / name, **changes)

@@ -1,4 +1,4 @@
-"""The cost of a run, measured on its first steps."""
+"""The dry run."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The body of the loop: what a step does, and that a killed run loses nothing."""
+"""The training loop: a step, the log, resuming."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from sammed3d_backbone.training.engine import Schedule
 
 
 class Killed(Exception):
-    """In place of SIGKILL."""
+    """Stands for SIGKILL."""
 
 
 def killed_after(toy, step):
-    """Breaks off when the batch of this step is asked for."""
+    """Raises when the batch of this step is requested."""
     whole = toy.batch
 
     def batch(number):

@@ -1,4 +1,4 @@
-"""Frozen parts stay as they are, whatever is called on the network around them."""
+"""Frozen parts of networks."""
 
 import copy
 
@@ -21,7 +21,7 @@ def network():
 
 
 def trains(network):
-    """Which modules are in training mode, by the part that they are in."""
+    """The modules in training mode, by part."""
     return {
         "encoder": any(module.training for module in network.encoder.modules()),
         "decoder": network.stem.training,
@@ -84,7 +84,7 @@ def test_a_copy_of_a_frozen_part_is_frozen_on_its_own(network):
 
 
 def test_what_had_no_gradient_has_no_moments_and_no_decay():
-    """The optimiser skips it, so a part that waits is as it was when it joins."""
+    """The optimiser skips a part without gradients."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = optim.layer_decayed(model, weight_decay=0.5)
     optim.set_lr(optimizer, 1e-1)

@@ -1,4 +1,4 @@
-"""The loss over what was annotated."""
+"""The loss over annotated classes."""
 
 import math
 

@@ -33,7 +33,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def opened(name, cfg):
-    """As a recipe does it: opened, and begun once the data are read."""
+    """Opens and begins a run, as a recipe does."""
     run = open_run(name, cfg)
     run.begin(cfg)
     return run
@@ -219,7 +219,7 @@ def test_a_run_folder_with_a_pickle_is_refused_unopened(runs, place):
 
 
 class Trap:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

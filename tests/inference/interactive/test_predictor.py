@@ -305,7 +305,7 @@ class Counting(StandIn):
     """Predicts a Dice of 1, 2, 3, ... in the order of its passes."""
 
     def predict_masks(self, embedding, points=None, mask_logits=None):
-        """As of `Sam3D`."""
+        """See `Sam3D`."""
         logits, _ = super().predict_masks(embedding, points, mask_logits)
         return logits, torch.full((1, 1), float(self.mask_decoder.passes))
 

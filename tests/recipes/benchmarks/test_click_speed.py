@@ -1,4 +1,4 @@
-"""The clicks benchmark compares two procedures that do the same thing."""
+"""The click benchmark compares two equivalent procedures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The measuring scripts count what they say they count."""
+"""The benchmark of the encoder."""
 
 import pytest
 import torch

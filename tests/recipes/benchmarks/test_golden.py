@@ -1,4 +1,4 @@
-"""The committed outputs of the reference are what the reference says."""
+"""The committed outputs of the reference."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Memory and time of a step: the committed figures, and the data they are taken on."""
+"""Memory and time of a fine-tuning step."""
 
 import numpy as np
 from sammed3d_backbone.recipes.benchmarks import step_cost

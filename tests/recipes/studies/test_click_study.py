@@ -1,4 +1,4 @@
-"""The study of clicks: what it refuses, its ball, its figures, and that it resumes."""
+"""The click study: refusals, ball, figures, resuming."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ TURNED = np.array([[0, 0, -2.0, 5], [-3.0, 0, 0, 1], [0, 1.5, 0, 2], [0, 0, 0, 1
 
 @pytest.fixture
 def make_weights(tmp_path):
-    """Writes a small promptable network that says what it was trained on; returns the file."""
+    """Writes a small promptable network with a training record; returns the file."""
 
     def make(training, name="small.safetensors"):
         torch.manual_seed(7)
@@ -62,7 +62,7 @@ def cfg(toy_data, runs, make_weights, tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Names what is played, in order; `asked.limit` calls later, all is stopped."""
+    """Names of the played models, in order; stops after `asked.limit` calls."""
     real = click_study.run_benchmark
 
     class Asked(list):

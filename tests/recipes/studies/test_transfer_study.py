@@ -41,7 +41,7 @@ def study(tmp_path, small):
 
 @pytest.fixture
 def trained(monkeypatch, runs):
-    """Names of the runs in their order; in place of a training, files with invented scores."""
+    """Names of the runs in their order; files with invented scores replace the training."""
 
     class Seen(list):
         limit = 10**6
