@@ -143,7 +143,7 @@ def dump(config: DataclassInstance) -> str:
 
 
 def digest(config: DataclassInstance, leave_out: Collection[str] = ()) -> str:
-    """Twelve hexadecimal digits that identify the values of a configuration."""
+    """Twelve hexadecimal digits that identify the values of a configuration but `leave_out`."""
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in leave_out}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

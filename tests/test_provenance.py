@@ -16,6 +16,11 @@ def test_the_command_can_be_pasted_into_a_shell(monkeypatch):
     assert provenance.command_line(2) == f"torchrun --nproc_per_node 2 {rest}"
 
 
+def test_the_command_keeps_the_path_below_recipes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/recipes/studies/click_study.py", "--device=cpu"])
+    assert provenance.command_line(1) == "python recipes/studies/click_study.py --device=cpu"
+
+
 def test_cores_are_those_that_the_process_may_use():
     assert 1 <= provenance.cores() <= os.cpu_count()
 

@@ -31,7 +31,6 @@ from sammed3d_backbone.training.runs import open_run
 
 CLASSES = ("head", "tail")
 SHAPE = (12, 10, 9)
-RAMP = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)  # an image with contrast
 KNOBS = {
     "name": "toy",
     "data": "data",
@@ -104,18 +103,6 @@ class Workplace:
     def json(self, name: str, content: object) -> None:
         """Writes a JSON file of the data set."""
         (self.data / name).write_text(json.dumps(content), encoding="utf-8")
-
-    def layout(self, **changes: object) -> str:
-        """Writes a layout that fits the data set, changed, and gives the argument for it."""
-        content = {
-            "name": "Toy",
-            "channels": ["MRI"],
-            "classes": list(CLASSES),
-            "images": ["imagesTr/{case}.nii.gz"],
-            "label": "labelsTr/{case}.nii.gz",
-        }
-        (self.root / "layout.yaml").write_text(json.dumps(content | changes))
-        return f"layout={self.root / 'layout.yaml'}"
 
     def model(self) -> Path:
         """A fine-tuned model of one channel."""

@@ -152,6 +152,12 @@ def test_features_are_drawn_without_a_file_of_them(scan, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
 
 
+def test_weights_alone_choose_the_variant(scan, tmp_path):
+    out = tmp_path / "maps.safetensors"
+    assert main(["features", scan, str(out), "--weights", "tiny"]) == 0
+    assert read(out)[0]["neck"].shape[0] == 64
+
+
 @pytest.mark.slow
 def test_a_fine_tuned_encoder_gives_its_blocks_at_its_spacing(scan, tmp_path, fine_tuned, capsys):
     out, figure = tmp_path / "maps.safetensors", tmp_path / "fig.png"

@@ -18,7 +18,7 @@ from sammed3d_backbone import encoder, list_weights, sam
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading import factory
 from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError, write
-from sammed3d_backbone.loading.opening import CARD_KEY
+from sammed3d_backbone.loading.opening import CARD_KEY, variant_for
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights, to_metadata
 from sammed3d_backbone.loading.stored_sizes import encoder_like, sam_like, variant_of
 from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
@@ -232,6 +232,14 @@ def test_the_variant_of_every_size_is_recognised_from_its_tensors():
         assert variant_of(state) == name
         assert variant_of({f"{ENCODER}{n}": t for n, t in state.items()}) == name
     assert variant_of({}) is None
+
+
+def test_weights_alone_choose_the_variant(tmp_path, source, fine_tuned):
+    write(tmp_path / "toy.safetensors", source.state_dict(), {})
+    assert variant_for("tiny") == "tiny"
+    assert variant_for(fine_tuned()) == "tiny"
+    assert variant_for(tmp_path / "toy.safetensors") == "toy"
+    assert variant_for(None) == variant_for("hf-hub:some/where") == "vit_b"
 
 
 def test_the_released_files_tensors_are_those_of_vit_b():

@@ -151,6 +151,16 @@ def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights
         assert part in said
 
 
+def test_a_dry_run_downloads_nothing_and_fills_no_cache(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetuning, "report", lambda *_: {})
+    monkeypatch.setattr(finetune_unetr, "needs_download", lambda _: True)
+    cache = tmp_path / "cache"
+    changes = {"scratch": False, "weights": "hf-hub:some/where", "steps": 1, "cache": str(cache)}
+    main(Config(**small | changes), dry_run=True)
+    assert "hf-hub:some/where are not downloaded" in capsys.readouterr().out
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "lr", "layer_decay"),
     [({}, 1e-3, 1.0), ({"lr": 2e-3}, 2e-3, 1.0), ({"scratch": False}, 3e-4, 0.75)],
