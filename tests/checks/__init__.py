@@ -1,1 +1,1 @@
-"""Checks that also run by hand, as in `python -m tests.checks.geometry_check`, and their tests."""
+"""Larger checks and their tests; `python -m tests.checks.equality_check` also runs by hand."""
