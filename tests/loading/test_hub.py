@@ -2,9 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hub_server
@@ -20,7 +17,6 @@ from sammed3d_backbone.loading import hub
 from sammed3d_backbone.loading.hub import locate, sha256_of
 from sammed3d_backbone.loading.registry import WEIGHTS, Weights
 
-ROOT = Path(__file__).resolve().parents[2]
 CONTENT = bytes(range(256)) * 4096  # 1 MiB, as good as weights for everything in this file
 REPO, FILE = "someone/net", "deep/net.safetensors"
 HUB = f"hf-hub:{REPO}"
@@ -128,13 +124,8 @@ def test_a_file_is_resolved_redirected_and_cached(at_hub):
     record, path = locate(HUB, FILE)
     assert path.read_bytes() == CONTENT
     assert (record.repo_id, record.filename, record.revision) == (REPO, FILE, "main")
-    assert len(at_hub.asked("store", "GET")) == 1
-
-
-def test_a_cached_file_is_not_fetched_again(at_hub):
-    locate(HUB, FILE)
-    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
-    assert len(at_hub.asked("store", "GET")) == 1
+    assert locate(HUB, FILE)[1] == path
+    assert len(at_hub.headers_of("store", "GET")) == 1
 
 
 def test_a_file_whose_hash_the_table_knows_needs_no_request_once_cached(at_hub, in_table):
@@ -150,20 +141,6 @@ def test_a_revision_can_be_named(at_hub):
     at_hub.publish(REPO, FILE, b"newer")
     assert locate(f"{HUB}@{old}", FILE)[1].read_bytes() == CONTENT
     assert locate(HUB, FILE)[1].read_bytes() == b"newer"
-
-
-def test_a_renamed_repository_is_followed(at_hub):
-    at_hub.moved["someone/old"] = REPO
-    assert locate("hf-hub:someone/old", FILE)[1].read_bytes() == CONTENT
-
-
-def test_a_broken_transfer_goes_on_where_it_stopped(at_hub, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # what is kept of a transfer
-    at_hub.cuts.append(400_000)
-    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
-    first, second = at_hub.asked("store", "GET")
-    assert "Range" not in first
-    assert second["Range"] == "bytes=400000-"
 
 
 def test_a_transfer_that_never_ends_leaves_no_file(at_hub, monkeypatch, tmp_path):
@@ -197,17 +174,9 @@ def test_what_the_hub_does_not_have_is_an_error_of_the_hubs_library(at_hub, name
 
 
 def test_a_gated_file_is_refused(at_hub):
-    at_hub.tokens[REPO] = "hf_right"
+    at_hub.gated.add(REPO)
     with pytest.raises(GatedRepoError):
         locate(HUB, FILE)
-
-
-def test_the_right_token_opens_a_gated_file_and_stays_at_the_hub(at_hub, monkeypatch):
-    at_hub.tokens[REPO] = "hf_right"
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
-    sent = {key.lower() for headers in at_hub.asked("store", "GET") for key in headers}
-    assert "authorization" not in sent
 
 
 def test_offline_with_a_cache_works_and_asks_nobody(at_hub, offline):
@@ -257,33 +226,3 @@ def test_a_file_without_any_known_hash_is_said_to_be_unverified(at_hub, caplog, 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(copy))
     locate(HUB, FILE)
     assert "not verified" in caplog.text
-
-
-def test_the_environment_alone_steers_a_download(at_hub, tmp_path):
-    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, each in a process of its own."""
-    at_hub.tokens[REPO] = "hf_right"
-    code = (
-        "import sys; from sammed3d_backbone.loading.hub import locate;"
-        "print(locate(*sys.argv[1:])[1].read_bytes() == bytes(range(256)) * 4096)"
-    )
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-    environment = {**kept, "HF_ENDPOINT": at_hub.endpoint, "HF_HOME": str(tmp_path)}
-    environment["TQDM_POSITION"] = "-1"  # a progress bar without a terminal
-
-    def run(**more):
-        return subprocess.run(
-            [sys.executable, "-c", code, HUB, FILE],
-            cwd=ROOT,
-            env={**environment, **more},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    online = run(HF_TOKEN="hf_right")
-    assert online.stdout.strip() == "True", online.stderr
-    assert "1.05M" in online.stderr  # the progress bar
-    at_hub.requests.clear()
-    offline = run(HF_HUB_OFFLINE="1")
-    assert offline.stdout.strip() == "True", offline.stderr
-    assert not at_hub.requests
