@@ -71,7 +71,7 @@ class Config:
     data: str  # folder of the data set, or its name below SAMMED3D_DATA
     layout: str | None = None  # YAML file that describes the folder, relative to recipes/
     subjects: str | None = None  # JSON file, case -> subject, relative to recipes/
-    fold: int = 0  # of splits.json or the published split; else of `folds` random ones by subject
+    fold: int = 0  # in splits.json or the published split; else one of `folds` random ones
     folds: PositiveInt = 5
     # Model
     model: str = "unetr"  # a name in adapters/registry.py, or basicunet: MONAI's, no encoder
@@ -88,12 +88,12 @@ class Config:
     crop_vox: PositiveInt | None = None  # side of the crop in voxels
     # Training
     on_foreground: Fraction = 0.5  # share of crops centred on a labelled voxel
-    foreground_weight: PositiveRate = 1.0  # of a labelled voxel in the cross-entropy
+    foreground_weight: PositiveRate = 1.0  # weight of a labelled voxel in the cross-entropy
     flip_axes: tuple[Literal[0, 1, 2], ...] = ()  # 0 left-right, 1 back-front, 2 feet-head
     steps: PositiveInt = 1000  # optimiser steps
     batch: PositiveInt = 2  # crops per process and pass
     accumulate: PositiveInt = 1  # passes per step, whose gradients are averaged
-    lr: PositiveRate | None = None  # of the decoder; None: 3e-4, or 1e-3 with scratch
+    lr: PositiveRate | None = None  # rate of the decoder; None: 3e-4, or 1e-3 with scratch
     layer_decay: PositiveRate = 0.75  # factor on lr per encoder block, from the last one down
     warmup_steps: NonNegativeInt = 50
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -101,8 +101,8 @@ class Config:
     validate_every: PositiveInt = 250  # steps; ten lines of the log in between
     seed: int = 0
     # Prediction
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of sliding windows
-    keep_largest_component: bool = False  # of every class: for organs, not lesions
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share that sliding windows overlap
+    keep_largest_component: bool = False  # per class: for organs, not lesions
     # Machine
     cache: str | None = None  # folder that keeps prepared cases for the next start; None: memory
     workers: NonNegativeInt = 0  # processes that make crops

@@ -70,7 +70,7 @@ class Config:
     weights: str | None = None  # file or name of a whole promptable network
     variant: str = "tiny"
     data: str = "headneck_ct"  # folder, or its name below SAMMED3D_DATA
-    fold: int = 0  # whose validation cases are played
+    fold: int = 0  # its validation cases are played
     cases: int | None = None  # the first so many of them; None: all
     first: Literal["centre", "random"] = "centre"  # where the first click falls
     clicks: tuple[int, ...] = (1, 3, 5, 10)  # numbers of clicks that are reported; the last ends it

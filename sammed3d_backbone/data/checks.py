@@ -60,6 +60,6 @@ def shift_mm(volume: Volume, other: Volume) -> float:
 
 def values_of(array: NDArray[Any]) -> NDArray[Any]:
     """The different values of a label volume, sorted; fast where neighbours are alike."""
-    flat = array.ravel(order="K")  # as it lies in memory: NIfTI is read in Fortran's order
+    flat = array.ravel(order="K")  # in the order of memory: NIfTI is read in Fortran's order
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     return np.unique(flat[[0, *changes]])

@@ -72,7 +72,7 @@ def normalise(image: Tensor, mode: str) -> Normalised:
     zero = image.new_zeros((), dtype=torch.float32)
     return Normalised(
         torch.stack([scale.apply(x) for scale, x in zip(scales, image, strict=True)]),
-        torch.stack([_without_clip(scale).apply(zero) for scale in scales]),
+        torch.stack([scale.apply(zero) for scale in scales]),
     )
 
 
@@ -136,10 +136,6 @@ def _mr_percentiles(slabs: Callable[[], Iterable[Tensor]]) -> Callable[[Tensor],
     )
     # A raw zero stays the background, below the clip, so only the upper end is cut there.
     return lambda x: torch.where(x > 0, x.clamp(low, high), x.clamp_max(high))
-
-
-def _without_clip(scale: IntensityScale) -> IntensityScale:
-    return IntensityScale(lambda x: x, scale.mean, scale.deviation)
 
 
 MODES: dict[str, Callable[[Callable[[], Iterable[Tensor]]], Callable[[Tensor], Tensor]]] = {

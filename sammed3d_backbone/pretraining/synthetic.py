@@ -110,7 +110,7 @@ def _draw_tissues(rng: Generator, side_vox: int, how: Synthesis) -> tuple[Tissue
         tissues[:] = AIR
         box = _box(middle, radii.max(), side_vox)
         tissues[box][_ellipsoid(rng, box, middle, radii)] = BODY
-    around = [AIR, AIR]  # of air (unused) and of the body
+    around = [AIR, AIR]  # what surrounds air (unused) and the body
     wanted = len(around) + int(rng.integers(how.structures[0], how.structures[1] + 1))
     for _ in range(3 * wanted):
         if len(around) == wanted:

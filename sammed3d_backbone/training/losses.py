@@ -61,6 +61,6 @@ def merged(logits: Tensor, label: Tensor, annotated: Tensor) -> tuple[Tensor, Te
     known = [k for k, is_known in enumerate(annotated.tolist()) if is_known and k]
     rest = [k for k in range(len(annotated)) if k not in known]
     background = logits[rest].logsumexp(0, keepdim=True)
-    number = label.new_zeros(len(annotated), dtype=torch.long)  # of each class among the known ones
+    number = label.new_zeros(len(annotated), dtype=torch.long)  # among the known classes
     number[known] = torch.arange(1, 1 + len(known), device=number.device)
     return torch.cat([background, logits[known]])[None], number[label.long()][None]

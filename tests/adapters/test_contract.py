@@ -70,7 +70,7 @@ def test_what_makes_only_maps_that_are_not_read_is_told_too():
     class Scaled(ConvEncoder):
         def __init__(self):
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))  # of the first block's map
+            self.scale = nn.Parameter(torch.ones(1))  # scale of the first block's map
 
         def forward_intermediates(self, x, indices=None, *, intermediates_only=False):
             found = super().forward_intermediates(x, indices, intermediates_only=intermediates_only)

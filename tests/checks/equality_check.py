@@ -49,7 +49,7 @@ from tests.support.boxes import write_boxes
 
 HERE = Path(__file__).parent
 FORK = multiprocessing.get_context("fork")
-CLOCKS = ("seconds", "cpu_seconds", "images_per_s", "memory_gib")  # of the log: may differ
+CLOCKS = ("seconds", "cpu_seconds", "images_per_s", "memory_gib")  # these entries may differ
 # What has to be equal after a kill, by the file of the last checkpoint that holds it.
 STATES = {
     "parameters": MODEL,
@@ -210,7 +210,7 @@ def check(kills: int, seed: int) -> dict[str, object]:
     return {
         **result,
         "kills": dict(total) | {"total": total.total()},
-        "killed_runs": runs,  # of one process and of two in turn
+        "killed_runs": runs,  # runs of one process and of two in turn
         "steps_per_run": cfg.steps,
         "equal_to_the_last_bit": {name: name not in differing for name in compared},
     }

@@ -32,7 +32,7 @@ BOUNDS = {
     "affine, through a file": 0.0,  # mm
     "labels, way in": 5e-6,  # by how much a class with a larger share was passed over
     "labels, nested grid": 0.0,  # voxels that differ
-    "input, other orientation": 0.0,  # of a normal deviate
+    "input, other orientation": 0.0,  # difference of normal deviates
     "place, other orientation (mm)": 1e-10,
     "place (mm)": 1e-4,
     "probabilities, way back": 2e-5,  # grids of up to 240 voxels a side
@@ -52,7 +52,7 @@ class Case:
     native_mm: tuple[float, float, float]
     wanted_mm: tuple[float, float, float]
     side_vox: int  # the box has at least this side
-    seed: int  # of the voxels
+    seed: int  # seed of the voxels
 
     @property
     def affine(self) -> np.ndarray:

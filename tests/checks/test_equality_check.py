@@ -46,7 +46,7 @@ def test_halves_of_a_batch_give_the_losses_and_weights_of_the_whole(figures, arm
 @pytest.mark.slow
 def test_runs_killed_again_and_again_end_with_the_same_bits(figures):
     assert figures["kills"]["total"] >= 10
-    assert figures["killed_runs"] >= 2  # of one process and of two
+    assert figures["killed_runs"] >= 2  # runs of one process and of two
     assert figures["kills"]["while saving"] >= 1
     assert figures["equal_to_the_last_bit"] == dict.fromkeys(SAME, True)
 

@@ -140,7 +140,7 @@ def test_the_tables_tell_what_is_cut_off_unknown_or_missed(result):
     assert rows["a", "0.800"] == ["a", "0.800", "0.700", "1.50", "0.900", "0.700†"]
     assert rows["b", "0.500"][-1] == "-"
     assert rows["tail", "1"][-1] == "1"  # found in only one of the two
-    assert rows["tail", "0"][-1] == "0"  # of those inside their volume
+    assert rows["tail", "0"][-1] == "0"  # cases inside their volume
 
 
 def test_a_page_can_be_made_again_from_the_files(result):

@@ -153,7 +153,7 @@ def test_the_table_has_every_class_and_their_mean():
     assert (head.name, head.cases, head.one_sided) == ("head", 3, 1)
     assert (tail.cases, tail.one_sided, overall.name) == (2, 0, OVERALL)
     assert head.values["nsd"].mean == pytest.approx(0.4)
-    assert head.values["hd95_mm"].mean == 2.0  # of the two that are finite
+    assert head.values["hd95_mm"].mean == 2.0  # mean of the two that are finite
     assert overall.values["dice"].mean == pytest.approx(0.55)
     assert head.values["dice"].low < head.values["dice"].mean < head.values["dice"].high
 

@@ -98,7 +98,7 @@ def test_the_released_code_is_sine_cosine_and_the_same_sine_again(prompts):
 
 def test_released_image_tokens_have_axes_0_and_1_swapped_against_points(prompts):
     code = prompts.get_dense_pe()
-    centre = torch.tensor([1.5, 0.5, 3.5]) / 4  # of token (1, 0, 3)
+    centre = torch.tensor([1.5, 0.5, 3.5]) / 4  # centre of token (1, 0, 3)
     torch.testing.assert_close(code[0, :, 0, 1, 3], prompts.pe_layer(centre))
     assert not torch.allclose(code[0, :, 1, 0, 3], prompts.pe_layer(centre))
 
@@ -293,7 +293,7 @@ def test_another_input_size_moves_points_and_tokens_together(tiny, generator):
         )
     assert logits.shape == (1, 1, 96, 96, 96)
     code = tiny.prompt_encoder.get_dense_pe()
-    centre_vox = torch.tensor([[[11.5, 3.5, 3.5]]])  # of token (1, 0, 0)
+    centre_vox = torch.tensor([[[11.5, 3.5, 3.5]]])  # centre of token (1, 0, 0)
     sparse, _ = tiny.prompt_encoder(points=(centre_vox, torch.ones(1, 1)))
     inside = tiny.prompt_encoder.point_embeddings[1].weight[0]
     torch.testing.assert_close(sparse[0, 0] - inside, code[0, :, 1, 0, 0], rtol=0, atol=1e-4)
@@ -330,7 +330,7 @@ def test_high_resolution_maps_lie_where_the_image_lies(sharp, generator):
     assert middle.shape == (1, 32, 4, 6, 4)
     assert fine.shape == (1, 16, 8, 12, 8)
     assert torch.equal(sorted_into_volume(HighResolution.parts(fine, 2)), fine)
-    token = middle[0, :, 2:4, 4:6, 0:2]  # of (1, 2, 0)
+    token = middle[0, :, 2:4, 4:6, 0:2]  # the part of token (1, 2, 0)
     assert torch.equal(HighResolution.parts(middle, 1)[0, 1, 2, 0].T, token.flatten(1))
 
 

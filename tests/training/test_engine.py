@@ -80,7 +80,7 @@ def test_the_bar_shows_loss_dice_rate_speed_and_memory(toy):
     shown = run.bar.postfix
     for part in (f"loss {record['loss']:.3f}", f"lr {record['lr']:.1e}", "images/s", "GiB"):
         assert part in shown
-    assert "Dice 0.7" not in shown  # that of the last validation
+    assert "Dice 0.7" not in shown  # the last validation's
 
 
 def test_the_bar_says_that_there_was_no_validation_yet(toy):
