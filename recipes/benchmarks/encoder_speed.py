@@ -236,13 +236,8 @@ def measure(runs: int) -> dict[str, object]:
     result["unetr_parts_s"] = where_the_time_goes(pair["our_unetr"], x, runs)
     del pair
     gc.collect()
-    return {**result, **measure_memory(), **provenance(HERE)}
-
-
-def measure_memory() -> dict[str, object]:
-    """Peak memory of a training step of each network."""
-    peaks = {name: peak_bytes(name) for name in tqdm(NETWORKS, desc="memory")}
-    return {"peak_bytes": peaks, "peak_commit": provenance(HERE)["commit"]}
+    result["peak_bytes"] = {name: peak_bytes(name) for name in tqdm(NETWORKS, desc="memory")}
+    return {**result, **provenance(HERE)}
 
 
 def table(result: dict) -> str:
@@ -288,7 +283,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "encoder_speed.json")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory", action="store_true", help="measure memory anew, keep the times")
     parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
     parser.add_argument("--peak", choices=NETWORKS, help="print one network's peak memory in bytes")
     arguments = parser.parse_args()
@@ -296,10 +290,7 @@ def main() -> None:
     if arguments.peak:
         print(measure_peak(arguments.peak))
         return
-    if arguments.memory:
-        kept = json.loads(arguments.out.read_text())
-        arguments.out.write_text(json.dumps({**kept, **measure_memory()}, indent=1) + "\n")
-    elif not arguments.table:
+    if not arguments.table:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(measure(arguments.runs), indent=1) + "\n")
     write_table("encoder_speed", table(json.loads(arguments.out.read_text())))

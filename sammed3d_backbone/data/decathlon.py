@@ -116,18 +116,13 @@ def _listed_cases(
             stem, ending = _split_name(image.name)
             per_channel = _channel_files(image.parent, stem, ending, len(channels))
             has_several = not image.is_file() and any(path.is_file() for path in per_channel)
-            annotated = entry.get("annotated")
             cases.append(
                 Case(
                     id=stem,
                     images=per_channel if has_several else (image,),
                     label=folder / entry["label"],
-                    annotated=None if annotated is None else tuple(annotated),
-                    truncated=tuple(entry.get("truncated", ())),
-                    subject=subject_name(stem, entry["subject"], problems)
-                    if "subject" in entry
-                    else "",
                     split=split if validation else "",
+                    **_known_facts(stem, entry, problems),
                 )
             )
     return cases
@@ -152,7 +147,6 @@ def _mapped_cases(
         if unknown := sorted(set(masks) - set(numbers)):
             problems.append(f"{name}: {unknown} are not classes of this set; correct dataset.json")
             continue
-        annotated = entry.get("annotated")
         cases.append(
             Case(
                 id=name,
@@ -160,12 +154,8 @@ def _mapped_cases(
                 label=next(iter(masks.values())).parent if masks else folder / entry["label"],
                 masks=tuple(masks.values()),
                 numbers=tuple(numbers[of] for of in masks),
-                annotated=None if annotated is None else tuple(annotated),
-                truncated=tuple(entry.get("truncated", ())),
-                subject=subject_name(name, entry["subject"], problems)
-                if "subject" in entry
-                else "",
                 split=str(entry.get("split", "")),
+                **_known_facts(name, entry, problems),
             )
         )
     return cases
@@ -196,6 +186,16 @@ def _found_cases(
         )
         for stem in sorted(stems)
     ]
+
+
+def _known_facts(name: str, entry: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Fields of a case that both forms of entries may have."""
+    facts: dict[str, Any] = {"truncated": tuple(entry.get("truncated", ()))}
+    if entry.get("annotated") is not None:
+        facts["annotated"] = tuple(entry["annotated"])
+    if "subject" in entry:
+        facts["subject"] = subject_name(name, entry["subject"], problems)
+    return facts
 
 
 def _channel_files(folder: Path, stem: str, ending: str, channels: int) -> tuple[Path, ...]:

@@ -28,7 +28,7 @@ def test_actions_run_in_turn_and_the_first_round_is_not_counted():
     assert len(times["a"]["all_s"]) == 2
 
 
-def test_time_is_told_for_every_part_of_the_decoder(generator):
+def test_every_part_of_the_decoder_is_timed(generator):
     from sammed3d_backbone.adapters.unetr import unetr
     from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
