@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sammed3d_backbone.serving.labelling import OpenScan
 
 KEY_VARIABLE = "SAMMED3D_API_KEY"
+MODALITY = "of the images; ct clamps intensities to [-1000, 1000] HU"
 
 
 def add_serve(commands: "Commands") -> None:
@@ -28,11 +29,12 @@ def add_serve(commands: "Commands") -> None:
         help="segment by clicks in 3D Slicer, MITK, napari or ITK-SNAP",
         description=(
             "Runs until Ctrl-C. The programs keep their own windows and tools; this command only "
-            "answers their clicks. examples/viewers.md says what to install in each."
+            "answers their clicks, and prints what to type in each of them; examples/viewers.md "
+            "says what to install. For a first look: sammed3d serve --variant tiny --weights tiny"
         ),
     )
     images = parser.add_argument_group("images")
-    images.add_argument("--modality", choices=("ct", "mr", "us"), help="ct is clamped to HU")
+    images.add_argument("--modality", choices=("ct", "mr", "us"), help=MODALITY)
     images.add_argument(
         "--axes",
         default="LPS",
@@ -41,7 +43,7 @@ def add_serve(commands: "Commands") -> None:
         "axial series from DICOM (default), RAS for NIfTI in napari",
     )
     images.add_argument(
-        "--max-image-gb", type=float, default=4, metavar="GB", help="of one image; 4 when left out"
+        "--max-image-gb", type=float, default=4, metavar="GB", help="largest image; 4 when left out"
     )
     add_network(parser)
     _add_server(parser)
@@ -63,7 +65,7 @@ def add_view(commands: "Commands") -> None:
         "--labels", type=Path, metavar="FILE", help="masks to start from, on the scan's grid"
     )
     parser.add_argument("--channel", type=int, metavar="N", help="of a 4-D file, counted from 0")
-    parser.add_argument("--modality", choices=("ct", "mr", "us"), help="ct is clamped to HU")
+    parser.add_argument("--modality", choices=("ct", "mr", "us"), help=MODALITY)
     parser.add_argument(
         "--no-follow", action="store_true", help="begin with objects cut off at their window"
     )
@@ -84,12 +86,22 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"needed from every program; also read from {KEY_VARIABLE}",
     )
-    server.add_argument("--max-sessions", type=int, default=4, metavar="N", help="4 when left out")
     server.add_argument(
-        "--idle-minutes", type=float, default=240, metavar="M", help="240 when left out"
+        "--max-sessions", type=int, default=4, metavar="N", help="at a time; 4 when left out"
     )
     server.add_argument(
-        "--max-windows", type=int, default=27, metavar="N", help="of one object; 27 when left out"
+        "--idle-minutes",
+        type=float,
+        default=240,
+        metavar="M",
+        help="without work, after which a session ends; 240 when left out",
+    )
+    server.add_argument(
+        "--max-windows",
+        type=int,
+        default=27,
+        metavar="N",
+        help="into which one object is followed, fewer being faster; 27 when left out",
     )
 
 

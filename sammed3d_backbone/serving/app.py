@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 CACHE_BYTES = 2**29  # encoded windows of all sessions together
 RETRY_S = 10
 MAX_CONNECTIONS = 256
+# Longer than clients keep an idle connection (httpx: 5 s): if both gave up at the same moment, a
+# request that is just being sent would be lost.
+KEEP_ALIVE_S = 60
 GRACE_S = 2  # for requests under way when the server is interrupted
 
 
@@ -200,6 +203,7 @@ def serve(app: Starlette, listener: socket.socket) -> None:
         log_config=None,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)

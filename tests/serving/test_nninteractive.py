@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from starlette.routing import Mount  # noqa: E402
 
 from sammed3d_backbone.data.volume import Volume  # noqa: E402
 from sammed3d_backbone.inference.interactive import Predictor  # noqa: E402
+from sammed3d_backbone.serving import InteractiveSession, leases  # noqa: E402
+from sammed3d_backbone.serving import app as app_module  # noqa: E402
 from sammed3d_backbone.serving.app import Settings, build_app  # noqa: E402
 from sammed3d_backbone.serving.arrays import packed, unpacked  # noqa: E402
 
@@ -307,21 +310,63 @@ def test_leases(lopsided):
         remote.close()
 
 
-def test_a_dead_or_idle_client_loses_its_lease(lopsided):
-    with serving(lopsided, max_sessions=1, liveness_s=0.6) as address, claimed(address) as dead:
+class Clock:
+    """The clock of all leases, which a test may put forward."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def monotonic(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(leases, "time", clock)
+    return clock
+
+
+def test_a_dead_or_idle_client_loses_its_lease(lopsided, clock):
+    with serving(lopsided, max_sessions=1, liveness_s=60) as address, claimed(address) as dead:
+        clock.now_s += 50
         assert httpx.post(f"{address}/claim").status_code == 503
-        time.sleep(0.8)
+        clock.now_s += 20
         with claimed(address) as alive:
             for _ in range(4):
-                time.sleep(0.25)
+                clock.now_s += 50
                 assert alive.post("/heartbeat").status_code == 200
         assert dead.post("/undo").status_code == 410
-    with serving(lopsided, max_sessions=1, idle_s=0.6) as address, claimed(address) as idle:
-        time.sleep(0.4)
-        assert idle.post("/heartbeat").json()["remaining_seconds"] < 0.3
+    with serving(lopsided, max_sessions=1, idle_s=60) as address, claimed(address) as idle:
+        clock.now_s += 50
+        assert idle.post("/heartbeat").json()["remaining_seconds"] == 10
         assert idle.get("/lease_status").status_code == 200
-        time.sleep(0.3)
+        clock.now_s += 20
         assert idle.post("/heartbeat").status_code == 410
+
+
+def test_what_a_dead_client_held_is_freed_by_the_server_alone(lopsided, scan):
+    held = []
+
+    class Counted(InteractiveSession):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            held.append(weakref.ref(self._predictor))
+
+    image, properties = as_sent(scan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app_module, "InteractiveSession", Counted)
+        with (
+            serving(lopsided, axes="RAS", liveness_s=0.2) as address,
+            claimed(address) as http,
+        ):
+            headers = {"X-Meta": json.dumps({"image_properties": properties})}
+            if http.post("/set_image", content=packed(image), headers=headers).is_success:
+                http.post("/add_point_interaction", json=click(POINT))
+            deadline = time.monotonic() + 30
+            while held[-1]() is not None:  # no request comes that could find the lease over
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
 
 
 def test_the_key(lopsided):
@@ -360,7 +405,7 @@ def test_foreign_pages_and_names_are_refused(address, headers, status):
         assert httpx.get(address + path, headers=headers).status_code == status
 
 
-def test_the_server_answers_while_a_prediction_runs_and_other_clients_are_untouched(scan):
+def test_the_server_answers_while_a_prediction_runs_and_other_clients_are_untouched(scan, clock):
     started, finish = threading.Event(), threading.Event()
 
     class Slow(Lopsided):
@@ -370,7 +415,7 @@ def test_the_server_answers_while_a_prediction_runs_and_other_clients_are_untouc
             return super().predict_masks(*args)
 
     image, properties = as_sent(scan)
-    with serving(Slow(), axes="RAS", liveness_s=0.4) as address, claimed(address) as http:
+    with serving(Slow(), axes="RAS") as address, claimed(address) as http:
         headers = {"X-Meta": json.dumps({"image_properties": properties})}
         http.post("/set_image", content=packed(image), headers=headers)
         http.post("/set_target_buffer", json={"shape": image.shape[1:], "dtype": "uint8"})
@@ -388,7 +433,7 @@ def test_the_server_answers_while_a_prediction_runs_and_other_clients_are_untouc
             answer = other.post("/set_image", content=packed(image), headers=headers)
             assert answer.status_code == 200
         assert time.monotonic() - begin < 5
-        time.sleep(0.6)  # longer than the time-out: a prediction under way is a sign of life
+        clock.now_s += 200  # beyond the time-out: a prediction under way is a sign of life
         finish.set()
         request.join()
         assert answers[0].status_code == 200
