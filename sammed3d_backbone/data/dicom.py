@@ -8,9 +8,11 @@ refused with the name of the slice.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -100,6 +102,16 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back pydicom's and highdicom's warnings, which repeat values of tags, such as names."""
+    for library in ("pydicom", "highdicom"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def read_dicom(
     path: Path, series: str | None = None, slice_tolerance_mm: float | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], DicomSeries]:
@@ -121,8 +133,7 @@ def read_dicom(
         ValueError: If there is not exactly one series, its slices are no regular stack, or an
             image cannot be decoded.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's repeat values of tags, such as names
+    with quiet():
         chosen = _choose(path, _stacks(path), series)
         ordered, affine = _regular(path, chosen, slice_tolerance_mm)
         first = ordered[0].header

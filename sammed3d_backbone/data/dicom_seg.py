@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.data.dicom import DicomSeries
+from sammed3d_backbone.data.dicom import DicomSeries, quiet
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription
@@ -70,8 +68,6 @@ def write_dicom_seg(
     import pydicom
     from highdicom.seg import Segmentation
 
-    # It logs names of patients that it finds unusual.
-    logging.getLogger("highdicom.base").setLevel(logging.ERROR)
     is_present = np.zeros(int(labels.max()) + 1, bool)
     for plane in labels:  # a plane at a time, since indices take eight bytes
         is_present[plane] = True
@@ -80,24 +76,25 @@ def write_dicom_seg(
         raise ValueError("no voxel has a label, and a DICOM-SEG needs a segment")
     number_of = (is_present.cumsum() * is_present).astype(np.uint16)
     numbers = np.stack([number_of[plane] for plane in labels])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's repeat values of tags, such as names
+    with quiet():
         images = [pydicom.dcmread(file, stop_before_pixels=True) for file in series.files]
         for image in images:
             for keyword in MAY_BE_EMPTY:
                 if keyword not in image:
                     setattr(image, keyword, None)
-        signs = np.diag([-1.0, -1.0, 1.0, 1.0])
-        volume = highdicom.Volume(
-            numbers.T,
-            signs @ affine[:, [2, 1, 0, 3]],
-            coordinate_system="PATIENT",
-            frame_of_reference_uid=series.frame_of_reference,
-        )
+        frames = numbers.T  # each on the image that it belongs to
+        if len(images) == 1:  # whose frames may lie in another order
+            signs = np.diag([-1.0, -1.0, 1.0, 1.0])
+            frames = highdicom.Volume(
+                frames,
+                signs @ affine[:, [2, 1, 0, 3]],
+                coordinate_system="PATIENT",
+                frame_of_reference_uid=series.frame_of_reference,
+            )
         try:
             segmentation = Segmentation(
                 source_images=images,
-                pixel_array=volume,
+                pixel_array=frames,
                 segmentation_type="BINARY",
                 segment_descriptions=[
                     _segment(number, names.get(value, f"label {value}"))

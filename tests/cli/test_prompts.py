@@ -125,6 +125,26 @@ def test_the_whole_command_runs_with_a_real_network(scan, out, capsys):
     assert "random initialisation" in capsys.readouterr().out
 
 
+def test_a_dicom_series_becomes_a_dicom_seg(known, tmp_path, capsys):
+    pytest.importorskip("highdicom", reason="needs the extra dicom")
+    from dicom_series import write_series
+    from highdicom.seg import segread
+
+    def half_bright(image, number):
+        image.PixelData = np.full((6, 5), 612 if number < 10 else 537, np.uint16).tobytes()
+
+    series = write_series(tmp_path / "in", slices=20, change=half_bright)
+    other = write_series(tmp_path / "in" / "other", slices=3)
+    command = ["segment", str(tmp_path / "in"), str(tmp_path / "out.dcm"), "--point", "2,3,4"]
+    assert main([*command, "--object", "liver", "--point", "2,3,9"]) == 2
+    assert other in capsys.readouterr().err
+    assert main([*command, "--object", "liver", "--point", "2,3,9", "--series", series]) == 0
+    assert "modality='ct'" in capsys.readouterr().out
+    names = [item.SegmentLabel for item in segread(tmp_path / "out.dcm").SegmentSequence]
+    assert names
+    assert set(names) <= {"object", "liver"}
+
+
 # --- features ----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """A DICOM series is read as it lies in space, or refused with the slice that is wrong."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -130,6 +131,19 @@ def test_no_tolerance_hides_a_missing_slice(tmp_path):
     write_series(tmp_path, skip=(3,))
     with pytest.raises(ValueError, match="missing"):
         Volume.load(tmp_path, slice_tolerance_mm=10)
+
+
+def test_nothing_is_said_about_odd_tags_which_may_be_names(tmp_path, caplog, capfd):
+    def odd(image, number):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.PatientAge = PATIENT
+
+    write_series(tmp_path, change=odd)
+    caplog.clear()
+    Volume.load(tmp_path)
+    assert not caplog.records
+    assert PATIENT not in "".join(capfd.readouterr())
 
 
 def test_one_of_two_series_is_chosen_by_its_uid(tmp_path):

@@ -57,6 +57,26 @@ def test_a_segmentation_belongs_to_its_series(tmp_path):
         assert frame.DerivationImageSequence[0].SourceImageSequence
 
 
+def test_a_frame_lies_where_its_image_lies_however_irregular(tmp_path):
+    shift = np.random.default_rng(0).uniform(-0.05, 0.05, (8, 1)) * [0, 0, 1]
+    write_series(tmp_path / "series", offsets_mm=shift)
+    scan = Volume.load(tmp_path / "series", slice_tolerance_mm=0.2)
+    labels = Volume((scan.array > scan.array.mean()).astype(np.uint8), scan.affine, scan.header)
+    labels.save(tmp_path / "seg.dcm")
+    images = {}
+    for path in (tmp_path / "series").iterdir():
+        image = pydicom.dcmread(path)
+        images[image.SOPInstanceUID] = image
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert len(seg.PerFrameFunctionalGroupsSequence) == 8
+    for frame, mask in zip(seg.PerFrameFunctionalGroupsSequence, seg.pixel_array, strict=True):
+        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+        image = images[source.ReferencedSOPInstanceUID]
+        position = frame.PlanePositionSequence[0].ImagePositionPatient
+        assert position == image.ImagePositionPatient
+        assert np.array_equal(mask, 2.0 * image.pixel_array - 1024 > scan.array.mean())
+
+
 def test_known_names_get_their_codes(tmp_path):
     segmented(tmp_path)
     seg = highdicom.seg.segread(tmp_path / "seg.dcm")
