@@ -82,7 +82,7 @@ def write_dicom_seg(
             for keyword in MAY_BE_EMPTY:
                 if keyword not in image:
                     setattr(image, keyword, None)
-        frames = numbers.T  # each on the image that it belongs to
+        frames: Any = numbers.T  # each on the image that it belongs to
         if len(images) == 1:  # whose frames may lie in another order
             signs = np.diag([-1.0, -1.0, 1.0, 1.0])
             frames = highdicom.Volume(
