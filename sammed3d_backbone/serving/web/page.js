@@ -451,7 +451,7 @@ async function start() {
     const nth = { 2: "2nd", 3: "3rd" }[server.step] ?? `${server.step}th`;
     warn(`The scan is too large to show: every ${nth} voxel is shown, all are segmented.`);
   }
-  tell("Place the crosshair with the left mouse button, then press p inside an object.");
+  tell("Place the crosshair in the middle of an object, not on its first or last slice; press p.");
   $("views").focus();
 }
 
