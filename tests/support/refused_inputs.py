@@ -147,43 +147,24 @@ def array_file(array: np.ndarray, affine: np.ndarray = AFFINE) -> Callable[[Path
     return make
 
 
-DIM, PIXDIM, VOX_OFFSET, QFORM_CODE, SFORM = 42, 80, 108, 252, 280  # bytes into a NIfTI header
-COLOURS = np.zeros((5, 6, 7), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-FLAT = np.diag([1.5, 1.5, 0.0, 1.0]).astype("<f4").ravel()[:12].tolist()
-METRES = np.diag([0.0015, 0.0015, 0.0015, 1.0]).astype("<f4").ravel()[:12].tolist()
+DIM, VOX_OFFSET = 42, 108  # bytes into a NIfTI header
 
-# Files, given to `sammed3d segment` with a click on voxel (1, 2, 3).
+# Files, given to `sammed3d segment` with a click on voxel (1, 2, 3). What else makes a file bad is
+# tested in tests/data.
 FILES = [
     Row("four dimensions, two of them", array_file(np.stack([GRID, GRID], -1)), "channel"),
-    Row("a picture of two dimensions", array_file(GRID[0]), "in.nii.gz"),
-    Row("colours", array_file(COLOURS), "in.nii.gz"),
-    Row("complex numbers", array_file(GRID.astype(np.complex64)), "in.nii.gz"),
     Row("NaN", array_file(with_one(np.nan)), "in.nii.gz"),
-    Row("constant", array_file(np.ones_like(GRID)), "in.nii.gz"),
-    Row("an sform that flattens space", nifti(patched(SFORM, FLAT, "<f4")), "affine"),
-    Row("an sform in metres", nifti(patched(SFORM, METRES, "<f4")), "0.0015"),
     Row(
         "a header of 30000 x 30000 x 30000 voxels",
         nifti(patched(DIM, [30000] * 3, "<i2")),
         "30000",
     ),
-    Row("a header of -5 voxels", nifti(patched(DIM, [-5], "<i2")), "-5"),
     Row("data beyond the end", nifti(patched(VOX_OFFSET, [1e9], "<f4")), "in.nii"),
     Row(
         "a gzip file that was cut",
         nifti(lambda c: gzip.compress(bytes(c))[:-99], "in.nii.gz"),
         "in.nii.gz",
     ),
-    Row("a .nii.gz that is no gzip", nifti(bytes, "in.nii.gz"), "in.nii.gz"),
-    Row("a .nii that is gzip", nifti(gzip.compress), "in.nii"),
-    Row(
-        "a Git LFS pointer",
-        nifti(lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "in.nii",
-    ),
-    Row("a web page", nifti(lambda _: b"<!doctype html>" + b" " * 400), "in.nii"),
-    Row("an empty file", nifti(lambda _: b""), "in.nii"),
-    Row("another format", nifti(bytes, "in.nrrd"), "in.nrrd"),
     Row("no file", lambda folder: folder / "in.nii.gz", "in.nii.gz"),
 ]
 
