@@ -72,8 +72,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         checked_axes(self.axes)
-        if self.max_sessions < 1:
-            raise ValueError(f"max_sessions={self.max_sessions}: give 1 or more")
+        for name in ("max_sessions", "max_windows", "max_image_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
         if not (self.idle_s > 0 and self.liveness_s > 0):
             raise ValueError("time-outs are numbers of seconds above 0")
 

@@ -26,6 +26,8 @@ TINY = ["serve", "--variant", "tiny", "--random", "--port", "0"]
         (["--host", "no such host", "--api-key", "k"], "--host"),
         (["--axes", "LLS"], "axes"),
         (["--max-sessions", "0"], "max_sessions"),
+        (["--max-windows", "0"], "max_windows"),
+        (["--max-image-gb", "0"], "max_image_bytes"),
         (["--idle-minutes", "0"], "time-outs"),
         (["--device", "cuda:99"], "--device"),
         (["--port", "70000"], "port"),
