@@ -31,7 +31,14 @@ from tqdm import tqdm
 
 from sammed3d_backbone import config, console
 from sammed3d_backbone.data.crops import CropStream
-from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold, with_subjects
+from sammed3d_backbone.data.datasets import (
+    Dataset,
+    Fold,
+    few_subjects,
+    read_fold,
+    read_folds,
+    with_subjects,
+)
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.preparation import prepare_cases
@@ -47,10 +54,11 @@ from sammed3d_backbone.training.dry_run import DryRun
 from sammed3d_backbone.training.finetuning import make_card
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.losses import partial_dice_ce
-from sammed3d_backbone.training.runs import Progress, State, open_run
+from sammed3d_backbone.training.runs import Progress, State, open_run, runs_folder
 from sammed3d_backbone.training.validation import validate
 
 CLIP_NORM = 1.0  # largest norm of all gradients together
+MAX_WORKERS = 8  # per process, unless workers= asks for more
 EMA_DECAY = 0.999  # less during the first 30,000 steps, see timm's ModelEmaV3
 SAVE_EVERY_S = 300.0  # seconds between checkpoints
 WEIGHT_DECAY = 0.05
@@ -71,7 +79,9 @@ class Config:
     data: str  # folder of the data set, or its name below SAMMED3D_DATA
     layout: str | None = None  # YAML file that describes the folder, relative to recipes/
     subjects: str | None = None  # JSON file, case -> subject, relative to recipes/
-    fold: int = 0  # in splits.json or the published split; else one of `folds` random ones
+    # of splits.json or the published split; else of `folds` random ones by subject; all: one after
+    # another, with one report and an ensemble
+    fold: NonNegativeInt | Literal["all"] = 0
     folds: PositiveInt = 5
     # Model
     model: str = "unetr"  # a name in adapters/registry.py, or basicunet: MONAI's, no encoder
@@ -105,7 +115,7 @@ class Config:
     keep_largest_component: bool = False  # per class: for organs, not lesions
     # Machine
     cache: str | None = None  # folder that keeps prepared cases for the next start; None: memory
-    workers: NonNegativeInt = 0  # processes that make crops
+    workers: NonNegativeInt | None = None  # processes that make crops; None: by the machine
     threads: NonNegativeInt = 0  # CPU threads per process; 0: all cores, shared by the processes
     cpu: bool = False  # even where there is a GPU
 
@@ -224,7 +234,8 @@ def main(
     accelerator.wait_for_everyone()
     run.resume(accelerator, state)
     rest = Subset(crops, range(progress.step * per_step, len(crops)))
-    batches = iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers)))
+    workers = crop_workers(cfg, accelerator.device, threads)
+    batches = iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=workers)))
     bar = tqdm(
         total=cfg.steps,
         initial=progress.step,
@@ -286,6 +297,32 @@ def main(
     )
 
 
+def train(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
+    """Trains one fold, or with ``fold=all`` those that are not finished, and reports on all.
+
+    The runs are called ``NAME/fold_0``, ``NAME/fold_1``, ...; jobs of their own may train them,
+    with these names and ``fold=``. ``NAME/results`` has every case scored by the network that did
+    not train on it, and ``NAME/ensemble`` the networks.
+
+    Returns:
+        As `main`.
+    """
+    if cfg.fold != "all":
+        return main(cfg, dry_run=dry_run)
+    dataset, _ = choose_cases(replace(cfg, fold=0))
+    count = len(read_folds(dataset, folds=cfg.folds))
+    parts = [replace(cfg, name=f"{cfg.name}/fold_{n}", fold=n) for n in range(count)]
+    if dry_run:
+        return main(parts[0], dry_run=True)
+    for part in parts:
+        run = open_run(part.name, part, free=FREE)
+        if not (run.folder / "results/report.html").is_file():
+            main(part)
+    return finetuning.report_folds(
+        runs_folder() / cfg.name, count, dataset, dataclasses.asdict(cfg)
+    )
+
+
 def choose_cases(cfg: Config, num_subjects: int | None = None) -> tuple[Dataset, Fold]:
     """The data set and which of its cases train and validate; no image is read yet."""
     here = Path(__file__).parent
@@ -307,6 +344,13 @@ def set_up(network: nn.Module, cfg: Config) -> None:
         set_frozen(network.encoder, True)
 
 
+def crop_workers(cfg: Config, device: torch.device, threads: int) -> int:
+    """The number of processes that make crops; on a CPU the network needs every core itself."""
+    if cfg.workers is not None:
+        return cfg.workers
+    return 0 if device.type == "cpu" else min(threads, MAX_WORKERS)
+
+
 def without_downloads(cfg: Config, say: Callable[[str], object]) -> Config:
     """The configuration with random initialisation for what would have to be downloaded."""
     weights = None if cfg.scratch else cfg.weights or DEFAULT_WEIGHTS.get(cfg.variant)
@@ -321,4 +365,4 @@ def without_downloads(cfg: Config, say: Callable[[str], object]) -> Config:
 
 if __name__ == "__main__":
     cfg, flags = config.parse(Config, description=__doc__, flags={"dry_run": DRY_RUN})
-    sys.exit(console.run_program(lambda: main(cfg, **flags), "finetune_unetr"))
+    sys.exit(console.run_program(lambda: train(cfg, **flags), "finetune_unetr"))

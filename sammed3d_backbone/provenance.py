@@ -62,11 +62,14 @@ def cores() -> int:
 
 
 def command_line(processes: int) -> str:
-    """The command that starts this recipe again, from the root of a checkout.
+    """The command that starts this recipe again, from a checkout or installed.
 
     torchrun starts as many processes on GPUs and on CPUs; accelerate's launcher starts one on CPUs,
     whatever number it is given, unless there is MPI.
     """
+    program = Path(sys.argv[0]).name
+    if not program.endswith(".py"):  # sammed3d train
+        return shlex.join([program, *sys.argv[1:]])
     start = "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
     folder, _, script = Path(sys.argv[0]).resolve().as_posix().rpartition("/recipes/")
     return shlex.join([*start.split(), f"{'recipes/' if folder else ''}{script}", *sys.argv[1:]])

@@ -69,6 +69,14 @@ MAY_IMPORT = {
         "loading",
         "provenance",
     },
+    "planning": {
+        "curation.sides",
+        "data",
+        "evaluation",
+        "files",
+        "loading.registry",
+        "loading.variants",
+    },
     "pretraining": {"data", "files", "models", "strategies", "training"},
 }
 MAY_IMPORT["__init__"] = {"adapters", "data.volume", "inference", "loading"}

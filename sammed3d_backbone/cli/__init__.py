@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sammed3d_backbone import console
-from sammed3d_backbone.cli import clicks, curation, models, prompts, selftest, serve, weights
+from sammed3d_backbone.cli import (
+    clicks,
+    curation,
+    models,
+    planning,
+    prompts,
+    selftest,
+    serve,
+    weights,
+)
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -20,6 +29,9 @@ COMMANDS = (
     weights.add_info,
     weights.add_convert,
     weights.add_verify,
+    planning.add_plan,
+    planning.add_train,
+    planning.add_recipe,
     models.add_predict,
     models.add_push,
     clicks.add_clicks,

@@ -15,25 +15,68 @@ def add_predict(commands: "Commands") -> None:
     """Declares `sammed3d predict`."""
     parser = commands.add_parser(
         "predict",
-        help="segment a scan with a fine-tuned model",
+        help="segment a scan, or a folder of scans, with a fine-tuned model or several",
         description="The labels have the grid and the affine of the scan. Channels lie along a 4th "
-        "axis. OUT ends in .nii.gz, .nii, .nrrd, .mha, or .dcm: a DICOM-SEG of the series SCAN.",
+        "axis. OUT ends in .nii.gz, .nii, .nrrd, .mha, or .dcm: a DICOM-SEG of the series SCAN. "
+        "For a folder of scans (files, channels as ID_0000, ID_0001, ..., folders of DICOM) OUT is "
+        "a folder that gets ID.nii.gz and manifest.json; an interrupted run is resumed.",
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="safetensors file of a run, folder, or OWNER/NAME[@REVISION] on the Hub",
+        help="safetensors file of a run, folder of one model or of fold_0.safetensors, "
+        "fold_1.safetensors, ..., which are averaged, or OWNER/NAME[@REVISION] on the Hub",
     )
     add_scan(parser)
     parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--nearest", action="store_true", help="resample labels, not probabilities")
     parser.add_argument("--modality", choices=("ct", "mr", "us"), help="for models that know it")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--mirror", action="store_true", help="average with mirror images, along flip_axes"
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="of a folder: also ID.npz, (K, X, Y, Z)"
+    )
+    parser.add_argument(
+        "--force", "--overwrite", action="store_true", help="replace OUT, or results in it"
+    )
     parser.set_defaults(run=_run_predict)
 
 
 def _run_predict(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.inference.folder import is_one_scan
+
+    return _predict_one(args) if is_one_scan(args.source) else _predict_folder(args)
+
+
+def _predict_folder(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.inference.segmenter import Segmenter
+
+    if given := [value for value in dicom_options(args).values() if value is not None]:
+        raise ValueError(
+            f"--series or --slice-tolerance {given[0]} is for one scan, and {args.source} holds "
+            "several; give one of them"
+        )
+    segmenter = Segmenter.from_pretrained(args.model)
+    on_device(segmenter.model, args.device)
+    entries = segmenter.predict_folder(
+        args.source,
+        args.target,
+        modality=args.modality,
+        nearest=args.nearest,
+        mirror=args.mirror,
+        probabilities=args.probabilities,
+        overwrite=args.force,
+    )
+    failed = [entry["id"] for entry in entries if entry["error"] is not None]
+    print(f"{len(entries) - len(failed)} of {len(entries)} scans: {args.target / 'manifest.json'}")
+    if failed:
+        print(f"failed, see there: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _predict_one(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.formats import require_writable
     from sammed3d_backbone.data.volume import Volume
     from sammed3d_backbone.inference.segmenter import Segmenter
@@ -43,7 +86,9 @@ def _run_predict(args: argparse.Namespace) -> int:
     require_writable(args.target, volume.header)  # before minutes of work
     segmenter = Segmenter.from_pretrained(args.model)
     on_device(segmenter.model, args.device)
-    labels = segmenter.predict(volume, modality=args.modality, nearest=args.nearest)
+    labels = segmenter.predict(
+        volume, modality=args.modality, nearest=args.nearest, mirror=args.mirror
+    )
     labels.save(args.target, names=segmenter.card.labels)
     for value, name in segmenter.card.labels.items():
         if value:

@@ -92,28 +92,35 @@ class Fold:
 
 
 def read_fold(dataset: Dataset, fold: int, *, folds: int = 5, seed: int = 0) -> Fold:
-    """The fold with a number: from splits.json, else the published split, else random by subject.
+    """The fold with a number, counted from 0.
+
+    Raises:
+        DatasetError: As for `read_folds`.
+        ValueError: If there is no such fold.
+    """
+    made = read_folds(dataset, folds=folds, seed=seed)
+    if not 0 <= fold < len(made):
+        raise ValueError(f"fold={fold}: there are {len(made)}, counted from 0")
+    return made[fold]
+
+
+def read_folds(dataset: Dataset, *, folds: int = 5, seed: int = 0) -> list[Fold]:
+    """All folds: from splits.json, else the published split, else random by subject.
 
     Args:
         dataset: The data set.
-        fold: Counted from 0.
         folds: Number of random splits if neither is given.
         seed: Seed of the random splits.
 
     Raises:
         DatasetError: If splits.json does not fit the cases, or there are too few cases to split.
-        ValueError: If there is no such fold.
     """
     path = dataset.folder / "splits.json"
     if path.is_file():
-        made = _read_splits(dataset, path)
-    elif any(case.split for case in dataset.cases):
-        made = [_published_split(dataset)]
-    else:
-        made = _dealt_splits(dataset, folds, seed)
-    if not 0 <= fold < len(made):
-        raise ValueError(f"fold={fold}: there are {len(made)}, counted from 0")
-    return made[fold]
+        return _read_splits(dataset, path)
+    if any(case.split for case in dataset.cases):
+        return [_published_split(dataset)]
+    return _dealt_splits(dataset, folds, seed)
 
 
 def with_subjects(dataset: Dataset, path: Path) -> Dataset:

@@ -260,7 +260,8 @@ class Geometry:
             oriented = F.interpolate(classes[None], size=self._oriented(), mode="nearest-exact")[0]
             return _small_integers(self._unorient(oriented)[0].round().long())
         best: Tensor | None = None
-        result = torch.zeros(self._oriented(), dtype=torch.long)
+        small = torch.uint8 if len(probs) <= 256 else torch.int16
+        result = torch.zeros(self._oriented(), dtype=small)
         for value, prob in enumerate(probs):
             inside = self._from_box(prob[None].float(), 1.0 if value == 0 else 0.0)
             share = _interpolate(inside, self._oriented())[0]

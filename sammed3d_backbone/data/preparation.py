@@ -41,17 +41,22 @@ class PreparedCase:
 
 
 def load_image(case: Case) -> Volume:
-    """All channels of a case as one volume, (X, Y, Z) or (C, X, Y, Z).
+    """All channels of a case as one volume; see `load_channels`."""
+    return load_channels(case.images)
+
+
+def load_channels(paths: Sequence[Path]) -> Volume:
+    """One file per channel, or one file that holds all, as a volume (X, Y, Z) or (C, X, Y, Z).
 
     Raises:
         ValueError: If a file is unreadable or the channels do not lie on one grid.
     """
-    volumes = [Volume.load(path) for path in case.images]
+    volumes = [Volume.load(path) for path in paths]
     first = volumes[0]
     if len(volumes) == 1:
         return first
-    for path, volume in zip(case.images[1:], volumes[1:], strict=True):
-        if problems := pair_problems(path, volume, case.images[0], first):
+    for path, volume in zip(paths[1:], volumes[1:], strict=True):
+        if problems := pair_problems(path, volume, paths[0], first):
             raise ValueError(problems[0])
     return replace(first, array=np.stack([volume.array for volume in volumes]))
 
@@ -139,7 +144,7 @@ def _prepare(
     kept = None if cache is None else cache_path(cache, case, dataset, preprocessing)
     if kept is not None and (tensors := read_prepared(kept)) is not None:
         return [], tensors
-    problems, opened = _open(case, dataset)
+    problems, opened = open_case(case, dataset)
     if opened is None:
         return problems, None
     image, label = opened
@@ -154,7 +159,7 @@ def _prepare(
     return problems, (x, y)
 
 
-def _open(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume] | None]:
+def open_case(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume] | None]:
     """The problems of a case, or its image and label."""
     problems: list[str] = []
     known = (0, 1) if case.masks else (0, *(case.values or range(1, len(dataset.labels))))

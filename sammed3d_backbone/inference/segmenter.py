@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,20 @@ from sammed3d_backbone.data.regions import keep_largest_component
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import write_text
 from sammed3d_backbone.inference.card import Card
+from sammed3d_backbone.inference.folder import predict_scans, scans_in
 from sammed3d_backbone.inference.hub import model_card, upload
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.fitting import part_of, require_finite, require_float
-from sammed3d_backbone.loading.hub import WEIGHTS_FILE, WEIGHTS_SUFFIXES, locate
+from sammed3d_backbone.loading.hub import WEIGHTS_FILE, WEIGHTS_SUFFIXES, locate, sha256_of
 from sammed3d_backbone.loading.opening import CARD_KEY, MODEL_ENCODER
 from sammed3d_backbone.loading.stored_sizes import encoder_like
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.provenance import strip_directory
 
 CONFIG_FILE = "config.json"
+FOLDS = "fold_*.safetensors"  # the models of an ensemble, in one folder
+SLAB = 16  # voxels along the first axis that are turned into probabilities at once
 _REPOSITORY = re.compile(r"(hf-hub:)?[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -47,6 +52,7 @@ class Segmenter:
     Args:
         model: Maps (B, C, X, Y, Z) to class logits (B, K, X, Y, Z).
         card: Describes the model and its input.
+        files: The safetensors files that it was loaded from.
 
     Example:
         >>> segmenter = Segmenter.from_pretrained("runs/hippocampus")  # doctest: +SKIP
@@ -55,16 +61,22 @@ class Segmenter:
 
     model: nn.Module
     card: Card
+    files: tuple[Path, ...] = ()
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], *, weights_file: str = WEIGHTS_FILE
+        cls,
+        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        weights_file: str = WEIGHTS_FILE,
     ) -> Segmenter:
-        """Loads a fine-tuned model in evaluation mode.
+        """Loads a fine-tuned model, or several whose logits are averaged, in evaluation mode.
 
         Args:
             source: A safetensors file, a folder that `save_pretrained` wrote, or a repository on
-                the Hub: `OWNER/NAME`, `OWNER/NAME@REVISION`, with or without `hf-hub:` before it.
+                the Hub: `OWNER/NAME`, `OWNER/NAME@REVISION`, with or without `hf-hub:` before it. A
+                folder of ``fold_0.safetensors``, ``fold_1.safetensors``, ... and a list are an
+                ensemble.
             weights_file: Name of the safetensors file in the folder or repository.
 
         Raises:
@@ -72,8 +84,30 @@ class Segmenter:
             PermissionError: If the Hub asks for a token or for acceptance of terms.
             ConnectionError: If a download failed.
             ValueError: If the file is not a fine-tuned model, its tensors do not fit its card or
-                its content_sha256, or are not finite floating-point numbers.
+                its content_sha256, or are not finite floating-point numbers, or the models of an
+                ensemble differ in labels, channels or preprocessing.
         """
+        named = [source] if isinstance(source, str | os.PathLike) else [*source]
+        sources = [member for each in named for member in _members(each)]
+        members = [cls._load(each, weights_file) for each in sources]
+        if not members:
+            raise ValueError("an empty list of models; give at least one")
+        first = members[0]
+        for each, member in zip(sources, members, strict=True):
+            for key in ("labels", "channels", "preprocessing"):
+                if getattr(member.card, key) != getattr(first.card, key):
+                    raise ValueError(
+                        f"{each} has other {key} than {sources[0]}; give models of one data set "
+                        "and one configuration"
+                    )
+        if len(members) == 1:
+            return first
+        files = tuple(file for member in members for file in member.files)
+        return replace(first, model=Ensemble(member.model for member in members), files=files)
+
+    @classmethod
+    def _load(cls, source: str | os.PathLike[str], weights_file: str) -> Segmenter:
+        """One model of `from_pretrained`."""
         path, config = _files(source, weights_file)
         tensors, metadata = read(path)
         if CARD_KEY not in metadata and config is None:
@@ -93,13 +127,18 @@ class Segmenter:
             raise ValueError(
                 f"{source} does not fit its own card: {error}; copy it again"
             ) from None
-        return cls(model.eval(), card)
+        return cls(model.eval(), card, (path,))
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file with the card in its metadata; replaces an existing file.
 
         LoRA updates are merged into the weights that they belong to.
+
+        Raises:
+            ValueError: If the model is an ensemble.
         """
+        if isinstance(self.model, Ensemble):
+            raise ValueError("an ensemble is the folder of its files; save each model by itself")
         tensors = merge_lora(self.model).state_dict()
         write(path, tensors, {CARD_KEY: json.dumps(self.card.to_dict())}, overwrite=True)
 
@@ -143,7 +182,12 @@ class Segmenter:
             return upload(Path(folder), repo_id, private=private, message=message)
 
     def predict(
-        self, volume: Volume, *, modality: Modality | None = None, nearest: bool = False
+        self,
+        volume: Volume,
+        *,
+        modality: Modality | None = None,
+        nearest: bool = False,
+        mirror: bool = False,
     ) -> Volume:
         """The labels of a volume, on its grid and with exactly its affine.
 
@@ -151,9 +195,77 @@ class Segmenter:
             volume: Has the channels of the card.
             modality: Chooses the intensity mode where the card has several; None is its default.
             nearest: Resample labels instead of probabilities to the volume's grid.
+            mirror: Average with mirror images along the axes that the training mirrored.
 
         Raises:
             ValueError: If the volume has another number of channels or non-finite voxels.
+        """
+        return self.labels_and_probabilities(
+            volume, modality=modality, nearest=nearest, mirror=mirror
+        )[0]
+
+    def predict_folder(
+        self,
+        source: str | os.PathLike[str],
+        target: str | os.PathLike[str],
+        *,
+        modality: Modality | None = None,
+        nearest: bool = False,
+        mirror: bool = False,
+        probabilities: bool = False,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Writes ``ID.nii.gz`` for every scan of a folder, and ``manifest.json``.
+
+        An interrupted run is resumed. A scan that fails becomes an entry with an error; the others
+        are done all the same.
+
+        Args:
+            source: Folder of NIfTI files, with channels along the fourth axis or as ``ID_0000``,
+                ``ID_0001``, ..., and of folders of DICOM series.
+            target: Folder of the results; made if needed.
+            modality: See `predict`.
+            nearest: See `predict`.
+            mirror: See `predict`.
+            probabilities: Also write ``ID.npz`` with the array ``probabilities``, (K, X, Y, Z)
+                float16 on the scan's grid.
+            overwrite: Whether to replace results of another model or of other settings.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The entries of the manifest, a dictionary per scan; ``error`` is None where it worked.
+
+        Raises:
+            ValueError: If there is no scan.
+            FileExistsError: If there are other results.
+        """
+        settings: dict[str, Any] = {"modality": modality, "nearest": nearest, "mirror": mirror}
+        return predict_scans(
+            partial(self.labels_and_probabilities, wanted=probabilities, **settings),
+            scans_in(Path(source)),
+            Path(target),
+            {
+                "model": [{"file": p.name, "sha256": sha256_of(p)} for p in self.files],
+                "settings": {**settings, "probabilities": probabilities},
+            },
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    def labels_and_probabilities(
+        self,
+        volume: Volume,
+        *,
+        modality: Modality | None = None,
+        nearest: bool = False,
+        mirror: bool = False,
+        wanted: bool = False,
+    ) -> tuple[Volume, Tensor | None]:
+        """What `predict` returns, and class probabilities on the same grid if they are wanted.
+
+        Shapes:
+            returns: labels (X, Y, Z), probabilities (K, X, Y, Z) float32.
         """
         card = self.card
         if volume.channels != len(card.channels):
@@ -163,18 +275,26 @@ class Segmenter:
             )
         image, geometry = card.preprocessing.image(volume, modality)
         device = next(self.model.parameters()).device
-        probs = self.logits(image.to(device), modality).softmax(0).cpu()
+        probs = self.logits(image.to(device), modality, mirror=mirror).cpu()
+        del image
+        with torch.inference_mode():
+            for part in probs.split(SLAB, dim=1):  # in place, as a second one may not fit
+                part.copy_(part.softmax(0))
         labels = geometry.invert_labels(probs, nearest=nearest).numpy()
         if card.keep_largest_component:
             labels = keep_largest_component(labels)
-        return Volume(labels, volume.affine, volume.header)
+        given = geometry.invert(probs) if wanted else None
+        return Volume(labels, volume.affine, volume.header), given
 
-    def logits(self, image: Tensor, modality: Modality | None = None) -> Tensor:
+    def logits(
+        self, image: Tensor, modality: Modality | None = None, *, mirror: bool = False
+    ) -> Tensor:
         """Class logits of a preprocessed image, from overlapping windows with Gaussian weights.
 
         Args:
             image: From `Preprocessing.image`.
             modality: See `predict`.
+            mirror: See `predict`.
 
         Shapes:
             image: (C, X, Y, Z), no side smaller than the window.
@@ -184,17 +304,56 @@ class Segmenter:
 
         self.model.eval()
         used = self.card.preprocessing
+        axes = self.card.training.get("config", {}).get("flip_axes", ()) if mirror else ()
+        network = mirrored(self.model, axes)
         with torch.inference_mode():
             logits = sliding_window_inference(
                 image[None],
                 used.crop_vox,
                 sw_batch_size=2,
-                predictor=lambda crops: self.model(used.crops(crops, modality)),
+                predictor=lambda crops: network(used.crops(crops, modality)),
                 overlap=self.card.overlap,
                 mode="gaussian",
             )
         assert isinstance(logits, Tensor)  # as the network returns one
         return logits[0].float()
+
+
+class Ensemble(nn.Module):
+    """The mean of several networks' outputs."""
+
+    def __init__(self, members: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean, of the shape of each output."""
+        total: Tensor = self.members[0](x)
+        for member in self.members[1:]:
+            total = total + member(x)
+        return total / len(self.members)
+
+
+def mirrored(network: nn.Module, axes: Collection[int]) -> Callable[[Tensor], Tensor]:
+    """The network, averaged with its outputs for mirror images, mirrored back.
+
+    Args:
+        network: Maps (B, C, X, Y, Z) to (B, K, X, Y, Z).
+        axes: Axes 0, 1, 2 to mirror along, and all combinations of them; none is the network.
+    """
+    ways = [
+        [axis + 2 for axis in chosen]
+        for count in range(1, len(axes) + 1)
+        for chosen in itertools.combinations(axes, count)
+    ]
+
+    def call(x: Tensor) -> Tensor:
+        total: Tensor = network(x)
+        for way in ways:
+            total = total + network(x.flip(way)).flip(way)
+        return total / (1 + len(ways)) if ways else total
+
+    return call
 
 
 def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -272,6 +431,13 @@ def init_from_checkpoint(
         "weights": f"all values of the fine-tuned {name}",
         "data_overlap": before.get("data_overlap", f"unknown: {name} does not say"),
     }, cases
+
+
+def _members(source: str | os.PathLike[str]) -> list[str | os.PathLike[str]]:
+    """The files of an ensemble's folder, else the source itself."""
+    path = Path(source).expanduser()
+    folds = sorted(path.glob(FOLDS)) if path.is_dir() else []
+    return [*folds] if folds else [source]
 
 
 def _files(source: str | os.PathLike[str], weights_file: str) -> tuple[Path, str | None]:

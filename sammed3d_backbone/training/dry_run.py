@@ -13,6 +13,7 @@ from sammed3d_backbone.provenance import resident_bytes
 from sammed3d_backbone.training.engine import peak_bytes
 
 MEASURED = 3  # steps
+ASSUMED_GIB = 8.0  # of memory, where the system does not tell
 
 
 class DryRun:
@@ -52,3 +53,13 @@ class DryRun:
         """The same as plain values."""
         seconds = [round(each, 3) for each in self.step_seconds]
         return {"peak_bytes": self.peak_bytes, "step_seconds": seconds}
+
+
+def free_gib() -> tuple[float, bool]:
+    """Free memory of the GPU, or available memory of the machine, in GiB; and if it is a GPU's."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.mem_get_info()[0] / 2**30, 1), True
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return (round(found[0] / 2**20, 1) if found else ASSUMED_GIB), False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
@@ -19,7 +21,8 @@ from sammed3d_backbone.data.datasets import Dataset, Fold
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing
 from sammed3d_backbone.evaluation.report import About, write_results
-from sammed3d_backbone.evaluation.scores import score_cases, summarise_scores
+from sammed3d_backbone.evaluation.scores import read_scores, score_cases, summarise_scores
+from sammed3d_backbone.files import atomic_path
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import (
     Segmenter,
@@ -259,4 +262,51 @@ def report(
     accelerator.print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
     pages = f"{results / 'report.html'} and {results / 'figure.png'}"
     accelerator.print(f"training took {progress.seconds:.0f} s; see {pages}")
+    return summary
+
+
+def report_folds(
+    folder: Path, folds: int, dataset: Dataset, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Joins finished runs of all folds: one report, and the networks as an ensemble.
+
+    Args:
+        folder: Holds the runs ``fold_0``, ``fold_1``, ...; gets ``results`` and ``ensemble``.
+        folds: Number of runs.
+        dataset: The data set.
+        settings: The recipe's configuration, for the page.
+
+    Returns:
+        The summary of the scores.
+    """
+    runs = [folder / f"fold_{number}" for number in range(folds)]
+    results, ensemble = folder / "results", folder / "ensemble"
+    if not PartialState().is_main_process:
+        return {}
+    (results / "predictions").mkdir(parents=True, exist_ok=True)
+    ensemble.mkdir(exist_ok=True)
+    scores, written = [], []
+    for run in runs:
+        scores += read_scores(run / "results/scores.csv")
+        written.append(json.loads((run / "results/scores.json").read_text(encoding="utf-8")))
+        for path in (run / "results/predictions").iterdir():
+            shutil.copyfile(path, results / "predictions" / path.name)
+        with atomic_path(ensemble / f"{run.name}.safetensors") as draft:
+            shutil.copyfile(run / "last.safetensors", draft)
+    known = {field.name for field in dataclasses.fields(About)}
+    about = replace(
+        About(**{key: value for key, value in written[0].items() if key in known}),
+        title=f"{settings['name']}: {settings['model']} on {dataset.name}, all folds",
+        command=command_line(PartialState().num_processes),
+        split=f"{folds} folds; every case scored by the network that was not trained on it",
+        seconds=sum(each["seconds"] for each in written),
+        cpu_seconds=sum(each["cpu_seconds"] for each in written),
+        config=settings,
+    )
+    ordered = sorted(scores, key=lambda score: score.case)
+    summary = write_results(results, ordered, dataset, about)
+    PartialState().print(
+        f"mean Dice {summary['mean_dice']} over {summary['cases']} cases, out of fold; see "
+        f"{results / 'report.html'}\nensemble: {ensemble}"
+    )
     return summary

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sammed3d_backbone.recipes import finetune_unetr
-from sammed3d_backbone.recipes.finetune_unetr import Config, main, make_card
+from sammed3d_backbone.recipes.finetune_unetr import Config, main, make_card, train
 from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
 from sammed3d_backbone import config, encoder
@@ -457,3 +457,16 @@ def test_the_preprocessing_is_the_weights_unless_overridden(small, toy_data, cap
     assert capsys.readouterr().out.count("instead of") == 2
     ct = replace(dataset, channels=("CT",))
     assert make_card(Config(**small | free), ct).preprocessing.intensity == {"default": "ct"}
+
+
+@pytest.mark.slow
+def test_all_folds_score_every_case_once_and_leave_an_ensemble(small, runs):
+    cfg = Config(**{**small, "fold": "all", "steps": 2})
+    summary = train(cfg)
+    assert summary["cases"] == 6
+    members = sorted(path.name for path in (runs / "toy/ensemble").iterdir())
+    assert members == [f"fold_{n}.safetensors" for n in range(3)]
+    assert len(Segmenter.from_pretrained(runs / "toy/ensemble").files) == 3
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("last.safetensors")}
+    assert train(cfg) == summary  # nothing is trained again
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("last.safetensors")} == before

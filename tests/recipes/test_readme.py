@@ -7,10 +7,9 @@ import shutil
 import textwrap
 
 import pytest
-from sammed3d_backbone.recipes import finetune_unetr
 
-from sammed3d_backbone import cli, config
-from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone import cli
+from sammed3d_backbone.data.folders import read_dataset
 
 
 def blocks(text, language):
@@ -55,34 +54,33 @@ def bids(folder, toy_data, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [decathlon, nnunet, bids], ids=lambda layout: layout.__name__)
-def test_ones_own_data_become_a_model_and_a_prediction(
-    layout, five_minutes, toy_data, small, runs, root, tmp_path, monkeypatch
+def test_ones_own_data_become_a_plan_a_model_and_predictions(
+    layout, five_minutes, toy_data, small, runs, tmp_path, monkeypatch
 ):
-    monkeypatch.chdir(root)
-    folder, target = tmp_path / "mine", tmp_path / "labels.nii.gz"
+    folder, target = tmp_path / "mine", tmp_path / "results"
     folder.mkdir()
     layout(folder, toy_data, five_minutes)
-    scan = next((toy_data / "imagesTr").iterdir())
+    monkeypatch.chdir(tmp_path)
+    name = read_dataset(folder).name
     places = {
         "FOLDER": folder,
         "~/sammed3d_runs": runs,
-        "SCAN.nii.gz": scan,
-        "LABELS.nii.gz": target,
+        "NAME": name,
+        "SCANS": toy_data / "imagesTr",
+        "RESULTS": target,
     }
     (commands,) = blocks(five_minutes, "bash")
     for word, place in places.items():
         commands = commands.replace(word, str(place))
-    train, predict = map(shlex.split, commands.splitlines())
-    assert train[:2] == ["python", "recipes/finetune_unetr.py"]
-    quick = {k: v for k, v in small.items() if k not in ("name", "data")} | {"variant": "tiny"}
-    quick |= {"steps": 2, "workers": 0, "mixed_precision": "no", "cache": tmp_path / "cache"}
-    arguments = [
-        *train[2:],
-        *(f"{k}={list(v) if k == 'spacing_mm' else v}" for k, v in quick.items()),
-    ]
-    cfg, _ = config.parse(finetune_unetr.Config, arguments)
-    finetune_unetr.main(cfg)
-    assert (runs / "mine/results/report.html").is_file()
-    assert predict[0] == "sammed3d"
-    assert cli.main(predict[1:]) == 0
-    assert Volume.load(target).shape == Volume.load(scan).shape
+    quick = {k: v for k, v in small.items() if k not in ("name", "data")}
+    quick = {k: list(v) if k == "spacing_mm" else v for k, v in quick.items()} | {"steps": 2}
+    for line in commands.splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "sammed3d"
+        if words[0] == "train":
+            at = next(n for n, word in enumerate([*words, "--"]) if word.startswith("--"))
+            words[at:at] = [f"{key}={value}" for key, value in quick.items()]
+        assert cli.main(words) == 0
+    assert (runs / name / "results/report.html").is_file()
+    scans = sorted(path.name for path in (toy_data / "imagesTr").iterdir())
+    assert sorted(path.name for path in target.glob("*.nii.gz")) == scans

@@ -1,0 +1,200 @@
+"""A folder of scans -> a folder of labels, with a manifest from which an interrupted run resumes.
+
+The next scan is read and the last one written while the network computes, one of each at a time, so
+that memory does not grow with the number of scans.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from sammed3d_backbone.data.formats import NRRD_SUFFIXES
+from sammed3d_backbone.data.nifti import SUFFIXES
+from sammed3d_backbone.data.preparation import load_channels
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import atomic_path, file_name, write_json
+from sammed3d_backbone.loading.hub import sha256_of
+from sammed3d_backbone.provenance import library_versions, resident_bytes
+
+Predict = Callable[[Volume], tuple[Volume, Tensor | None]]
+# What one scan may raise without ending the run; torch raises RuntimeError.
+FAILURES = (ValueError, OSError, RuntimeError, MemoryError)
+MANIFEST = "manifest.json"
+IMAGES = (*SUFFIXES, *NRRD_SUFFIXES, ".mha", ".mhd")  # endings that make a file a scan
+CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's names: CASE_0000, CASE_0001, ...
+
+
+@dataclass(frozen=True)
+class ScanFiles:
+    """The files of one scan: one per channel, or one file or DICOM folder that holds all."""
+
+    id: str
+    paths: tuple[Path, ...]
+
+    def hashes(self) -> dict[str, str]:
+        """File name -> SHA-256, of every file."""
+        files = [
+            file
+            for path in self.paths
+            for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+            if file.is_file()
+        ]
+        return {file.name: sha256_of(file) for file in files}
+
+
+def is_one_scan(source: Path) -> bool:
+    """Whether a path is a file, or a folder of DICOM files and nothing else."""
+    return not source.is_dir() or not any(
+        path.is_dir() or path.name.endswith(IMAGES) for path in source.iterdir()
+    )
+
+
+def scans_in(folder: Path) -> list[ScanFiles]:
+    """The scans of a folder, sorted by id.
+
+    Files ``ID_0000.nii.gz``, ``ID_0001.nii.gz``, ... are the channels of one scan; a folder in it
+    is a DICOM series.
+
+    Raises:
+        ValueError: If there is no scan, or two have one id.
+    """
+    stems: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        ending = next((s for s in IMAGES if path.name.endswith(s)), None)
+        if path.name.startswith(".") or (ending is None and not path.is_dir()):
+            continue
+        stem = file_name(path.name.removesuffix(ending or ""))
+        if stem in stems:
+            raise ValueError(f"{stems[stem]} and {path} would both be {stem}; rename one")
+        stems[stem] = path
+    grouped: dict[str, list[Path]] = {}
+    for stem, path in stems.items():
+        channel = CHANNEL.fullmatch(stem)
+        is_channel = channel is not None and f"{channel[1]}_0000" in stems
+        grouped.setdefault(channel[1] if channel and is_channel else stem, []).append(path)
+    if not grouped:
+        raise ValueError(f"{folder} holds no {', '.join(IMAGES)} and no folder; give a scan")
+    return [ScanFiles(name, tuple(paths)) for name, paths in sorted(grouped.items())]
+
+
+def predict_scans(
+    predict: Predict,
+    scans: Sequence[ScanFiles],
+    target: Path,
+    about: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Predicts scans one after another; see `Segmenter.predict_folder`.
+
+    Args:
+        predict: Volume -> labels, and probabilities if they are to be written.
+        scans: From `scans_in`.
+        target: Folder of the results.
+        about: Identifies model and settings; an earlier run is resumed if it has the same.
+        overwrite: Whether to replace other results.
+        progress: Whether to show a progress bar.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    done = {} if overwrite else _finished(target, about, scans)
+    entries = {scan.id: done[scan.id] for scan in scans if scan.id in done}
+    bar = tqdm(total=len(scans), initial=len(done), unit="scan", disable=not progress)
+
+    def settle(scan: ScanFiles, began: float, saved: Future[str] | Exception) -> None:
+        entry: dict[str, Any] = {"id": scan.id, "error": None}
+        try:
+            entry["files"] = scan.hashes()
+            if isinstance(saved, Exception):
+                raise saved
+            entry |= {"output": f"{scan.id}.nii.gz", "sha256": saved.result()}
+        except FAILURES as error:
+            entry["error"] = str(error) or type(error).__name__
+            tqdm.write(f"{scan.id} failed: {entry['error']}")
+        entry["seconds"] = round(time.monotonic() - began, 2)
+        entry["peak_memory_mb"] = round(resident_bytes("VmHWM") / 1e6)
+        entries[scan.id] = entry
+        cases = [entries[name] for name in sorted(entries)]
+        write_json(target / MANIFEST, {"versions": library_versions(), **about, "cases": cases})
+        bar.update()
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        last: tuple[ScanFiles, float, Future[str]] | None = None
+        for scan, reading in _read_ahead(reader, [s for s in scans if s.id not in done]):
+            began = time.monotonic()
+            try:
+                labels, probs = predict(reading.result())
+            except FAILURES as error:
+                settle(scan, began, error)
+                continue
+            if last is not None:
+                settle(*last)
+            last = (scan, began, writer.submit(_save, target / scan.id, labels, probs))
+            del labels, probs, reading
+        if last is not None:
+            settle(*last)
+    bar.close()
+    return [entries[scan.id] for scan in scans]
+
+
+def _save(stem: Path, labels: Volume, probs: Tensor | None) -> str:
+    """Writes the results of a scan; returns the hash of its labels' file."""
+    path = stem.with_name(f"{stem.name}.nii.gz")
+    labels.save(path)
+    if probs is not None:
+        with atomic_path(stem.with_name(f"{stem.name}.npz")) as draft:
+            np.savez_compressed(draft, probabilities=probs.half().numpy())
+    return sha256_of(path)
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, scans: Sequence[ScanFiles]
+) -> Iterator[tuple[ScanFiles, Future[Volume]]]:
+    """Every scan with its volume, while the next one is being read."""
+    waiting: list[tuple[ScanFiles, Future[Volume]]] = []
+    for scan in scans:
+        waiting.append((scan, reader.submit(load_channels, scan.paths)))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _finished(
+    target: Path, about: Mapping[str, Any], scans: Sequence[ScanFiles]
+) -> dict[str, dict[str, Any]]:
+    """The entries of an earlier run whose outputs are there.
+
+    Raises:
+        FileExistsError: If there are outputs of another model, of other settings or of unknown
+            origin.
+    """
+    path = target / MANIFEST
+    names = {f"{scan.id}.nii.gz" for scan in scans}
+    if not path.is_file():
+        if there := sorted(names & {entry.name for entry in target.iterdir()}):
+            raise FileExistsError(
+                f"{target / there[0]} exists; choose another folder, or pass --overwrite"
+            )
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    if any(earlier.get(key) != value for key, value in about.items()):
+        raise FileExistsError(
+            f"{path} is of another model or other settings; choose another folder, or pass "
+            "--overwrite"
+        )
+    return {
+        entry["id"]: entry
+        for entry in earlier["cases"]
+        if entry["error"] is None and (target / entry["output"]).is_file()
+    }

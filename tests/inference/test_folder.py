@@ -1,0 +1,124 @@
+"""A folder of scans -> labels of each, resumed, with what failed in the manifest."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.inference.folder import is_one_scan, scans_in
+from sammed3d_backbone.inference.segmenter import Segmenter
+
+AFFINE = np.diag([2.0, 2.0, 2.0, 1])
+
+
+@pytest.fixture
+def scans(tmp_path, rng):
+    """A folder of three scans."""
+    for name in ("a", "b", "c"):
+        array = rng.normal(100, 20, (18, 17, 16)).astype(np.float32)
+        Volume(array, AFFINE).save(tmp_path / f"scans/{name}.nii.gz")
+    return tmp_path / "scans"
+
+
+def contents(folder):
+    """File name -> bytes, of the label files."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.nii.gz")}
+
+
+def test_each_scan_gets_the_labels_that_it_gets_alone(fine_tuned, scans, tmp_path):
+    segmenter = Segmenter.from_pretrained(fine_tuned())
+    entries = segmenter.predict_folder(scans, tmp_path / "out", probabilities=True, progress=False)
+    assert [entry["id"] for entry in entries] == ["a", "b", "c"]
+    labels = Volume.load(tmp_path / "out/b.nii.gz").array
+    assert np.array_equal(labels, segmenter.predict(Volume.load(scans / "b.nii.gz")).array)
+    with np.load(tmp_path / "out/b.npz") as file:
+        probs = file["probabilities"]
+    assert probs.shape == (3, 18, 17, 16)
+    assert np.allclose(probs.astype(float).sum(0), 1, atol=2e-3)
+    assert (probs.argmax(0) == labels).mean() > 0.99
+
+
+def test_an_interrupted_run_resumes_to_the_same_files(fine_tuned, scans, tmp_path):
+    segmenter = Segmenter.from_pretrained(fine_tuned())
+    segmenter.predict_folder(scans, tmp_path / "whole", progress=False)
+    segmenter.predict_folder(scans, tmp_path / "cut", progress=False)
+    manifest = json.loads((tmp_path / "cut/manifest.json").read_text())
+    manifest["cases"] = manifest["cases"][:1]
+    (tmp_path / "cut/manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "cut/c.nii.gz").unlink()
+    first = (tmp_path / "cut/a.nii.gz").stat().st_mtime_ns
+    segmenter.predict_folder(scans, tmp_path / "cut", progress=False)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert (tmp_path / "cut/a.nii.gz").stat().st_mtime_ns == first
+
+
+def test_results_of_other_settings_are_kept_unless_overwritten(fine_tuned, scans, tmp_path):
+    segmenter = Segmenter.from_pretrained(fine_tuned())
+    segmenter.predict_folder(scans, tmp_path / "out", progress=False)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        segmenter.predict_folder(scans, tmp_path / "out", nearest=True, progress=False)
+    segmenter.predict_folder(scans, tmp_path / "out", nearest=True, overwrite=True, progress=False)
+    (tmp_path / "out/manifest.json").unlink()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        segmenter.predict_folder(scans, tmp_path / "out", progress=False)
+
+
+def test_a_damaged_scan_is_a_line_of_the_manifest_and_exit_1(fine_tuned, scans, tmp_path, capsys):
+    (scans / "b.nii.gz").write_bytes(b"damaged")
+    assert main(["predict", fine_tuned(), str(scans), str(tmp_path / "out")]) == 1
+    assert "b" in capsys.readouterr().out
+    cases = json.loads((tmp_path / "out/manifest.json").read_text())["cases"]
+    assert [case["error"] is None for case in cases] == [True, False, True]
+    assert sorted(contents(tmp_path / "out")) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_channels_in_files_of_their_own_are_one_scan(fine_tuned, scans, tmp_path, rng):
+    path = fine_tuned(
+        encoder={"variant": "tiny", "in_chans": 2, "img_size": 16}, channels=("T1", "T2")
+    )
+    both = np.stack([Volume.load(scans / f"{name}.nii.gz").array for name in "ab"])
+    for path_of in scans.iterdir():
+        path_of.unlink()
+    Volume(both, AFFINE).save(scans / "stacked.nii.gz")
+    for channel, array in enumerate(both):
+        Volume(array, AFFINE).save(scans / f"apart_{channel:04d}.nii.gz")
+    assert [scan.id for scan in scans_in(scans)] == ["apart", "stacked"]
+    Segmenter.from_pretrained(path).predict_folder(scans, tmp_path / "out", progress=False)
+    apart, stacked = (Volume.load(tmp_path / f"out/{n}.nii.gz") for n in ("apart", "stacked"))
+    assert np.array_equal(apart.array, stacked.array)
+
+
+def test_a_folder_of_other_files_is_one_series(tmp_path, scans):
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series/IM0001").write_bytes(b"")
+    assert is_one_scan(tmp_path / "series")
+    assert not is_one_scan(scans)
+
+
+def test_folds_are_averaged_and_must_fit(fine_tuned, tmp_path, scans):
+    one = Segmenter.from_pretrained(fine_tuned())
+    other = Segmenter.from_pretrained(fine_tuned())
+    for parameter in other.model.parameters():
+        parameter.data.mul_(0.5)
+    for number, member in enumerate((one, other)):
+        (tmp_path / "folds").mkdir(exist_ok=True)
+        member.save(tmp_path / f"folds/fold_{number}.safetensors")
+    image = one.card.preprocessing.image(Volume.load(scans / "a.nii.gz"))[0]
+    mean = (one.logits(image) + other.logits(image)) / 2
+    ensemble = Segmenter.from_pretrained(tmp_path / "folds")
+    assert torch.allclose(ensemble.logits(image), mean, atol=1e-5)
+    other.card = one.card.__class__(**{**vars(one.card), "channels": ("CT",)})
+    other.save(tmp_path / "folds/fold_1.safetensors")
+    with pytest.raises(ValueError, match="channels"):
+        Segmenter.from_pretrained(tmp_path / "folds")
+
+
+def test_mirroring_along_an_axis_makes_the_result_mirror_with_the_scan(fine_tuned, scans):
+    segmenter = Segmenter.from_pretrained(fine_tuned(training={"config": {"flip_axes": [0]}}))
+    image = segmenter.card.preprocessing.image(Volume.load(scans / "a.nii.gz"))[0][:, :16]
+    plain, turned = (segmenter.logits(x, mirror=True) for x in (image, image.flip(1)))
+    assert torch.allclose(plain, turned.flip(1), atol=1e-4)
+    assert not torch.allclose(segmenter.logits(image), plain, atol=1e-4)
