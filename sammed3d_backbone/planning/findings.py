@@ -1,7 +1,7 @@
-"""What in a data set is suspicious: a line each, with the cases to look at.
+"""Suspicious properties of a data set: a line each, with the cases to look at.
 
-Nothing here is refused: a plan runs with all of it. What cannot be used at all raises a
-`DatasetError` while the fingerprint is taken.
+None of them stops a plan. Cases that cannot be used at all raise a `DatasetError` while the
+fingerprint is taken.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LISTED = 5  # cases named in a line
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at, and where."""
+    """A suspicious property and the cases that have it."""
 
     what: str
     cases: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Finding:
 
 
 def find_suspicious(found: Fingerprint, folds: int) -> list[Finding]:
-    """Everything suspicious in a data set.
+    """The suspicious properties of a data set.
 
     Args:
         found: The fingerprint.

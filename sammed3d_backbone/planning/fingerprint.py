@@ -1,4 +1,4 @@
-"""What a data set looks like: a record per case, and the medians that the rules of a plan read.
+"""The fingerprint of a data set: a record per case, and the medians that the rules read.
 
 All directions are those of the network's grid: axis 0 runs to the patient's right, 1 to the front,
 2 to the head, whatever the order of the axes in a file.
@@ -137,7 +137,7 @@ def fingerprint(dataset: Dataset, *, jobs: int = 1, progress: bool = True) -> Fi
 
 
 def _measured(case: Case, dataset: Dataset) -> tuple[list[str], CasePrint | None]:
-    """What is wrong with a case, or its record."""
+    """The problems of a case, or its record."""
     problems, opened = open_case(case, dataset)
     if opened is None or problems:
         return problems, None

@@ -1,4 +1,4 @@
-"""The page of a plan: what is suspicious, three cases, histograms, and every choice with why."""
+"""The page of a plan: findings, three cases, histograms, and every choice with its reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_plan_page(
     Args:
         path: The file; replaced if it exists.
         found: The fingerprint.
-        findings: What is suspicious.
+        findings: Suspicious properties.
         choices: The plan.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -63,7 +63,7 @@ def find_modality(found: Fingerprint, given: Modality | None = None) -> tuple[Mo
 
     Args:
         found: The fingerprint.
-        given: What the user says.
+        given: The modality that the user gives; None if none.
 
     Raises:
         ValueError: If neither the names of the channels nor the values tell it.
@@ -90,12 +90,12 @@ def find_modality(found: Fingerprint, given: Modality | None = None) -> tuple[Mo
 
 
 def from_data(found: Fingerprint, size: str, modality: Modality | None, folds: int) -> list[Choice]:
-    """What the data alone decide.
+    """The choices that follow from the data alone.
 
     Args:
         found: The fingerprint.
         size: The network size, a name in `loading.variants`.
-        modality: What the user says about the scans; None to find out.
+        modality: The modality that the user gives; None if none.
         folds: Number of random folds if the data set names none.
 
     Raises:
@@ -213,11 +213,11 @@ def choose_components(found: Fingerprint) -> Choice:
 def from_machine(
     found: Fingerprint, data: list[Choice], memory_gib: float, steps: int | None, precision: str
 ) -> list[Choice]:
-    """What memory, time and precision decide.
+    """The choices that follow from memory, time and precision.
 
     Args:
         found: The fingerprint.
-        data: What `from_data` chose.
+        data: The choices of `from_data`.
         memory_gib: For network, gradients and activations.
         steps: Optimiser steps; None to choose by the number of subjects.
         precision: "no" or "bf16".
@@ -268,7 +268,7 @@ def from_machine(
 def step_gib(
     chosen: dict[str, Any], found: Fingerprint, batch: int, recomputed: bool, precision: str
 ) -> float:
-    """About what a step needs, from figures measured with `--dry-run`."""
+    """The estimated memory of a training step in GiB."""
     fixed_gib, per_voxel = MEMORY[chosen["variant"]]
     classes = len(found.dataset.labels)
     per_voxel = per_voxel * (RECOMPUTED if recomputed else 1) + PER_CLASS * classes

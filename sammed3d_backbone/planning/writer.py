@@ -25,9 +25,9 @@ def plan_text(
     Args:
         name: Of the file, for the command in its head.
         found: The fingerprint, of which the head tells the main figures.
-        findings: What is suspicious, for the head.
-        data: What the data decide.
-        machine: What the machine decides.
+        findings: Suspicious properties, for the head.
+        data: The choices of `from_data`.
+        machine: The choices of `from_machine`.
     """
     lines = [
         f"# Plan for {found.dataset.name}. Run it: sammed3d train {name}",

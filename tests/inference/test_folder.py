@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from dicom_series import write_series
 
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
@@ -91,11 +92,17 @@ def test_channels_in_files_of_their_own_are_one_scan(fine_tuned, scans, tmp_path
     assert np.array_equal(apart.array, stacked.array)
 
 
-def test_a_folder_of_other_files_is_one_series(tmp_path, scans):
-    (tmp_path / "series").mkdir()
-    (tmp_path / "series/IM0001").write_bytes(b"")
-    assert is_one_scan(tmp_path / "series")
+def test_a_series_in_a_folder_of_its_own_is_a_scan(fine_tuned, scans, tmp_path):
+    for path in scans.iterdir():
+        path.unlink()
+    write_series(scans / "series")
+    assert is_one_scan(scans / "series")
     assert not is_one_scan(scans)
+    segmenter = Segmenter.from_pretrained(fine_tuned())
+    segmenter.predict_folder(scans, tmp_path / "out", progress=False)
+    found, scan = Volume.load(tmp_path / "out/series.nii.gz"), Volume.load(scans / "series")
+    assert found.shape == scan.shape
+    assert np.allclose(found.affine, scan.affine, atol=1e-4)
 
 
 def test_folds_are_averaged_and_must_fit(fine_tuned, tmp_path, scans):
