@@ -73,7 +73,6 @@ MAY_IMPORT = {
         "curation.sides",
         "data",
         "evaluation",
-        "files",
         "loading.registry",
         "loading.variants",
     },
