@@ -153,7 +153,7 @@ def test_the_report_names_every_rule_once(file):
 
 @pytest.mark.slow
 def test_timms_base_network_fills_vit_b(tmp_path):
-    """At full size, by shapes: random values in the layout that timm publishes."""
+    """At full size, by shapes: random initialisation in the layout that timm publishes."""
     import timm
 
     tensors = timm.create_model("samvit_base_patch16", num_classes=0).state_dict()
