@@ -10,9 +10,9 @@ import uvicorn
 from sammed3d_backbone.serving.app import Settings, build_app
 
 
-def serving(model, scan=None, port=0, **settings):
+def serving(model, scan=None, port=0, name="test", **settings):
     """Yields the server's address; with a scan there is the page as well."""
-    return running(build_app(model, Settings(**settings), name="test", scan=scan), port)
+    return running(build_app(model, Settings(**settings), name=name, scan=scan), port)
 
 
 @contextlib.contextmanager
