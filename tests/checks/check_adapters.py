@@ -1,6 +1,6 @@
 """Checks of an encoder under an adapter, which tests/adapters/test_pairs.py runs on all pairs.
 
-Encoders are this package's and two of MONAI's behind the contract, adapters the pyramids and the
+Encoders are this package's and MONAI's ViT behind the contract, adapters the pyramids and the
 networks that cards name.
 """
 
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks.nets import SwinUNETR
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool3d
 
 from sammed3d_backbone import encoder
 from sammed3d_backbone.adapters.contract import Encoder
@@ -31,69 +29,6 @@ HERE = Path(__file__).parent
 CLASSES = 3
 WIDTH = 4  # feature_size
 CUBE, ODD_CUBE, ODD_BOX = (16, 16, 16), (24, 24, 24), (24, 16, 40)  # voxels
-
-
-class SwinOnOneGrid(nn.Module):
-    """The encoder of MONAI's SwinUNETR behind the contract: a map of each stage, at stride 8.
-
-    Its stages lie at strides 4 to 32; finer ones are pooled, coarser ones repeated.
-    """
-
-    patch_size = 8
-    embed_dim = out_chans = 24  # there is no neck: the final map is the last stage's
-
-    def __init__(self, in_chans: int = 1, img_size: Sequence[int] = CUBE) -> None:
-        super().__init__()
-        self.in_chans, self.img_size = in_chans, tuple(img_size)
-        swin = SwinUNETR(in_chans, 2, feature_size=12).swinViT
-        self.patch_embed = swin.patch_embed
-        self.stages = nn.ModuleList([*swin.layers1, *swin.layers2, *swin.layers3, *swin.layers4])
-        self.to_maps = nn.ModuleDict(  # those that are read, by the stage's number
-            {str(i): nn.Conv3d(24 * 2**i, self.embed_dim, 1) for i in range(len(self.stages))}
-        )
-
-    @property
-    def depth(self) -> int:
-        """Number of stages."""
-        return len(self.stages)
-
-    def forward_intermediates(
-        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
-    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """The last map unless left out, and maps of stages, each (B, E, x, y, z)."""
-        grid = [n // self.patch_size for n in self.img_size]
-        maps, x = {}, self.patch_embed(x)
-        for i, stage in enumerate(self.stages):
-            x = stage(x.contiguous())
-            if str(i) in self.to_maps:
-                maps[i] = adaptive_avg_pool3d(self.to_maps[str(i)](x), grid)
-        wanted = [maps[i] for i in (maps if indices is None else indices)]
-        return wanted if intermediates_only else (maps[self.depth - 1], wanted)
-
-    def prune_intermediate_layers(
-        self, indices: Sequence[int], *, prune_norm: bool = False
-    ) -> list[int]:
-        """Drops the stages behind the last index and the layers of unread maps."""
-        read = {*indices} if prune_norm else {*indices, self.depth - 1}
-        del self.stages[max(read) + 1 :]
-        for i in {*map(int, self.to_maps)} - read:
-            del self.to_maps[str(i)]
-        return list(indices)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the stages' blocks in the backward pass."""
-        for stage in self.stages:
-            for block in stage.blocks:
-                block.use_checkpoint = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """The tables of relative positions."""
-        return {name for name, _ in self.named_parameters() if "relative_position" in name}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Stages and the layers of their maps, by depth."""
-        stages = [(r"^stages\.(\d+)", None), (r"^to_maps\.(\d+)", None)]
-        return {"stem": r"^patch_embed", "blocks": r"^stages|^to_maps" if coarse else stages}
 
 
 @dataclass(frozen=True)
@@ -130,7 +65,6 @@ ENCODERS = {
     "tiny, axial positions": Source(axial, ODD_BOX, 1, described("axial")),
     "tiny, 2 channels": Source(released, ODD_CUBE, 2, described("sammed3d", 2)),
     "MONAI's ViT": Source(monai_vit, ODD_BOX),
-    "MONAI's SwinUNETR encoder": Source(SwinOnOneGrid, ODD_BOX),
 }
 PYRAMIDS = {f"pyramid, {kind}": kind for kind in KINDS}
 NETWORKS = {name: accepted_options(name, feature_size=WIDTH) for name in ADAPTERS}
