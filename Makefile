@@ -28,6 +28,18 @@ test-all: test test-slow  ## the quick tests, then the slow ones
 test-slow: $(INSTALLED)  ## the slow tests alone: recipes end to end, packaging, kills
 	$(BIN)/python -m pytest $(WORKERS) -m 'slow and not weights'
 
+.PHONY: fuzz
+fuzz: $(INSTALLED)  ## more than 5,000 malformed inputs through every door; under 15 minutes
+	PYTHONPATH=tests/support $(BIN)/python -m tests.fuzz
+
+.PHONY: kill-test
+kill-test: $(INSTALLED)  ## 100 kills over every long command; under 60 minutes
+	PYTHONPATH=tests/support $(BIN)/python -m tests.kills
+
+.PHONY: licences
+licences: $(INSTALLED)  ## the licence of every dependency, by extra; fails on GPL
+	$(BIN)/python tests/support/licences.py
+
 .PHONY: lowest
 lowest:  ## the quick tests with the lowest versions that setup.cfg allows, in .venv-lowest
 	$(PYTHON) -m venv .venv-lowest

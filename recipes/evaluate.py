@@ -31,10 +31,12 @@ from sammed3d_backbone.data.datasets import (
 )
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.report import About, write_report, write_results
 from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
+from sammed3d_backbone.files import locked
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
@@ -72,6 +74,12 @@ def main() -> None:
     parser.add_argument("--subjects", type=Path, help="JSON file, case -> subject")
     parser.add_argument("--tolerance-mm", type=float, default=TOLERANCE_MM, help="of surface Dice")
     parser.add_argument(
+        "--grid-tolerance",
+        type=float,
+        default=GRID_TOLERANCE,
+        help="between volumes on one grid, as a share of a voxel",
+    )
+    parser.add_argument(
         "--baseline", type=Path, help="scores.csv of the same cases to compare with"
     )
     parser.add_argument("--out", type=Path, help="default: evaluation/ beside the source")
@@ -97,6 +105,7 @@ def evaluate(args: argparse.Namespace) -> Path:
     dataset = read_dataset(find_dataset(args.data, layout), layout)
     if args.subjects is not None:
         dataset = with_subjects(dataset, args.subjects)
+    dataset = replace(dataset, grid_tolerance=args.grid_tolerance)
     ids, split = [case.id for case in dataset.cases], "all cases"
     if args.split is not None:
         ids = [case.id for case in dataset.cases if case.split == args.split]
@@ -117,13 +126,18 @@ def evaluate(args: argparse.Namespace) -> Path:
         predict, origin = from_model(args.source, args.device, dataset, ids)
         default = source.parent / "evaluation" if source.is_file() else Path("evaluation")
     out = args.out or default
-    scores = score_cases(
-        predict,
-        dataset,
-        ids,
-        folder=out / "predictions",
-        tolerance_mm=args.tolerance_mm,
-    )
+    failed: dict[str, str] = {}
+    with locked(out):
+        scores = score_cases(
+            predict,
+            dataset,
+            ids,
+            folder=out / "predictions",
+            failed=failed,
+            tolerance_mm=args.tolerance_mm,
+        )
+    if not scores:
+        raise ValueError(f"none of {len(ids)} cases has a score: {min(failed.items())}")
     records = Run(source.parent).records() if source.is_file() else []
     trained: dict[str, Any] = next((line for line in reversed(records) if "loss" in line), {})
     about = About(
@@ -133,6 +147,7 @@ def evaluate(args: argparse.Namespace) -> Path:
         split=split,
         tolerance_mm=args.tolerance_mm,
         provenance=provenance(HERE),
+        failed=failed,
         steps=trained.get("step"),
         seconds=trained.get("seconds"),
         cpu_seconds=trained.get("cpu_seconds"),
@@ -142,16 +157,23 @@ def evaluate(args: argparse.Namespace) -> Path:
     for name, dice in summary["dice"].items():
         print(f"Dice {name}: {dice}")
     print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
-    return write_report(out, baseline=args.baseline) if args.baseline else out / "report.html"
+    page = write_report(out, baseline=args.baseline) if args.baseline else out / "report.html"
+    if failed:
+        listed = "; ".join(f"{case}: {why}" for case, why in failed.items())
+        raise ValueError(f"{page} lacks {len(failed)} of {len(ids)} cases: {listed}")
+    return page
 
 
 def from_folder(folder: Path, ids: list[str]) -> tuple[Predict, dict[str, Any]]:
-    """Predictions of a folder, and their description for the report.
+    """Predictions of a folder, CASE.nii.gz or CASE.nii, and their description for the report.
 
     Raises:
         FileNotFoundError: If cases have none; names them.
     """
     paths = {name: folder / f"{name}.nii.gz" for name in ids}
+    for name, path in paths.items():
+        if not path.is_file() and path.with_suffix("").is_file():
+            paths[name] = path.with_suffix("")  # .nii
     missing = [name for name, path in paths.items() if not path.is_file()]
     if missing:
         raise FileNotFoundError(

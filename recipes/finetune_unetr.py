@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from monai.losses import DeepSupervisionLoss
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -41,6 +40,7 @@ from sammed3d_backbone.data.datasets import (
 )
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.evaluation.scores import summarise_scores
 from sammed3d_backbone.inference.card import Card
@@ -62,8 +62,8 @@ MAX_WORKERS = 8  # per process, unless workers= asks for more
 EMA_DECAY = 0.999  # less during the first 30,000 steps, see timm's ModelEmaV3
 SAVE_EVERY_S = 300.0  # seconds between checkpoints
 WEIGHT_DECAY = 0.05
-# Keys that may change when a run is resumed: they say where and how fast, not what.
-FREE = ("cache", "threads", "workers", "cpu", "checkpointing")
+# Keys that may change when a run is resumed: they say where, how fast and how strictly, not what.
+FREE = ("cache", "threads", "workers", "cpu", "checkpointing", "grid_tolerance")
 DRY_RUN = "check everything, measure what the run costs, and write nothing"
 
 PositiveRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -79,6 +79,7 @@ class Config:
     data: str  # folder of the data set, or its name below SAMMED3D_DATA
     layout: str | None = None  # YAML file that describes the folder, relative to recipes/
     subjects: str | None = None  # JSON file, case -> subject, relative to recipes/
+    grid_tolerance: Fraction = GRID_TOLERANCE  # between image and label, as a share of a voxel
     # of splits.json or the published split; else of `folds` random ones by subject; all: one after
     # another, with one report and an ensemble
     fold: NonNegativeInt | Literal["all"] = 0
@@ -158,16 +159,27 @@ def main(
     first_steps = cfg.freeze if isinstance(cfg.freeze, int) else 0  # without the encoder
     # A part that is frozen for a while has no gradients, for which DDP has to be prepared.
     unused = DistributedDataParallelKwargs(find_unused_parameters=first_steps > 0)
-    accelerator = Accelerator(
+    accelerator = engine.make_accelerator(
+        accumulate=cfg.accumulate,
         mixed_precision=cfg.mixed_precision,
         cpu=cfg.cpu,
-        gradient_accumulation_steps=cfg.accumulate,
         kwargs_handlers=[unused],
     )
     is_main = accelerator.is_main_process
     say = accelerator.on_main_process(tqdm.write)
     threads = cfg.threads or max(1, cores() // accelerator.num_processes)
     torch.set_num_threads(threads)
+    schedule = engine.Schedule(
+        steps=cfg.steps,
+        validate_every=cfg.validate_every,
+        lr=cfg.lr or (1e-3 if cfg.scratch else 3e-4),
+        warmup_steps=cfg.warmup_steps,
+        freeze_steps=first_steps,
+        clip=CLIP_NORM,
+        log_every=max(1, cfg.validate_every // 10),
+        save_every_s=SAVE_EVERY_S,
+        seed=cfg.seed,
+    )
     run = open_run(cfg.name, cfg, free=FREE, writes=is_main and not dry_run, say=say)
     say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *FREE))}")
     cost = DryRun(accelerator.device, cfg.steps) if dry_run else None
@@ -213,88 +225,78 @@ def main(
     ema = ModelEmaV3(network, decay=EMA_DECAY, use_warmup=True)
     segmenter = Segmenter(ema.module, card)  # the averaged weights are scored and saved
     save = accelerator.on_main_process(segmenter.save)
-    schedule = engine.Schedule(
-        steps=cfg.steps,
-        validate_every=cfg.validate_every,
-        lr=cfg.lr or (1e-3 if cfg.scratch else 3e-4),
-        warmup_steps=cfg.warmup_steps,
-        freeze_steps=first_steps,
-        clip=CLIP_NORM,
-        log_every=max(1, cfg.validate_every // 10),
-        save_every_s=SAVE_EVERY_S,
-        seed=cfg.seed,
-    )
     model, optimizer = accelerator.prepare(network, optimizer)
     ema.to(accelerator.device)
 
     # The loop
     progress = Progress(accelerator.num_processes)
     state = State(model, optimizer, ema, progress)
-    run.begin(cfg)  # not before data and weights are read: what fails earlier leaves nothing
-    accelerator.wait_for_everyone()
-    run.resume(accelerator, state)
-    rest = Subset(crops, range(progress.step * per_step, len(crops)))
-    workers = crop_workers(cfg, accelerator.device, threads)
-    batches = iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=workers)))
-    bar = tqdm(
-        total=cfg.steps,
-        initial=progress.step,
-        desc=cfg.name,
-        unit="step",
-        disable=not is_main or dry_run,
-    )
-    meter = engine.Meter(accelerator, run, progress, schedule, bar)
-    while progress.step < cfg.steps:
-        began = time.monotonic()
-        model.train()
-        if first_steps:
-            set_frozen(network.encoder, progress.step < first_steps)
-        optim.set_lr(optimizer, schedule.lr_at(progress.step))
-        for number in range(cfg.accumulate):
-            batch = next(batches)
-            engine.seed_step(cfg.seed, progress.step, number, accelerator.process_index)
-            with accelerator.accumulate(model):
-                logits = model(batch["image"])  # (B, K, X, Y, Z), or a list, fine to coarse
-                loss_of = partial(
-                    partial_dice_ce,
-                    annotated=batch["annotated"],
-                    foreground_weight=cfg.foreground_weight,
-                )
-                loss = DeepSupervisionLoss(loss_of)(logits, batch["label"].float())
-                accelerator.backward(loss)
-                norm = None
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
-                optimizer.step()  # this and the next do nothing before the last pass
-                optimizer.zero_grad()
-            meter.note(loss, norm, len(batch["image"]))
-        progress.step += 1
-        ema.update(network, step=progress.step)
-        bar.update()
-        if cost is not None:
-            if cost.measured(began):
-                say(f"{optim.describe(network, optimizer, schedule.lr)}\n{cost}")
-                return cost.figures()
-            continue
-        save_due = meter.log()
-        if progress.step % cfg.validate_every == 0 or progress.step == cfg.steps:
-            scores = validate(accelerator, segmenter.logits, val, dataset.classes)
-            summary = summarise_scores(scores, dataset.classes)
-            say(f"step {progress.step}: validation Dice {summary['mean_dice']}")
-            run.record(step=progress.step, **summary)
-            if progress.scored(summary["mean_dice"]):
-                save(run.folder / "best.safetensors")
-            meter.save(state)
-            meter.restart()
-        elif save_due:
-            meter.save(state)
-    bar.close()
+    # Not before data and weights are read: what fails earlier leaves nothing.
+    with run.begun(cfg):
+        accelerator.wait_for_everyone()
+        run.resume(accelerator, state)
+        rest = Subset(crops, range(progress.step * per_step, len(crops)))
+        workers = crop_workers(cfg, accelerator.device, threads)
+        batches = iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=workers)))
+        bar = tqdm(
+            total=cfg.steps,
+            initial=progress.step,
+            desc=cfg.name,
+            unit="step",
+            disable=not is_main or dry_run,
+        )
+        meter = engine.Meter(accelerator, run, progress, schedule, bar)
+        while progress.step < cfg.steps:
+            began = time.monotonic()
+            model.train()
+            if first_steps:
+                set_frozen(network.encoder, progress.step < first_steps)
+            optim.set_lr(optimizer, schedule.lr_at(progress.step))
+            for number in range(cfg.accumulate):
+                batch = next(batches)
+                engine.seed_step(cfg.seed, progress.step, number, accelerator.process_index)
+                with accelerator.accumulate(model):
+                    logits = model(batch["image"])  # (B, K, X, Y, Z), or a list, fine to coarse
+                    loss_of = partial(
+                        partial_dice_ce,
+                        annotated=batch["annotated"],
+                        foreground_weight=cfg.foreground_weight,
+                    )
+                    loss = DeepSupervisionLoss(loss_of)(logits, batch["label"].float())
+                    accelerator.backward(loss)
+                    norm = None
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                    optimizer.step()  # this and the next do nothing before the last pass
+                    optimizer.zero_grad()
+                meter.note(loss, norm, len(batch["image"]))
+            progress.step += 1
+            ema.update(network, step=progress.step)
+            bar.update()
+            if cost is not None:
+                if cost.measured(began):
+                    say(f"{optim.describe(network, optimizer, schedule.lr)}\n{cost}")
+                    return cost.figures()
+                continue
+            save_due = meter.log()
+            if progress.step % cfg.validate_every == 0 or progress.step == cfg.steps:
+                scores = validate(accelerator, segmenter.logits, val, dataset.classes)
+                summary = summarise_scores(scores, dataset.classes)
+                say(f"step {progress.step}: validation Dice {summary['mean_dice']}")
+                run.record(step=progress.step, **summary)
+                if progress.scored(summary["mean_dice"]):
+                    save(run.folder / "best.safetensors")
+                meter.save(state)
+                meter.restart()
+            elif save_due:
+                meter.save(state)
+        bar.close()
 
-    # The last averaged weights are scored, not the best: those were chosen on these very cases.
-    save(run.folder / "last.safetensors")
-    return finetuning.report(
-        accelerator, run, segmenter, dataset, fold, progress, dataclasses.asdict(cfg)
-    )
+        # The last averaged weights are scored, not the best: those were chosen on these very cases.
+        save(run.folder / "last.safetensors")
+        return finetuning.report(
+            accelerator, run, segmenter, dataset, fold, progress, dataclasses.asdict(cfg)
+        )
 
 
 def train(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
@@ -330,6 +332,7 @@ def choose_cases(cfg: Config, num_subjects: int | None = None) -> tuple[Dataset,
     dataset = read_dataset(find_dataset(cfg.data, layout), layout)
     if cfg.subjects is not None:
         dataset = with_subjects(dataset, here / cfg.subjects)
+    dataset = replace(dataset, grid_tolerance=cfg.grid_tolerance)
     fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
     if num_subjects is not None:
         fold = replace(fold, train=few_subjects(dataset, fold.train, num_subjects, cfg.seed))

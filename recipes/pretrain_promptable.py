@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from monai.transforms import (
     RandGaussianSmoothd,
     RandScaleIntensityd,
 )
+from pydantic import Field, NonNegativeInt, PositiveInt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -73,6 +74,10 @@ from sammed3d_backbone.provenance import cores, library_versions, strip_director
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.runs import Progress, State, open_run
 
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+
 SYNTHETIC = "synthetic"  # the source that needs no files
 SCORED_CLICKS = (1, 3, 5)
 OTHER_FIGURES = {"patch_error", "nearest_same"}  # figures of the other objectives
@@ -87,56 +92,56 @@ class Config:
     shares: tuple[float, ...]  # relative frequency of each source
     exclude: tuple[str, ...] = ()  # names of data sets to refuse and of cases to leave out
     held_out_folds: tuple[int, ...] = ()  # their validation cases are not used at all
-    val_cases: int = 6  # subjects of each data set that are held out for validation
+    val_cases: NonNegativeInt = 6  # subjects of each data set that are held out for validation
     scored: tuple[str, ...] = ()  # sources used for validation; (): all
-    val_crops: int = 24  # crops per validation
+    val_crops: PositiveInt = 24  # crops per validation
     variant: str = "tiny"
     weights: str | None = None  # a name or file of whole promptable networks; None: random
     decoder_warmup_steps: int = 0  # steps of `warm_up_decoder` before the training
     rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
     point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
-    spacing_mm: float = 1.5  # spacing that the network is meant for
-    zoom: float = 2.0  # largest random factor on the spacing, up and down
-    stretch: float = 1.15  # the same for each axis separately
-    flips: tuple[float, float, float] = (0.5, 0.5, 0.5)  # probabilities along R, A, S
-    random_contrast: float = 0.0  # share of real crops whose contrast is randomised
+    spacing_mm: Positive = 1.5  # spacing that the network is meant for
+    zoom: Factor = 2.0  # largest random factor on the spacing, up and down
+    stretch: Factor = 1.15  # the same for each axis separately
+    flips: tuple[Fraction, Fraction, Fraction] = (0.5, 0.5, 0.5)  # probabilities along R, A, S
+    random_contrast: Fraction = 0.0  # share of real crops whose contrast is randomised
     objects: int = 12  # per volume
     interactions: int = 4  # steps per object
     graded: int | None = None  # steps that are part of the loss, drawn at random; None: all
-    deep_share: float = 0.5  # share of clicks at the deepest place of an error; others at random
-    without_point: float = 0.0  # share of later steps that only refine the last mask
+    deep_share: Fraction = 0.5  # share of clicks at the deepest place of an error; others at random
+    without_point: Fraction = 0.0  # share of later steps that only refine the last mask
     clicks: Literal["newest", "all"] = "newest"  # clicks that a step is given
-    balance: float = 0.5  # 1: the voxels of an object weigh as much as all others; 0: as one each
+    balance: Fraction = 0.5  # 1: an object's voxels weigh as much as all others; 0: as one each
     quality_weight: float = 0.1  # weight of the predicted Dice in the loss
     objectives: tuple[Literal["clicks", "dense", "reconstruction", "contrast"], ...] = ("clicks",)
     dense_classes: tuple[str, ...] = ()  # names without Left and Right
     dense_weight: float = 1.0  # weight relative to the clicks
-    hidden_share: float = 0.6  # share of patches that are hidden for reconstruction
+    hidden_share: Fraction = 0.6  # share of patches that are hidden for reconstruction
     reconstruction_weight: float = 1.0  # weight relative to the clicks
     contrast_weight: float = 1.0  # weight relative to the clicks
     smallest_vox: tuple[int, int] = (2000, 200)  # smallest objects at first and at last
     structures: tuple[int, int] = (5, 12)  # most per synthetic volume at first and at last
     curriculum_steps: int = 0  # steps from the first to the last of these; 0: last from the start
     steps: int = 1000  # optimiser steps
-    first_step: int = 0  # step at which samples and schedule start, for weights= of a stopped run
-    decay_steps: int | None = None  # last steps, in which a constant rate falls to 0; None: cosine
+    first_step: NonNegativeInt = 0  # where samples and schedule start, for a stopped run
+    decay_steps: NonNegativeInt | None = None  # in which a constant rate falls to 0; None: cosine
     optimizer: Literal["adamw", "muon"] = "adamw"
     batch: int = 1  # volumes per process and pass
     accumulate: int = 1  # passes per step, gradients are averaged
-    lr: float = 5e-4  # learning rate of the image encoder
-    decoder_lr: float = 1.0  # factor on lr for prompt encoder and mask decoder
-    weight_decay: float = 0.05
-    warmup_steps: int = 100
-    clip: float = 1.0  # largest norm of the gradient
-    ema_decay: float = 0.999
+    lr: Positive = 5e-4  # learning rate of the image encoder
+    decoder_lr: Positive = 1.0  # factor on lr for prompt encoder and mask decoder
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_steps: NonNegativeInt = 100
+    clip: Positive = 1.0  # largest norm of the gradient
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     mixed_precision: Literal["no", "bf16"] = "no"  # on a CPU for encoder and maps only
     compiled: bool = False  # compile the encoder with torch.compile
     validate_every: int = 500  # steps
     log_every: int = 10  # steps
     save_every_s: float = 300.0  # seconds between checkpoints
-    workers: int = 0  # processes that prepare samples
-    threads: int = 0  # CPU threads per process; 0: all cores, shared by the processes
+    workers: NonNegativeInt = 0  # processes that prepare samples
+    threads: NonNegativeInt = 0  # CPU threads per process; 0: all cores, shared by the processes
     cpu: bool = False  # use the CPU even if there is a GPU
     seed: int = 0
 
@@ -157,13 +162,23 @@ FREE = ("threads", "workers", "cpu", "save_every_s")
 
 def main(cfg: Config) -> dict[str, float]:
     """Trains or resumes; returns the scores of the last validation."""
-    accelerator = Accelerator(
-        mixed_precision=cfg.mixed_precision,
-        cpu=cfg.cpu,
-        gradient_accumulation_steps=cfg.accumulate,
+    accelerator = engine.make_accelerator(
+        accumulate=cfg.accumulate, mixed_precision=cfg.mixed_precision, cpu=cfg.cpu
     )
     torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
     say = accelerator.print
+    schedule = engine.Schedule(
+        steps=cfg.steps,
+        validate_every=cfg.validate_every,
+        lr=cfg.lr,
+        warmup_steps=cfg.warmup_steps,
+        clip=cfg.clip,
+        log_every=cfg.log_every,
+        save_every_s=cfg.save_every_s,
+        seed=cfg.seed,
+        first_step=cfg.first_step,
+        decay_steps=cfg.decay_steps,
+    )
     run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
     say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *FREE))}")
 
@@ -190,18 +205,6 @@ def main(cfg: Config) -> dict[str, float]:
     ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
     progress = Progress(accelerator.num_processes, step=cfg.first_step)
     means = engine.Means(accelerator)
-    schedule = engine.Schedule(
-        steps=cfg.steps,
-        validate_every=cfg.validate_every,
-        lr=cfg.lr,
-        warmup_steps=cfg.warmup_steps,
-        clip=cfg.clip,
-        log_every=cfg.log_every,
-        save_every_s=cfg.save_every_s,
-        seed=cfg.seed,
-        first_step=cfg.first_step,
-        decay_steps=cfg.decay_steps,
-    )
 
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
         loss, figures = model(batch)
@@ -236,36 +239,38 @@ def main(cfg: Config) -> dict[str, float]:
     model, optimizer = accelerator.prepare(objective, optimizer)
     ema.to(accelerator.device)
     state = State(model, optimizer, ema, progress)
-    run.begin(cfg)  # not before data and weights are there: what fails earlier leaves nothing
-    accelerator.wait_for_everyone()
-    run.resume(accelerator, state)
-    batches = batches_after(progress.step)
-    scores: dict[str, float] = {}
-    shown = accelerator.is_main_process
-    with tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=not shown) as bar:
-        while progress.step < cfg.steps:
-            steps = schedule.next_stop(progress.step) - progress.step
-            engine.train(
-                accelerator,
-                step,
-                state,
-                islice(batches, steps * cfg.accumulate),
-                run,
-                schedule,
-                bar,
-                means.taken,
-            )
-            scores = validate(accelerator, ema.module, scored, cfg.clicks)
-            bar.write(f"step {progress.step}: {scores}")
-            run.record(step=progress.step, **scores)
-            progress.scored(scores["mean_dice"])
-            if accelerator.is_main_process:
-                averaged, volumes = ema.module.network, progress.step * per_step
-                path = run.folder / "last.safetensors"
-                save_weights(path, averaged, cfg, seen, volumes, before)
-                draw_training_curve(run.folder / "curve.png", run.records())
-            run.save(accelerator, state)
-    return scores
+    # Not before data and weights are there: what fails earlier leaves nothing.
+    with run.begun(cfg):
+        accelerator.wait_for_everyone()
+        run.resume(accelerator, state)
+        batches = batches_after(progress.step)
+        scores: dict[str, float] = {}
+        shown = accelerator.is_main_process
+        with tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=not shown) as bar:
+            while progress.step < cfg.steps:
+                steps = schedule.next_stop(progress.step) - progress.step
+                engine.train(
+                    accelerator,
+                    step,
+                    state,
+                    islice(batches, steps * cfg.accumulate),
+                    run,
+                    schedule,
+                    bar,
+                    means.taken,
+                )
+                scores = validate(accelerator, ema.module, scored, cfg.clicks)
+                bar.write(f"step {progress.step}: {scores}")
+                run.record(step=progress.step, **scores)
+                progress.scored(scores["mean_dice"])
+                if accelerator.is_main_process:
+                    averaged, volumes = ema.module.network, progress.step * per_step
+                    path = run.folder / "last.safetensors"
+                    save_weights(path, averaged, cfg, seen, volumes, before)
+                    with console.optional(run.folder / "curve.png"):
+                        draw_training_curve(run.folder / "curve.png", run.records())
+                run.save(accelerator, state)
+        return scores
 
 
 def make_network(cfg: Config, *, warm_up: bool, say: Callable[[str], object]) -> Sam3D:

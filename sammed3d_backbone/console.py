@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+logger = logging.getLogger(__name__)
 
 DEBUG_VARIABLE = "SAMMED3D_DEBUG"
 MAX_CHARACTERS = 500  # per line of a message, since messages repeat input of any length
@@ -24,6 +29,8 @@ def run_program(call: Callable[[], object], name: str) -> int:
     Returns:
         The exit code: 2 after an error, 130 after Ctrl-C.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         code = call()
         return code if isinstance(code, int) else 0
@@ -35,19 +42,41 @@ def run_program(call: Callable[[], object], name: str) -> int:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        text = shortened(str(error))
+        text = reason(error)
         if not isinstance(error, EXPECTED):
-            text = (
-                f"{type(error).__name__}: {text.strip() or 'no message'}; this was not foreseen: "
-                f"check the input, or set {DEBUG_VARIABLE}=1 and report the traceback"
-            ).replace("\n", " ")
+            text += (
+                "; this was not foreseen: check the input, or set "
+                f"{DEBUG_VARIABLE}=1 and report the traceback"
+            )
         _say(f"{name}: error: {text}")
         return 2
 
 
+def reason(error: Exception) -> str:
+    """The message of an exception, shortened; with its class, in one line, if it is not ours."""
+    text = shortened(str(error))
+    if isinstance(error, EXPECTED):
+        return text
+    return " ".join(f"{type(error).__name__}: {text.strip() or 'no message'}".split("\n"))
+
+
+@contextlib.contextmanager
+def optional(output: object) -> Iterator[None]:
+    """Turns whatever keeps an output that only accompanies a result from being made into a warning.
+
+    Args:
+        output: The file, for the warning.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (whatever it is, the result stays)
+        logger.warning("%s is not written: %s", output, reason(error))
+
+
 def shortened(text: str) -> str:
-    """A message with long lines and many lines cut, which says how much is left out."""
-    lines = text.splitlines() or [""]
+    """A message with long and many lines cut, and control characters, which move cursors, shown."""
+    text = re.sub(r"[^\S \n]|[\x00-\x08\x0e-\x1f\x7f-\x9f]", lambda c: ascii(c[0])[1:-1], text)
+    lines = text.split("\n")
     cut = [
         line
         if len(line) <= MAX_CHARACTERS

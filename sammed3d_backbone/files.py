@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+LOCK = ".lock"  # in a folder that a process writes results into
+# Of errors that say that nothing more can be written, whatever the input.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+MALFORMED = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 MAX_NAME_BYTES = 200  # file systems allow 255; endings and temporary names need the rest
 
 
@@ -37,14 +51,60 @@ def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # tempfile's are 0o600
     try:
         yield draft
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(draft)
         if overwrite:
             draft.replace(path)
         else:
             _move_to_new(draft, path)
+        with contextlib.suppress(OSError):  # not every file system knows it for folders
+            sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder of results, made if need be, against other processes.
+
+    The lock is the operating system's, so it ends with the process, however that ends. Its file
+    names the process for the others, and is removed at the end.
+
+    Raises:
+        FileExistsError: If another process holds the folder.
+    """
+    import fcntl  # not on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise FileExistsError(
+                    f"{folder} is in use by {file.read(200) or 'another process'}; wait for its "
+                    "end, stop it, or choose another folder"
+                ) from None
+            if not _is_named(file.fileno(), path):
+                continue  # its holder removed it between opening and locking
+            try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,6 +116,41 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Writes or replaces a JSON file, atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def require_file(path: Path) -> None:
+    """Refuses what may block or never end when it is read: devices, FIFOs and sockets.
+
+    Raises:
+        FileNotFoundError: If nothing has that name.
+        IsADirectoryError: If it is a folder.
+        ValueError: If it is not a regular file.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give a file in it")
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}; check the path")
+    if not path.is_file():
+        raise ValueError(f"{path} is a device, FIFO or socket; save its content as a file first")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what values of wrong types in a file lead to into an error that names the file.
+
+    Raises:
+        ValueError: If the file is not of the expected form.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        if isinstance(error, ValueError) and path.name in str(error):
+            raise
+        text = str(error)
+        raise ValueError(
+            f"{path} is not of the expected form ({type(error).__name__}: {text[:200]}); correct "
+            "it, or copy it again"
+        ) from None
 
 
 def inside(folder: Path, name: str, ending: str = "") -> Path:
@@ -120,6 +215,14 @@ def _move_to_new(draft: Path, path: Path) -> None:
     except OSError:  # a file system without hard links
         path.open("xb").close()
         draft.replace(path)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _exists(path: Path) -> FileExistsError:

@@ -41,8 +41,13 @@ def library_versions() -> dict[str, str]:
 
 
 def strip_directory(text: str) -> str:
-    """The last part of an absolute path; other text unchanged. Cards travel, directories do not."""
-    return Path(text).name if Path(text).is_absolute() else text
+    """The last part of a path; other text unchanged. Cards travel, directories do not.
+
+    A path is absolute, or begins with ``~``, ``.`` or ``..``, or names something that exists here.
+    """
+    path = Path(text)
+    is_path = path.is_absolute() or text.startswith(("~", "./", "../")) or os.path.lexists(path)
+    return path.name if is_path and len(path.parts) > 1 else text
 
 
 def resident_bytes(entry: str) -> int:

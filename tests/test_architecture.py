@@ -36,18 +36,18 @@ PUBLIC = {
 # a dotted name stands for one module of a part.
 MAY_IMPORT = {
     "models": set(),
-    "config": {"console"},
+    "config": {"console", "files"},
     "console": set(),
     "files": set(),
     "provenance": set(),
-    "data": {"config", "files"},
+    "data": {"config", "console", "files"},
     "strategies": {"data.geometry", "data.regions"},
     "adapters": {"models.layers"},
     "loading": {"data.preprocessing", "files", "models"},
     "selftest": {"models", "loading.variants"},
-    "evaluation": {"data", "files"},
-    "curation": {"data", "evaluation", "files"},
-    "clickbench": {"data", "evaluation", "files", "provenance", "strategies"},
+    "evaluation": {"console", "data", "files"},
+    "curation": {"console", "data", "evaluation", "files"},
+    "clickbench": {"console", "data", "evaluation", "files", "provenance", "strategies"},
     "inference": {
         "adapters",
         "data",

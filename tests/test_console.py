@@ -1,8 +1,12 @@
 """Every exception of a program becomes one line and an exit code."""
 
+import io
+import logging
+import sys
+
 import pytest
 
-from sammed3d_backbone.console import run_program, shortened
+from sammed3d_backbone.console import optional, run_program, shortened
 
 
 def raising(error):
@@ -47,3 +51,24 @@ def test_messages_are_cut():
 def test_a_lone_surrogate_can_be_said(capsys):
     assert run_program(raising(ValueError("\ud800")), "program") == 2
     assert "ud800" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["na\u00efve", "\ud800"])
+def test_a_name_that_the_terminal_cannot_show_does_not_end_a_program(monkeypatch, name):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run_program(lambda: print(name), "program") == 0
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x07", "\x9b", "\r"])
+def test_messages_do_not_command_the_terminal(character, capsys):
+    run_program(raising(ValueError(f"a{character}[2Jb")), "program")
+    assert character not in capsys.readouterr().err
+
+
+def test_an_output_that_only_accompanies_a_result_costs_a_warning(caplog):
+    with caplog.at_level(logging.WARNING), optional("figure.png"):
+        raise IndexError("of a library")
+    assert "figure.png" in caplog.text
+    with pytest.raises(KeyboardInterrupt), optional("figure.png"):
+        raise KeyboardInterrupt

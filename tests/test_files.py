@@ -1,11 +1,22 @@
 """Files appear complete or not at all; names cannot leave their folder."""
 
 import os
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from sammed3d_backbone.files import atomic_path, file_name, inside, write_json, write_text
+from sammed3d_backbone.files import (
+    atomic_path,
+    file_name,
+    inside,
+    locked,
+    require_file,
+    write_json,
+    write_text,
+)
 
 UNSAFE = [
     "",
@@ -109,3 +120,49 @@ def test_every_text_has_a_file_name_of_its_own(tmp_path):
     assert len({*names}) == len(texts)
     assert all(inside(tmp_path, name).parent == tmp_path for name in names)
     assert (file_name("a_b"), file_name("Niere.li-1")) == ("a_b", "Niere.li-1")
+
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from sammed3d_backbone.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_folder_that_another_process_holds_is_refused_until_it_is_killed(tmp_path, root, nested):
+    folder = tmp_path / "new" / "results" if nested else tmp_path
+    arguments = [sys.executable, "-c", HOLDER, str(folder), str(root)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(FileExistsError, match=f"{holder.pid} on {socket.gethostname()}"):
+            locked(folder).__enter__()
+        holder.kill()
+    with locked(folder):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_is_free_again_after_an_exception(tmp_path):
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), locked(tmp_path):
+            1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        for name in ("fifo", "link", "s"):
+            with pytest.raises(ValueError, match=name):
+                require_file(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        require_file(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        require_file(tmp_path / "nothing")

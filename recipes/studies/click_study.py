@@ -39,7 +39,7 @@ from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.preparation import load_label
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import locked, write_text
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.loading.checkpoint import content_sha256, read
 from sammed3d_backbone.loading.hub import locate
@@ -130,9 +130,12 @@ def main(cfg: Config, *, report: bool = False) -> None:
         for name in due:
             header, turns = players[name]
             print(f"{name}: {header['model']}")
-            journal = Journal(runs_folder() / Path(cfg.out).name / name, header, rules.steps)
-            for model, click_set in turns:
-                run_benchmark(model, rules, click_set, journal, [cfg.first])
+            folder = runs_folder() / Path(cfg.out).name / name
+            with locked(folder):
+                journal = Journal(folder, header, rules.steps)
+                for model, click_set in turns:
+                    if failed := run_benchmark(model, rules, click_set, journal, [cfg.first]):
+                        raise ValueError(f"{name} could not play all cases: {failed}")
             row = row_of(name, header, journal.folder)
             tables.add(out, row, scores=scores_of(journal.folder))
             write_report(out, cfg.clicks)

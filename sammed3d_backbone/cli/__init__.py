@@ -34,6 +34,7 @@ COMMANDS = (
     planning.add_recipe,
     models.add_predict,
     models.add_push,
+    models.add_export,
     clicks.add_clicks,
     curation.add_curate,
     prompts.add_segment,

@@ -1,5 +1,6 @@
-"""Checks before any work: no file is overwritten unasked, and the device exists."""
+"""Checks before any work: outputs can be written, and the device exists."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -10,28 +11,38 @@ if TYPE_CHECKING:
     NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
-def require_free(targets: Sequence[Path | None], source: Path, *, force: bool) -> None:
-    """Checks that no output would overwrite a file.
+def require_free(
+    targets: Sequence[Path | None], inputs: Sequence[str | Path | None], *, force: bool
+) -> None:
+    """Checks before any work that outputs can be written and overwrite nothing unasked.
 
     Args:
         targets: Files to be written; None for outputs that are not wanted.
-        source: The input, which is never overwritten.
+        inputs: Files that are read, which are never overwritten; others are ignored.
         force: Whether other existing files may be overwritten.
 
     Raises:
-        FileExistsError: If a file exists and may not be overwritten, or is the input.
+        FileExistsError: If a file exists and may not be overwritten, or is an input.
         IsADirectoryError: If a target is a folder.
+        PermissionError: If the folder of a target cannot be made or written to.
         ValueError: If two targets are one file.
     """
-    wanted = [target for target in targets if target is not None]
-    if len({target.absolute() for target in wanted}) < len(wanted):
-        raise ValueError(f"two outputs are named {wanted[-1]}; give each its own name")
-    for target in wanted:
+    asked = [target for target in targets if target is not None]
+    read = {Path(path).resolve() for path in inputs if path is not None}
+    if len({target.resolve() for target in asked}) < len(asked):
+        raise ValueError(f"two outputs are named {asked[-1]}; give each its own name")
+    for target in asked:
         if target.is_dir():
             raise IsADirectoryError(f"{target} is a folder; give a file name in it")
-        if target.exists() and (not force or (source.exists() and target.samefile(source))):
+        if target.exists() and not (force and target.is_file() and target.resolve() not in read):
             raise FileExistsError(
-                f"{target} exists; choose another name, or pass --force if it is not IN itself"
+                f"{target} exists; choose another name, or pass --force if it is not an input"
+            )
+        folder = next(parent for parent in target.absolute().parents if parent.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"{target} cannot be written, since {folder} is not a folder that you may write "
+                "to; choose another place"
             )
 
 

@@ -69,6 +69,7 @@ def _run_clicks(args: argparse.Namespace) -> int:
     from sammed3d_backbone.clickbench.presets import rules_of
     from sammed3d_backbone.clickbench.report import write_click_report
     from sammed3d_backbone.clickbench.summary import summarise_clicks
+    from sammed3d_backbone.files import locked
     from sammed3d_backbone.provenance import provenance
 
     rules = rules_of(args.protocol)
@@ -92,11 +93,18 @@ def _run_clicks(args: argparse.Namespace) -> int:
         **{name: machine.pop(name) for name in ("commit", "python", "torch", "monai", "numpy")},
     }
     folder = args.out or Path(f"clicks-{click_set.name}-{rules.name.replace('/', '-')}")
-    run_benchmark(model, rules, click_set, Journal(folder, header, rules.steps), tracks)
-    report = write_click_report(folder, click_set, machine)
+    with locked(folder):
+        journal = Journal(folder, header, rules.steps)
+        failed = run_benchmark(model, rules, click_set, journal, tracks)
+        if not read_journal(folder)[1]:
+            raise ValueError(f"no case of {click_set.name} could be played: {failed}")
+        report = write_click_report(folder, click_set, machine)
     for line in _main_figures(summarise_clicks(read_journal(folder)[1], rules.published)):
         print(line)
     print(report)
+    if failed:
+        listed = "; ".join(f"{case}: {why}" for case, why in failed.items())
+        raise ValueError(f"{report} lacks {len(failed)} cases: {listed}")
     if args.check_determinism:
         found = first_difference(model, rules, click_set, folder, CHECKED_TARGETS)
         print(f"played twice: {found or 'no difference'}")
@@ -146,6 +154,7 @@ def _compare(one: Path, other: Path) -> int:
     """Prints the paired differences of two results."""
     from sammed3d_backbone.clickbench.journal import read_journal
     from sammed3d_backbone.clickbench.summary import compare_runs
+    from sammed3d_backbone.files import reading
 
     (header, lines), (other_header, other_lines) = read_journal(one), read_journal(other)
     if header["protocol"] != other_header["protocol"]:
@@ -153,8 +162,10 @@ def _compare(one: Path, other: Path) -> int:
             f"{one} was played by {header['protocol']}, {other} by {other_header['protocol']}; "
             "compare runs of one protocol"
         )
+    with reading(other):
+        compared = compare_runs(lines, other_lines)
     print(f"{other} minus {one}, {header['protocol']}")
-    for track, found in compare_runs(lines, other_lines).items():
+    for track, found in compared.items():
         print(f"{track}: {found['targets']} common targets of {found['subjects']} subjects")
         for name, (mean, low, high) in found["difference"].items():
             interval = "no interval" if low is None else f"{low:+.4f} to {high:+.4f}"

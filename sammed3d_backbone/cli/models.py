@@ -1,4 +1,4 @@
-"""Commands on fine-tuned networks: `sammed3d predict` and `push`."""
+"""Commands on fine-tuned networks: `sammed3d predict`, `push` and `export`."""
 
 import argparse
 from pathlib import Path
@@ -81,7 +81,7 @@ def _predict_one(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.volume import Volume
     from sammed3d_backbone.inference.segmenter import Segmenter
 
-    require_free((args.target,), args.source, force=args.force)
+    require_free((args.target,), (args.source, args.model), force=args.force)
     volume = Volume.load(args.source, **dicom_options(args))
     require_writable(args.target, volume.header)  # before minutes of work
     segmenter = Segmenter.from_pretrained(args.model)
@@ -89,12 +89,58 @@ def _predict_one(args: argparse.Namespace) -> int:
     labels = segmenter.predict(
         volume, modality=args.modality, nearest=args.nearest, mirror=args.mirror
     )
-    labels.save(args.target, names=segmenter.card.labels)
+    labels.save(args.target, names=segmenter.card.labels, overwrite=args.force)
     for value, name in segmenter.card.labels.items():
         if value:
             voxels = int((labels.array == value).sum())
             print(f"{value} {name}: {voxels} voxels, {voxels * volume.voxel_ml:.2f} ml")
     print(args.target)
+    return 0
+
+
+def add_export(commands: "Commands") -> None:
+    """Declares `sammed3d export`."""
+    parser = commands.add_parser(
+        "export",
+        help="write a network as ONNX or as a program of torch.export, and check it",
+        description=(
+            "The file takes preprocessed windows, any number at once, and gives logits; of "
+            "pretrained weights it is the encoder. Its metadata say what preprocessing it expects. "
+            "It is run on random input, and refused if its numbers are not those of the network."
+        ),
+    )
+    parser.add_argument("model", metavar="MODEL", help="as for predict, or the name of weights")
+    parser.add_argument("target", metavar="OUT", type=Path, help="OUT.onnx or OUT.pt2")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    import json
+
+    from sammed3d_backbone import encoder
+    from sammed3d_backbone.data.preprocessing import preprocessing_of
+    from sammed3d_backbone.inference.export import export, require_export_name
+    from sammed3d_backbone.inference.segmenter import Segmenter
+    from sammed3d_backbone.loading.opening import CARD_KEY
+    from sammed3d_backbone.loading.registry import WEIGHTS
+
+    require_export_name(args.target)
+    require_free((args.target,), (args.model,), force=args.force)
+    if args.model in WEIGHTS:
+        network = encoder(str(WEIGHTS[args.model].variant), weights=args.model)
+        shape, metadata = (1, *network.img_size), {}
+        preprocessing = preprocessing_of(network)[0]
+    else:
+        segmenter = Segmenter.from_pretrained(args.model)
+        card, network = segmenter.card, segmenter.model
+        preprocessing = card.preprocessing
+        shape = (len(card.channels), *preprocessing.crop_vox)
+        metadata = {CARD_KEY: json.dumps(card.to_dict())}
+    metadata["preprocessing"] = json.dumps(preprocessing.to_dict())
+    difference = export(network, args.target, shape, metadata, overwrite=args.force)
+    print(f"{args.target}: input (any, {', '.join(map(str, shape))}), float32")
+    print(f"outputs differ from the network's by {difference:.1e} of the largest")
     return 0
 
 

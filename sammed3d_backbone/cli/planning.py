@@ -92,7 +92,7 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
     if path.resolve().is_relative_to(place):
         raise ValueError(f"--out {path} lies in the folder that is only read; choose another")
     page = path.with_suffix(".html")
-    require_free((path, page), place, force=args.force)
+    require_free((path, page), (place,), force=args.force)
     found = fingerprint(dataset, jobs=args.jobs or cores())
     subjects = len({case.subject for case in dataset.cases})
     folds = max(2, min(5, subjects))

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from sammed3d_backbone.inference.interactive.click_io import ClickList
     from sammed3d_backbone.inference.validation import ValidatedVolume
 
-OBJECT = "object"  # name of the object before the first --object
 RANDOM = "the network has random initialisation, so its masks mean nothing"
 
 
@@ -108,13 +107,15 @@ def _triple(text: str) -> tuple[float, float, float]:
 def _run_segment(args: argparse.Namespace) -> int:
     from sammed3d_backbone import sam
     from sammed3d_backbone.data.formats import require_writable
+    from sammed3d_backbone.evaluation.figures import Clicked, clicks_figure
     from sammed3d_backbone.inference.interactive import Predictor
     from sammed3d_backbone.inference.label_map import merge_masks
     from sammed3d_backbone.inference.validation import validate_volume
 
     # Everything that can be wrong is found before the network is loaded.
     _require_png_name(args.png)
-    require_free((args.target, args.png, args.save_clicks), args.source, force=args.force)
+    outputs = (args.target, args.png, args.save_clicks)
+    require_free(outputs, (args.source, args.weights), force=args.force)
     scan = validate_volume(args.source, channel=args.channel, **dicom_options(args))
     require_writable(args.target, scan.volume.header)
     listed, clicks = _clicks(args, scan)
@@ -135,12 +136,16 @@ def _run_segment(args: argparse.Namespace) -> int:
         predictor.click(**click)
     found = {name: predictor.predict(name) for name in predictor.objects}
     labels, overlap = merge_masks(found, args.merge)
-    labels.save(args.target, names=dict(enumerate(found, start=1)))
+    labels.save(args.target, names=dict(enumerate(found, start=1)), overwrite=args.force)
+    _report(args, predictor, found, labels, overlap)
     if args.save_clicks is not None:
         predictor.save_clicks(args.save_clicks, overwrite=args.force)
     if args.png is not None:
-        _draw(args.png, scan.volume, found, predictor)
-    _report(args, predictor, found, labels, overlap)
+        shown = [
+            Clicked(name, p.mask, [(c.point_vox, c.positive) for c in predictor.clicks_on(name)])
+            for name, p in found.items()
+        ]
+        clicks_figure(args.png, scan.volume, shown, overwrite=args.force)
     return 0
 
 
@@ -149,6 +154,7 @@ def _clicks(
 ) -> "tuple[ClickList | None, list[dict[str, Any]]]":
     """The click list of a file, and the points of the command line; all lie in the scan."""
     from sammed3d_backbone.inference.interactive.click_io import ClickList
+    from sammed3d_backbone.inference.interactive.prompts import OBJECT, require_positive
 
     unit = "point_mm" if args.mm else "point_vox"
     name, clicks, unused = OBJECT, [], ""
@@ -168,8 +174,10 @@ def _clicks(
     if not clicks and args.points is None:
         raise ValueError("there are no clicks; give --point I,J,K or --points FILE.json")
     listed = None if args.points is None else ClickList.load(args.points)
-    for click in () if listed is None else listed.clicks:
+    earlier = () if listed is None else listed.clicks
+    for click in earlier:
         scan.voxel(click.get("point_vox"), click.get("point_mm"))
+    require_positive([*earlier, *clicks])
     return listed, clicks
 
 
@@ -210,18 +218,6 @@ def _report(
     for note in notes:
         print(f"note: {note}")
     print(args.target)
-
-
-def _draw(
-    path: Path, volume: "Volume", found: "dict[str, Prediction]", predictor: "Predictor"
-) -> None:
-    from sammed3d_backbone.evaluation.figures import Clicked, clicks_figure
-
-    shown = []
-    for name, prediction in found.items():
-        clicks = [(c.point_vox, c.positive) for c in predictor.clicks_on(name)]
-        shown.append(Clicked(name, prediction.mask, clicks))
-    clicks_figure(path, volume, shown)
 
 
 # --- features ----------------------------------------------------------------------------------
@@ -272,7 +268,7 @@ def _run_features(args: argparse.Namespace) -> int:
     if args.target is not None and args.target.suffix != ".safetensors":
         raise ValueError(f"{args.target}: expected a name that ends in .safetensors")
     _require_png_name(args.png)
-    require_free((args.target, args.png), args.source, force=args.force)
+    require_free((args.target, args.png), (args.source, args.weights), force=args.force)
     scan = validate_volume(args.source, channel=args.channel, **dicom_options(args))
     network = chosen_network(encoder, args)
     preprocessing, notes = preprocessing_of(network, _preprocessing(args, network))
@@ -296,7 +292,9 @@ def _run_features(args: argparse.Namespace) -> int:
         weights = "random initialisation" if record is None else Path(record.name).name
         shown = {name: part for name, part in found.maps.items() if name != "neck"}
         title = f"{args.source.name} through {variant_of_command(args)}, {weights}"
-        features_figure(args.png, scan.volume, shown, found.affine, title=title)
+        features_figure(
+            args.png, scan.volume, shown, found.affine, title=title, overwrite=args.force
+        )
     for note in notes:
         print(f"note: {note}")
     for path in filter(None, (args.target, args.png)):

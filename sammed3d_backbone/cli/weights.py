@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sammed3d_backbone.cli.checks import require_free
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -113,8 +115,7 @@ def _run_convert(args: argparse.Namespace) -> int:
     from sammed3d_backbone.loading.fitting import require_finite
     from sammed3d_backbone.loading.registry import to_metadata
 
-    if args.target.exists() and not args.force:  # before reading hundreds of megabytes
-        raise FileExistsError(f"{args.target} exists; choose another name, or pass --force")
+    require_free((args.target,), (), force=args.force)  # before reading hundreds of megabytes
     record, tensors, metadata = opened_weights(args.source)
     require_finite(tensors, args.source)
     facts = {key: value for key, value in metadata.items() if key != "content_sha256"}
@@ -125,6 +126,7 @@ def _run_convert(args: argparse.Namespace) -> int:
         "source_sha256": str(record.sha256),
         "written_by": f"sammed3d_backbone {__version__}",
     }
+    args.target.parent.mkdir(parents=True, exist_ok=True)
     write(args.target, tensors, entries, overwrite=args.force)
     print(f"{args.target}: {len(tensors)} tensors of {record.name}")
     return 0

@@ -14,7 +14,9 @@ from sammed3d_backbone.clickbench.cases import ClickSet, ClickTarget
 from sammed3d_backbone.clickbench.journal import Journal, Line, key_of, read_journal
 from sammed3d_backbone.clickbench.protocol import ClickRules, ClickStep, Player, PromptableModel
 from sammed3d_backbone.clickbench.scoring import plain, score
+from sammed3d_backbone.console import reason
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import UNWRITABLE
 from sammed3d_backbone.provenance import resident_bytes
 from sammed3d_backbone.strategies import Click, Draws
 
@@ -47,16 +49,27 @@ def run_benchmark(
     tracks: Iterable[str],
     *,
     progress: bool = True,
-) -> None:
-    """Plays every target and track that is not in the journal yet."""
+) -> dict[str, str]:
+    """Plays every target and track that is not in the journal yet.
+
+    Returns:
+        Cases that could not be played to their end, with the reason.
+    """
+    failed: dict[str, str] = {}
     player = Player(model)
     bar = tqdm(click_set.cases, unit="case", disable=not progress)
     for case in bar:
-        for target in click_set.targets(case):
-            bar.set_postfix_str(f"{target.case} {target.name}")
-            for track in tracks:
-                if not journal.has((target.case, target.name, track)):
-                    journal.write(*played(player, rules, target, track))
+        try:
+            for target in click_set.targets(case):
+                bar.set_postfix_str(f"{target.case} {target.name}")
+                for track in tracks:
+                    if not journal.has((target.case, target.name, track)):
+                        journal.write(*played(player, rules, target, track))
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in UNWRITABLE:
+                raise  # of the disk, not of the case
+            failed[case.case.id] = reason(error)
+    return failed
 
 
 def played(

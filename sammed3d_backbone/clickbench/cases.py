@@ -20,11 +20,13 @@ from sammed3d_backbone.data.checks import label_problems, pair_problems, values_
 from sammed3d_backbone.data.datasets import Case, DatasetError, LabelledCase, with_subjects
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.limits import require_bytes
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.preprocessing import Modality, modality_of
 from sammed3d_backbone.data.regions import Mask
 from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import require_file
 from sammed3d_backbone.strategies import connected_parts
 
 MODEL_MASKS = "The masks are another model's output: scores are agreement with it, not accuracy."
@@ -180,7 +182,10 @@ def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]
     Raises:
         DatasetError: If the file is no such archive.
     """
+    require_file(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            require_bytes(sum(entry.file_size for entry in archive.infolist()))
         with np.load(path, allow_pickle=False) as archive:
             image, labels = archive["imgs"], archive["gts"]
             spacing_mm = np.asarray(archive["spacing"], dtype=float)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import file_name, inside, write_text
+from sammed3d_backbone.files import file_name, inside, reading, write_text
 
 FORMAT = 1  # version of the file; others are refused
 Line = dict[str, Any]
@@ -75,9 +75,11 @@ def read_journal(folder: Path) -> tuple[Line, list[Line]]:
     path = folder / "clicks.jsonl" if folder.is_dir() else folder
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; name a folder that sammed3d clicks --out has written")
-    header, *lines = _read(path) or [{}]
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} has no header of format {FORMAT}; run the benchmark again")
+    with reading(path):
+        header, *lines = _read(path) or [{}]
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} has no header of format {FORMAT}; run the benchmark again")
+        set(map(key_of, lines))
     return header, lines
 
 

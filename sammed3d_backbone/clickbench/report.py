@@ -28,6 +28,7 @@ from sammed3d_backbone.clickbench.summary import (
     summarise_clicks,
     times_by_part,
 )
+from sammed3d_backbone.console import optional
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.figures import COLOURS, Shown, as_svg, cases_figure
 from sammed3d_backbone.evaluation.page import png, write_page
@@ -52,12 +53,13 @@ def write_click_report(folder: Path, click_set: ClickSet, machine: Mapping[str, 
         "seconds": times_by_part(read_times(folder)),
     }
     write_json(folder / "summary.json", summary)
-    worst = [
-        _shown(folder, line, click_set.target(line["case"], line["class"]))
-        for line in _worst_targets(lines)
-    ]
-    if worst:
-        cases_figure(folder / "worst.png", worst, ["object"])
+    with optional(folder / "worst.png"):
+        worst = [
+            _shown(folder, line, click_set.target(line["case"], line["class"]))
+            for line in _worst_targets(lines)
+        ]
+        if worst:
+            cases_figure(folder / "worst.png", worst, ["object"])
     return write_page(
         folder / "report.html",
         "clickbench/report.html",
@@ -73,7 +75,7 @@ def write_click_report(folder: Path, click_set: ClickSet, machine: Mapping[str, 
             for track, found in summary["tracks"].items()
         },
         starts=STARTS,
-        worst=png(folder / "worst.png") if worst else "",
+        worst=png(folder / "worst.png"),
         rules=rules,
         run={name: _as_text(value) for name, value in {**header, **machine}.items() if value},
     )

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from sammed3d_backbone.console import reason
 from sammed3d_backbone.curation.rules import ClassMask, CurationRules, without_islands
 from sammed3d_backbone.curation.sides import (
     MARGIN_MM,
@@ -30,13 +31,13 @@ from sammed3d_backbone.curation.sides import (
     separations_mm,
     split,
 )
-from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, shift_mm
+from sammed3d_backbone.data.checks import label_problems, pair_problems, shift_mm
 from sammed3d_backbone.data.datasets import Case, LabelledCase
 from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.nifti import SUFFIXES
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import inside, write_json
+from sammed3d_backbone.files import UNWRITABLE, inside, write_json
 
 RECORD = "decisions.json"
 OWN_FILES = re.compile(r".*\.nii(\.gz)?|.*decisions\.json")  # temporary names among them
@@ -52,9 +53,11 @@ def curate_case(raw: LabelledCase, folder: Path, rules: CurationRules) -> None:
     staging.mkdir(parents=True)
     try:
         decisions = _decide(raw, rules, staging)
-    except (ValueError, FileNotFoundError) as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise  # of the disk, not of the case
         _remove_case(staging / "masks")
-        refused = {"verdict": "refused", "why": [str(error)], "steps": {}}
+        refused = {"verdict": "refused", "why": [reason(error)], "steps": {}}
         decisions = [{"class": None, "raw_class": None, "mask": None, **refused}]
     images = []
     if any(decision["mask"] for decision in decisions):
@@ -138,7 +141,7 @@ def raw_targets(raw: LabelledCase, grid: Volume) -> Iterator[tuple[ClassMask, fl
                 x, y, z = (int(side.start) for side in box)
                 yield ClassMask(labels_of[number], labels[box] == value, (x, y, z)), apart_mm
     if is_empty:
-        raise ValueError(class_problems(case, [])[0])
+        raise ValueError(f"{case.label}: holds background only; there is no mask to be made of it")
 
 
 def _decide(raw: LabelledCase, rules: CurationRules, staging: Path) -> list[Decision]:
@@ -231,6 +234,7 @@ def _check_sides(decisions: dict[str, Decision], x_mm: dict[str, float]) -> None
 
 
 def _made_of(raw: LabelledCase) -> list[list[str | int]]:
-    """Name, bytes and time of change of the files of a case."""
+    """Name, bytes and time of change of the files of a case; a file that has gone has none."""
     files = dict.fromkeys((*raw.case.images, *raw.case.label_files))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    found = [(file.name, file.stat() if file.is_file() else None) for file in files]
+    return [[name, it.st_size, it.st_mtime_ns] if it else [name, -1, -1] for name, it in found]

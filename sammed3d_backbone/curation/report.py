@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sammed3d_backbone.console import optional
 from sammed3d_backbone.curation.cases import Decision, open_grid, raw_targets
 from sammed3d_backbone.curation.rules import PRESETS, CurationRules, Extent
 from sammed3d_backbone.curation.sources import RawSet
@@ -194,8 +195,9 @@ def _gallery(
         return None
     chosen = list(largest.values())[:EXAMPLES]
     path = folder / "examples" / f"{name}.png"
-    shown = [_shown(folder, raw_sets, decision) for decision in chosen]
-    cases_figure(path, shown, ["kept", "removed"], lines=())
+    with optional(path):
+        shown = [_shown(folder, raw_sets, decision) for decision in chosen]
+        cases_figure(path, shown, ["kept", "removed"], lines=())
     caption = "; ".join(f"{_data_set(d)} {d['case']}, {d['class']}: {_reasons(d)}" for d in chosen)
     return {"title": title, "source": png(path), "caption": f"{caption}."}
 

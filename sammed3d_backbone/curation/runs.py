@@ -25,7 +25,7 @@ from sammed3d_backbone.curation.rules import CurationRules
 from sammed3d_backbone.curation.sources import RawSet, read_raw
 from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
-from sammed3d_backbone.files import write_json, write_text
+from sammed3d_backbone.files import LOCK, locked, write_json, write_text
 
 FORMAT = 1  # version of the result folder; others are refused
 
@@ -67,7 +67,7 @@ def curate(
         raise ValueError(f"{out} lies among the raw data; choose a folder outside of {raw}")
     extra = {} if scheduler is None else {"scheduler_host": scheduler}
     # Joblib refuses a backend here, before anything is written.
-    with parallel_config(_known(backend), n_jobs=jobs, **extra):
+    with parallel_config(_known(backend), n_jobs=jobs, **extra), locked(out):
         _claim(out, rules)
         pending = [
             (one, folder)
@@ -78,21 +78,20 @@ def curate(
         ]
         bar = tqdm(pending, desc="curating", unit="case", disable=not progress)
         Parallel()(delayed(curate_case)(one, folder, rules) for one, folder in bar)
-    decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
-    write_text(out / "decisions.jsonl", "".join(json.dumps(line) + "\n" for line in decisions))
+        decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
+        write_text(out / "decisions.jsonl", "".join(json.dumps(line) + "\n" for line in decisions))
     return raw_sets, decisions
 
 
 def _claim(out: Path, rules: CurationRules) -> None:
-    """Makes the result folder, or refuses that of another run."""
+    """Writes the rules into the result folder, or refuses that of another run."""
     header = json.loads(json.dumps({"format": FORMAT, "rules": dataclasses.asdict(rules)}))
     path = out / "run.json"
     if path.is_file():
         if read_json(path) != header:
             raise ValueError(f"{path} is of other rules; choose another folder for the results")
-    elif out.is_dir() and any(out.iterdir()):
+    elif any(path.name != LOCK for path in out.iterdir()):
         raise ValueError(f"{out} holds other files; choose a new folder for the results")
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, header)
 
 

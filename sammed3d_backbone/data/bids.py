@@ -4,24 +4,41 @@ The images of a case are those whose name is the label's up to entities that des
 (``desc``, ``space``, ``label``, ``res``, ``seg``, ``atlas``); their suffixes (``T1w``, ``FLAIR``)
 are the channels. A ``*dseg.tsv`` names the classes in its columns ``index`` and ``name``.
 
+Where there are several derivatives, or several labels of one scan, the path of the data set goes
+on: ``FOLDER/derivatives/PIPELINE`` or ``FOLDER/derivatives/PIPELINE/*_desc-manual_dseg.nii.gz``.
+
 Source: Brain Imaging Data Structure 1.10, derivatives, imaging data types, segmentations.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
-from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json
+from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json, read_table
 from sammed3d_backbone.data.nifti import SUFFIXES
 
 DESCRIPTION = "dataset_description.json"
+LABELS = "*_dseg.nii*"
 OF_THE_LABEL = ("atlas", "desc", "label", "res", "seg", "space")  # entities an image does not have
 
 
-def read_bids(folder: Path, problems: list[str]) -> Dataset:
+def split_choice(path: Path) -> tuple[Path, str]:
+    """The folder of a data set, and the pattern of its labels; "" where the path chooses none."""
+    folder, found, choice = path.as_posix().partition("/derivatives/")
+    if not found or not (Path(folder) / DESCRIPTION).is_file():
+        return path, ""
+    pipeline, _, labels = choice.partition("/")
+    return Path(folder), f"{pipeline}/sub-*/**/{labels or LABELS}"
+
+
+def read_bids(folder: Path, problems: list[str], chosen: str = "") -> Dataset:
     """The data set of a BIDS folder with one labelled derivative.
+
+    Args:
+        folder: Contains dataset_description.json and derivatives/.
+        problems: Gets a line for everything that is wrong.
+        chosen: Pattern of the labels in derivatives/, see `split_choice`; "" takes all.
 
     Raises:
         DatasetError: If dataset_description.json is not a JSON object.
@@ -32,15 +49,29 @@ def read_bids(folder: Path, problems: list[str]) -> Dataset:
             f"{folder / DESCRIPTION} cannot be used:", ["not a JSON object; correct it"]
         )
     labels: dict[Path, list[Path]] = {}  # by derivative
-    for path in sorted(folder.glob("derivatives/*/sub-*/**/[!.]*_dseg.nii*")):
+    paths = [
+        path
+        for path in sorted(folder.glob(f"derivatives/{chosen or f'*/sub-*/**/{LABELS}'}"))
+        if not path.name.startswith(".") and path.name.endswith(SUFFIXES)
+    ]
+    anatomical = [path for path in paths if path.parent.name == "anat"]
+    for path in anatomical or paths:
         labels.setdefault(folder / Path(*path.relative_to(folder).parts[:2]), []).append(path)
     if len(labels) != 1:
         problems.append(
             f"{len(labels)} folders in {folder / 'derivatives'} hold sub-*/**/*_dseg.nii.gz "
-            f"({', '.join(path.name for path in labels)}); leave exactly one there"
+            f"({', '.join(path.name for path in labels)}); choose one as data="
+            f"{folder / 'derivatives'}/NAME, or describe other labels by layout=FILE"
         )
         return Dataset(folder.name, folder, {0: "background"}, (), ())
     ((pipeline, files),) = labels.items()
+    if several := [stem for stem, n in Counter(map(_stem, files)).items() if n > 1]:
+        names = ", ".join(path.name for path in files if _stem(path) == several[0])
+        problems.append(
+            f"{names} are labels of one scan; choose by a part of the name, as in "
+            f"data={pipeline}/*_desc-manual_dseg.nii.gz"
+        )
+        return Dataset(folder.name, folder, {0: "background"}, (), ())
     names = _names(pipeline, problems)
     starts = {path: folder / path.parent.relative_to(pipeline) / _stem(path) for path in files}
     images = {path: _images(start) for path, start in starts.items()}
@@ -98,7 +129,7 @@ def _names(pipeline: Path, problems: list[str]) -> dict[int, str]:
     if not tables or not read[0]:
         problems.append(
             f"no names for the labels: write {pipeline / 'dseg.tsv'} with the columns index and "
-            "name, separated by tabs"
+            "name"
         )
         return {}
     problems.extend(
@@ -111,10 +142,8 @@ def _names(pipeline: Path, problems: list[str]) -> dict[int, str]:
 
 def _table(path: Path) -> dict[int, str]:
     """The names of one table; without background, empty if it is not of the form."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: Sequence[dict[str, str]] = list(csv.DictReader(file, delimiter="\t"))
     try:
-        named = {int(row["index"]): row["name"] for row in rows}
+        named = {int(row["index"]): row["name"] for row in read_table(path)}
     except (KeyError, TypeError, ValueError):
         return {}
     return {value: named[value] for value in sorted(named) if value}

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sammed3d_backbone.data.datasets import Case, Dataset
@@ -57,5 +57,7 @@ def read_prepared(path: Path) -> tuple[Tensor, Tensor] | None:
 def write_prepared(path: Path, image: Tensor, label: Tensor) -> None:
     """Writes image and label; the file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # As bytes, since the library's own writer leaves a file of its own when it is killed.
+    content = save({"image": image.contiguous(), "label": label.contiguous()})
     with atomic_path(path) as draft:
-        save_file({"image": image.contiguous(), "label": label.contiguous()}, draft)
+        draft.write_bytes(content)

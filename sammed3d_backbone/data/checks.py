@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.regions import corner_voxels
 from sammed3d_backbone.data.volume import Volume
 
-AFFINE_TOLERANCE_MM = 1e-2  # origins written by different tools differ in the fourth decimal
+logger = logging.getLogger(__name__)
+_said: set[Path] = set()  # folders
+
+NOTED_MM = 1e-2  # origins written by different tools differ in the fourth decimal
 
 
 def label_problems(path: Path, label: Volume, known: Collection[int]) -> list[str]:
@@ -29,27 +35,51 @@ def label_problems(path: Path, label: Volume, known: Collection[int]) -> list[st
     return []
 
 
-def class_problems(case: Case, classes: Collection[str]) -> list[str]:
-    """The problems of the classes that occur in a case's label.
+def pair_problems(
+    path: Path,
+    volume: Volume,
+    other_path: Path,
+    other: Volume,
+    *,
+    tolerance: float = GRID_TOLERANCE,
+) -> list[str]:
+    """What keeps two volumes from lying on one grid.
 
-    Voxels of a class that is not annotated are allowed, since they are not used. An annotated
-    class without voxels would be taken for absent.
+    Args:
+        path: File of the volume.
+        volume: The volume.
+        other_path: File of the other one.
+        other: The other one.
+        tolerance: Distance that is taken as the same place, as a share of the smallest side of a
+            voxel; it is said once for a folder.
     """
-    if not classes:
-        return [f"{case.label}: holds background only; remove the case or label it"]
-    if empty := sorted(set(case.annotated or ()) - set(classes)):
-        return [f"{case.label}: {empty} are annotated but have no voxel; remove them there"]
-    return []
-
-
-def pair_problems(path: Path, volume: Volume, other_path: Path, other: Volume) -> list[str]:
-    """The differences between the grids of two volumes."""
+    apart_mm = shift_mm(volume, other) if volume.shape == other.shape else math.inf
+    if apart_mm <= NOTED_MM:
+        return []
+    if apart_mm <= tolerance * min(other.spacing_mm):
+        if path.parent not in _said:
+            _said.add(path.parent)
+            logger.warning(
+                "%s and %s lie %.2g mm apart, a part of a voxel: taken as one place, also in other "
+                "files of that folder",
+                path,
+                other_path,
+                apart_mm,
+            )
+        return []
+    axes, other_axes = ("".join(nib.aff2axcodes(v.affine)) for v in (volume, other))
+    if axes != other_axes and sorted(volume.shape) == sorted(other.shape):
+        return [
+            f"{path}: axes run towards {axes}, those of {other_path} towards {other_axes}; both "
+            "may be right, so keep the affines and store the voxels of one in the other's order "
+            "(nibabel.as_closest_canonical does for both)"
+        ]
     if volume.shape != other.shape:
         return [f"{path}: shape {volume.shape}, but {other_path} has {other.shape}; resample one"]
-    apart_mm = shift_mm(volume, other)
-    if apart_mm > AFFINE_TOLERANCE_MM:
-        return [f"{path}: lies up to {apart_mm:.3g} mm away from {other_path}; correct one affine"]
-    return []
+    return [
+        f"{path}: lies up to {apart_mm:.3g} mm away from {other_path}, more than {tolerance:g} "
+        "of a voxel; correct one affine"
+    ]
 
 
 def shift_mm(volume: Volume, other: Volume) -> float:

@@ -6,14 +6,17 @@ are opened here.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sammed3d_backbone.files import plain_name
+from sammed3d_backbone.data.limits import GRID_TOLERANCE
+from sammed3d_backbone.files import plain_name, reading
 
 
 class DatasetError(ValueError):
@@ -42,6 +45,7 @@ class Case:
     truncated: tuple[str, ...] = ()  # classes cut off by the volume's border
     subject: str = ""  # id of the subject; the case's own id if it is unknown
     split: str = ""  # "train", "val" or "test" as published
+    fold: int | None = None  # of which it is a validation case, as published
 
     def __post_init__(self) -> None:
         plain_name(self.id, "case id")  # files and folders are named after it
@@ -75,6 +79,7 @@ class Dataset:
     cases: tuple[Case, ...]
     note: str = ""  # caveat for readers of results, printed on the figure
     about: Mapping[str, str] = field(default_factory=dict)  # reference, licence
+    grid_tolerance: float = GRID_TOLERANCE  # between image and label, as a share of a voxel
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -105,7 +110,7 @@ def read_fold(dataset: Dataset, fold: int, *, folds: int = 5, seed: int = 0) -> 
 
 
 def read_folds(dataset: Dataset, *, folds: int = 5, seed: int = 0) -> list[Fold]:
-    """All folds: from splits.json, else the published split, else random by subject.
+    """All folds: from splits.json, else as published, else random by subject.
 
     Args:
         dataset: The data set.
@@ -117,9 +122,12 @@ def read_folds(dataset: Dataset, *, folds: int = 5, seed: int = 0) -> list[Fold]
     """
     path = dataset.folder / "splits.json"
     if path.is_file():
-        return _read_splits(dataset, path)
+        with reading(path):
+            return _read_splits(dataset, path)
     if any(case.split for case in dataset.cases):
         return [_published_split(dataset)]
+    if any(case.fold is not None for case in dataset.cases):
+        return _published_folds(dataset)
     return _dealt_splits(dataset, folds, seed)
 
 
@@ -191,6 +199,20 @@ def read_json(path: Path) -> object:
         raise DatasetError(f"{path} is not JSON:", [f"{error}; correct it"]) from None
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a table whose columns are separated by tabs, semicolons or commas.
+
+    A file that is not text, or not a table, has none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+        head = text.partition("\n")[0]
+        delimiter = next((mark for mark in "\t;" if mark in head), ",")
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except (ValueError, csv.Error):
+        return []
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The object of its pairs, of which JSON itself would keep the last of one key."""
     if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
@@ -248,12 +270,28 @@ def _published_split(dataset: Dataset) -> Fold:
         tuple(case.id for case in dataset.cases if case.split == part) for part in ("train", "val")
     )
     fold = Fold(train, val, "the split that came with the data")
+    _require_usable(dataset, fold)
+    return fold
+
+
+def _published_folds(dataset: Dataset) -> list[Fold]:
+    """A fold for every number that cases come with, as in MONAI's data lists."""
+    made = []
+    for number in sorted({-1 if case.fold is None else case.fold for case in dataset.cases}):
+        val = tuple(case.id for case in dataset.cases if case.fold == number)
+        train = tuple(case.id for case in dataset.cases if case.fold != number)
+        made.append(Fold(train, val, f'"fold" {number} of the data\'s own list'))
+        _require_usable(dataset, made[-1])
+    return made
+
+
+def _require_usable(dataset: Dataset, fold: Fold) -> None:
+    """Refuses a published split with subjects on both sides, or an empty side."""
     if problems := _fold_problems(dataset, fold):
         remedy = f"write {dataset.folder / 'splits.json'} to split in another way"
         raise DatasetError(
             f"the split that came with {dataset.folder} cannot be used:", [*problems, remedy]
         )
-    return fold
 
 
 def _dealt_splits(dataset: Dataset, folds: int, seed: int) -> list[Fold]:

@@ -1,4 +1,4 @@
-"""``dataset.json``: the Medical Segmentation Decathlon and nnU-Net's raw folders, both versions.
+"""``dataset.json``: the Medical Segmentation Decathlon, MONAI's lists, nnU-Net's raw folders.
 
 The three differ in who lists the cases (the file, the folder), in the form of "labels", and in
 whether channels share a file. They are distinguished by their content, not by a version.
@@ -101,7 +101,7 @@ def _channels(info: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
 def _listed_cases(
     folder: Path, info: Mapping[str, Any], channels: tuple[str, ...], problems: list[str]
 ) -> list[Case]:
-    """The cases of the lists: the Decathlon's, or nnU-Net 1's with files per channel.
+    """The cases of the lists: the Decathlon's, nnU-Net 1's or MONAI's with files per channel.
 
     Where "validation" lists labels too, as in AMOS, the two lists are the published split.
     """
@@ -112,16 +112,22 @@ def _listed_cases(
             if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
                 problems.append(f'{entry!r} in "training" lacks "image" or "label"; add both paths')
                 continue
-            image = folder / entry["image"]
-            stem, ending = _split_name(image.name)
-            per_channel = _channel_files(image.parent, stem, ending, len(channels))
-            has_several = not image.is_file() and any(path.is_file() for path in per_channel)
+            images, label = entry["image"], folder / entry["label"]
+            if isinstance(images, list):  # of MONAI's data lists: a file per channel
+                stem, files = _split_name(label.name)[0], tuple(folder / path for path in images)
+            else:
+                image = folder / images
+                stem, ending = _split_name(image.name)
+                files = _channel_files(image.parent, stem, ending, len(channels))
+                if image.is_file() or not any(path.is_file() for path in files):
+                    files = (image,)
             cases.append(
                 Case(
                     id=stem,
-                    images=per_channel if has_several else (image,),
-                    label=folder / entry["label"],
+                    images=files,
+                    label=label,
                     split=split if validation else "",
+                    fold=entry.get("fold"),
                     **_known_facts(stem, entry, problems),
                 )
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from sammed3d_backbone.data import bids, decathlon
 from sammed3d_backbone.data.datasets import Dataset, DatasetError
 from sammed3d_backbone.data.layouts import Layout, read_described
+from sammed3d_backbone.files import reading
 
 DATA_VARIABLE = "SAMMED3D_DATA"
 DEFAULT_DATA = "../shared/data"
@@ -39,7 +40,7 @@ def find_dataset(data: str, layout: Layout | None = None) -> Path:
     for place in places:
         if layout is not None and place.is_dir():
             return place
-        if any((place / name).is_file() for name in DESCRIPTIONS):
+        if any((bids.split_choice(place)[0] / name).is_file() for name in DESCRIPTIONS):
             return place
     sought = "folder" if layout is not None else "dataset.json"
     raise FileNotFoundError(
@@ -52,7 +53,8 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
     """The data set in a folder.
 
     Args:
-        folder: Contains a description, unless a layout is given.
+        folder: Contains a description, unless a layout is given. The path of a BIDS data set may
+            go on to the labels, see `bids`.
         layout: Where its files lie; takes precedence over the folder's description.
 
     Raises:
@@ -62,18 +64,25 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
     folder = Path(folder)
     problems: list[str] = []
     if layout is not None:
-        dataset = read_described(folder, layout, problems)
+        with reading(folder):
+            dataset = read_described(folder, layout, problems)
     else:
+        folder, chosen = bids.split_choice(folder)
         found = next((name for name in DESCRIPTIONS if (folder / name).is_file()), None)
         if found is None:
             raise FileNotFoundError(
                 f"no {' or '.join(DESCRIPTIONS)} in {folder}; pass the folder that holds it, or "
                 "layout=FILE"
             )
-        dataset = DESCRIPTIONS[found](folder, problems)
+        choice = {"chosen": chosen} if chosen else {}
+        with reading(folder / found):
+            dataset = DESCRIPTIONS[found](folder, problems, **choice)
     if not dataset.cases and not problems:
         problems.append("no labelled cases; put them into imagesTr and labelsTr")
     for case in dataset.cases:
+        if strange := [n for n in (*(case.annotated or ()), *case.truncated) if n != str(n)]:
+            problems.append(f"{case.id}: {strange} are not names of classes; correct them")
+            continue
         problems += [
             f"{path} is missing; copy it or remove {case.id}"
             for path in (*case.images, *case.label_files)

@@ -8,7 +8,6 @@ recipes/layouts/ holds those of public challenges.
 
 from __future__ import annotations
 
-import csv
 import glob
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sammed3d_backbone import config
-from sammed3d_backbone.data.datasets import Case, Dataset
+from sammed3d_backbone.data.datasets import Case, Dataset, read_table
 
 SPLITS = ("train", "val")
 
@@ -181,10 +180,7 @@ def _split_table(folder: Path, layout: Layout, problems: list[str]) -> dict[str,
     if not path.is_file():
         problems.append(f"{path} is missing; copy it, or remove split_table from the layout")
         return {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        delimiter = ";" if ";" in file.readline() else ","
-        file.seek(0)
-        rows = list(csv.DictReader(file, delimiter=delimiter))
+    rows = read_table(path)
     if not rows or not {"image_id", "split"} <= set(rows[0]):
         problems.append(f"{path} lacks the columns image_id and split; copy it again")
         return {}

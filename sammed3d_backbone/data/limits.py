@@ -15,7 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPACING_MM = (0.01, 100.0)
+# Share of a voxel by which volumes on one grid may lie apart. ITK makes axes orthonormal, which
+# moves the corners of slightly sheared volumes by tenths of a millimetre.
+GRID_TOLERANCE = 0.25
 MAX_VOXELS = 2**30  # of a resampled channel, 4 GiB as float32
+MAX_UNPACKED = 2**34
 
 
 def require_spacing(spacing_mm: Sequence[float]) -> None:
@@ -44,6 +48,19 @@ def require_size(shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
             f"{tuple(round(float(s), 4) for s in spacing_mm)} mm, {voxels * 4 / 2**30:,.0f} GiB "
             f"per channel, and {MAX_VOXELS * 4 // 2**30} GiB are allowed; check the spacing in its "
             "header, crop it, or use a coarser spacing"
+        )
+
+
+def require_bytes(unpacked: int) -> None:
+    """Checks that a compressed file is small enough to be unpacked.
+
+    Raises:
+        ValueError: If it would take more than `MAX_UNPACKED` bytes.
+    """
+    if unpacked > MAX_UNPACKED:
+        raise ValueError(
+            f"it would unpack to {unpacked / 2**30:,.0f} GiB, and {MAX_UNPACKED // 2**30} GiB are "
+            "allowed; store fewer voxels per file"
         )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import struct
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +23,18 @@ from numpy.typing import NDArray
 from sammed3d_backbone.data.limits import require_spacing
 
 SUFFIXES = (".nii", ".nii.gz")
+ABOUT_THE_SOURCE = (  # fields of a header that say what an image shows
+    "descrip",
+    "aux_file",
+    "db_name",
+    "data_type",
+    "intent_code",
+    "intent_name",
+    "intent_p1",
+    "intent_p2",
+    "intent_p3",
+)
+QUATERNION_ROUNDING = 1e-3
 MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # of the header's xyzt_units
 CHUNK_BYTES = 2**24
 SPARE_BYTES = 2**24  # bytes behind the voxels that are tolerated
@@ -63,6 +74,8 @@ def read_nifti(
         ) from None
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
+    if array.ndim == 5 and array.shape[3] == 1:
+        array = array[:, :, :, 0]  # ITK's vectors: the fourth axis is time
     if array.ndim == 4:
         array = np.moveaxis(array, -1, 0)  # (C, X, Y, Z)
     header, affine = image.header.copy(), np.asarray(image.affine, dtype=np.float64)
@@ -87,7 +100,9 @@ def nifti_image(
     Args:
         array: The voxels.
         affine: Voxel -> RAS+ mm.
-        header: Header of the image that the array belongs to; its codes and units are kept.
+        header: Header of the image that the array belongs to; its codes and units are kept. What
+            it says in words, in its intent or in extensions is not: it is about another image, and
+            may name a person.
 
     Shapes:
         array: (X, Y, Z) or (C, X, Y, Z).
@@ -98,6 +113,10 @@ def nifti_image(
         header.set_data_dtype(array.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0
+        for name in ABOUT_THE_SOURCE:
+            if name in header:
+                header[name] = np.zeros_like(header[name])
+        header.extensions = type(header.extensions)()
     is_second = isinstance(header, nib.Nifti2Header)
     kind: type[nib.Nifti1Image] = nib.Nifti2Image if is_second else nib.Nifti1Image
     return kind(array, affine, header)
@@ -121,7 +140,8 @@ def _read(path: Path, file: IO[bytes] | gzip.GzipFile) -> bytes:
     """The bytes of a NIfTI file, unpacked only as far as its header says that there are voxels.
 
     A single file begins with at least 352 (NIfTI-2: 544) bytes of header. Writers that leave
-    vox_offset at 0 mean that place; read literally, the header would become voxels.
+    vox_offset at 0 mean that place; read literally, the header would become voxels. A quaternion
+    that is too long by rounding is shortened; an impossible one beside an sform is not used.
     """
     content = bytearray(file.read(544))
     is_second = content[4:7] == b"n+2"
@@ -129,13 +149,24 @@ def _read(path: Path, file: IO[bytes] | gzip.GzipFile) -> bytes:
     first = 544 if is_second else 352
     # Four zeros in place of extensions, which may be longer than what was read.
     header = kind.from_fileobj(io.BytesIO(content[: first - 4] + bytes(4)))
+    b, c, d = (float(header[f"quatern_{axis}"]) for axis in "bcd")
+    if (length := math.hypot(b, c, d)) > 1:
+        if length < 1 + QUATERNION_ROUNDING:
+            for axis in "bcd":
+                header[f"quatern_{axis}"] = header[f"quatern_{axis}"] / length
+        elif header["sform_code"] > 0:
+            header["qform_code"] = 0
+        else:
+            raise ValueError(
+                f"{path} has a qform with a quaternion of length {length:g}, at most 1 is "
+                "possible, and no sform; correct its header"
+            )
     given = float(header["vox_offset"])
     if not given >= first:
         if any(content[first - 4 : first - 3]):
             raise ValueError(f"{path} has vox_offset {given:g} and extensions; convert it again")
-        place, form = (168, "q") if is_second else (108, "f")
-        struct.pack_into(f"{header.endianness}{form}", content, place, first)
-        given = first
+        header["vox_offset"] = given = first
+    content[: len(header.binaryblock)] = header.binaryblock
     shape = header.get_data_shape()
     needed = math.prod(shape) * header.get_data_dtype().itemsize
     if not shape or min(shape) < 1 or needed + given > MAX_BYTES:

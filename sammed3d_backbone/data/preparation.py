@@ -6,6 +6,7 @@ reports the problems of all of them at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sammed3d_backbone.console import optional
 from sammed3d_backbone.data.cache import cache_path, read_prepared, write_prepared
-from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, values_of
+from sammed3d_backbone.data.checks import label_problems, pair_problems
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
+from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +45,17 @@ class PreparedCase:
     annotated: Tensor
 
 
-def load_image(case: Case) -> Volume:
+def load_image(case: Case, *, tolerance: float = GRID_TOLERANCE) -> Volume:
     """All channels of a case as one volume; see `load_channels`."""
-    return load_channels(case.images)
+    return load_channels(case.images, tolerance=tolerance)
 
 
-def load_channels(paths: Sequence[Path]) -> Volume:
+def load_channels(paths: Sequence[Path], *, tolerance: float = GRID_TOLERANCE) -> Volume:
     """One file per channel, or one file that holds all, as a volume (X, Y, Z) or (C, X, Y, Z).
+
+    Args:
+        paths: The files.
+        tolerance: As for `pair_problems`.
 
     Raises:
         ValueError: If a file is unreadable or the channels do not lie on one grid.
@@ -56,7 +65,7 @@ def load_channels(paths: Sequence[Path]) -> Volume:
     if len(volumes) == 1:
         return first
     for path, volume in zip(paths[1:], volumes[1:], strict=True):
-        if problems := pair_problems(path, volume, paths[0], first):
+        if problems := pair_problems(path, volume, paths[0], first, tolerance=tolerance):
             raise ValueError(problems[0])
     return replace(first, array=np.stack([volume.array for volume in volumes]))
 
@@ -134,6 +143,17 @@ def prepare_cases(
             prepared.append(PreparedCase(by_id[name], image, label, annotated))
     if problems:
         raise DatasetError(f"{len(problems)} problems in {dataset.folder}:", problems)
+    empty = [entry.case.id for entry in prepared if not bool((entry.label != 0).any())]
+    if empty and len(empty) == len(prepared):
+        raise DatasetError(f"{dataset.folder} cannot be used:", ["no case has a labelled voxel"])
+    if empty:
+        logger.warning(
+            "%d of %d cases have background only and are trained on as without any structure, for "
+            "example %s; leave out those that are merely not labelled",
+            len(empty),
+            len(prepared),
+            empty[0],
+        )
     return prepared
 
 
@@ -154,7 +174,8 @@ def _prepare(
         return [f"{case.images[0]}: {error}"], None
     y = geometry.to_box(geometry.resample_labels(label.array))
     if kept is not None:
-        write_prepared(kept, x, y)
+        with optional(kept):
+            write_prepared(kept, x, y)
         x, y = read_prepared(kept) or (x, y)  # memory-mapped, so that memory is free for the next
     return problems, (x, y)
 
@@ -164,11 +185,13 @@ def open_case(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Vo
     problems: list[str] = []
     known = (0, 1) if case.masks else (0, *(case.values or range(1, len(dataset.labels))))
     try:
-        image = load_image(case)
+        image = load_image(case, tolerance=dataset.grid_tolerance)
         for path in case.label_files:  # one in memory at a time: there may be a hundred
             stored = Volume.load(path)
             problems += label_problems(path, stored, known)
-            problems += pair_problems(path, stored, case.images[0], image)
+            problems += pair_problems(
+                path, stored, case.images[0], image, tolerance=dataset.grid_tolerance
+            )
     except (ValueError, FileNotFoundError) as error:
         return [*problems, str(error)], None
     if image.channels != len(dataset.channels):
@@ -178,6 +201,4 @@ def open_case(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Vo
         )
     if problems:
         return problems, None
-    label = load_label(case) if case.masks else _numbered(case, stored)
-    found = [dataset.labels[int(value)] for value in values_of(label.array) if value]
-    return class_problems(case, found), (image, label)
+    return [], (image, load_label(case) if case.masks else _numbered(case, stored))

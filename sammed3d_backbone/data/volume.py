@@ -43,9 +43,10 @@ class Volume:
         if 0 in self.array.shape:
             raise ValueError(f"array of shape {self.array.shape} has no voxels; give at least one")
         affine = np.asarray(self.affine)
-        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        is_affine = affine.shape == (4, 4) and np.isfinite(affine).all()
+        if not is_affine or not np.allclose(affine[3], (0, 0, 0, 1), atol=1e-6):
             raise ValueError(
-                "the affine is not a finite 4 x 4 matrix; correct the header of the file"
+                "the affine is not a finite 4 x 4 matrix ending in 0, 0, 0, 1; correct the header"
             )
         if abs(np.linalg.det(affine[:3, :3])) < 1e-9:
             raise ValueError(
@@ -102,24 +103,33 @@ class Volume:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def save(self, path: str | Path, *, names: Mapping[int, str] | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        names: Mapping[int, str] | None = None,
+        overwrite: bool = True,
+    ) -> None:
         """Writes the volume; the file is complete or not there, whatever happens in between.
 
         A NIfTI header of the volume it came from keeps its codes and units; type, scaling and shape
-        are those of the array.
+        are those of the array. What it says in words, in its intent or in extensions is left out:
+        it is about another image, and may name a person.
 
         Args:
             path: The ending chooses the format: .nii, .nii.gz, .nrrd, .mha, or .dcm for the labels
                 of a DICOM series as DICOM-SEG.
             names: Names of the labels, for DICOM-SEG.
+            overwrite: Whether to replace an existing file.
 
         Raises:
+            FileExistsError: If the file exists and is not to be overwritten.
             ValueError: If the format is not known or cannot hold the volume.
         """
         path = Path(path)
         require_writable(path, self.header)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as draft:
+        with atomic_path(path, overwrite=overwrite) as draft:
             try:
                 write_voxels(draft, self.array, self.affine, self.header, names or {})
             except ValueError as error:

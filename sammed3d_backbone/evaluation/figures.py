@@ -22,6 +22,7 @@ from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
 from sammed3d_backbone.data.regions import bounding_box
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.voxel_features import pca_colours, sampled
+from sammed3d_backbone.files import atomic_path
 
 PLANES = ("sagittal", "coronal", "axial")
 LEVELS = 63  # levels of a colour channel in feature maps
@@ -116,7 +117,9 @@ class Clicked:
     clicks: Sequence[tuple[Triple, bool]]  # voxel of the image's grid, whether inside
 
 
-def clicks_figure(path: Path, image: Volume, shown: Sequence[Clicked]) -> None:
+def clicks_figure(
+    path: Path, image: Volume, shown: Sequence[Clicked], *, overwrite: bool = True
+) -> None:
     """Writes a PNG: one row per object, three planes through its first click.
 
     Clicks that lie in a plane are full marks, the others faint ones: + inside, x outside.
@@ -148,7 +151,7 @@ def clicks_figure(path: Path, image: Volume, shown: Sequence[Clicked]) -> None:
                     alpha=1.0 if voxel[plane] == centre[plane] else 0.35,
                 )
             _label(axes, row, plane, clicked.name)
-    _save(figure, path)
+    _save(figure, path, overwrite=overwrite)
 
 
 def features_figure(
@@ -158,6 +161,7 @@ def features_figure(
     affine: np.ndarray[Any, Any],
     *,
     title: str,
+    overwrite: bool = True,
 ) -> None:
     """Writes a PNG: the image on three planes through its middle, and below it each map in colours.
 
@@ -169,6 +173,7 @@ def features_figure(
         maps: Name -> tokens, drawn from top to bottom.
         affine: (4, 4), token index -> RAS+ mm of the token's centre.
         title: First line of the figure.
+        overwrite: Whether to replace an existing file.
 
     Shapes:
         maps: (E, x, y, z), axes towards R, A, S.
@@ -206,7 +211,7 @@ def features_figure(
             _show_slice(axes, background, window, plane, geometry.spacing_mm, view)
             axes.set_anchor("N")
             _label(axes, row, plane, name)
-    _save(figure, path, dpi=80)
+    _save(figure, path, dpi=80, overwrite=overwrite)
 
 
 def curves_svg(records: Sequence[Mapping[str, Any]]) -> str:
@@ -237,9 +242,10 @@ def as_svg(figure: Figure) -> str:
     return text[text.index("<svg") :]  # without the head of a file of its own
 
 
-def _save(figure: Figure, path: Path, dpi: int = 110) -> None:
+def _save(figure: Figure, path: Path, dpi: int = 110, *, overwrite: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    with atomic_path(path, overwrite=overwrite) as draft:
+        figure.savefig(draft, dpi=dpi)
 
 
 def _draw_cases(figure: Figure, grid: GridSpec, shown: Sequence[Shown]) -> None:
@@ -313,9 +319,14 @@ def _label(axes: Axes, row: int, plane: int, name: str) -> None:
 
 def _outline(axes: Axes, labels: np.ndarray[Any, Any], style: str) -> None:
     """The outline of every class in one slice, (Y, X)."""
+    # With a border, since contours need two voxels along each axis and end at the last.
+    edged = np.pad(labels, 1)
+    up, across = (np.arange(-1, n + 1) for n in labels.shape)
     for value in np.unique(labels[labels > 0]):
         axes.contour(
-            labels == value,
+            across,
+            up,
+            edged == value,
             levels=[0.5],
             colors=[_colour(int(value))],
             linestyles=style,

@@ -17,6 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sammed3d_backbone.console import optional
 from sammed3d_backbone.data.datasets import Dataset
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.volume import Volume
@@ -57,6 +58,7 @@ class About:
     model: str = ""  # the scored model, such as "averaged weights of the last step"
     weights: str = ""  # report of loading the initial weights
     data_overlap: str = ""  # whether the data were seen in pretraining
+    failed: Mapping[str, str] = field(default_factory=dict)  # case -> why it is not scored
     parameters: Mapping[str, int] = field(default_factory=dict)  # part of the network -> number
     steps: int | None = None  # optimiser steps
     seconds: float | None = None  # wall-clock time of the training
@@ -90,14 +92,16 @@ def write_results(
         The summary, as it stands in ``scores.json``.
     """
     summary = write_scores(folder, scores, dataset.classes, dataclasses.asdict(about))
-    shown = shown_cases(scores, dataset, folder / "predictions")
     mean = "undefined" if summary["mean_dice"] is None else f"{summary['mean_dice']:.3f}"
     title = f"{about.title}, mean Dice {mean} over {summary['cases']} case(s)"
-    run_figure(
-        folder / "figure.png", shown, dataset.classes, records, title=title, note=dataset.note
-    )
-    cases_figure(folder / "cases.png", shown, dataset.classes)
-    write_report(folder, records)
+    with optional(folder / "figure.png"):
+        shown = shown_cases(scores, dataset, folder / "predictions")
+        run_figure(
+            folder / "figure.png", shown, dataset.classes, records, title=title, note=dataset.note
+        )
+        cases_figure(folder / "cases.png", shown, dataset.classes)
+    with optional(folder / "report.html"):
+        write_report(folder, records)
     return summary
 
 
@@ -129,7 +133,11 @@ def write_report(
         "evaluation/report.html",
         title=about.title,
         about=about,
-        notes=[about.dataset.get("note", ""), about.data_overlap],
+        notes=[
+            about.dataset.get("note", ""),
+            about.data_overlap,
+            *(f"NOT SCORED: {case}: {why}" for case, why in about.failed.items()),
+        ],
         metrics=list(METRICS.values()),
         heads=[metric.head for metric in METRICS.values()],
         legend=LEGEND.format(tolerance=about.tolerance_mm),
@@ -154,7 +162,7 @@ def write_report(
 def shown_cases(scores: Sequence[Score], dataset: Dataset, predictions: Path) -> list[Shown]:
     """Best, median and worst case, opened for drawing; few cases fill several of these ranks."""
     means = case_means(scores)
-    ranked = list(means)
+    ranked = [case for case, mean in means.items() if not math.isnan(mean)] or list(means)
     ranks: dict[str, str] = {}
     for rank, place in (("best", 0), ("median", len(ranked) // 2), ("worst", -1)):
         name = ranked[place]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from tqdm import tqdm
 
+from sammed3d_backbone.console import reason
 from sammed3d_backbone.data.checks import pair_problems
 from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.data.preparation import annotated_classes, load_label
@@ -63,6 +64,7 @@ def score_cases(
     ids: Iterable[str],
     *,
     folder: Path | None = None,
+    failed: dict[str, str] | None = None,
     tolerance_mm: float = TOLERANCE_MM,
     progress: bool = True,
 ) -> list[Score]:
@@ -73,6 +75,8 @@ def score_cases(
         dataset: The data set with the cases.
         ids: Cases to score, in this order.
         folder: Every prediction is written here as ``<case>.nii.gz``; None writes none.
+        failed: Gets the cases that cannot be scored, with the reason, so that the others are;
+            None raises the first reason.
         tolerance_mm: Tolerance of the surface Dice.
         progress: Whether to show a bar.
 
@@ -82,10 +86,15 @@ def score_cases(
     cases = {case.id: case for case in dataset.cases}
     scores: list[Score] = []
     for name in tqdm(list(ids), desc="evaluating", unit="case", disable=not progress):
-        prediction = predict(cases[name])
-        if folder is not None:
-            prediction.save(inside(folder, name, ".nii.gz"))
-        scores += score_case(prediction, cases[name], dataset, tolerance_mm)
+        try:
+            prediction = predict(cases[name])
+            if folder is not None:
+                prediction.save(inside(folder, name, ".nii.gz"))
+            scores += score_case(prediction, cases[name], dataset, tolerance_mm)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = reason(error)
     return scores
 
 
@@ -99,7 +108,13 @@ def score_case(
             that are not classes.
     """
     label = load_label(case)
-    problems = pair_problems(Path(f"prediction of {case.id}"), prediction, case.label, label)
+    problems = pair_problems(
+        Path(f"prediction of {case.id}"),
+        prediction,
+        case.label,
+        label,
+        tolerance=dataset.grid_tolerance,
+    )
     if problems:
         raise ValueError(problems[0])
     strange = sorted({*np.unique(prediction.array).tolist()} - {*dataset.labels})

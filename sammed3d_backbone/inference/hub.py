@@ -5,6 +5,7 @@ Only the files of that folder are sent: `model.safetensors`, `config.json` and `
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,8 +52,8 @@ def model_card(
         template_path=str(TEMPLATE),
         name=repo_id.partition("/")[2],
         repo_id=repo_id,
-        structures=", ".join(name for value, name in card.labels.items() if value),
-        channels=", ".join(card.channels),
+        structures=escaped(", ".join(name for value, name in card.labels.items() if value)),
+        channels=escaped(", ".join(card.channels)),
         facts=_known(
             {
                 "network": card.network,
@@ -74,10 +75,14 @@ def model_card(
         ),
         metrics=[metric.head for metric in METRICS.values()],
         scores=[
-            [row["class"], row["cases"], *(_with_interval(*row[metric]) for metric in METRICS)]
+            [
+                escaped(row["class"]),
+                row["cases"],
+                *(_with_interval(*row[metric]) for metric in METRICS),
+            ]
             for row in rows
         ],
-        scores_of="; ".join(filter(None, [(scores or {}).get(k, "") for k in ("title", "split")])),
+        scores_of=escaped("; ".join(str((scores or {}).get(k, "")) for k in ("title", "split"))),
         tolerance_mm=f"{(scores or {}).get('tolerance_mm', 2):g}",
         citations=_known(
             {
@@ -149,6 +154,12 @@ def _with_interval(mean: float | None, low: float | None, high: float | None) ->
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _known(facts: Mapping[str, object]) -> list[tuple[str, object]]:
-    """The facts that have a value."""
-    return [(key, value) for key, value in facts.items() if value]
+def _known(facts: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The facts that have a value, for Markdown."""
+    return [(key, escaped(value)) for key, value in facts.items() if value]
+
+
+def escaped(value: object) -> str:
+    """Text that Markdown, and HTML inside of it, show as it is, in one line."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", text)

@@ -26,7 +26,7 @@ from sammed3d_backbone.adapters.registry import adapter
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.regions import keep_largest_component
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import reading, write_text
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.folder import predict_scans, scans_in
 from sammed3d_backbone.inference.hub import model_card, upload
@@ -115,7 +115,8 @@ class Segmenter:
                 f"{source} has tensors but no card, so the meaning of its outputs is unknown; give "
                 "best.safetensors or last.safetensors of a fine-tuning run"
             )
-        card = Card.from_json(metadata[CARD_KEY] if config is None else config)
+        with reading(path):
+            card = Card.from_json(metadata[CARD_KEY] if config is None else config)
         model = build_network(card, tensors)
         for name, own in model.state_dict().items():
             if own.is_floating_point() and name in tensors:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from sammed3d_backbone.data.dicom import DicomSeries
 from sammed3d_backbone.data.geometry import Triple
@@ -52,7 +54,7 @@ class ValidatedVolume:
         name = "point_vox" if point_mm is None else "point_mm"
         try:
             point = np.asarray(given, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise TypeError(f"{name}={given!r}: expected three numbers") from None
         if point.shape != (3,) or not np.isfinite(point).all():
             raise ValueError(f"{name}={given!r}: expected three finite numbers")
@@ -99,7 +101,7 @@ class ValidatedVolume:
 
 
 def validate_volume(
-    volume: str | Path | Volume | NDArray[Any],
+    volume: Any,  # noqa: ANN401 (an image of another library)
     affine: ArrayLike | None = None,
     *,
     channel: int | None = None,
@@ -109,8 +111,9 @@ def validate_volume(
     """Opens and validates a volume for segmentation by clicks.
 
     Args:
-        volume: A path for `Volume.load`, a `Volume`, or an array (X, Y, Z), which is not copied and
-            must not be changed while it is in use.
+        volume: A path for `Volume.load`, a `Volume`, an image of nibabel, MONAI (`MetaTensor`) or
+            TorchIO, or an array (X, Y, Z), which is not copied and must not be changed while it is
+            in use.
         affine: Voxel -> RAS+ mm, (4, 4); needed for an array.
         channel: Which channel of several, counted from 0.
         series: For a path of DICOM; see `Volume.load`.
@@ -125,10 +128,14 @@ def validate_volume(
     if isinstance(volume, str | Path):
         source = f"{volume}: "
         volume = Volume.load(volume, series=series, slice_tolerance_mm=slice_tolerance_mm)
-    elif not isinstance(volume, Volume):
-        if affine is None:
+    else:
+        own = _plain(getattr(volume, "affine", None))
+        if own is None and affine is None:
             raise TypeError("an array needs its affine, voxel -> RAS+ mm; give affine=")
-        volume = Volume(np.asarray(volume), np.array(affine, dtype=np.float64))
+        if own is not None and affine is not None and not np.allclose(own, affine):
+            raise TypeError("the volume has another affine of its own; leave affine= out")
+        if not isinstance(volume, Volume):
+            volume = _volume_of(volume, affine if own is None else own)
     volume = _one_channel(volume, channel, source)
     if volume.array.dtype.kind not in "iuf":
         raise TypeError(f"{source}expected a real-valued volume, got dtype {volume.array.dtype}")
@@ -146,6 +153,25 @@ def _modality_notes(tag: str, modality: Modality | None) -> list[str]:
     if modality is None:
         return [f"the series is {tag}; pass modality={known!r}"]
     return [f"the series is {tag}, and modality={modality!r} was given; check the modality"]
+
+
+def _volume_of(image: Any, affine: ArrayLike) -> Volume:  # noqa: ANN401
+    """An array, or an image of another library, as a volume."""
+    header = getattr(image, "header", None)
+    if hasattr(image, "dataobj"):  # nibabel: channels last
+        array = np.asanyarray(image.dataobj)
+        array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array
+    else:  # MONAI and TorchIO: channels first
+        array = image if isinstance(image, np.ndarray) else _plain(getattr(image, "data", image))
+    own_header = header if isinstance(header, nib.Nifti1Header) else None
+    return Volume(np.asarray(array), np.array(affine, dtype=np.float64), own_header)
+
+
+def _plain(values: Any) -> Any:  # noqa: ANN401
+    """The array of a tensor, also of a subclass as MONAI's; other values as they are."""
+    if not isinstance(values, Tensor):
+        return values
+    return values.detach().cpu().numpy()
 
 
 def _one_channel(volume: Volume, channel: int | None, source: str) -> Volume:

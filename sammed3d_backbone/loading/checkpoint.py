@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,15 +18,20 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from sammed3d_backbone.files import atomic_path
+from sammed3d_backbone.files import atomic_path, require_file
 
 ENCODER = "image_encoder."
 # Parts of the promptable network that an encoder does not use.
 OTHER_PARTS = ("prompt_encoder.", "mask_decoder.")
+# The convolution that reads the input channels, on axis 1 of its kernel.
+STEM = "patch_embed.proj.weight"
 # Box corners of the challenge's files: stored, but their training gave no boxes.
 CORNERS = tuple(f"prompt_encoder.point_embeddings.{i}.weight" for i in (2, 3))
-# Prefixes that wrappers of torch put before every name.
-WRAPPERS = ("module.", "_orig_mod.")
+MOST_SHARED = 8  # bytes of tensors for a byte of a file, where tensors share memory
+# Prefixes that wrappers of torch, Lightning and others put before the names of a network.
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
+# Keys under which training checkpoints hold the tensors.
+STATES = ("model_state_dict", "state_dict", "model", "net", "network")
 
 
 class CheckpointError(ValueError):
@@ -57,7 +63,10 @@ _PLAIN_GLOBALS = (
     "argparse.Namespace",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
     "numpy.dtype",
+    "numpy.ndarray",
     "pathlib.PosixPath",
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
@@ -94,6 +103,7 @@ def read(
         raise IsADirectoryError(
             f"{path} is a folder; give the weights file inside it: {abbreviated(inside)}"
         )
+    require_file(path)
     with path.open("rb") as file:
         start = file.read(512)
     _refuse_other_files(path, start)
@@ -147,6 +157,7 @@ def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict
 def _read_torch(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, str], str]:
     if start[8:9] == b"{" and b'"dtype"' in start:
         raise CheckpointError(f"{path} looks like safetensors; rename it to .safetensors")
+    _refuse_bomb(path)
     stand_ins: list[object] = [(_Inert, name) for name in _PLAIN_GLOBALS]
     with _ALLOWING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the error below says what torch warns of
@@ -156,6 +167,22 @@ def _read_torch(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, 
         except Exception as error:  # damaged pickles raise nearly anything
             raise CheckpointError(_refusal(path)) from error
     return _tensors_in(path, content)
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuses an archive that unpacks to more than its own size; `torch.save` does not compress."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, OSError):
+        return  # torch says what is wrong
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} would unpack to {unpacked:,} bytes, and torch.save does not compress; save "
+            "it again with torch.save"
+        )
 
 
 def _refusal(path: Path) -> str:
@@ -184,7 +211,7 @@ def _tensors_in(path: Path, content: object) -> tuple[dict[str, Tensor], dict[st
             "`model.state_dict()` instead"
         )
     layout, tensors = "bare", content
-    for key in ("model_state_dict", "state_dict"):
+    for key in STATES:
         if isinstance(content.get(key), Mapping):
             layout, tensors = key, content[key]
             break
@@ -192,7 +219,13 @@ def _tensors_in(path: Path, content: object) -> tuple[dict[str, Tensor], dict[st
     if strange:
         raise CheckpointError(
             f"{path} holds {abbreviated(strange)} where dense tensors by name are needed; save "
-            "`model.state_dict()`, bare or under 'model_state_dict' or 'state_dict'"
+            f"`model.state_dict()`, bare or under one of {', '.join(STATES)}"
+        )
+    claimed = sum(tensor.nbytes for tensor in tensors.values())
+    if claimed > MOST_SHARED * path.stat().st_size:
+        raise CheckpointError(
+            f"{path} claims tensors of {claimed:,} bytes, far more than it holds; save contiguous "
+            "tensors"
         )
     facts = {} if layout == "bare" else _facts(content)
     return {name: value.detach() for name, value in tensors.items()}, facts, layout
@@ -220,9 +253,16 @@ def _facts(content: Mapping[object, object]) -> dict[str, str]:
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors without the prefixes that wrappers put before all of their names."""
+    """The tensors without the prefixes that wrappers put before the names of a network.
+
+    What lies beside the network, such as a criterion, keeps its name.
+    """
     removed = []
-    while found := next((w for w in WRAPPERS if all(n.startswith(w) for n in tensors)), None):
+    stems = [name for name in tensors if name.endswith(STEM)]
+    while found := next(
+        (w for w in WRAPPERS if all(name.startswith(w) for name in stems or tensors)), None
+    ):
+        stems = [name.removeprefix(found) for name in stems]
         tensors = {name.removeprefix(found): tensor for name, tensor in tensors.items()}
         removed.append(found)
     return tensors, removed

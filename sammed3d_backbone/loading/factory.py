@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sammed3d_backbone.loading.checkpoint import ENCODER
-from sammed3d_backbone.loading.fitting import STEM, Change, LoadReport, Shape, fit
+from sammed3d_backbone.loading.checkpoint import ENCODER, STEM
+from sammed3d_backbone.loading.fitting import Change, LoadReport, Shape, fit
 from sammed3d_backbone.loading.inflation import DepthFilter, inflate_2d
 from sammed3d_backbone.loading.opening import (
     CARD_KEY,

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sammed3d_backbone.loading.checkpoint import CORNERS, OTHER_PARTS, CheckpointError, abbreviated
+from sammed3d_backbone.loading.checkpoint import (
+    CORNERS,
+    OTHER_PARTS,
+    STEM,
+    CheckpointError,
+    abbreviated,
+)
 
 Shape = tuple[int, ...]
-
-# The convolution that reads the input channels, on axis 1 of its kernel.
-STEM = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,20 @@ import hashlib
 import logging
 import os
 import re
+import threading
+import time
+from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import cast
 
+from sammed3d_backbone.files import require_file
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights
 from sammed3d_backbone.loading.variants import VARIANTS
 
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parents[1]
+STALLED_S = 300.0  # between two chunks of a download, which have up to 10 MB
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -92,7 +98,6 @@ def fetch(record: Weights) -> Path:
         FileNotFoundError: If the repository has no such file; the candidates are listed.
         OSError: If the Hub refuses access or cannot be reached (errors of huggingface_hub).
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     repo_id, filename = str(record.repo_id), str(record.filename)
@@ -102,7 +107,7 @@ def fetch(record: Weights) -> Path:
         if cached is not None and sha256_of(cached) == record.sha256:
             return cached
     try:
-        path = Path(hf_hub_download(repo_id, filename, revision=record.revision))
+        path = _downloaded(repo_id, filename, record.revision)
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{repo_id}@{record.revision} has no file {filename!r}; pass weights_file= with one of "
@@ -148,15 +153,52 @@ def needs_download(weights: str | os.PathLike[str]) -> bool:
     return path is None and find_cached(record) is None
 
 
+def _downloaded(repo_id: str, filename: str, revision: str | None) -> Path:
+    """The file in the Hub's cache; gives up when nothing arrives for `STALLED_S`.
+
+    huggingface_hub waits for each packet only, so a server that sends a byte now and then would be
+    waited for without end. The thread that waits ends with the process.
+
+    Raises:
+        TimeoutError: If nothing arrives.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    arrived = [time.monotonic()]
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def update(self, n: float | None = 1) -> bool | None:
+            arrived.append(time.monotonic())
+            return cast("bool | None", super().update(n))
+
+    outcome: Future[str] = Future()
+
+    def download() -> None:
+        try:
+            outcome.set_result(
+                hf_hub_download(repo_id, filename, revision=revision, tqdm_class=Bar)
+            )
+        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+            outcome.set_exception(error)
+
+    threading.Thread(target=download, daemon=True).start()
+    while not wait([outcome], timeout=min(1.0, STALLED_S)).done:
+        if time.monotonic() - arrived[-1] > STALLED_S:
+            raise TimeoutError(
+                f"nothing has come of {filename} from {repo_id} for {STALLED_S:.0f} s; try again, "
+                "or download it by hand and pass its path"
+            )
+    return Path(outcome.result())
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        IsADirectoryError: If the path is a folder.
+        OSError: If it is not a file, as `require_file`, which also says what to do.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the weights file inside it")
+    require_file(path)
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):

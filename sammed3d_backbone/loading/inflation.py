@@ -25,8 +25,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from sammed3d_backbone.loading.checkpoint import ENCODER, CheckpointError
-from sammed3d_backbone.loading.fitting import STEM, Change, LoadReport, Shape, fit
+from sammed3d_backbone.loading.checkpoint import ENCODER, STEM, CheckpointError
+from sammed3d_backbone.loading.fitting import Change, LoadReport, Shape, fit
 
 DepthFilter = Literal["center", "mean"]
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sammed3d_backbone.loading.checkpoint import ENCODER
-from sammed3d_backbone.loading.fitting import STEM
+from sammed3d_backbone.loading.checkpoint import ENCODER, STEM
 from sammed3d_backbone.loading.inflation import is_2d
 from sammed3d_backbone.loading.variants import VARIANTS, Variant
 from sammed3d_backbone.loading.variants import variant as variant_sizes

@@ -208,10 +208,10 @@ class Attention(nn.Module):
         tables = (self.rel_pos_d, self.rel_pos_h, self.rel_pos_w)
         for axis, (n, table) in enumerate(zip(grid, tables, strict=True)):
             rows = _relative_rows(table, n, self.window_size or n)[:, :n]  # (n, n, C)
-            along = q.movedim(axis + 1, 1).flatten(2, 3)  # (Z, n, N / n, C)
-            values = torch.matmul(along, rows.mT)  # (Z, n, N / n, n)
-            others = [m for i, m in enumerate(grid) if i != axis]
-            queries.append(values.unflatten(2, others).movedim(1, axis + 1).flatten(1, 3))
+            # Not as products of transposed views, which ONNX's optimiser gets wrong.
+            letter = "xyz"[axis]
+            values = torch.einsum(f"bxyzc,{letter}kc->bxyzk", q, rows)  # (Z, x, y, z, n)
+            queries.append(values.flatten(1, 3))
             place = [1, 1, 1, n]
             place[axis] = n
             eye = torch.eye(n, dtype=q.dtype, device=q.device).view(place)
@@ -244,7 +244,9 @@ def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> T
         lines: (Z, N / z, K), added to the logits of z consecutive queries; or None.
         returns: (Z, N, C).
     """
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    # A trace would keep the number of groups, which depends on the batch.
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if q.device.type != "cpu" or is_recorded:
         return _softmax_product(q, k, v, lines)
     group = max(1, CACHED_LOGITS // (q.shape[1] * k.shape[1]))
     lines_of = itertools.repeat(None) if lines is None else lines.split(group)

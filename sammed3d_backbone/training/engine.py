@@ -43,6 +43,20 @@ class Schedule:
     first_step: int = 0  # where the run starts; the warm-up begins there
     decay_steps: int | None = None  # last steps, in which a constant rate falls to 0; None: cosine
 
+    def __post_init__(self) -> None:
+        room = self.steps - self.freeze_steps - self.first_step
+        if self.warmup_steps >= room > 0:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} of {room} steps to train would never reach lr="
+                f"{self.lr:g}; give fewer"
+            )
+        if self.decay_steps is not None and self.decay_steps > room > 0:
+            raise ValueError(
+                f"decay_steps={self.decay_steps}, but only {room} steps are trained; give fewer"
+            )
+        if not self.clip > 0:
+            raise ValueError(f"clip={self.clip}; give a positive number, or .inf for no limit")
+
     def next_stop(self, step: int) -> int:
         """The step after which training pauses for validation, seen from a finished step."""
         return min(self.steps, (step // self.validate_every + 1) * self.validate_every)
@@ -67,6 +81,38 @@ class Schedule:
             return self.lr * min(up, down)
         waited = self.freeze_steps
         return self.lr * optim.warmup_cosine(step - waited, self.steps - waited, self.warmup_steps)
+
+
+def make_accelerator(
+    *,
+    accumulate: int,
+    mixed_precision: str,
+    **options: Any,  # noqa: ANN401
+) -> Accelerator:
+    """An accelerator that does what it was asked.
+
+    Args:
+        accumulate: Passes per optimiser step.
+        mixed_precision: "no" or "bf16".
+        options: Further arguments of `Accelerator`.
+
+    Raises:
+        ValueError: If the environment, which a launcher sets, wins over an argument.
+    """
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulate, mixed_precision=mixed_precision, **options
+    )
+    asked = {
+        "gradient_accumulation_steps": accumulate,
+        "mixed_precision": mixed_precision,
+    }
+    for name, value in asked.items():
+        if (taken := getattr(accelerator, name)) != value:
+            raise ValueError(
+                f"accelerate takes {name} {taken!r} from its environment, and the configuration "
+                f"says {value!r}; unset ACCELERATE_{name.upper()}, or make both the same"
+            )
+    return accelerator
 
 
 class Means:

@@ -231,14 +231,21 @@ def report(
         settings: The recipe's configuration, for the page.
     """
     results = run.folder / "results"
+    failed: dict[str, str] = {}
     mine = score_cases(
         lambda case: segmenter.predict(load_image(case)),
         dataset,
         fold.val[accelerator.process_index :: accelerator.num_processes],
         folder=results / "predictions",
+        failed=failed,
         progress=accelerator.is_main_process,
     )
     scores = sorted(gather_object(mine), key=lambda score: score.case)
+    failed = dict(sorted(gather_object([*failed.items()])))
+    for case, why in failed.items():
+        accelerator.print(f"{case} is not scored: {why}")
+    if not scores:
+        raise ValueError(f"none of the {len(failed)} validation cases of {run.folder} has a score")
     if not accelerator.is_main_process:
         return summarise_scores(scores, dataset.classes)
     number = f"fold {settings['fold']}"
@@ -247,6 +254,7 @@ def report(
         command=command_line(accelerator.num_processes),
         model="averaged weights of the last step",
         **segmenter.card.training["start"],
+        failed=failed,
         steps=progress.step,
         seconds=round(progress.seconds, 1),
         cpu_seconds=round(progress.cpu_seconds, 1),

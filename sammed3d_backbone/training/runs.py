@@ -14,11 +14,12 @@ step seeds its random numbers with its own number (`engine.seed_step`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sammed3d_backbone import config
-from sammed3d_backbone.files import write_text
+from sammed3d_backbone.files import locked, sync, write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -93,6 +94,7 @@ class Run:
     folder: Path
     writes: bool = True  # whether this process is the one of several that writes
     say: Callable[[str], object] = print
+    free: Collection[str] = ()  # keys of the configuration that may differ from the earlier start
 
     @property
     def log(self) -> Path:
@@ -106,12 +108,43 @@ class Run:
         found = [path for path in named if path.is_dir() and not path.is_symlink()]
         return sorted(found, key=lambda path: int(path.name))
 
-    def begin(self, cfg: DataclassInstance) -> None:
-        """Makes the folder and writes the configuration into it."""
+    @contextlib.contextmanager
+    def begun(self, cfg: DataclassInstance) -> Iterator[None]:
+        """Makes the folder, holds it, and writes the configuration into it.
+
+        Raises:
+            FileExistsError: If another process holds it.
+            ValueError: As `open_run`, if another process has begun it meanwhile.
+        """
         if not self.writes:
+            yield
             return
-        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.yaml", config.dump(cfg))
+        with locked(self.folder):
+            self.require_same(cfg)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            write_text(self.folder / "config.yaml", config.dump(cfg))
+            yield
+
+    def require_same(self, cfg: DataclassInstance) -> None:
+        """Refuses a folder that holds a run of another configuration; names what differs."""
+        written = self.folder / "config.yaml"
+        if not written.is_file():
+            return
+        try:
+            earlier = config.load(type(cfg), written)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.folder} holds a run of another version ({error}); pass another name="
+            ) from None
+        found = config.differences(earlier, cfg)
+        changed = {key: values for key, values in found.items() if key not in self.free}
+        if changed:
+            listed = ", ".join(f"{key} ({a!r} -> {b!r})" for key, (a, b) in changed.items())
+            raise ValueError(
+                f"{self.folder} holds a run with other values of {listed}; pass another name= "
+                f"(to train it further, also its last.safetensors as init= or weights=), or remove "
+                "the folder to start over"
+            )
 
     def record(self, **values: object) -> None:
         """Appends one line to the log."""
@@ -136,7 +169,7 @@ class Run:
             _remove(partial)
             write_checkpoint(partial, _tensors(accelerator, state), state.progress)
             partial.replace(place)
-            _sync(place.parent)
+            sync(place.parent)
             for path in self.checkpoints[:-KEPT]:
                 _remove(path)
         accelerator.wait_for_everyone()
@@ -227,23 +260,9 @@ def open_run(
     if runs_folder().resolve() not in folder.resolve().parents:
         raise ValueError(f"name={name!r} is outside {runs_folder()}; give the name of a folder")
     _refuse_pickles(folder)
-    written = folder / "config.yaml"
-    if written.is_file():
-        try:
-            earlier = config.load(type(cfg), written)
-        except ValueError as error:
-            raise ValueError(
-                f"{folder} holds a run of another version ({error}); pass another name="
-            ) from None
-        found = config.differences(earlier, cfg)
-        changed = {key: values for key, values in found.items() if key not in free}
-        if changed:
-            listed = ", ".join(f"{key} ({a!r} -> {b!r})" for key, (a, b) in changed.items())
-            raise ValueError(
-                f"{folder} holds a run with other values of {listed}; pass another name=, or "
-                "remove the folder to start over"
-            )
-    return Run(folder, writes, say)
+    run = Run(folder, writes, say, free)
+    run.require_same(cfg)
+    return run
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -299,7 +318,7 @@ def write_checkpoint(
     index = {"progress": dataclasses.asdict(progress), "sha256": hashes}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for path in (*(folder / name for name in (*files, INDEX)), folder):
-        _sync(path)
+        sync(path)
 
 
 def _restore(accelerator: Accelerator, state: State, folder: Path) -> None:
@@ -370,12 +389,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -219,7 +219,8 @@ def _pickle(place: Workplace) -> list[str]:
 
 def _earlier_run(place: Workplace) -> list[str]:
     cfg = config.load(Config, place.root / "toy.yaml")
-    open_run(cfg.name, cfg).begin(cfg)
+    with open_run(cfg.name, cfg).begun(cfg):
+        pass
     return ["lr=0.01", "steps=99"]
 
 

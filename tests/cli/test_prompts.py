@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,7 +218,7 @@ def test_the_figure_shows_the_numbers_of_the_file(scan, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
         "sammed3d_backbone.evaluation.figures.features_figure",
-        lambda path, volume, maps, affine, title: drawn.update(maps, affine=affine),
+        lambda path, volume, maps, affine, **_: drawn.update(maps, affine=affine),
     )
     out = tmp_path / "maps.safetensors"
     command = ["features", scan, str(out), "--variant", "tiny", "--random", "--blocks"]
@@ -252,3 +254,83 @@ def test_a_token_lies_where_its_affine_says(scan):
     place_mm = found.affine @ [*token, 1]
     away_mm = np.abs((place_mm - AFFINE @ [50, 20, 41, 1])[:3])
     assert (away_mm <= 8 * 1.5 / 2).all()
+
+
+# --- before any work, and after it ----------------------------------------------------------------
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails as soon as a network is asked for."""
+    monkeypatch.setattr("sammed3d_backbone.sam", lambda *_, **__: pytest.fail("work began"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token"),
+    [
+        (["--object", "a", "--point", "9,9,9", "--object", "b", "--negative", "1,1,1"], "'b'"),
+        (["--negative", "1,1,1", "--object", "b", "--point", "9,9,9"], "'object'"),
+        (["--point", "9,9,9", "--save-clicks", "file/c.json"], "file"),
+        (["--point", "9,9,9", "--png", "closed/f.png"], "closed"),
+        (["--point", "9,9,9", "--save-clicks", "sub/../out.nii.gz"], "out.nii.gz"),
+        (["--point", "9,9,9", "--save-clicks", "in.nii.gz", "--force"], "in.nii.gz"),
+        (
+            ["--point", "9,9,9", "--weights", "w.safetensors", "--png", "fifo.png", "--force"],
+            "fifo",
+        ),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_any_work(
+    no_work, scan, tmp_path, monkeypatch, capsys, arguments, token
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")
+    assert main(["segment", scan, "out.nii.gz", *arguments]) == 2
+    assert token in capsys.readouterr().err
+    assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_folders_of_all_outputs_are_made(known, scan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outputs = ["a/out.nii.gz", "--save-clicks", "b/c/clicks.json", "--png", "d/fig.png"]
+    assert main(["segment", scan, *outputs, "--point", "22,40,36"]) == 0
+    for path in ("a/out.nii.gz", "b/c/clicks.json", "d/fig.png"):
+        assert (tmp_path / path).is_file()
+
+
+def test_the_mask_stays_where_its_picture_fails(known, scan, out, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("sammed3d_backbone.evaluation.figures.clicks_figure", fail)
+    assert main(["segment", scan, str(out), "--point", "22,40,36", "--png", "f.png"]) == 2
+    assert Volume.load(out).array.any()
+    assert "1 object" in capsys.readouterr().out
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(known, scan, out, monkeypatch, capsys):
+    from sammed3d_backbone.inference.interactive import Predictor
+
+    predict = Predictor.predict
+
+    def meanwhile(self, *args):
+        out.parent.mkdir()
+        out.write_text("of another process")
+        return predict(self, *args)
+
+    monkeypatch.setattr(Predictor, "predict", meanwhile)
+    assert main(["segment", scan, str(out), "--point", "22,40,36"]) == 2
+    assert out.read_text() == "of another process"
+
+
+def test_a_full_disk_under_the_cache_costs_the_cache_only(known, scan, out, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sammed3d_backbone.inference.interactive.embedding_cache.write", full)
+    command = ["segment", scan, str(out), "--point", "22,40,36", "--cache", str(tmp_path / "c")]
+    assert main(command) == 0
+    assert Volume.load(out).array.any()

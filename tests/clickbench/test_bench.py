@@ -3,9 +3,9 @@
 import pytest
 from standins import SHORT, Broken, Sphere, played_into
 
-from sammed3d_backbone.clickbench.bench import first_difference
+from sammed3d_backbone.clickbench.bench import first_difference, run_benchmark
 from sammed3d_backbone.clickbench.cases import read_click_set
-from sammed3d_backbone.clickbench.journal import mask_path, read_journal, read_times
+from sammed3d_backbone.clickbench.journal import Journal, mask_path, read_journal, read_times
 from sammed3d_backbone.data.volume import Volume
 
 
@@ -98,3 +98,13 @@ def test_an_opinion_is_written_where_there_is_one(finished, tmp_path, lines):
     for line in rated:
         line.pop("predicted_dice", None)
     assert rated == lines
+
+
+def test_a_case_that_cannot_be_read_costs_no_other(data, tmp_path):
+    (data / "v1_seg.nii.gz").write_bytes(b"damaged")
+    journal = Journal(tmp_path / "out", {"protocol": SHORT.name}, SHORT.steps)
+    click_set = read_click_set(data)
+    failed = run_benchmark(Sphere(4.0), SHORT, click_set, journal, SHORT.tracks, progress=False)
+    assert failed.keys() == {"v1"}
+    assert "v1_seg" in failed["v1"]
+    assert {line["case"] for line in read_journal(tmp_path / "out")[1]} == {"v2"}

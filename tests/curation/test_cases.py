@@ -9,6 +9,7 @@ from blocks import SHAPE, block
 from sammed3d_backbone.curation.cases import curate_case, read_case
 from sammed3d_backbone.curation.rules import PRESETS
 from sammed3d_backbone.curation.sources import read_raw
+from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 
 
@@ -151,7 +152,7 @@ def test_one_swapped_pair_among_others_is_a_matter_of_names(curated):
         (block(), np.diag([2.0, 2.0, 2.1, 1.0]), r"lies up to 2\.3 mm away .*; correct one affine"),
         (block(2), None, r"values \[2\] are not declared \(\[0, 1\]\); add or correct them"),
         (block() * 0.5, None, "labels are not whole numbers; save them as integers"),
-        (block() * 0, None, "holds background only; remove the case or label it"),
+        (block() * 0, None, "holds background only"),
         (np.stack([block()] * 2), None, "labels have 2 channels; save one integer volume"),
     ],
 )
@@ -189,3 +190,32 @@ def refusal(tmp_path):
     assert (decision["class"], decision["mask"], decision["verdict"]) == (None, None, "refused")
     assert {path.name for path in (tmp_path / "out/one").iterdir()} == {"decisions.json"}
     return decision["why"][0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of a library"), RecursionError(), MemoryError()])
+def test_whatever_one_case_raises_is_its_own_line(raw, tmp_path, monkeypatch, error):
+    (raw_set,) = read_raw(raw({1: "liver"}, one=block(), two=block()))
+
+    def fail(case):
+        if case.id == "one":
+            raise error
+        return load_image(case)
+
+    monkeypatch.setattr("sammed3d_backbone.curation.cases.load_image", fail)
+    for case in raw_set.cases:
+        curate_case(case, tmp_path / "out", PRESETS["default"])
+    records = [read_case(case, tmp_path / "out")["decisions"] for case in raw_set.cases]
+    assert [record[0]["verdict"] for record in records] == ["refused", "kept"]
+    assert type(error).__name__ in records[0][0]["why"][0]
+
+
+def test_a_full_disk_is_not_blamed_on_the_case(raw, tmp_path, monkeypatch):
+    (raw_set,) = read_raw(raw({1: "liver"}, one=block()))
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Volume, "save", full)
+    with pytest.raises(OSError, match="space"):
+        curate_case(raw_set.cases[0], tmp_path / "out", PRESETS["default"])
+    assert read_case(raw_set.cases[0], tmp_path / "out") is None

@@ -1,12 +1,13 @@
 """BIDS folders with labels in a derivative."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from sammed3d_backbone.data.datasets import DatasetError, read_fold
-from sammed3d_backbone.data.folders import read_dataset
+from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.preparation import load_label, prepare_cases
 from sammed3d_backbone.data.preprocessing import Preprocessing
 
@@ -73,9 +74,7 @@ def test_a_label_without_any_image_is_refused(bids):
 
 def test_two_labelled_derivatives_are_one_too_many(bids, write_volume, labels):
     write_volume("derivatives/auto/sub-02/anat/sub-02_dseg.nii.gz", labels)
-    with pytest.raises(
-        DatasetError, match=r"2 folders .*\(auto, manual\); leave exactly one there"
-    ):
+    with pytest.raises(DatasetError, match=r"2 folders .*\(auto, manual\)"):
         read_dataset(bids)
 
 
@@ -101,3 +100,35 @@ def test_a_description_that_is_no_object_is_refused(bids):
     (bids / "dataset_description.json").write_text("[]")
     with pytest.raises(DatasetError, match="JSON object"):
         read_dataset(bids)
+
+
+@pytest.mark.parametrize("mark", ["\t", ",", ";"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_the_table_of_names_may_come_from_a_spreadsheet(bids, mark, encoding):
+    path = bids / DERIVATIVE / "dseg.tsv"
+    path.write_text(path.read_text().replace("\t", mark), encoding=encoding)
+    assert read_dataset(bids).labels == {0: "background", 1: "left", 2: "right"}
+
+
+@pytest.mark.parametrize("choice", ["*_desc-manual_dseg.nii.gz", "*desc-manual*"])
+def test_one_of_several_labels_of_a_scan_is_chosen_by_its_name(bids, labels, choice):
+    whole = read_dataset(bids)
+    for path in list(bids.glob("derivatives/manual/**/*_dseg.nii.gz")):
+        shutil.copy(path, path.with_name(path.name.replace("manual", "auto")))
+    with pytest.raises(DatasetError, match="desc-auto"):
+        read_dataset(bids)
+    assert read_dataset(find_dataset(f"{bids}/{DERIVATIVE}/{choice}")) == whole
+
+
+def test_one_of_several_derivatives_is_chosen_by_the_path(bids):
+    whole = read_dataset(bids)
+    shutil.copytree(bids / DERIVATIVE, bids / "derivatives" / "other")
+    with pytest.raises(DatasetError, match=r"layout=FILE"):
+        read_dataset(bids)
+    assert read_dataset(find_dataset(f"{bids}/{DERIVATIVE}")) == whole
+
+
+def test_labels_beside_the_anatomy_are_left_alone(bids, write_volume, labels):
+    whole = read_dataset(bids)
+    write_volume(f"{DERIVATIVE}/sub-02/func/sub-02_task-rest_dseg.nii.gz", labels)
+    assert read_dataset(bids) == whole

@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from sammed3d_backbone.data.checks import class_problems, label_problems, pair_problems, values_of
-from sammed3d_backbone.data.datasets import Case
+from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
 from sammed3d_backbone.data.volume import Volume
 
 LABEL = Path("somewhere/label.nii.gz")
@@ -67,23 +68,27 @@ def test_volumes_on_two_grids_are_reported(volume, remedy):
     assert re.search(remedy, problem)
 
 
-@pytest.mark.parametrize(
-    ("annotated", "found", "remedy"),
-    [
-        (None, ["head"], None),
-        (("head",), ["head", "tail"], None),
-        (None, [], r"background only; remove the case or label it"),
-        (("head", "tail"), ["head"], r"\['tail'\] are annotated"),
-    ],
-)
-def test_what_is_said_to_be_drawn_has_to_be_there(annotated, found, remedy):
-    problems = class_problems(Case("one", (), LABEL, annotated=annotated), found)
-    if remedy is None:
-        assert problems == []
-    else:
-        (problem,) = problems
-        assert problem.startswith(str(LABEL))
-        assert re.search(remedy, problem)
+@pytest.mark.parametrize("apart_vox", [0.1, 0.24, 0.26, 0.6])
+@pytest.mark.parametrize("spacing_mm", [0.3, 4.0])
+def test_the_tolerance_is_a_share_of_the_voxel(apart_vox, spacing_mm):
+    affine = np.diag([spacing_mm] * 3 + [1.0])
+    moved = affine.copy()
+    moved[1, 3] = apart_vox * spacing_mm
+    pair = [Volume(np.zeros((4, 4, 4)), each) for each in (moved, affine)]
+    for tolerance in (0.25, 0.5):
+        problems = pair_problems(LABEL, pair[0], LABEL, pair[1], tolerance=tolerance)
+        assert bool(problems) == (apart_vox > tolerance)
+
+
+@pytest.mark.parametrize("axes", ["LPS", "SAR", "RAI"])
+def test_one_place_in_two_orders_of_voxels_does_not_ask_for_another_affine(axes):
+    image = nib.Nifti1Image(np.zeros((4, 5, 6)), np.eye(4))
+    turned = image.as_reoriented(ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes)))
+    pair = [Volume(np.asanyarray(each.dataobj), each.affine) for each in (turned, image)]
+    (problem,) = pair_problems(LABEL, pair[0], LABEL, pair[1])
+    assert axes in problem
+    assert "RAS" in problem
+    assert "correct" not in problem
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint8])

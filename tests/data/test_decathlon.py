@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sammed3d_backbone.data.datasets import DatasetError
+from sammed3d_backbone.data.datasets import DatasetError, read_fold
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import load_label
 
@@ -166,3 +166,30 @@ def test_an_image_that_nobody_labelled_is_missed(nnunet):
     (folder / "labelsTr/case_2.nii.gz").unlink()
     with pytest.raises(DatasetError, match=r"labelsTr/case_2\.nii\.gz is missing; copy it"):
         read_dataset(folder)
+
+
+def test_monai_lists_name_a_file_per_channel_and_a_fold(decathlon, write_volume):
+    folder = decathlon()
+    for i in range(4):
+        write_volume(f"P{i}/flair.nii.gz", seed=9 + i)
+    info = json.loads((folder / "dataset.json").read_text())
+    for i, entry in enumerate(info["training"]):
+        entry |= {"image": [entry["image"], f"P{i}/flair.nii.gz"], "fold": i % 2}
+    (folder / "dataset.json").write_text(json.dumps(info | {"modality": {"0": "T1", "1": "FLAIR"}}))
+    dataset = read_dataset(folder)
+    assert [case.id for case in dataset.cases] == [f"case_{i}" for i in range(4)]
+    assert [len(case.images) for case in dataset.cases] == [2] * 4
+    assert read_fold(dataset, 1).val == ("case_1", "case_3")
+    assert read_fold(dataset, 1).train == ("case_0", "case_2")
+    with pytest.raises(ValueError, match="fold"):
+        read_fold(dataset, 2)
+
+
+def test_a_listed_fold_with_a_subject_on_both_sides_is_refused(decathlon):
+    folder = decathlon()
+    info = json.loads((folder / "dataset.json").read_text())
+    for i, entry in enumerate(info["training"]):
+        entry |= {"fold": i % 2, "subject": "anna"}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match="anna"):
+        read_fold(read_dataset(folder), 0)

@@ -1,5 +1,7 @@
 """Opened cases -> what the network sees; everything wrong with any of them at once."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -73,19 +75,16 @@ def test_channels_on_different_grids_are_refused(nnunet, write_volume):
 
 
 def test_everything_wrong_is_listed_at_once_with_its_path(decathlon, write_volume, labels):
-    folder = decathlon(cases=6)
+    folder = decathlon(cases=5)
     (folder / "imagesTr/case_0.nii.gz").write_bytes(b"broken")
     write_volume("labelsTr/case_1.nii.gz", labels + 7)
     write_volume("imagesTr/case_2.nii.gz", shape=(6, 7, 9))
     write_volume("imagesTr/case_3.nii.gz", affine=np.diag([1, 1, 1.2, 1]))
-    write_volume("labelsTr/case_4.nii.gz", np.zeros_like(labels))
     two = np.zeros((6, 7, 8, 2), np.float32)
-    nib.save(nib.Nifti1Image(two, np.eye(4)), folder / "imagesTr/case_5.nii.gz")
-    with pytest.raises(DatasetError, match="6 problems") as caught:
-        prepared(folder, [f"case_{i}" for i in range(6)])
-    for number, reason in enumerate(
-        ("broken", "values [7, 8, 9]", "shape", "away", "background only", "2 channels")
-    ):
+    nib.save(nib.Nifti1Image(two, np.eye(4)), folder / "imagesTr/case_4.nii.gz")
+    with pytest.raises(DatasetError, match="5 problems") as caught:
+        prepared(folder, [f"case_{i}" for i in range(5)])
+    for number, reason in enumerate(("broken", "values [7, 8, 9]", "shape", "away", "2 channels")):
         line = next(p for p in caught.value.problems if f"case_{number}" in p)
         assert reason in line or "cannot be read" in line
         assert str(folder) in line
@@ -127,3 +126,41 @@ def test_real_cases_are_prepared(shared_data, name):
         assert min(case.image.shape[1:]) >= 32
         assert bool(case.image.isfinite().all())
         assert set(case.label.unique().tolist()) <= set(dataset.labels)
+
+
+def test_healthy_controls_are_used_and_said(decathlon, write_volume, labels, caplog):
+    folder = decathlon()
+    write_volume("labelsTr/case_1.nii.gz", np.zeros_like(labels))
+    cases = prepared(folder, ["case_0", "case_1"])
+    assert [bool(case.label.any()) for case in cases] == [True, False]
+    assert cases[1].annotated.all()
+    assert "case_1" in caplog.text
+
+
+def test_a_class_that_was_looked_for_and_not_there_is_no_error(decathlon, write_volume, labels):
+    folder = decathlon()
+    write_volume("labelsTr/case_0.nii.gz", labels * (labels == 1))
+    info = json.loads((folder / "dataset.json").read_text())
+    info["training"][0]["annotated"] = ["head", "tail"]
+    (folder / "dataset.json").write_text(json.dumps(info))
+    (case,) = prepared(folder, ["case_0"])
+    assert case.annotated.all()
+
+
+def test_cases_without_any_structure_at_all_are_refused(decathlon, write_volume, labels):
+    folder = decathlon(cases=2)
+    for name in ("case_0", "case_1"):
+        write_volume(f"labelsTr/{name}.nii.gz", np.zeros_like(labels))
+    with pytest.raises(DatasetError, match="no case"):
+        prepared(folder, ["case_0", "case_1"])
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(decathlon, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sammed3d_backbone.data.preparation.write_prepared", full)
+    dataset = read_dataset(decathlon())
+    (case,) = prepare_cases(dataset, ["case_0"], PLAIN, cache=tmp_path / "c", progress=False)
+    assert case.image.shape == (1, 6, 7, 8)
+    assert "space" in caplog.text

@@ -196,3 +196,74 @@ def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=os.environ, check=False)
     assert run.returncode == -signal.SIGKILL
     assert path.read_bytes() == before
+
+
+def written(path, array, **fields):
+    """A NIfTI file with fields of the header set as no library would."""
+    image = nib.Nifti1Image(array, OBLIQUE)
+    image.set_qform(np.diag([0.7, 0.9, 1.1, 1.0]), 1)
+    image.set_sform(OBLIQUE, fields.pop("sform_code", 1))
+    content, header = bytearray(image.to_bytes()), image.header
+    header["vox_offset"] = 352
+    for name, value in fields.items():
+        header[name] = value
+    content[:348] = header.binaryblock
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("b", [0.6, 0.60002])
+def test_a_quaternion_too_long_by_rounding_is_shortened(tmp_path, b):
+    fields = {"quatern_b": b, "quatern_c": 0.8, "quatern_d": 0.001, "sform_code": 0}
+    found = Volume.load(written(tmp_path / "a.nii", np.ones((2, 3, 4)), **fields))
+    assert np.allclose(found.spacing_mm, (0.7, 0.9, 1.1), atol=1e-3)
+    assert found.header.get_qform(coded=True)[1] == 1
+
+
+def test_an_impossible_quaternion_beside_an_sform_is_not_used(tmp_path):
+    fields = {"quatern_b": 3.0, "quatern_c": 0.8}
+    found = Volume.load(written(tmp_path / "a.nii", np.ones((2, 3, 4)), **fields))
+    assert np.allclose(found.affine, OBLIQUE, atol=1e-6)
+    found.save(tmp_path / "b.nii")
+    with pytest.raises(ValueError, match=r"a\.nii"):
+        Volume.load(written(tmp_path / "a.nii", np.ones((2, 3, 4)), **fields, sform_code=0))
+
+
+def test_the_channels_of_itk_are_channels(tmp_path, rng):
+    array = rng.normal(size=(3, 4, 5, 1, 2)).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, OBLIQUE), tmp_path / "v.nii")
+    assert np.array_equal(
+        Volume.load(tmp_path / "v.nii").array, np.moveaxis(array[:, :, :, 0], -1, 0)
+    )
+
+
+def test_what_a_header_says_in_words_does_not_travel(tmp_path):
+    image = nib.Nifti1Image(np.ones((2, 3, 4), np.int16), OBLIQUE)
+    image.header["descrip"] = b"Anna Muster"
+    image.header["aux_file"] = b"Anna"
+    image.header["intent_name"] = b"Anna"
+    image.header["db_name"] = b"Anna"
+    image.header.set_intent("z score", name="Anna")
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Anna Muster"))
+    nib.save(image, tmp_path / "in.nii")
+    Volume.load(tmp_path / "in.nii").save(tmp_path / "out.nii")
+    assert b"Anna" not in (tmp_path / "out.nii").read_bytes()
+    assert nib.load(tmp_path / "out.nii").header.get_intent()[0] == "none"
+    before, after = (nib.load(tmp_path / name).header for name in ("in.nii", "out.nii"))
+    assert before["sform_code"] == after["sform_code"]
+
+
+def test_a_volume_may_be_kept_from_replacing_a_file(tmp_path):
+    (tmp_path / "a.nii").write_text("precious")
+    with pytest.raises(FileExistsError):
+        Volume(np.ones((2, 3, 4)), OBLIQUE).save(tmp_path / "a.nii", overwrite=False)
+    assert (tmp_path / "a.nii").read_text() == "precious"
+
+
+def test_permissions_of_a_volume_follow_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        Volume(np.ones((2, 3, 4)), OBLIQUE).save(tmp_path / "a.nii.gz")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.nii.gz").stat().st_mode & 0o777 == 0o600

@@ -158,3 +158,25 @@ def test_curves_are_one_svg_with_a_line_per_class():
     assert figures.COLOURS[0].lower() in svg
     assert figures.COLOURS[1].lower() in svg
     assert svg == figures.curves_svg(records)
+
+
+@pytest.mark.parametrize("shape", [(8, 10, 1), (1, 10, 12), (9, 1, 1), (1, 1, 1)])
+def test_volumes_of_one_slice_are_drawn(drawn, tmp_path, shape, rng):
+    label = np.ones(shape, np.uint8)
+    drawn(label)
+    image = Volume(rng.normal(size=shape), np.eye(4))
+    clicked = figures.Clicked("a", label > 0, [((0, 0, 0), True)])
+    figures.clicks_figure(tmp_path / "clicks.png", image, [clicked])
+    tokens = torch.from_numpy(rng.normal(size=(4, 2, 2, 2)))
+    figures.features_figure(tmp_path / "f.png", image, {"block": tokens}, np.eye(4), title="one")
+
+
+def test_a_picture_is_whole_or_not_there(drawn, label, monkeypatch, tmp_path):
+    def half(self, path, **given):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="full"):
+        drawn(label)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -209,3 +209,16 @@ def test_another_table_is_refused(tmp_path):
         read_scores(tmp_path / "scores.csv")
     with pytest.raises(FileNotFoundError, match=r"score the cases with recipes/evaluate\.py"):
         read_scores(tmp_path / "none.csv")
+
+
+def test_the_failure_of_one_case_leaves_the_scores_of_the_others(dataset):
+    def sometimes(case):
+        if case.id == "a":
+            raise IndexError("of a library")
+        return shifted(case)
+
+    failed = {}
+    scores = score_cases(sometimes, dataset, ["a", "b"], failed=failed, progress=False)
+    assert {score.case for score in scores} == {"b"}
+    assert failed.keys() == {"a"}
+    assert "of a library" in failed["a"]

@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import stat
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ from hypothesis import strategies as st
 
 from sammed3d_backbone.loading.checkpoint import (
     ENCODER,
+    STEM,
     CheckpointError,
     content_sha256,
     read,
     write,
 )
-from sammed3d_backbone.loading.fitting import STEM, LoadReport, fit
+from sammed3d_backbone.loading.fitting import LoadReport, fit
+from sammed3d_backbone.loading.hub import locate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keys_vit_b.json"
 
@@ -558,3 +561,50 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path):
 def test_a_place_that_cannot_be_written_is_named(tmp_path, name, error, remedy):
     with pytest.raises(error, match=remedy):
         write(tmp_path / name, {"a": torch.zeros(1)}, {})
+
+
+@pytest.mark.parametrize("wrapper", ["model.", "net.", "model.module.", "_orig_mod.network."])
+@pytest.mark.parametrize("beside", [{}, {"criterion.weight": torch.ones(3)}])
+@pytest.mark.parametrize("key", ["state_dict", "model", "net"])
+def test_the_names_of_wrappers_are_taken_off(tmp_path, full, wrapper, beside, key):
+    content = {key: {**{wrapper + n: t for n, t in full.items()}, **beside}, "epoch": 1}
+    torch.save(content, tmp_path / "a.ckpt")
+    tensors, _ = read(tmp_path / "a.ckpt")
+    assert same(tensors, {**full, **beside})
+
+
+def test_an_array_beside_the_tensors_is_not_run_and_not_read(tmp_path, full):
+    content = {"model": full, "curve": np.arange(3.0), "weights": np.ones((2, 2), np.float32)}
+    torch.save(content, tmp_path / "a.pth")
+    assert same(read(tmp_path / "a.pth")[0], full)
+
+
+@pytest.mark.parametrize("inner", ["data.pkl", "version", "byteorder"])
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused_unread(tmp_path, full, inner):
+    torch.save(full, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as source,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in source.namelist():
+            padding = b"0" * 2**22 if name.endswith(inner) else b""
+            bomb.writestr(name, source.read(name) + padding)
+    with pytest.raises(CheckpointError, match="unpack"):
+        read(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize("shape", [(100_000, 100_000), (2**40,)])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path, shape, zipped):
+    lying = {"a": torch.zeros(1).expand(*shape)}
+    torch.save(lying, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="claims"):
+        read(tmp_path / "a.pth")
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        read(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        locate(tmp_path / "w.safetensors")

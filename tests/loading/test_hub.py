@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import threading
+import time
 from pathlib import Path
 
 import hub_server
@@ -150,6 +152,31 @@ def test_a_transfer_that_never_ends_leaves_no_file(at_hub, monkeypatch, tmp_path
         locate(HUB, FILE)
     assert not list((tmp_path / "hub").rglob("net.safetensors"))
     at_hub.cuts.clear()
+    assert locate(HUB, FILE)[1].read_bytes() == CONTENT
+
+
+def test_a_download_from_which_nothing_arrives_is_given_up(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(hub, "STALLED_S", 0.1)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: ended.wait())
+    try:
+        with pytest.raises(TimeoutError, match=r"net\.safetensors"):
+            locate(HUB, FILE)
+    finally:
+        ended.set()
+
+
+def test_a_slow_download_from_which_something_arrives_is_waited_for(monkeypatch, tmp_path):
+    def slow(*_, tqdm_class, **__):
+        with tqdm_class(disable=True) as bar:
+            for _ in range(25):
+                time.sleep(0.05)
+                bar.update(1)
+        (tmp_path / "net").write_bytes(CONTENT)
+        return str(tmp_path / "net")
+
+    monkeypatch.setattr(hub, "STALLED_S", 0.8)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", slow)
     assert locate(HUB, FILE)[1].read_bytes() == CONTENT
 
 

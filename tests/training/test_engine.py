@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sammed3d_backbone.training import optim
+from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.engine import Schedule
 
 
@@ -208,3 +208,16 @@ def test_after_a_part_has_waited_all_start_from_low_again():
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert set(rates[4:20]) == {2.0}
     assert rates[20:] == [2.0 * optim.warmup_cosine(step, 80, 4) for step in range(80)]
+
+
+@pytest.mark.parametrize(("accumulate", "taken"), [(1, "2"), (2, "1"), (3, "1")])
+def test_an_environment_that_wins_over_the_configuration_is_refused(monkeypatch, accumulate, taken):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", taken)
+    with pytest.raises(ValueError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        engine.make_accelerator(accumulate=accumulate, mixed_precision="no", cpu=True)
+
+
+def test_an_environment_that_says_the_same_is_fine(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    accelerator = engine.make_accelerator(accumulate=2, mixed_precision="no", cpu=True)
+    assert accelerator.gradient_accumulation_steps == 2

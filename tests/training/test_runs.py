@@ -35,8 +35,8 @@ def runs(tmp_path, monkeypatch):
 def opened(name, cfg):
     """Opens and begins a run, as a recipe does."""
     run = open_run(name, cfg)
-    run.begin(cfg)
-    return run
+    with run.begun(cfg):
+        return run
 
 
 def test_opening_a_run_writes_nothing(runs):
@@ -95,14 +95,14 @@ def test_the_newest_two_checkpoints_are_kept(toy):
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(toy, monkeypatch):
     run = toy()
-    whole = runs_module._sync
+    whole = runs_module.sync
 
     def die(path):
         whole(path)
         if path.name == "partial-0000006":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs_module, "_sync", die)
+    monkeypatch.setattr(runs_module, "sync", die)
     with pytest.raises(KeyboardInterrupt):
         run.go()
     left = sorted(path.name for path in (run.run.folder / "checkpoints").iterdir())
@@ -254,7 +254,8 @@ def test_a_log_without_checkpoint_starts_over(toy):
 
 def test_one_of_several_processes_writes(runs):
     other = open_run("one", Knobs(), writes=False)
-    other.begin(Knobs())
+    with other.begun(Knobs()):
+        pass
     other.record(step=1)
     assert list(runs.iterdir()) == []
 

@@ -18,6 +18,7 @@ import numpy as np
 from sammed3d_backbone.data.volume import Volume
 
 CLICKS_FORMAT = "sammed3d-clicks/2"
+LARGEST = 1e9  # of a coordinate
 CLICK_TYPES = {"object": str, "positive": bool, "point_vox": list, "point_mm": list}
 
 
@@ -50,18 +51,22 @@ class ClickList:
             raise FileNotFoundError(f"no click list at {path}; check the path")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("clicks"), list):
             raise ValueError(f'{path} has no list "clicks"; give a file of `save_clicks`')
         if (given := content.pop("format", CLICKS_FORMAT)) != CLICKS_FORMAT:
             raise ValueError(f"{path} has format {given!r}, this version reads {CLICKS_FORMAT!r}")
+        if not isinstance(content.get("settings", {}), dict):
+            raise ValueError(f"{path} has settings {content['settings']!r}; expected an object")
         known = cls.__dataclass_fields__.keys()
         if unknown := sorted(content.keys() - known):
             raise ValueError(f"{path} has unknown entries {unknown}; expected {sorted(known)}")
         for number, click in enumerate(content["clicks"], start=1):
             if not isinstance(click, dict) or not all(
-                isinstance(value, CLICK_TYPES.get(key, ())) for key, value in click.items()
+                isinstance(value, CLICK_TYPES.get(key, ()))
+                and (not isinstance(value, list) or all(map(_is_number, value)))
+                for key, value in click.items()
             ):
                 raise ValueError(
                     f"{path}, click {number}: {click!r}; expected an object with "
@@ -74,6 +79,10 @@ class ClickList:
         values = {"format": CLICKS_FORMAT, **vars(self)}
         clicks = ",\n  ".join(json.dumps(click) for click in values.pop("clicks"))
         return json.dumps(values, indent=1)[:-2] + f',\n "clicks": [\n  {clicks}\n ]\n}}\n'
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST  # also no NaN
 
 
 def volume_sha256(volume: Volume) -> str:

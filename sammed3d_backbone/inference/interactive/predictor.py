@@ -30,11 +30,13 @@ from sammed3d_backbone.inference.interactive.embedding_cache import (
 from sammed3d_backbone.inference.interactive.logit_field import LogitField
 from sammed3d_backbone.inference.interactive.prediction import Prediction, enforce_clicks
 from sammed3d_backbone.inference.interactive.prompts import (
+    OBJECT,
     ClickPrompt,
     MaskPrompt,
     Prompt,
     mask_values,
     object_name,
+    require_positive,
 )
 from sammed3d_backbone.inference.interactive.propagation import (
     ClickMode,
@@ -45,8 +47,6 @@ from sammed3d_backbone.inference.interactive.windows import Windows
 from sammed3d_backbone.inference.validation import ValidatedVolume, validate_volume
 
 Points = Sequence[Sequence[float]]
-
-OBJECT = "object"  # name of the object if none is given
 
 
 class Predictor:
@@ -102,13 +102,14 @@ class Predictor:
             model, max_bytes=cache_bytes, folder=cache_folder, progress=progress
         )
         self._scan: ValidatedVolume | None = None
+        self.reset()
         self._require_settings()
 
     # --- the volume ----------------------------------------------------------------------------
 
     def set_volume(
         self,
-        volume: str | Path | Volume | NDArray[Any] | ValidatedVolume,
+        volume: Any,  # noqa: ANN401 (see `validate_volume`)
         affine: ArrayLike | None = None,
         *,
         modality: Modality | None = None,
@@ -275,7 +276,7 @@ class Predictor:
 
     def segment(
         self,
-        volume: str | Path | Volume | NDArray[Any] | ValidatedVolume,
+        volume: Any,  # noqa: ANN401 (see `validate_volume`)
         points: Points | Mapping[str, Points],
         *,
         negative: Points | Mapping[str, Points] = (),
@@ -306,6 +307,7 @@ class Predictor:
                     self.click(**{unit: point}, positive=positive, object=name)
         if not self._prompts:
             raise ValueError("points: expected at least one positive point")
+        require_positive(p.to_dict() for p in self._prompts if isinstance(p, ClickPrompt))
         return {name: self.predict(name) for name in self.objects}
 
     def stability(
@@ -362,13 +364,14 @@ class Predictor:
         )
 
     def save_clicks(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes all clicks as JSON, with hashes of the volume and the weights.
+        """Writes all clicks as JSON, with hashes of the volume and the weights; makes the folder.
 
         Raises:
             FileExistsError: If the file exists and is not to be overwritten.
             ValueError: As `click_list`.
         """
         content = self.click_list().to_json()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, overwrite=overwrite) as draft:
             draft.write_text(content, encoding="utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.volume import Volume
+
+OBJECT = "object"  # name of the object if none is given
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,22 @@ def object_name(name: object) -> str:
     return name
 
 
+def require_positive(clicks: Iterable[Mapping[str, Any]]) -> None:
+    """Checks that each object has a click inside it, without which there is nothing to segment.
+
+    Args:
+        clicks: Arguments of `Predictor.click` that name the object, "object" if they do not.
+
+    Raises:
+        ValueError: If an object has negative clicks only.
+    """
+    positive = {True: set[str](), False: set[str]()}
+    for click in clicks:
+        positive[bool(click.get("positive", True))].add(object_name(click.get("object", OBJECT)))
+    if lacking := sorted(positive[False] - positive[True]):
+        raise ValueError(f"object {lacking[0]!r} has no positive click; click inside it first")
+
+
 def mask_values(
     volume: Volume, logits: NDArray[Any] | None, mask: NDArray[Any] | Volume | None
 ) -> NDArray[Any]:
@@ -84,11 +103,11 @@ def mask_values(
         raise ValueError(
             f"the mask prompt has shape {values.shape}, the volume {volume.shape}; resample it"
         )
+    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
+        raise ValueError("the mask prompt holds NaN, infinity or no numbers; replace them")
     if logits is None:
         inside: NDArray[np.bool_] = values != 0
         return inside
     if values.dtype.kind != "f":
         raise TypeError(f"logits= of dtype {values.dtype}: expected floating; or pass it as mask=")
-    if not np.isfinite(values).all():
-        raise ValueError("logits= has NaN or infinite voxels; replace them")
     return values

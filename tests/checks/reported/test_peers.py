@@ -1,0 +1,76 @@
+"""What other libraries' own suites said of our objects."""
+
+import numpy as np
+import pytest
+import torch
+
+from sammed3d_backbone import Predictor, encoder, sam
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+
+
+def small(windows, rel_pos="sammed3d"):
+    """A small encoder; a window of 3 tokens is padded, 0 is the whole grid."""
+    torch.manual_seed(0)
+    network = ImageEncoder3D(
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        global_attn_indexes=() if windows else (0, 1),
+        window_size=windows or 3,
+        out_chans=16,
+        rel_pos=rel_pos,
+    ).eval()
+    for name, parameter in network.named_parameters():
+        if "rel_pos" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+@pytest.mark.parametrize("windows", [0, 3])
+@pytest.mark.parametrize("kind", ["IA3", "LoRA", "DoRA"])
+def test_adapters_of_peft_equal_their_merged_network(kind, windows):
+    peft = pytest.importorskip("peft")
+    settings = {
+        "IA3": lambda: peft.IA3Config(target_modules=["qkv"], feedforward_modules=[]),
+        "LoRA": lambda: peft.LoraConfig(r=4, target_modules=["qkv"], init_lora_weights=False),
+        "DoRA": lambda: peft.LoraConfig(r=4, target_modules=["qkv"], use_dora=True),
+    }[kind]
+    adapted, x = (
+        peft.get_peft_model(small(windows), settings()).eval(),
+        torch.randn(1, 1, 32, 32, 32),
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "ia3" in name:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+        given = adapted(x)
+        merged = adapted.merge_and_unload().eval()(x)
+    assert float((given - merged).norm() / merged.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("rel_pos", ["sammed3d", "axial"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_is_not_bound_to_its_batch(rel_pos):
+    network, x = encoder("tiny", pretrained=False, rel_pos=rel_pos), torch.randn(2, 1, 64, 64, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(network, x[:1], check_trace=False)
+        assert torch.allclose(traced(x), network(x), atol=1e-4)
+
+
+def test_timms_words():
+    network = encoder("tiny", pretrained=False)
+    maps = network.forward_intermediates(
+        torch.randn(1, 1, 64, 64, 64), indices=[3], output_fmt="NCHW", intermediates_only=True
+    )
+    assert tuple(maps[0].shape) == (1, 192, 8, 8, 8)
+    assert network.num_features == 192
+
+
+def test_an_image_of_another_library_is_a_volume():
+    from monai.data import MetaTensor
+
+    predictor = Predictor(sam("tiny", pretrained=False))
+    predictor.set_volume(MetaTensor(np.arange(512.0).reshape(1, 8, 8, 8), affine=np.eye(4)))
+    predictor.click((4, 4, 4))
