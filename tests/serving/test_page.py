@@ -163,7 +163,7 @@ def test_a_large_scan_is_shown_at_lower_resolution_and_segmented_at_full(labelli
     ("change", "token"),
     [
         (lambda labels, affine: (labels[1:], affine), "shape"),
-        (lambda labels, affine: (labels, affine + np.eye(4) * 0.1), "mm"),
+        (lambda labels, affine: (labels, affine + np.diag([0.1, 0.1, 0.1, 0])), "mm"),
         (lambda labels, affine: (labels.astype(np.int16) * 100, affine), "255"),
         (lambda labels, affine: (labels * np.float32(0.5), affine), "whole"),
     ],

@@ -107,7 +107,7 @@ MASKS = [
     Row("neither mask nor logits", {}, "logits="),
     Row("mask and logits", {"mask": GRID > 0, "logits": GRID}, "logits="),
     Row("mask of another shape", {"mask": np.ones((4, 6, 7))}, "(4, 6, 7)"),
-    Row("mask in another place", {"mask": Volume(GRID, 2 * AFFINE)}, "affine"),
+    Row("mask in another place", {"mask": Volume(GRID, AFFINE @ np.diag([2, 2, 2, 1]))}, "affine"),
     Row("empty mask", {"mask": np.zeros((5, 6, 7))}, "mask"),
     Row("integers as logits", {"logits": np.ones((5, 6, 7), int)}, "int64", TypeError),
     Row("NaN in logits", {"logits": with_one(np.nan)}, "logits"),
