@@ -73,6 +73,7 @@ class Config:
     fold: int = 0  # its validation cases are played
     cases: int | None = None  # the first so many of them; None: all
     first: Literal["centre", "random"] = "centre"  # where the first click falls
+    players: tuple[str, ...] = ("newest", "all", "untrained", "sphere")  # which of them play
     clicks: tuple[int, ...] = (1, 3, 5, 10)  # numbers of clicks that are reported; the last ends it
     out: str = "click_study"  # folder of the results, relative to recipes/studies/results
     threads: int = 0  # 0: all cores
@@ -187,7 +188,7 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
         "model": "ball of the class's mean volume around the first click",
         "volumes_mm3": {name: round(volume, 1) for name, volume in volumes_mm3.items()},
     }
-    return {
+    players = {
         "newest": networked(trained, "newest", model=name, trained_on=note),
         "all": networked(trained, "all", model=name, trained_on=note),
         "untrained": networked(
@@ -198,6 +199,9 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
             [(Ball(v), scored.selected(classes=[name])) for name, v in volumes_mm3.items()],
         ),
     }
+    if unknown := sorted({*cfg.players} - {*players}):
+        raise ValueError(f"players={unknown}: choose among {', '.join(players)}")
+    return {name: entry for name, entry in players.items() if name in cfg.players}
 
 
 def sides(cfg: Config) -> tuple[ClickSet, list[LabelledCase]]:

@@ -3,7 +3,8 @@
     python recipes/studies/publish_weights.py NAME RUN [RUN ...]
 
 A RUN is a folder that pretrain_promptable.py has filled; several are the stages in their order, and
-the weights of the last one are published. NAME.safetensors and SHA256SUMS go to weights/; a row per
+the averaged weights of the last one are published in half precision. NAME.safetensors and
+SHA256SUMS go to weights/; a row per
 stage (runs.csv), the log (curves.csv) and one figure go to results/NAME. The record in
 `sammed3d_backbone/loading/registry.py` and the card weights/NAME.md are written by hand.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,9 @@ from sammed3d_backbone.recipes.studies import tables
 
 from sammed3d_backbone import console
 from sammed3d_backbone.files import write_text
+from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.hub import sha256_of
+from sammed3d_backbone.loading.registry import Weights, from_metadata, to_metadata
 from sammed3d_backbone.training.runs import Run
 
 HERE = Path(__file__).parent
@@ -42,7 +46,7 @@ KEYS = [key for keys in PANELS.values() for key in keys]
 
 
 def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str:
-    """Copies what belongs together; returns the hash of the file.
+    """Writes what belongs together; returns the hash of the file.
 
     Raises:
         FileNotFoundError: If a run is not finished.
@@ -53,7 +57,12 @@ def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str
                 f"{run} holds no last.safetensors; let the pretraining get there"
             )
     path = weights / f"{name}.safetensors"
-    path.write_bytes((stages[-1] / "last.safetensors").read_bytes())
+    tensors, metadata = read(stages[-1] / "last.safetensors")
+    training = json.loads(metadata["training"])
+    record = from_metadata(Weights(name=name), metadata)
+    record = replace(record, name=name, filename=path.name, clicks=training["config"]["clicks"])
+    entries = {"training": metadata["training"], **to_metadata(record)}
+    write(path, {key: value.half() for key, value in tensors.items()}, entries, overwrite=True)
     files = sorted(weights.glob("*.safetensors"))
     write_text(weights / "SHA256SUMS", "".join(f"{sha256_of(f)}  {f.name}\n" for f in files))
     for number, run in enumerate(stages, start=1):

@@ -197,8 +197,38 @@ _TINY = Weights(
     status="trained by this project, installed with the package",
 )
 
+# A checkpoint of the training that is to replace `tiny`; its card is weights/tiny_next.md.
+_TINY_NEXT = dataclasses.replace(
+    _TINY,
+    name="tiny_next",
+    variant="tiny_next",
+    filename="tiny_next.safetensors",
+    sha256="2f9285c57b9b22b4d9b7a2934888d00add7f8a2d90887d05713ae9a9a27b7e6b",
+    licence=_TINY.licence.replace("tiny.md", "tiny_next.md"),
+    rel_pos="axial",
+    clicks="all",
+    preprocessing=dataclasses.replace(_TINY.preprocessing, spacing_mm=(2.0, 2.0, 2.0)),
+    pretraining=tuple(
+        PretrainingSet(name, (1,))
+        for name in (
+            "synthetic",
+            "HeadNeckCT",
+            "HeadNeckCTMore",
+            "totalsegmentator",
+            "tptbox_spine",
+            "glioma",
+            "openms_lesion",
+            "pyradiomics_tumour",
+            "sct_spinalcord_mr",
+        )
+    ),
+    held_out=("hippocampus", "voxelmorph_brain", "abdomen_mr"),
+    citation="this package, and the data sets of weights/tiny_next.md",
+)
+
 WEIGHTS: dict[str, Weights] = {
     "tiny": _TINY,
+    "tiny_next": _TINY_NEXT,
     "turbo": _TURBO,
     "turbo_bbox_init": dataclasses.replace(
         _TURBO, name="turbo_bbox_init", filename="sam_med3d_turbo_bbox_init.pth", sha256=None
@@ -213,7 +243,7 @@ WEIGHTS: dict[str, Weights] = {
 }
 
 # The weights that `encoder(variant)` loads by default.
-DEFAULT_WEIGHTS = {"tiny": "tiny", "vit_b": "turbo"}
+DEFAULT_WEIGHTS = {"tiny": "tiny", "tiny_next": "tiny_next", "vit_b": "turbo"}
 
 
 def list_weights() -> list[str]:

@@ -49,6 +49,7 @@ def test_the_table_says_of_a_file_what_it_says_of_itself(name):
         "variant",
         "rel_pos",
         "point_pos",
+        "clicks",
         "preprocessing",
         "pretraining",
         "held_out",
@@ -62,7 +63,8 @@ def test_it_is_what_its_variant_starts_from_whole_and_exact(name, caplog):
     variant = WEIGHTS[name].variant
     tensors, _ = read(locate(name)[1])
     network = sam(variant)
-    assert all(torch.equal(value, tensors[key]) for key, value in network.state_dict().items())
+    stored = {key: value.float() for key, value in tensors.items()}
+    assert all(torch.equal(value, stored[key]) for key, value in network.state_dict().items())
     assert network.load_report.missing == ()
     assert network.pretrained_cfg == WEIGHTS[name]
     image_encoder = encoder(variant)
@@ -80,24 +82,28 @@ def test_a_copy_of_the_file_is_known_by_its_content(tmp_path):
     assert record.status == "local file with the hash of tiny"
 
 
-def test_what_is_to_be_transferred_to_was_not_seen(shared_data):
-    record = WEIGHTS["tiny"]
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_to_be_transferred_to_was_not_seen(shared_data, name):
+    record = WEIGHTS[name]
     assert seen_in_pretraining(record, "hippocampus").verdict == "held out"
     dataset = read_dataset(shared_data / "headneck_ct")
     unseen = {case for fold in (0, 1) for case in read_fold(dataset, fold).val}
-    for stage in stages_of(read(locate("tiny")[1])[1]):
+    for stage in stages_of(read(locate(name)[1])[1]):
         cases = stage["cases"]
         assert not {name.lower() for name in cases} & {"hippocampus", "voxelmorph_brain"}
         assert not unseen & set(cases["HeadNeckCT"])
         assert not any("hippocampus" in case.lower() for names in cases.values() for case in names)
 
 
-def test_a_click_finds_more_of_an_organ_of_an_unseen_patient_than_before_training(shared_data):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_click_finds_more_of_an_organ_of_an_unseen_patient_than_before_training(
+    shared_data, name
+):
     dataset = read_dataset(shared_data / "headneck_ct")
     unseen = read_fold(dataset, 0).val[:1]
     scans = [read_scan(case, "ct") for case in dataset.cases if case.id in unseen]
     crops = ObjectStream(
-        [ScanSource("HeadNeckCT", scans, 1.5)],
+        [ScanSource("HeadNeckCT", scans, WEIGHTS[name].preprocessing.spacing_mm[0])],
         [1.0],
         64,
         Curriculum((1000, 1000), (1, 1), 0),
@@ -109,7 +115,7 @@ def test_a_click_finds_more_of_an_organ_of_an_unseen_patient_than_before_trainin
     torch.manual_seed(0)
     dice = {}
     for pretrained in (True, False):
-        network = sam("tiny", pretrained=pretrained).eval()
+        network = sam(WEIGHTS[name].variant, pretrained=pretrained).eval()
         with torch.no_grad():
             found = [
                 dice_per_click(network, crop["image"], crop["objects"], 1)

@@ -9,6 +9,7 @@ from sammed3d_backbone.recipes.studies import tables
 from sammed3d_backbone.recipes.studies.publish_weights import main
 
 from sammed3d_backbone.loading.checkpoint import read, write
+from sammed3d_backbone.loading.registry import Weights, from_metadata, to_metadata
 
 
 @pytest.fixture
@@ -16,7 +17,10 @@ def run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     tensors = {"image_encoder.pos_embed": torch.ones(1, 2, 2, 2, 6)}
-    write(folder / "last.safetensors", tensors, {"training": "{}"})
+    training = {"config": {"clicks": "all"}}
+    record = Weights(name="run", variant="toy", rel_pos="axial")
+    entries = {"training": json.dumps(training), **to_metadata(record)}
+    write(folder / "last.safetensors", tensors, entries)
     (folder / "config.yaml").write_text(f"weights: {folder}/last.safetensors\n")
     lines = [
         {"step": 1, "loss": 2.0, "dice_first": 0.1, "dice_last": 0.2, "patch_error": 0.9},
@@ -33,7 +37,11 @@ def test_weights_sums_and_curve_lie_where_they_belong(run, tmp_path):
     content = (weights / "toy.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == digest
     assert (weights / "SHA256SUMS").read_text() == f"{digest}  toy.safetensors\n"
-    assert read(weights / "toy.safetensors")[1]["training"] == "{}"
+    tensors, metadata = read(weights / "toy.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float16}
+    record = from_metadata(Weights(name="file"), metadata)
+    assert (record.rel_pos, record.clicks) == ("axial", "all")
+    assert json.loads(metadata["training"])["config"] == {"clicks": "all"}
     assert {path.name for path in results.iterdir()} == {"runs.csv", "curves.csv", "figure.png"}
     stages = tables.read(results, "runs").set_index("run")
     assert json.loads(stages.loc["stage2", "settings"]) == {"weights": "run/last.safetensors"}
