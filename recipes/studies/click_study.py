@@ -53,7 +53,12 @@ PROTOCOL = "clickbench/1"
 PLAYERS = {"newest": "#0072B2", "all": "#56B4E9", "untrained": "#999999", "sphere": "#E69F00"}
 SHADES = ("#D55E00", "#0072B2")  # first and last number of clicks
 RATED = ("newest", "all")  # players whose predicted Dice is compared with the true one
-DIFFERENCES = (("newest", "untrained"), ("newest", "sphere"), ("all", "newest"))
+DIFFERENCES = (
+    ("newest", "untrained"),
+    ("newest", "sphere"),
+    ("all", "sphere"),
+    ("all", "newest"),
+)
 MEASURES = {"dice": "Dice", "nsd_2mm": "NSD at 2 mm"}
 COLUMNS = ("case", "subject", "class", "step", *MEASURES, "predicted_dice")
 TARGET = ("case", "class", "step")  # key by which two players are paired
