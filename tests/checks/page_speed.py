@@ -121,13 +121,13 @@ def main() -> None:
     labels, values = organs()
     path = FOLDER / "ct_torso.nii.gz"
     hosts: set[str | None] = set()
-    found: dict[str, object] = {"machine": provenance(ROOT)}
+    found: dict[str, object] = {"machine": provenance(ROOT), "load": os.getloadavg()[0]}
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
 
         def new_page() -> Page:
-            page = browser.new_page(viewport={"width": 1280, "height": 940})
+            page = browser.new_page(viewport={"width": 1180, "height": 860})
             page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
             page.set_default_timeout(PATIENCE_MS)
             return page

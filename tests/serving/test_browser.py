@@ -127,6 +127,12 @@ def test_objects_are_clicked_undone_and_saved(page, lopsided, scan, path, expect
         page.mouse.click(views["x"] + 0.2 * views["width"], views["y"] + 0.8 * views["height"])
         assert page.evaluate("crosshair") != before
         assert page.evaluate("clicks.length") == 0
+        contrast = "[viewer.volumes[0].cal_min, viewer.volumes[0].cal_max]"
+        before = page.evaluate(contrast)
+        page.mouse.down(button="right")
+        page.mouse.move(views["x"] + 60, views["y"] + views["height"] - 60, steps=8)
+        page.mouse.up(button="right")
+        assert page.evaluate(contrast) != before
 
         place(page, scan, INSIDE)
         press(page, "p")

@@ -16,6 +16,7 @@ const key = keyOfAddress();
 
 let viewer; // NiiVue
 let server; // what /page/open answered
+let scan; // the hash of the scan that is shown
 let crosshair; // in mm
 let clicks = []; // { value, positive, point_mm }, in their order
 let past = []; // earlier lists of clicks
@@ -51,9 +52,10 @@ function ask(path, body, keepalive = false) {
 // The answer, however long the server is away; `body` is a function because it may change meanwhile.
 async function answer(path, body = () => undefined) {
   for (;;) {
-    let reply;
+    let reply, content;
     try {
       reply = await ask(path, body());
+      content = await reply.arrayBuffer();
     } catch {
       isEmpty = true; // an answer may be lost, so the next one has to hold everything
       warn("The server does not answer. Your clicks are kept, and sent again when it is back.");
@@ -62,9 +64,9 @@ async function answer(path, body = () => undefined) {
     }
     if (reply.ok) {
       warn("");
-      return reply;
+      return { headers: reply.headers, content };
     }
-    const { detail } = await reply.json();
+    const { detail } = parsed(content);
     if (reply.status === 410) {
       await open();
     } else if (reply.status === 503) {
@@ -76,15 +78,20 @@ async function answer(path, body = () => undefined) {
   }
 }
 
+function parsed(content) {
+  return JSON.parse(new TextDecoder().decode(content));
+}
+
 async function open() {
-  const before = server;
   server = undefined;
   const max_side = viewer.gl.getParameter(viewer.gl.MAX_3D_TEXTURE_SIZE);
-  server = await (await answer("page/open", () => ({ max_side }))).json();
-  isEmpty = true;
-  if (before && before.scan !== server.scan) {
+  const opened = parsed((await answer("page/open", () => ({ max_side }))).content);
+  scan ??= opened.scan;
+  if (scan !== opened.scan) {
     throw new RefusedError("the server shows another scan now; load the page again");
   }
+  server = opened;
+  isEmpty = true;
 }
 
 // --- prompts --------------------------------------------------------------------------------
@@ -142,25 +149,26 @@ async function send() {
   try {
     for (let current; current !== version; ) {
       current = version;
-      const reply = await answer("page/prompts", prompts);
-      const meta = JSON.parse(reply.headers.get("X-Meta"));
-      const box = new Uint8Array(await reply.arrayBuffer());
+      const { headers, content } = await answer("page/prompts", prompts);
+      const meta = JSON.parse(headers.get("X-Meta"));
       const answered = performance.now();
-      show(meta.box, box);
+      show(meta.box, new Uint8Array(content));
       await drawn();
       report(meta, answered - began, performance.now() - answered);
     }
   } finally {
     clearInterval(timer);
     $("busy").hidden = true;
+    $("progress").textContent = "";
   }
 
   async function showProgress() {
     const seconds = ((performance.now() - began) / 1000).toFixed(0);
     const reply = await ask("page/progress").catch(() => undefined);
-    if (!reply?.ok || $("busy").hidden) return;
+    if (!reply?.ok) return;
     const { windows } = await reply.json();
-    tell(`Segmenting, ${seconds} s; ${windows} windows of the scan are encoded.`);
+    if ($("busy").hidden) return;
+    $("progress").textContent = `${seconds} s, ${windows} windows of the scan are encoded`;
   }
 }
 
@@ -323,9 +331,9 @@ function listObjects() {
 async function save(path, name) {
   const current = version;
   try {
-    const reply = await answer(path, prompts);
+    const { content } = await answer(path, prompts);
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(await reply.blob());
+    link.href = URL.createObjectURL(new Blob([content]));
     link.download = name;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), HEARTBEAT_MS);
@@ -396,8 +404,8 @@ function connect() {
   $("opacity").oninput = (event) => viewer.setDrawOpacity(event.target.valueAsNumber);
   $("contrast").onchange = (event) => setContrast(event.target.value);
   $("rendering").onchange = (event) => setRendering(event.target.checked);
-  $("save-labels").onclick = () => save("page/labels", `${server.name}_labels.nii.gz`);
-  $("save-clicks").onclick = () => save("page/clicks", `${server.name}_clicks.json`);
+  $("save-labels").onclick = () => save("page/labels", `${document.title}_labels.nii.gz`);
+  $("save-clicks").onclick = () => save("page/clicks", `${document.title}_clicks.json`);
   for (const type of ["keydown", "keyup"]) document.addEventListener(type, onKey, true);
   setInterval(() => sent ?? ask("page/progress").catch(() => undefined), HEARTBEAT_MS);
   addEventListener("beforeunload", (event) => version !== saved && event.preventDefault());
@@ -419,11 +427,11 @@ async function start() {
     isRadiologicalConvention: true, // the right of the body on the left of the screen
     isForceMouseClickToVoxelCenters: true,
     multiplanarLayout: MULTIPLANAR_TYPE.GRID,
-    mouseEventConfig: {
-      leftButton: { primary: DRAG_MODE.crosshair },
-      rightButton: DRAG_MODE.windowing,
-      centerButton: DRAG_MODE.pan,
-    },
+  });
+  viewer.setMouseEventConfig({
+    leftButton: { primary: DRAG_MODE.crosshair },
+    rightButton: DRAG_MODE.windowing,
+    centerButton: DRAG_MODE.pan,
   });
   viewer.onLocationChange = place;
   await viewer.attachToCanvas($("views"));
@@ -431,9 +439,11 @@ async function start() {
   tell("Loading the scan.");
   await open();
   $("scan").textContent = document.title = server.name;
-  $("about").textContent = `${server.shape.join(" \u00d7 ")} voxels, weights ${server.weights}`;
-  const scan = await (await answer("page/scan")).arrayBuffer();
-  await viewer.loadFromArrayBuffer(scan, "scan.nii");
+  const { shape, step, weights } = server;
+  const nth = { 2: "2nd", 3: "3rd" }[step] ?? `${step}th`;
+  const reduced = step > 1 ? ` (every ${nth} is shown)` : "";
+  $("about").textContent = `${shape.join(" \u00d7 ")} voxels${reduced}, weights ${weights}`;
+  await viewer.loadFromArrayBuffer((await answer("page/scan")).content, "scan.nii");
   viewer.setSliceType(viewer.sliceTypeMultiplanar);
   viewer.createEmptyDrawing();
   viewer.setDrawOpacity($("opacity").valueAsNumber);
@@ -447,8 +457,7 @@ async function start() {
   viewer.moveCrosshairInVox(0, 0, 0); // to the centre of a voxel, and says where
   await update();
   saved = version;
-  if (server.step > 1) {
-    const nth = { 2: "2nd", 3: "3rd" }[server.step] ?? `${server.step}th`;
+  if (step > 1) {
     warn(`The scan is too large to show: every ${nth} voxel is shown, all are segmented.`);
   }
   tell("Place the crosshair in the middle of an object, not on its first or last slice; press p.");
