@@ -66,9 +66,9 @@ def read_bids(folder: Path, problems: list[str], chosen: str = "") -> Dataset:
         return Dataset(folder.name, folder, {0: "background"}, (), ())
     ((pipeline, files),) = labels.items()
     if several := [stem for stem, n in Counter(map(_stem, files)).items() if n > 1]:
-        names = ", ".join(path.name for path in files if _stem(path) == several[0])
+        of_one = ", ".join(path.name for path in files if _stem(path) == several[0])
         problems.append(
-            f"{names} are labels of one scan; choose by a part of the name, as in "
+            f"{of_one} are labels of one scan; choose by a part of the name, as in "
             f"data={pipeline}/*_desc-manual_dseg.nii.gz"
         )
         return Dataset(folder.name, folder, {0: "background"}, (), ())

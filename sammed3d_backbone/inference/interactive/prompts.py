@@ -103,8 +103,11 @@ def mask_values(
         raise ValueError(
             f"the mask prompt has shape {values.shape}, the volume {volume.shape}; resample it"
         )
-    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
-        raise ValueError("the mask prompt holds NaN, infinity or no numbers; replace them")
+    name = "mask=" if logits is None else "logits="
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"{name} of dtype {values.dtype}: expected numbers")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has NaN or infinite voxels; replace them")
     if logits is None:
         inside: NDArray[np.bool_] = values != 0
         return inside
