@@ -62,6 +62,7 @@ def middle_mm(labels: Volume, value: int) -> list[float]:
 def click(page: Page, point_mm: list[float], key: str = "p") -> tuple[float, float]:
     """Seconds until the answer, and from there until it is drawn."""
     page.evaluate(GO, point_mm)
+    page.evaluate("drawn()")  # nobody clicks before the crosshair is there
     page.keyboard.press(key)
     page.evaluate("() => sent")
     answered, drawn = re.findall(r"[\d.]+(?= s)", page.inner_text("#status"))
