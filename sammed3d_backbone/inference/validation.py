@@ -155,7 +155,7 @@ def _modality_notes(tag: str, modality: Modality | None) -> list[str]:
     return [f"the series is {tag}, and modality={modality!r} was given; check the modality"]
 
 
-def _volume_of(image: Any, affine: ArrayLike) -> Volume:  # noqa: ANN401
+def _volume_of(image: Any, affine: Any) -> Volume:  # noqa: ANN401
     """An array, or an image of another library, as a volume."""
     header = getattr(image, "header", None)
     if hasattr(image, "dataobj"):  # nibabel: channels last

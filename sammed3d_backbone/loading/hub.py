@@ -13,7 +13,6 @@ import threading
 import time
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import cast
 
 from sammed3d_backbone.files import require_file
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights
@@ -163,14 +162,14 @@ def _downloaded(repo_id: str, filename: str, revision: str | None) -> Path:
         TimeoutError: If nothing arrives.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     arrived = [time.monotonic()]
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
             arrived.append(time.monotonic())
-            return cast("bool | None", super().update(n))
+            return super().update(n)
 
     outcome: Future[str] = Future()
 

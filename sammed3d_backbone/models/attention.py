@@ -245,7 +245,8 @@ def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> T
         returns: (Z, N, C).
     """
     # A trace would keep the number of groups, which depends on the batch.
-    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    is_recorded = is_traced or torch.compiler.is_compiling()
     if q.device.type != "cpu" or is_recorded:
         return _softmax_product(q, k, v, lines)
     group = max(1, CACHED_LOGITS // (q.shape[1] * k.shape[1]))
