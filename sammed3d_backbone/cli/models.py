@@ -8,6 +8,8 @@ from sammed3d_backbone.cli.checks import on_device, require_free
 from sammed3d_backbone.cli.prompts import add_scan, dicom_options
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from sammed3d_backbone.cli import Commands
 
 
@@ -127,10 +129,11 @@ def _run_export(args: argparse.Namespace) -> int:
 
     require_export_name(args.target)
     require_free((args.target,), (args.model,), force=args.force)
+    network: nn.Module
     if args.model in WEIGHTS:
-        network = encoder(str(WEIGHTS[args.model].variant), weights=args.model)
-        shape, metadata = (1, *network.img_size), {}
-        preprocessing = preprocessing_of(network)[0]
+        network = backbone = encoder(str(WEIGHTS[args.model].variant), weights=args.model)
+        shape, metadata = (1, *backbone.img_size), {}
+        preprocessing = preprocessing_of(backbone)[0]
     else:
         segmenter = Segmenter.from_pretrained(args.model)
         card, network = segmenter.card, segmenter.model
