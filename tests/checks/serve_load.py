@@ -6,7 +6,8 @@
 `sammed3d serve` runs with the weights `tiny` on a CT of SAMMED3D_DATA. Each client is the real one
 of 3D Slicer, MITK and napari and does what a hasty user would, without a pause: a few clicks on an
 organ, undo, the next object, and now and then the scan anew. At the end one client vanishes without
-a word, and its lease must end by itself. Exits with 1 if a bound does not hold.
+a word, and its lease must end by itself. Exits with 1 if a bound does not hold. Wall-clock bounds mean
+something on two cores without other work: see `machine_load` in the result.
 """
 
 import argparse
@@ -214,7 +215,10 @@ def measured(minutes: float) -> dict[str, Any]:
         server.wait(30)
     return {
         "minutes": minutes,
-        "machine_load": {"before": load_before, "after": os.getloadavg()[1]},
+        "machine_load": {
+            "before": round(load_before, 1),
+            "after": round(os.getloadavg()[1], 1),
+        },
         "scan": {"file": SCAN, "shape": scan.shape, "mib": round(image.nbytes / MIB, 2)},
         "clients": [
             {"error": client.error}
