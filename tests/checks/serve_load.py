@@ -6,8 +6,8 @@
 `sammed3d serve` runs with the weights `tiny` on a CT of SAMMED3D_DATA. Each client is the real one
 of 3D Slicer, MITK and napari and does what a hasty user would, without a pause: a few clicks on an
 organ, undo, the next object, and now and then the scan anew. At the end one client vanishes without
-a word, and its lease must end by itself. Exits with 1 if a bound does not hold. Wall-clock bounds mean
-something on two cores without other work: see `machine_load` in the result.
+a word, and its lease must end by itself. Exits with 1 if a bound does not hold. Beside
+other work on the machine (`machine_load` in the result) the clock says little.
 """
 
 import argparse
