@@ -187,7 +187,7 @@ def _many(place: Workplace) -> None:
     _cut(place.data / "imagesTr/case_0.nii.gz")
     place.label(1, _at(7))
     place.image(2, np.ones((12, 10, 8)))
-    place.label(3, np.zeros(SHAPE, np.uint8))
+    place.label(3, np.full(SHAPE, 0.5))
 
 
 def _split(place: Workplace, *folds: tuple[str, str]) -> None:

@@ -155,7 +155,7 @@ def test_a_dry_run_downloads_nothing_and_fills_no_cache(small, tmp_path, monkeyp
     monkeypatch.setattr(finetuning, "report", lambda *_: {})
     monkeypatch.setattr(finetune_unetr, "needs_download", lambda _: True)
     cache = tmp_path / "cache"
-    changes = {"scratch": False, "weights": "hf-hub:some/where", "steps": 1, "cache": str(cache)}
+    changes = {"scratch": False, "weights": "hf-hub:some/where", "cache": str(cache)}
     main(Config(**small | changes), dry_run=True)
     assert "hf-hub:some/where are not downloaded" in capsys.readouterr().out
     assert not cache.exists()
@@ -182,7 +182,7 @@ def test_pretrained_weights_bring_layer_decay_and_a_smaller_rate(
         finetune_unetr.engine, "Schedule", lambda **given: seen.update(given) or Schedule(**given)
     )
     weights = {} if changes.get("scratch", True) else {"weights": tiny_weights}
-    main(Config(**small | {"steps": 1} | changes | weights), dry_run=True)
+    main(Config(**small | {"steps": 2} | changes | weights), dry_run=True)
     assert (seen["lr"], seen["layer_decay"]) == (lr, layer_decay)
 
 
@@ -218,7 +218,7 @@ def test_a_study_replaces_the_encoder_and_draws_subjects(small, runs, monkeypatc
 )
 def test_a_frozen_encoder_ends_as_it_began(small, runs, tiny_weights, monkeypatch, freeze, kept):
     monkeypatch.setattr(finetuning, "report", lambda *_: {})
-    warm = {"scratch": False, "weights": tiny_weights, "steps": 2, "checkpointing": True}
+    warm = {"scratch": False, "weights": tiny_weights, "steps": 3, "checkpointing": True}
     main(Config(**small | warm | freeze))
     stored, ended = load_file(tiny_weights), load_file(runs / "toy/last.safetensors")
     encoder_stays = [
