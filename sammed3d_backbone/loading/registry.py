@@ -204,10 +204,15 @@ _TINY_NEXT = dataclasses.replace(
     variant="tiny_next",
     filename="tiny_next.safetensors",
     sha256="2f9285c57b9b22b4d9b7a2934888d00add7f8a2d90887d05713ae9a9a27b7e6b",
-    licence=_TINY.licence.replace("tiny.md", "tiny_next.md"),
+    licence=(
+        "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
+        "weights/tiny_next.md names"
+    ),
     rel_pos="axial",
     clicks="all",
-    preprocessing=dataclasses.replace(_TINY.preprocessing, spacing_mm=(2.0, 2.0, 2.0)),
+    preprocessing=dataclasses.replace(
+        SAM_MED3D, statistics="volume", crop_vox=(64, 64, 64), spacing_mm=(2.0, 2.0, 2.0)
+    ),
     pretraining=tuple(
         PretrainingSet(name, (1,))
         for name in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from sammed3d_backbone.data.preprocessing import SAM_MED3D, Modality, Preprocess
 from sammed3d_backbone.loading.registry import WEIGHTS, default_weights
 from sammed3d_backbone.loading.variants import variant
 from sammed3d_backbone.planning.findings import one_sided
-from sammed3d_backbone.planning.fingerprint import DIRECTIONS, Fingerprint
+from sammed3d_backbone.planning.fingerprint import DIRECTIONS, Fingerprint, Structure
 
 MODEL = "segresnet"
 MIN_THICK_VOX = 8  # of the thinnest class
@@ -179,7 +180,7 @@ def choose_flips(found: Fingerprint) -> Choice:
             for name in found.dataset.classes
             if any(re.fullmatch(pattern, word) for word in _words(name))
         ]
-        sides = found.median(lambda structure, axis=axis: structure.sides_mm[axis])
+        sides = found.median(partial(_side_mm, axis=axis))
         ordered = [
             (first, second, apart_mm)
             for first, second, apart_mm, _ in one_sided(found, axis)
@@ -194,6 +195,10 @@ def choose_flips(found: Fingerprint) -> Choice:
             axes.append(axis)
             reasons.append(f"{DIRECTIONS[axis]} yes")
     return Choice("flip_axes", axes, "; ".join(reasons))
+
+
+def _side_mm(structure: Structure, axis: int) -> float:
+    return structure.sides_mm[axis]
 
 
 def choose_components(found: Fingerprint) -> Choice:
