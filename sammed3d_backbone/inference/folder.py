@@ -102,12 +102,11 @@ def predict_scans(
     Args:
         predict: Volume -> labels, and probabilities if they are to be written.
         scans: From `scans_in`.
-        target: Folder of the results.
+        target: Folder of the results; exists.
         about: Identifies model and settings; an earlier run is resumed if it has the same.
         overwrite: Whether to replace other results.
         progress: Whether to show a progress bar.
     """
-    target.mkdir(parents=True, exist_ok=True)
     done = {} if overwrite else _finished(target, about, scans)
     entries = {scan.id: done[scan.id] for scan in scans if scan.id in done}
     bar = tqdm(total=len(scans), initial=len(done), unit="scan", disable=not progress)

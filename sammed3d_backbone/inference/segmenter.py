@@ -26,7 +26,7 @@ from sammed3d_backbone.adapters.registry import adapter
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.regions import keep_largest_component
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import reading, write_text
+from sammed3d_backbone.files import locked, reading, write_text
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.folder import predict_scans, scans_in
 from sammed3d_backbone.inference.hub import model_card, upload
@@ -238,21 +238,25 @@ class Segmenter:
             The entries of the manifest, a dictionary per scan; ``error`` is None where it worked.
 
         Raises:
-            ValueError: If there is no scan.
-            FileExistsError: If there are other results.
+            ValueError: If there is no scan, or the results would lie among the scans.
+            FileExistsError: If there are other results, or another process writes there.
         """
+        source, target = Path(source), Path(target)
+        if target.resolve().is_relative_to(source.resolve()):
+            raise ValueError(
+                f"{target} lies in {source}, whose scans stay as they are; choose another"
+            )
         settings: dict[str, Any] = {"modality": modality, "nearest": nearest, "mirror": mirror}
-        return predict_scans(
-            partial(self.labels_and_probabilities, wanted=probabilities, **settings),
-            scans_in(Path(source)),
-            Path(target),
-            {
-                "model": [{"file": p.name, "sha256": sha256_of(p)} for p in self.files],
-                "settings": {**settings, "probabilities": probabilities},
-            },
-            overwrite=overwrite,
-            progress=progress,
-        )
+        about = {
+            "model": [{"file": p.name, "sha256": sha256_of(p)} for p in self.files],
+            "settings": {**settings, "probabilities": probabilities},
+        }
+        predict = partial(self.labels_and_probabilities, wanted=probabilities, **settings)
+        scans = scans_in(source)
+        with locked(target):
+            return predict_scans(
+                predict, scans, target, about, overwrite=overwrite, progress=progress
+            )
 
     def labels_and_probabilities(
         self,

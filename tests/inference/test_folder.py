@@ -67,6 +67,13 @@ def test_results_of_other_settings_are_kept_unless_overwritten(fine_tuned, scans
         segmenter.predict_folder(scans, tmp_path / "out", progress=False)
 
 
+def test_results_never_lie_among_the_scans(fine_tuned, scans):
+    before = contents(scans)
+    for target in (scans, scans / "out"):
+        assert main(["predict", fine_tuned(), str(scans), str(target), "--overwrite"]) == 2
+    assert contents(scans) == before
+
+
 def test_a_damaged_scan_is_a_line_of_the_manifest_and_exit_1(fine_tuned, scans, tmp_path, capsys):
     (scans / "b.nii.gz").write_bytes(b"damaged")
     assert main(["predict", fine_tuned(), str(scans), str(tmp_path / "out")]) == 1
