@@ -48,8 +48,9 @@ SIDES = (
 # outputs, 1.37 with 14); `vit_b` has its own weights and is taken to need as much per voxel.
 MEMORY = {"tiny": (0.2, 2000.0), "vit_b": (2.0, 2000.0)}
 PER_CLASS = 25.0  # bytes per voxel and output: logits, softmax and their gradients
-# Factors on activations, of recomputed blocks and of bf16, from recipes/benchmarks (step_cost).
-RECOMPUTED, HALF = 0.8, 0.75
+# Factors on activations: of recomputed blocks (one crop of 64: 0.63 GiB), and of bf16 as in
+# recipes/benchmarks (step_cost).
+RECOMPUTED, HALF = 0.85, 0.75
 
 
 @dataclass(frozen=True)
