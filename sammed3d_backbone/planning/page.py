@@ -40,7 +40,7 @@ def write_plan_page(
             path,
             "planning/plan.html",
             title=f"Plan for {found.dataset.name}",
-            below=f"{len(found.cases)} cases in {found.dataset.folder.name}",
+            below=found.dataset.folder.name,
             note=found.dataset.note,
             findings=findings,
             summary=summary(found),
@@ -70,7 +70,7 @@ def _histograms(found: Fingerprint) -> Figure:
     _by_axis(
         sides, [np.multiply(c.shape, c.spacing_mm) for c in found.cases], "side of the scan, mm"
     )
-    classes = [name for name in found.dataset.classes if found.of_class(name)]
+    classes = [*found.median(lambda structure: structure.ml)]
     for row, name in enumerate(classes):
         ml = [structure.ml for structure in found.of_class(name)]
         volumes.plot(ml, [row] * len(ml), ".", color=COLOURS[row % len(COLOURS)], alpha=0.5)

@@ -43,14 +43,12 @@ SIDES = (
 )
 
 
-# Of a float32 step with MODEL: GiB of weights, gradients, moments and average, and bytes per voxel
-# of a crop without logits. `tiny` was measured with --dry-run (two crops of 64: 1.25 GiB with 3
-# outputs, 1.37 with 14); `vit_b` has its own weights and is taken to need as much per voxel.
+# GiB of weights, gradients, moments and average, and bytes per voxel of a float32 crop without
+# logits. `tiny` was measured by --dry-run (two crops of 64: 1.25 GiB, 1.37 with 14 outputs; one,
+# recomputed: 0.63); `vit_b` is taken to need as much per voxel.
 MEMORY = {"tiny": (0.2, 2000.0), "vit_b": (2.0, 2000.0)}
 PER_CLASS = 25.0  # bytes per voxel and output: logits, softmax and their gradients
-# Factors on activations: of recomputed blocks (one crop of 64: 0.63 GiB), and of bf16 as in
-# recipes/benchmarks (step_cost).
-RECOMPUTED, HALF = 0.85, 0.75
+RECOMPUTED, HALF = 0.85, 0.75  # factors on activations, the second that of step_cost
 
 
 @dataclass(frozen=True)
