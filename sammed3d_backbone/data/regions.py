@@ -22,8 +22,16 @@ def corner_voxels(shape: Triple, margin: float = 0.0) -> NDArray[np.float64]:
 
 def bounding_box(mask: Mask) -> tuple[slice, ...] | None:
     """The smallest box around the voxels of a mask; None if it has none."""
-    found: list[tuple[slice, ...]] = ndimage.find_objects(mask.view(np.uint8))
-    return found[0] if found else None
+    box: list[slice] = []
+    for axis in range(mask.ndim):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        found = np.flatnonzero(mask.any(axis=others))
+        if not len(found):
+            return None
+        side = slice(int(found[0]), int(found[-1]) + 1)
+        mask = mask[(slice(None),) * axis + (side,)]  # the rest is empty
+        box.append(side)
+    return tuple(box)
 
 
 def components(mask: Mask) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sammed3d_backbone.data.regions import bounding_box
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 
@@ -484,11 +485,5 @@ def shown_in(target: NDArray[Any] | Tensor) -> NDArray[np.bool_]:
 
 def hull(inside: NDArray[np.bool_]) -> Box | None:
     """The smallest box around all true voxels; None if there is none."""
-    box = []
-    for axis in range(inside.ndim):
-        others = tuple(a for a in range(inside.ndim) if a != axis)
-        found = np.flatnonzero(inside.any(axis=others))
-        if not len(found):
-            return None
-        box.append([int(found[0]), int(found[-1]) + 1])
-    return box
+    box = bounding_box(inside)
+    return None if box is None else [[side.start, side.stop] for side in box]
