@@ -145,7 +145,7 @@ def _mapped_cases(
     cases = []
     for name, entry in mapped.items():
         is_whole = isinstance(entry, dict) and ("label" in entry or entry.get("masks"))
-        if not is_whole or "images" not in entry:
+        if not is_whole or not entry.get("images"):
             problems.append(f'{name} in "dataset" lacks "images" or "label"; add the paths')
             continue
         images = tuple(folder / path for path in entry["images"])

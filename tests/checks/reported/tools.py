@@ -127,6 +127,6 @@ def nnunet(folder, n=6, channels=1, ending=".nii.gz", affine=None, shape=SHAPE, 
 
 def ball(path="scan.nii.gz", n=40, affine=None):
     """A bright ball in the middle of a cube."""
-    i, j, k = np.ogrid[:n, :n, :n] - np.array(n // 2)
+    i, j, k = (axis - n // 2 for axis in np.ogrid[:n, :n, :n])
     array = np.where(i**2 + j**2 + k**2 < 100, 200, 50).astype(np.int16)
     return nifti(path, array, np.diag([1.5, 1.5, 1.5, 1]) if affine is None else affine)
