@@ -157,14 +157,14 @@ def _compare(one: Path, other: Path) -> int:
     from sammed3d_backbone.files import reading
 
     (header, lines), (other_header, other_lines) = read_journal(one), read_journal(other)
-    if header["protocol"] != other_header["protocol"]:
+    played, other_played = header.get("protocol"), other_header.get("protocol")
+    if played != other_played:
         raise ValueError(
-            f"{one} was played by {header['protocol']}, {other} by {other_header['protocol']}; "
-            "compare runs of one protocol"
+            f"{one} was played by {played}, {other} by {other_played}; compare runs of one protocol"
         )
     with reading(other):
         compared = compare_runs(lines, other_lines)
-    print(f"{other} minus {one}, {header['protocol']}")
+    print(f"{other} minus {one}, {played}")
     for track, found in compared.items():
         print(f"{track}: {found['targets']} common targets of {found['subjects']} subjects")
         for name, (mean, low, high) in found["difference"].items():

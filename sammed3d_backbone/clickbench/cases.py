@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,7 +190,7 @@ def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]
         with np.load(path, allow_pickle=False) as archive:
             image, labels = archive["imgs"], archive["gts"]
             spacing_mm = np.asarray(archive["spacing"], dtype=float)
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise DatasetError(
             f"{path} cannot be used:", [f"{error}; give imgs, gts and spacing of the challenge"]
         ) from None

@@ -178,6 +178,9 @@ def _found_cases(
     first = f"_0000{ending}"
     stems = {path.name.removesuffix(first) for path in images.glob(f"[!.]*{first}")}
     stems |= {path.name.removesuffix(ending) for path in labels.glob(f"[!.]*{ending}")}
+    others = sorted(path for path in labels.glob("[!.]*") if path.is_file())
+    if others and not stems:
+        problems.append(f'{others[0]} does not end in {ending}, as "file_ending" says; correct it')
     further = f"_{len(channels):04d}{ending}"
     if undeclared := sorted(path.name for path in images.glob(f"[!.]*{further}")):
         problems.append(
