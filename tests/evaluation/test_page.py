@@ -38,7 +38,7 @@ def test_text_is_escaped_and_empty_facts_are_left_out(tmp_path):
         rules={},
         about=stated({"<i>": "<u>", "": ""}),
     )
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for markup in ("<b><", "<script>alert", "<i>", "<u>"):
         assert markup not in text
     for escaped in ("<title>&lt;b&gt;</title>", "a &lt; b", "&lt;u&gt;"):

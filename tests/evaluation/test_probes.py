@@ -81,7 +81,7 @@ def test_one_subject_alone_has_no_interval(made):
 
 
 def test_a_subject_on_both_sides_is_refused(made):
-    with pytest.raises(ValueError, match="1 subjects are in the bank and asked about, b for one"):
+    with pytest.raises(ValueError, match="1 subjects are in both bank and queries, b"):
         probe("knn", made(["a", "b"]), made(["b", "c"]), CLASSES)
 
 

@@ -144,10 +144,10 @@ def test_the_tables_tell_what_is_cut_off_unknown_or_missed(result):
 
 
 def test_a_page_can_be_made_again_from_the_files(result):
-    before = (result / "report.html").read_text()
+    before = (result / "report.html").read_bytes()
     (result / "report.html").unlink()
     assert write_report(result, RECORDS) == result / "report.html"
-    assert (result / "report.html").read_text() == before
+    assert (result / "report.html").read_bytes() == before
 
 
 def test_what_is_not_known_is_not_shown(tmp_path):

@@ -186,11 +186,11 @@ def test_accumulation_killed_between_two_steps_ends_with_the_same_bits(toy, step
 
 def test_every_share_of_a_step_draws_its_own_random_numbers(toy):
     seen = []
-    run = toy(accumulate=2, steps=2)
+    run = toy(accumulate=2, steps=3)
     step = run.step
     run.step = lambda model, batch: (seen.append(torch.initial_seed()), step(model, batch))[1]
     run.go()
-    assert len(set(seen)) == len(seen) == 4
+    assert len(set(seen)) == len(seen) == 6
 
 
 def schedule(**changes):
