@@ -2,19 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_DEMO := .venv/.installed-demo
 WORKERS := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: help
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
+# Not compiled: that takes a minute, and is done for what is imported.
+INSTALL := $(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable
+
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'  # compiling takes a minute
+	$(INSTALL) '.[dev]'
+	touch $@ $(INSTALLED_DEMO)
+
+$(INSTALLED_DEMO): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) '.[demo]'
 	touch $@
 
 .PHONY: demo
-demo: $(INSTALLED)  ## fine-tune, score and draw; DATA=folder WEIGHTS=turbo for your own
+demo: $(INSTALLED_DEMO)  ## fine-tune, score and draw; DATA=folder WEIGHTS=turbo for your own
 	$(BIN)/python recipes/demo.py $(if $(DATA),'data=$(DATA)') $(if $(WEIGHTS),'weights=$(WEIGHTS)')
 
 .PHONY: test
