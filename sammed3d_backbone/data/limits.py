@@ -18,7 +18,7 @@ SPACING_MM = (0.01, 100.0)
 # Share of a voxel by which volumes on one grid may lie apart. ITK makes axes orthonormal, which
 # moves the corners of slightly sheared volumes by tenths of a millimetre.
 GRID_TOLERANCE = 0.25
-MAX_VOXELS = 2**30  # of a resampled channel, 4 GiB as float32
+MAX_VOXELS = 2**29  # of a resampled channel, 2 GiB as float32; prediction holds several such grids
 MAX_UNPACKED = 2**34
 
 
