@@ -122,7 +122,14 @@ def test_what_cannot_be_done_is_one_line(monkeypatch, capsys, argument, remedy):
 
 @pytest.mark.slow
 def test_the_demo_ends_with_a_figure(runs, toy_data, monkeypatch, capsys):
-    small = ["steps=2", "validate_every=2", "crop_vox=16", "feature_size=4", "cpu=true"]
+    small = [
+        "steps=2",
+        "warmup_steps=0",
+        "validate_every=2",
+        "crop_vox=16",
+        "feature_size=4",
+        "cpu=true",
+    ]
     monkeypatch.setattr("sys.argv", ["demo.py", f"data={toy_data}", "threads=1", *small])
     demo.main()
     figure = runs / "demo_Toy/results/figure.png"
