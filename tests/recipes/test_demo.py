@@ -131,7 +131,9 @@ def test_the_demo_ends_with_a_figure(runs, toy_data, monkeypatch, capsys):
         "cpu=true",
     ]
     monkeypatch.setattr("sys.argv", ["demo.py", f"data={toy_data}", "threads=1", *small])
-    demo.main()
+    with pytest.raises(SystemExit) as stopped:
+        demo.main()
+    assert not stopped.value.code
     figure = runs / "demo_Toy/results/figure.png"
     printed = capsys.readouterr().out
     assert str(figure) in printed
