@@ -177,6 +177,7 @@ def test_fine_tuning_starts_from_weights_and_keeps_their_form(small, runs):
 
 @pytest.mark.slow
 def test_a_later_stage_scores_no_case_that_an_earlier_one_trained_on(small, runs):
+    small = replace(small, warmup_steps=0)
     main(replace(small, steps=1, exclude=("hippocampus",), seed=1))
     weights = str(runs / "toy/last.safetensors")
     with pytest.raises(ValueError, match="val_cases="):
@@ -259,7 +260,7 @@ def test_the_configuration_for_a_gpu_runs_in_bfloat16_and_compiled(
     changes = {key: getattr(small, key) for key in kept}
     cfg = replace(cfg, **changes, variant="nano", batch=2, steps=2, decay_steps=1, workers=0)
     cfg = replace(cfg, scored=(), smallest_vox=(100, 50), validate_every=2, log_every=1)
-    scores = main(replace(cfg, decoder_warmup_steps=0))
+    scores = main(replace(cfg, warmup_steps=0, decoder_warmup_steps=0))
     assert 0 <= scores["dice_5"] <= 1
     sam("nano", weights=runs / "toy/last.safetensors", rel_pos="axial")
 
