@@ -1,7 +1,6 @@
 """Train the promptable network by clicks, from scratch or from public weights on own data.
 
     python recipes/pretrain_promptable.py recipes/configs/pretrain/tiny.yaml
-    python recipes/pretrain_promptable.py recipes/configs/pretrain/tiny_stage2.yaml weights=FILE
     accelerate launch recipes/pretrain_promptable.py CONFIG weights=turbo variant=vit_b lr=8e-5
 
 The first click falls into the object, later ones where the mask is wrong, on one encoding per
@@ -98,7 +97,7 @@ class Config:
     variant: str = "tiny"
     weights: str | None = None  # a name or file of whole promptable networks; None: random
     decoder_warmup_steps: int = 0  # steps of `warm_up_decoder` before the training
-    rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
+    rel_pos: Literal["sammed3d", "axial"] | None = None  # None: the variant's, the weights'
     point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
     spacing_mm: Positive = 1.5  # spacing that the network is meant for
@@ -537,7 +536,7 @@ def save_weights(
         name=cfg.name,
         variant=cfg.variant,
         filename=path.name,
-        rel_pos=cfg.rel_pos,
+        rel_pos=network.image_encoder.rel_pos,
         point_pos=network.prompt_encoder.point_pos,
         clicks=cfg.clicks,
         preprocessing=dataclasses.replace(

@@ -29,8 +29,8 @@ from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training import optim
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parent / "configs/pretrain/tiny_next.yaml"
-VARIANTS = ("tiny", "tiny_next", "nano")
+CONFIG = HERE.parent / "configs/pretrain/tiny.yaml"
+VARIANTS = ("tiny", "nano")
 OBJECTS, CLICKS = 8, 2
 RUNS = 5
 
@@ -57,7 +57,7 @@ def main() -> None:
         figures[name] = {
             precision: parts(network, crop, precision) for precision in ("float32", "bfloat16")
         }
-    figures["tiny_next.yaml"] = whole_step(crop)
+    figures["tiny.yaml"] = whole_step(crop)
     about = {"objects": OBJECTS, "clicks": CLICKS, "cpu_seconds": figures, **provenance(HERE)}
     (HERE / "pretraining_step.json").write_text(json.dumps(about, indent=1) + "\n")
 

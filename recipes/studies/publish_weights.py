@@ -1,12 +1,12 @@
 """Put the weights of a finished pretraining into the package, with their curve and their sums.
 
-    python recipes/studies/publish_weights.py NAME RUN [RUN ...]
+    python recipes/studies/publish_weights.py NAME RUN [RUN ...] [--variant VARIANT]
 
 A RUN is a folder that pretrain_promptable.py has filled; several are the stages in their order, and
 the averaged weights of the last one are published in half precision. NAME.safetensors and
-SHA256SUMS go to weights/; a row per
-stage (runs.csv), the log (curves.csv) and one figure go to results/NAME. The record in
-`sammed3d_backbone/loading/registry.py` and the card weights/NAME.md are written by hand.
+SHA256SUMS go to weights/; a row per stage (runs.csv), the log (curves.csv) and one figure go to
+results/NAME. --variant is the size's name where it has another one since the training. The record
+in `sammed3d_backbone/loading/registry.py` and the card weights/NAME.md are written by hand.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ PANELS = {  # label -> keys of the log, and what they are
 KEYS = [key for keys in PANELS.values() for key in keys]
 
 
-def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str:
+def main(
+    stages: Sequence[Path], name: str, weights: Path, results: Path, *, variant: str | None = None
+) -> str:
     """Writes what belongs together; returns the hash of the file.
 
     Raises:
@@ -60,7 +62,13 @@ def main(stages: Sequence[Path], name: str, weights: Path, results: Path) -> str
     tensors, metadata = read(stages[-1] / "last.safetensors")
     training = json.loads(metadata["training"])
     record = from_metadata(Weights(name=name), metadata)
-    record = replace(record, name=name, filename=path.name, clicks=training["config"]["clicks"])
+    record = replace(
+        record,
+        name=name,
+        variant=variant or record.variant,
+        filename=path.name,
+        clicks=training["config"]["clicks"],
+    )
     entries = {"training": metadata["training"], **to_metadata(record)}
     write(path, {key: value.half() for key, value in tensors.items()}, entries, overwrite=True)
     files = sorted(weights.glob("*.safetensors"))
@@ -114,10 +122,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("stages", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--variant", help="the size's name in the table of variants now")
     args = parser.parse_args()
     weights, results = HERE.parents[1] / "weights", HERE / "results" / args.name
     sys.exit(
         console.run_program(
-            lambda: print(main(args.stages, args.name, weights, results)), "publish_weights"
+            lambda: print(main(args.stages, args.name, weights, results, variant=args.variant)),
+            "publish_weights",
         )
     )

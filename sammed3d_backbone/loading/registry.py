@@ -176,39 +176,13 @@ _TINY = Weights(
     name="tiny",
     variant="tiny",
     filename="tiny.safetensors",
-    sha256="0ae9afe10d5a6632d2ad47fe83681fd53e7438f7d2bce4ba3bab022d21b76638",
+    sha256="b97789d475c592a6ece9f687890dafc042a998e5acb646e9d8da7d2e6445cc02",
     licence=(
         "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
         "weights/tiny.md names"
     ),
-    rel_pos="sammed3d",
-    point_pos="aligned",
-    preprocessing=dataclasses.replace(SAM_MED3D, statistics="volume", crop_vox=(64, 64, 64)),
-    pretraining=(
-        *(PretrainingSet(name, (1, 2)) for name in ("synthetic", "HeadNeckCT")),
-        *(PretrainingSet(name, (1,)) for name in ("totalsegmentator", "tptbox_spine", "glioma")),
-        PretrainingSet("openms_lesion", (1, 2)),
-        PretrainingSet("pyradiomics_tumour", (1, 2)),
-        PretrainingSet("sct_spinalcord_mr", (1, 2)),
-    ),
-    held_out=("hippocampus", "voxelmorph_brain"),
-    undisclosed_sets=0,
-    citation="this package, and the data sets of weights/tiny.md",
-    status="trained by this project, installed with the package",
-)
-
-# A checkpoint of the training that is to replace `tiny`; its card is weights/tiny_next.md.
-_TINY_NEXT = dataclasses.replace(
-    _TINY,
-    name="tiny_next",
-    variant="tiny_next",
-    filename="tiny_next.safetensors",
-    sha256="2f9285c57b9b22b4d9b7a2934888d00add7f8a2d90887d05713ae9a9a27b7e6b",
-    licence=(
-        "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
-        "weights/tiny_next.md names"
-    ),
     rel_pos="axial",
+    point_pos="aligned",
     clicks="all",
     preprocessing=dataclasses.replace(
         SAM_MED3D, statistics="volume", crop_vox=(64, 64, 64), spacing_mm=(2.0, 2.0, 2.0)
@@ -228,12 +202,13 @@ _TINY_NEXT = dataclasses.replace(
         )
     ),
     held_out=("hippocampus", "voxelmorph_brain", "abdomen_mr"),
-    citation="this package, and the data sets of weights/tiny_next.md",
+    undisclosed_sets=0,
+    citation="this package, and the data sets of weights/tiny.md",
+    status="trained by this project, installed with the package",
 )
 
 WEIGHTS: dict[str, Weights] = {
     "tiny": _TINY,
-    "tiny_next": _TINY_NEXT,
     "turbo": _TURBO,
     "turbo_bbox_init": dataclasses.replace(
         _TURBO, name="turbo_bbox_init", filename="sam_med3d_turbo_bbox_init.pth", sha256=None
@@ -248,7 +223,7 @@ WEIGHTS: dict[str, Weights] = {
 }
 
 # The weights that `encoder(variant)` loads by default.
-DEFAULT_WEIGHTS = {"tiny": "tiny", "tiny_next": "tiny_next", "vit_b": "turbo"}
+DEFAULT_WEIGHTS = {"tiny": "tiny", "vit_b": "turbo"}
 
 
 def list_weights() -> list[str]:

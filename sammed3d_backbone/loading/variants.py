@@ -67,9 +67,9 @@ class Variant:
         return {name: value for name, value in vars(self).items() if name not in forms}
 
 
-# `tiny` is this project's: 512 tokens from a 64-voxel cube, meant for 96 mm at 1.5 mm spacing,
-# with all blocks global, since 512 tokens need no windows. Nothing was trained in its size before,
-# so its decoder starts with aligned point positions.
+# `tiny` and `nano` are this project's: 512 tokens from a 64-voxel cube, with all blocks global,
+# since 512 tokens need no windows. No released weights have their sizes, so they take axial relative
+# positions, which fit any grid, and aligned point positions, and their masks also read the image.
 TINY = Variant(
     img_size=64,
     patch_size=8,
@@ -77,37 +77,28 @@ TINY = Variant(
     depth=12,
     num_heads=3,
     global_attn_indexes=tuple(range(12)),
-    out_chans=64,
-    decoder=DecoderSizes(num_heads=4, mlp_dim=256, iou_head_hidden_dim=64, point_pos="aligned"),
+    out_chans=128,
+    rel_pos="axial",
+    decoder=DecoderSizes(
+        num_heads=8,
+        mlp_dim=256,
+        iou_head_hidden_dim=64,
+        point_pos="aligned",
+        high_resolution=True,
+    ),
 )
 # `vit_b` is the reference's `vit_b_ori`, the only size with public weights; the reference's own
 # `vit_b`, `vit_l` and `vit_h` were never published with weights and are the `_256` rows here.
-# point_pos="swapped" splits the neck's width by 3, and 64 is not a multiple: `tiny_96` takes both
-# forms, to compare them.
 VARIANTS: dict[str, Variant] = {
     "tiny": TINY,
-    "tiny_96": replace(TINY, out_chans=96),
-    # The working name of the next `tiny`: a wider neck and decoder, and sharp masks.
-    "tiny_next": replace(
-        TINY,
-        out_chans=128,
-        rel_pos="axial",
-        decoder=DecoderSizes(
-            num_heads=8,
-            mlp_dim=256,
-            iou_head_hidden_dim=64,
-            point_pos="aligned",
-            high_resolution=True,
-        ),
-    ),
     "nano": replace(
         TINY,
         embed_dim=96,
         depth=5,
         num_heads=2,
         global_attn_indexes=tuple(range(5)),
-        rel_pos="axial",
-        decoder=replace(TINY.decoder, high_resolution=True),
+        out_chans=64,
+        decoder=replace(TINY.decoder, num_heads=4),
     ),
     "vit_b": Variant(
         img_size=128,

@@ -57,7 +57,7 @@ class Objective(nn.Module):
         if not with_clicks and reconstruction is None and contrast is None and dense is None:
             raise ValueError("there is no loss; give clicks, reconstruction, contrast or dense")
         if dense is not None and interaction.network.mask_decoder.high_resolution is None:
-            raise ValueError("dense labels need a variant with high_resolution, such as tiny_next")
+            raise ValueError("dense labels need a variant with high_resolution, such as tiny")
         self.interaction = interaction
         self.with_clicks = with_clicks
         self.reconstruction = reconstruction

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from sammed3d_backbone.recipes.benchmarks.parity import (
 )
 from torch import nn
 
-from sammed3d_backbone import sam
+from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.models.high_resolution import HighResolution
 from sammed3d_backbone.models.mask_decoder import MaskDecoder3D, sorted_into_volume
 from sammed3d_backbone.models.prompt_encoder import PromptEncoder3D
+from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.models.two_way import TwoWayLayer
 
 SMALL = {"embed_dim": 48, "side": 64, "grid": 4, "mlp_dim": 64, "iou_head_hidden_dim": 32}
@@ -31,15 +33,16 @@ def prompts():
 
 
 @pytest.fixture
-def tiny():
-    """A promptable network with random weights."""
+def plain():
+    """A promptable network with random weights whose masks do not read the image, as released."""
     torch.manual_seed(0)
-    return sam("tiny", pretrained=False).eval()
+    sizes = replace(VARIANTS["nano"].decoder, high_resolution=False)
+    return Sam3D.around(encoder("nano", pretrained=False), **vars(sizes)).eval()
 
 
 @pytest.fixture
 def embedding(generator):
-    """An image embedding of `tiny`."""
+    """An image embedding of `plain`."""
     return torch.randn(1, 64, 8, 8, 8, generator=generator)
 
 
@@ -128,11 +131,11 @@ def test_the_first_layer_replaces_its_tokens():
     torch.testing.assert_close(kept, normal, rtol=1e-4, atol=1e-4)
 
 
-def test_norms_of_tokens_have_another_epsilon_than_norms_of_maps(tiny):
+def test_norms_of_tokens_have_another_epsilon_than_norms_of_maps(plain):
     token_norms = {
-        m.eps for m in tiny.mask_decoder.transformer.modules() if isinstance(m, nn.LayerNorm)
+        m.eps for m in plain.mask_decoder.transformer.modules() if isinstance(m, nn.LayerNorm)
     }
-    map_norms = {m.eps for m in tiny.modules() if type(m).__name__ == "LayerNorm3d"}
+    map_norms = {m.eps for m in plain.modules() if type(m).__name__ == "LayerNorm3d"}
     assert (token_norms, map_norms) == ({1e-5}, {1e-6})
 
 
@@ -184,12 +187,12 @@ def test_prompts_that_make_no_sense_are_refused(prompts, given, remedy):
         prompts(**given)
 
 
-def test_prompts_that_fit_no_image_are_refused(tiny, embedding):
+def test_prompts_that_fit_no_image_are_refused(plain, embedding):
     points = torch.zeros(3, 1, 3), torch.ones(3, 1)
     with pytest.raises(ValueError, match="2 images embeddings for 3 sets of points; give one for"):
-        tiny.decode(embedding.expand(2, -1, -1, -1, -1), points)
+        plain.decode(embedding.expand(2, -1, -1, -1, -1), points)
     with pytest.raises(ValueError, match="2 dense embeddings for 3 sets of points"):
-        tiny.decode(embedding, points, torch.zeros(2, 1, 32, 32, 32))
+        plain.decode(embedding, points, torch.zeros(2, 1, 32, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -202,69 +205,69 @@ def test_widths_that_do_not_split_are_refused(sizes, remedy):
         MaskDecoder3D(**given)
 
 
-def test_many_prompts_on_one_image_are_what_each_gives_alone(tiny, embedding, generator):
+def test_many_prompts_on_one_image_are_what_each_gives_alone(plain, embedding, generator):
     coords = torch.randint(64, (5, 2, 3), generator=generator)
     labels = torch.randint(2, (5, 2), generator=generator)
     masks = torch.randn(5, 1, 32, 32, 32, generator=generator)
     for given in (masks, None):
-        together = tiny.decode(embedding, (coords, labels), given)
+        together = plain.decode(embedding, (coords, labels), given)
         for i in range(5):
             mask = None if given is None else given[i : i + 1]
-            alone = tiny.decode(embedding, (coords[i : i + 1], labels[i : i + 1]), mask)
+            alone = plain.decode(embedding, (coords[i : i + 1], labels[i : i + 1]), mask)
             assert relative_error(together[i : i + 1], alone) < 1e-6
 
 
-def test_without_a_mask_the_network_reads_zeros_as_in_its_training(tiny, embedding):
+def test_without_a_mask_the_network_reads_zeros_as_in_its_training(plain, embedding):
     points = torch.tensor([[[20, 30, 40]]]), torch.tensor([[1]])
-    first = tiny.decode(embedding, points)
-    assert torch.equal(first, tiny.decode(embedding, points, torch.zeros(1, 1, 32, 32, 32)))
-    sparse, untrained = tiny.prompt_encoder(points=points)
-    code = tiny.prompt_encoder.get_dense_pe()
-    assert not torch.allclose(first, tiny.mask_decoder(embedding, code, sparse, untrained)[0])
-    assert not torch.allclose(first, tiny.decode(embedding, points, first))
+    first = plain.decode(embedding, points)
+    assert torch.equal(first, plain.decode(embedding, points, torch.zeros(1, 1, 32, 32, 32)))
+    sparse, untrained = plain.prompt_encoder(points=points)
+    code = plain.prompt_encoder.get_dense_pe()
+    assert not torch.allclose(first, plain.mask_decoder(embedding, code, sparse, untrained)[0])
+    assert not torch.allclose(first, plain.decode(embedding, points, first))
 
 
-def test_a_mask_alone_is_a_prompt(tiny, embedding, generator):
+def test_a_mask_alone_is_a_prompt(plain, embedding, generator):
     masks = torch.randn(2, 1, 32, 32, 32, generator=generator)
-    logits = tiny.decode(embedding, mask_logits=masks)
+    logits = plain.decode(embedding, mask_logits=masks)
     assert logits.shape == masks.shape
     assert not torch.allclose(logits[0], logits[1])
 
 
-def test_logits_are_upsampled_linearly_between_voxel_centres(tiny):
+def test_logits_are_upsampled_linearly_between_voxel_centres(plain):
     ramp = torch.arange(32.0).view(1, 1, 32, 1, 1).expand(1, 1, 32, 32, 32)
-    line = tiny.upsample(ramp)[0, 0, :, 5, 60]
+    line = plain.upsample(ramp)[0, 0, :, 5, 60]
     assert line.shape == (64,)
     torch.testing.assert_close(line[1:-1], torch.arange(0.25, 31, 0.5))
     assert (line[0], line[-1]) == (0, 31)
 
 
-def test_the_network_goes_from_volumes_and_clicks_to_masks_of_the_same_size(tiny, generator):
+def test_the_network_goes_from_volumes_and_clicks_to_masks_of_the_same_size(plain, generator):
     volumes = torch.randn(2, 1, 64, 64, 64, generator=generator)
     points = torch.tensor([[[1, 2, 3]], [[60, 50, 40]]]), torch.ones(2, 1)
     with torch.no_grad():
-        logits = tiny(volumes, points)
-        steps = tiny.upsample(tiny.decode(tiny.image_encoder(volumes), points))
+        logits = plain(volumes, points)
+        steps = plain.upsample(plain.decode(plain.image_encoder(volumes), points))
     assert logits.shape == volumes.shape
     assert torch.equal(logits, steps)
 
 
-def test_autocast_does_not_touch_the_position_code(tiny, embedding):
+def test_autocast_does_not_touch_the_position_code(plain, embedding):
     points = torch.tensor([[[20, 30, 40]]]), torch.tensor([[1]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        sparse, _ = tiny.prompt_encoder(points=points)
-        code = tiny.prompt_encoder.get_dense_pe()
-    assert torch.equal(sparse, tiny.prompt_encoder(points=points)[0])
-    assert torch.equal(code, tiny.prompt_encoder.get_dense_pe())
+        sparse, _ = plain.prompt_encoder(points=points)
+        code = plain.prompt_encoder.get_dense_pe()
+    assert torch.equal(sparse, plain.prompt_encoder(points=points)[0])
+    assert torch.equal(code, plain.prompt_encoder.get_dense_pe())
 
 
 # --- sizes -----------------------------------------------------------------------------------
 
 
-def test_the_whole_promptable_tiny_model_stays_below_six_million_values(tiny):
-    values = list(tiny.state_dict().values())
-    assert sum(value.numel() for value in values) <= 6_000_000
-    assert sum(value.nbytes for value in values) <= 24_000_000
+def test_the_small_sizes_are_small_in_half_precision():
+    for name, largest_mb in (("tiny", 16), ("nano", 4)):
+        values = sam(name, pretrained=False).state_dict().values()
+        assert sum(2 * value.numel() for value in values) <= largest_mb * 1e6, name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -283,45 +286,45 @@ def test_every_variant_has_a_decoder(name):
         assert logits.shape == (2, 1, *network.prompt_encoder.mask_size)
 
 
-def test_another_input_size_moves_points_and_tokens_together(tiny, generator):
-    tiny.set_input_size(96)
-    assert tiny.prompt_encoder.mask_size == (48, 48, 48)
+def test_another_input_size_moves_points_and_tokens_together(plain, generator):
+    plain.set_input_size(96)
+    assert plain.prompt_encoder.mask_size == (48, 48, 48)
     with torch.no_grad():
-        logits = tiny(
+        logits = plain(
             torch.randn(1, 1, 96, 96, 96, generator=generator),
             (torch.tensor([[[90, 80, 70]]]), torch.ones(1, 1)),
         )
     assert logits.shape == (1, 1, 96, 96, 96)
-    code = tiny.prompt_encoder.get_dense_pe()
+    code = plain.prompt_encoder.get_dense_pe()
     centre_vox = torch.tensor([[[11.5, 3.5, 3.5]]])  # centre of token (1, 0, 0)
-    sparse, _ = tiny.prompt_encoder(points=(centre_vox, torch.ones(1, 1)))
-    inside = tiny.prompt_encoder.point_embeddings[1].weight[0]
+    sparse, _ = plain.prompt_encoder(points=(centre_vox, torch.ones(1, 1)))
+    inside = plain.prompt_encoder.point_embeddings[1].weight[0]
     torch.testing.assert_close(sparse[0, 0] - inside, code[0, :, 1, 0, 0], rtol=0, atol=1e-4)
 
 
 def test_any_box_is_an_input_where_both_forms_of_position_allow_it(generator):
     box = (32, 64, 48)
-    network = sam("tiny", pretrained=False, rel_pos="axial", img_size=box).eval()
+    network = sam("tiny", pretrained=False, img_size=box).eval()
     points = torch.tensor([[[31, 63, 47]]]), torch.ones(1, 1)
     with torch.no_grad():
         logits = network(torch.randn(1, 1, *box, generator=generator), points)
     assert logits.shape == (1, 1, *box)
     with pytest.raises(ValueError, match="rel_pos='sammed3d' exists on cubes only"):
-        sam("tiny", pretrained=False, img_size=box)
+        sam("tiny", pretrained=False, rel_pos="sammed3d", img_size=box)
 
 
-def test_masks_in_bfloat16_are_near_those_in_float32(tiny, embedding):
+def test_masks_in_bfloat16_are_near_those_in_float32(plain, embedding):
     points = torch.tensor([[[20, 30, 40]]]), torch.tensor([[1]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        coarse = tiny.decode(embedding, points)
-    assert relative_error(coarse, tiny.decode(embedding, points)) < 0.05
+        coarse = plain.decode(embedding, points)
+    assert relative_error(coarse, plain.decode(embedding, points)) < 0.05
 
 
 @pytest.fixture
 def sharp():
     """A small network with high-resolution maps."""
     torch.manual_seed(0)
-    return sam("tiny_next", pretrained=False, rel_pos="axial", img_size=(16, 24, 16)).eval()
+    return sam("tiny", pretrained=False, img_size=(16, 24, 16)).eval()
 
 
 def test_high_resolution_maps_lie_where_the_image_lies(sharp, generator):

@@ -1,10 +1,14 @@
 """Click, look, click again as one loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from sammed3d_backbone import sam
+from sammed3d_backbone import encoder
+from sammed3d_backbone.loading.variants import VARIANTS
+from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import (
     GRADED,
     UNUSED,
@@ -16,10 +20,11 @@ from sammed3d_backbone.pretraining.click_loss import (
 SIDE = 16
 
 
-@pytest.fixture(params=["tiny", "tiny_next"])
+@pytest.fixture(params=[True, False], ids=["high_resolution", "plain"])
 def network(request):
     torch.manual_seed(0)
-    return sam(request.param, pretrained=False, img_size=SIDE, rel_pos="axial")
+    sizes = replace(VARIANTS["nano"].decoder, high_resolution=request.param)
+    return Sam3D.around(encoder("nano", pretrained=False, img_size=SIDE), **vars(sizes))
 
 
 def batch(volumes=1, objects=3, steps=3):

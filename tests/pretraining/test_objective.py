@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sammed3d_backbone import sam
+from sammed3d_backbone import encoder, sam
+from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import GRADED, Interaction
 from sammed3d_backbone.pretraining.contrast import Contrast
 from sammed3d_backbone.pretraining.dense_labels import DenseLabels
@@ -16,7 +17,7 @@ SIDE = 16
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return sam("tiny_next", pretrained=False, img_size=SIDE, rel_pos="axial")
+    return sam("tiny", pretrained=False, img_size=SIDE)
 
 
 @pytest.fixture
@@ -109,4 +110,4 @@ def test_nothing_to_learn_is_refused(network):
 
 def test_dense_labels_need_high_resolution_maps(batch):
     with pytest.raises(ValueError, match="high_resolution"):
-        objective_of(sam("tiny", pretrained=False, img_size=SIDE), "dense")
+        objective_of(Sam3D.around(encoder("nano", pretrained=False, img_size=SIDE)), "dense")

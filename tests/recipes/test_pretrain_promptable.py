@@ -74,8 +74,7 @@ def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     assert all(0 <= line["soft_dice_first"] <= 1 for line in lines)
 
 
-NEXT = {  # settings of the next `tiny`'s configuration
-    "variant": "tiny_next",
+NEXT = {  # settings of the configuration of `tiny`
     "rel_pos": "axial",
     "objectives": ("clicks", "dense"),
     "dense_classes": ("front", "back"),
@@ -253,7 +252,7 @@ def test_the_configuration_for_a_gpu_runs_in_bfloat16_and_compiled(
     # The graph is traced and cut for the backward pass, but not turned into machine code.
     traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(nn.Module, "compile", traced)
-    cfg = config.load(Config, RECIPE.parent / "configs/pretrain/tiny_next_gpu.yaml")
+    cfg = config.load(Config, RECIPE.parent / "configs/pretrain/tiny_gpu.yaml")
     assert cfg.compiled
     assert cfg.mixed_precision == "bf16"
     kept = ("name", "sources", "shares", "val_cases", "val_crops", "img_size", "threads", "cpu")
@@ -287,7 +286,7 @@ def kept_out(shared_data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "tiny_stage2", "tiny_next", "tiny_next_gpu"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_gpu"])
 def test_what_is_to_be_transferred_to_is_in_no_pretraining(
     name, kept_out, shared_data, monkeypatch
 ):

@@ -28,7 +28,7 @@ def test_a_later_session_needs_no_encoder(tmp_path, balls):
 
 def test_high_resolution_maps_are_kept_too(tmp_path):
     torch.manual_seed(0)
-    network = sam("tiny_next", pretrained=False, rel_pos="axial", img_size=16)
+    network = sam("tiny", pretrained=False, img_size=16)
     array = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
     volume = Volume(array, np.diag([1.5, 1.5, 1.5, 1.0]))
     found = [

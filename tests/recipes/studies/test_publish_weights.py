@@ -33,14 +33,14 @@ def run(tmp_path):
 def test_weights_sums_and_curve_lie_where_they_belong(run, tmp_path):
     weights, results = tmp_path / "weights", tmp_path / "results"
     weights.mkdir()
-    digest = main([run, run], "toy", weights, results)
+    digest = main([run, run], "toy", weights, results, variant="tiny")
     content = (weights / "toy.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == digest
     assert (weights / "SHA256SUMS").read_text() == f"{digest}  toy.safetensors\n"
     tensors, metadata = read(weights / "toy.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.float16}
     record = from_metadata(Weights(name="file"), metadata)
-    assert (record.rel_pos, record.clicks) == ("axial", "all")
+    assert (record.variant, record.rel_pos, record.clicks) == ("tiny", "axial", "all")
     assert json.loads(metadata["training"])["config"] == {"clicks": "all"}
     assert {path.name for path in results.iterdir()} == {"runs.csv", "curves.csv", "figure.png"}
     stages = tables.read(results, "runs").set_index("run")
