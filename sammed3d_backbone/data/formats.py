@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sammed3d_backbone.data.dicom import DicomSeries, is_dicom, read_dicom
 from sammed3d_backbone.data.dicom_seg import write_dicom_seg
 from sammed3d_backbone.data.nifti import SUFFIXES, nifti_image, read_nifti
+from sammed3d_backbone.files import require_file
 
 Header = Nifti1Header | DicomSeries | None  # what a file says beside its voxels and affine
 
@@ -47,6 +48,8 @@ def read_voxels(
     """
     if not path.exists():
         raise FileNotFoundError(f"no file or folder at {path}; check the path")
+    if not path.is_dir():
+        require_file(path)
     if path.is_dir() or (not path.name.endswith(SUFFIXES) and is_dicom(path)):
         _require("highdicom", "dicom", f"{path} is DICOM, which")
         return read_dicom(path, series, slice_tolerance_mm)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.nifti import MAX_BYTES
-from sammed3d_backbone.files import inside
+from sammed3d_backbone.files import inside, require_file
 
 # Signs that turn the axes of a space towards R, A, S.
 SPACES = {
@@ -131,7 +131,9 @@ def _content(path: Path, header: Mapping[str, Any], file: IO[bytes]) -> bytes:
             raise ValueError(f"{field} is not supported")
     beside = header.get("data file", header.get("datafile"))
     if beside is not None:
-        with inside(path.parent, beside).open("rb") as other:
+        other_path = inside(path.parent, beside)
+        require_file(other_path)
+        with other_path.open("rb") as other:
             return _content(path, {**header, "data file": None, "datafile": None}, other)
     encoding = str(header["encoding"]).lower()
     if encoding in ("gzip", "gz"):

@@ -68,8 +68,8 @@ class Variant:
 
 
 # `tiny` and `nano` are this project's: 512 tokens from a 64-voxel cube, with all blocks global,
-# since 512 tokens need no windows. No released weights have their sizes, so they take axial relative
-# positions, which fit any grid, and aligned point positions, and their masks also read the image.
+# since 512 tokens need no windows. No released weights have their sizes, so they have axial
+# relative positions, which fit any grid, aligned point positions, and masks that read the image too.
 TINY = Variant(
     img_size=64,
     patch_size=8,

@@ -12,7 +12,7 @@ def test_the_zeroed_encoder_has_no_parameters_and_says_nothing(generator):
     model = unetr(zeroed, 3, feature_size=4)
     assert list(model.encoder.parameters()) == []
     final, maps = model.encoder.forward_intermediates(torch.ones(2, 1, 16, 16, 16), [0, 3])
-    assert [tuple(m.shape) for m in (final, *maps)] == [(2, 64, 2, 2, 2)] + 2 * [(2, 192, 2, 2, 2)]
+    assert [tuple(m.shape) for m in (final, *maps)] == [(2, 128, 2, 2, 2)] + 2 * [(2, 192, 2, 2, 2)]
     assert not any(m.any() for m in (final, *maps))
     loss = model(torch.randn(2, 1, 16, 16, 16, generator=generator)).square().mean()
     loss.backward()

@@ -156,13 +156,13 @@ def test_features_are_token_maps_with_their_affine(scan, tmp_path, capsys):
     assert main([*command, "--blocks", "11,2"]) == 0
     tensors, metadata = read(out)
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
-        "neck": (64, 12, 10, 9),
+        "neck": (128, 12, 10, 9),
         "block_2": (192, 12, 10, 9),
         "block_11": (192, 12, 10, 9),
         "affine": (4, 4),
     }
     assert metadata["volume"] == "in.nii.gz"
-    assert "neck: 64 x 12 x 10 x 9" in capsys.readouterr().out
+    assert "neck: 128 x 12 x 10 x 9" in capsys.readouterr().out
 
 
 def test_features_are_drawn_without_a_file_of_them(scan, tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_features_are_drawn_without_a_file_of_them(scan, tmp_path, capsys):
 def test_weights_alone_choose_the_variant(scan, tmp_path):
     out = tmp_path / "maps.safetensors"
     assert main(["features", scan, str(out), "--weights", "tiny"]) == 0
-    assert read(out)[0]["neck"].shape[0] == 64
+    assert read(out)[0]["neck"].shape[0] == 128
 
 
 @pytest.mark.slow

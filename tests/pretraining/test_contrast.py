@@ -14,7 +14,7 @@ SIDE = 16  # 2 x 2 x 2 tokens, 64 parts of 4 voxels a side
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return sam("tiny", pretrained=False, img_size=SIDE)
+    return sam("nano", pretrained=False, img_size=SIDE)
 
 
 @pytest.fixture

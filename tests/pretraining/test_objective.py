@@ -1,9 +1,12 @@
 """Losses side by side: what is asked for is learned, and nothing else waits for a gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sammed3d_backbone import encoder, sam
+from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import GRADED, Interaction
 from sammed3d_backbone.pretraining.contrast import Contrast
@@ -109,5 +112,7 @@ def test_nothing_to_learn_is_refused(network):
 
 
 def test_dense_labels_need_high_resolution_maps(batch):
+    backbone = encoder("nano", pretrained=False, img_size=SIDE)
+    plain = replace(VARIANTS["nano"].decoder, high_resolution=False)
     with pytest.raises(ValueError, match="high_resolution"):
-        objective_of(Sam3D.around(encoder("nano", pretrained=False, img_size=SIDE)), "dense")
+        objective_of(Sam3D.around(backbone, **vars(plain)), "dense")

@@ -10,7 +10,7 @@ from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return sam("tiny", pretrained=False, img_size=16)
+    return sam("nano", pretrained=False, img_size=16)
 
 
 @pytest.fixture

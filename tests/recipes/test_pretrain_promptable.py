@@ -64,7 +64,7 @@ def test_a_run_leaves_weights_that_load_and_say_what_they_are(small, runs):
     record = network.pretrained_cfg
     assert (record.point_pos, record.rel_pos, record.preprocessing.crop_vox) == (
         "aligned",
-        "sammed3d",
+        "axial",
         (16, 16, 16),
     )
     assert [entry.name for entry in record.pretraining] == ["synthetic", "Toy"]

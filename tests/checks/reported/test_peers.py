@@ -65,7 +65,7 @@ def test_timms_words():
         torch.randn(1, 1, 64, 64, 64), indices=[3], output_fmt="NCHW", intermediates_only=True
     )
     assert tuple(maps[0].shape) == (1, 192, 8, 8, 8)
-    assert network.num_features == 64  # those of the neck, as in timm
+    assert network.num_features == 128  # those of the neck, as in timm
 
 
 def test_an_image_of_another_library_is_a_volume():
