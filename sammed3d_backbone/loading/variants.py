@@ -69,7 +69,7 @@ class Variant:
 
 # `tiny` and `nano` are this project's: 512 tokens from a 64-voxel cube, with all blocks global,
 # since 512 tokens need no windows. No released weights have their sizes, so they have axial
-# relative positions, which fit any grid, aligned point positions, and masks that read the image too.
+# relative positions, which fit any grid, aligned point positions, and masks that read the image.
 TINY = Variant(
     img_size=64,
     patch_size=8,
