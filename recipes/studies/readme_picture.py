@@ -3,7 +3,7 @@
     python recipes/studies/readme_picture.py headneck_ct openkbp_022 Larynx examples/picture.png
 
 The click lies at the deepest voxel of the reference. Colours are the first three principal
-components of the last block's tokens, in the 96 mm cube around the click.
+components of the last block's tokens, in the 128 mm cube around the click.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 
-SIDE_VOX, SPACING_MM = 64, 1.5
+SIDE_VOX, SPACING_MM = 64, 2.0
 PATCH_VOX = 8
 SHIFTS_VOX = (-4, 0)  # two passes per axis of the plane halve the distance of the tokens
 
 
 def cube(volume: Volume, centre_mm: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The 64 x 64 x 64 voxels of 1.5 mm around a point, axes towards R, A, S."""
+    """The 64 x 64 x 64 voxels of 2 mm around a point, axes towards R, A, S."""
     offsets = (np.indices((SIDE_VOX,) * 3) - (SIDE_VOX - 1) / 2) * SPACING_MM
     places = offsets.reshape(3, -1) + centre_mm[:, None]
     inverse = np.linalg.inv(volume.affine)

@@ -58,6 +58,12 @@ class PagePoint(BaseModel):
     point_mm: tuple[float, float, float]
 
 
+class PagePlace(BaseModel):
+    """Where the crosshair rests."""
+
+    point_mm: tuple[float, float, float]
+
+
 class PagePrompts(BaseModel):
     """All that the page holds."""
 
@@ -91,6 +97,7 @@ class Page:
             Mount("/static", StaticFiles(directory=WEB)),
             Route("/page/open", self.open, methods=["POST"]),
             Route("/page/scan", self.send_scan, methods=["GET"]),
+            Route("/page/place", self.receive_place, methods=["POST"]),
             Route("/page/prompts", self.receive_prompts, methods=["POST"]),
             Route("/page/progress", self.progress, methods=["GET"]),
             Route("/page/labels", self.send_labels, methods=["POST"]),
@@ -138,6 +145,15 @@ class Page:
             return zipped(self.scan.image(session.step))
 
         return await self._on_session(request, work)
+
+    async def receive_place(self, request: Request) -> Response:
+        """Where the crosshair rests: the window there is encoded, since a click may follow."""
+
+        def work(session: LabellingSession, body: bytes) -> Response:
+            session.encode(self.scan.voxel(message_of(body, PagePlace).point_mm))
+            return JSONResponse({})
+
+        return await self._on_session(request, work, network=True)
 
     async def receive_prompts(self, request: Request) -> Response:
         """All prompts, for the changed box of the label map."""

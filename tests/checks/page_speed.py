@@ -37,6 +37,7 @@ STORED = ("liver", "spleen", "kidney_left", "kidney_right", "aorta", "urinary_bl
 CLICKED = "vertebrae_L3"
 PARTS = ("answered", "then_drawn")
 PATIENCE_MS = 300_000
+REST_MS = 1500
 GO = """(mm) => {
   viewer.scene.crosshairPos = viewer.mm2frac(mm);
   viewer.createOnLocationChange();
@@ -60,8 +61,12 @@ def middle_mm(labels: Volume, value: int) -> list[float]:
 
 
 def click(page: Page, point_mm: list[float], key: str = "p") -> tuple[float, float]:
-    """Seconds until the answer, and from there until it is drawn."""
+    """Seconds until the answer, and from there until it is drawn.
+
+    The crosshair rests before the key is pressed, as when a person looks at where it is.
+    """
     page.evaluate(GO, point_mm)
+    page.wait_for_timeout(REST_MS)
     page.evaluate("drawn()")  # nobody clicks before the crosshair is there
     page.keyboard.press(key)
     page.evaluate("() => sent")

@@ -247,6 +247,19 @@ def test_the_page_saves_what_it_shows(served, lopsided, scan, tmp_path, write_vo
     assert np.array_equal(predictor.predict("spleen").mask, shown == 2)
 
 
+def test_a_window_is_encoded_while_the_crosshair_rests(served, scan):
+    asked = prompts(scan, (1, INSIDE, True), follow=False)
+    with served(OpenScan(validate_volume(scan), "scan")) as http:
+        opened(http)
+        place = {"point_mm": asked["clicks"][0]["point_mm"]}
+        http.post("/page/place", json=place).raise_for_status()
+        assert http.get("/page/progress").json() == {"windows": 1}
+        http.post("/page/prompts", json=asked).raise_for_status()
+        assert http.get("/page/progress").json() == {"windows": 1}
+        assert http.post("/page/place", json={"point_mm": [1e6, 0, 0]}).status_code == 400
+        assert http.post("/page/place", json={"point_mm": [1]}).status_code == 400
+
+
 def test_a_new_lease_gets_everything_at_once(served, scan, stored):
     asked = prompts(scan, (1, OTHER, True))
     with served(OpenScan(validate_volume(scan), "scan", labels=stored)) as http:

@@ -8,6 +8,7 @@ const COLOURS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00
 const HEARTBEAT_MS = 30_000;
 const PROGRESS_MS = 400;
 const RETRY_MS = 2_000;
+const REST_MS = 250; // in which the crosshair does not move
 const TEXTURE_DRAW = 7; // NiiVue's unit for the label map
 
 const $ = (id) => document.getElementById(id);
@@ -27,6 +28,8 @@ let isEmpty = true; // whether the label map shown here is that of no prompts at
 let version = 0; // of the prompts
 let sent; // the request under way
 let saved = 0; // the version that was saved last
+let resting; // timer of the crosshair
+let encoding; // the request to encode a window ahead
 
 class RefusedError extends Error {}
 
@@ -249,6 +252,16 @@ function place({ mm, values }) {
   const value = values[0].value;
   const shown = Number.isInteger(value) ? value : value.toPrecision(4);
   $("place").textContent = `R ${x}  A ${y}  S ${z} mm, value ${shown}`;
+  clearTimeout(resting);
+  resting = setTimeout(encodeAhead, REST_MS);
+}
+
+// Has the window around the crosshair encoded, so that a click there is answered sooner.
+function encodeAhead() {
+  if (sent || encoding) return;
+  encoding = ask("page/place", { point_mm: crosshair })
+    .catch(() => undefined)
+    .finally(() => (encoding = undefined));
 }
 
 // --- objects --------------------------------------------------------------------------------

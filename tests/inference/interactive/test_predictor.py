@@ -337,3 +337,18 @@ def test_there_is_no_predicted_dice_where_the_newest_click_lies_in_no_window(bal
     assert (found.windows, found.predicted_dice) == (1, None)
     predictor.undo()
     assert predictor.predict().predicted_dice == 1
+
+
+def test_a_window_encoded_ahead_is_the_one_that_a_click_uses(predictor, balls):
+    volume, *_ = balls
+    predictor.follow = False
+    predictor.set_volume(volume)
+    predictor.click((22, 40, 36))
+    expected = predictor.predict().mask
+    predictor.set_volume(volume)
+    before = predictor.windows_encoded
+    predictor.encode((22, 40, 36))
+    assert predictor.windows_encoded == before + 1
+    predictor.click((22, 40, 36))
+    assert np.array_equal(predictor.predict().mask, expected)
+    assert predictor.windows_encoded == before + 1
