@@ -16,6 +16,7 @@ torch's, which is faster than the original's SimpleITK.
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sammed3d_backbone import sam
+from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
@@ -42,7 +44,7 @@ from sammed3d_backbone.provenance import provenance, resident_bytes
 from sammed3d_backbone.strategies import Draws, Errors, largest_centre
 
 HERE = Path(__file__).parent
-DATA = HERE / "../../../shared/data/singles/totalsegmentator"
+DATA = Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)) / "singles/totalsegmentator"
 SIDE, CELLS, SPACING_MM = 128, 32, 1.5
 OBJECTS = 13
 LATER_CLICKS = 10
