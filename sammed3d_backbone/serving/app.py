@@ -33,7 +33,7 @@ from sammed3d_backbone.serving.session import InteractiveSession, checked_axes
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 2**29  # encoded windows of all sessions together
+CACHE_BYTES = 2**27  # encoded windows of all sessions together
 RETRY_S = 10
 MAX_CONNECTIONS = 256
 # Longer than clients keep an idle connection (httpx: 5 s): if both gave up at the same moment, a
