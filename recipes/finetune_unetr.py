@@ -126,6 +126,11 @@ class Config:
                 f"weights={self.weights} with scratch=true, which is random initialisation; leave "
                 "out one of them"
             )
+        if self.init is not None and self.weights is not None:
+            raise ValueError(
+                f"init={self.init} with weights={self.weights}, which it would replace; leave out "
+                "one of them"
+            )
         if self.freeze != "encoder" and self.freeze >= self.steps:
             raise ValueError(
                 f"freeze={self.freeze}, steps={self.steps}; give fewer steps, or freeze=encoder to "
@@ -261,6 +266,7 @@ def main(
                         partial_dice_ce,
                         annotated=batch["annotated"],
                         foreground_weight=cfg.foreground_weight,
+                        regions=[*dataset.regions.values()],
                     )
                     loss = DeepSupervisionLoss(loss_of)(logits, batch["label"].float())
                     accelerator.backward(loss)
@@ -280,8 +286,8 @@ def main(
                 continue
             save_due = meter.log()
             if progress.step % cfg.validate_every == 0 or progress.step == cfg.steps:
-                scores = validate(accelerator, segmenter.logits, val, dataset.classes)
-                summary = summarise_scores(scores, dataset.classes)
+                scores = validate(accelerator, segmenter.logits, val, dataset.targets)
+                summary = summarise_scores(scores, [*dataset.targets])
                 say(f"step {progress.step}: validation Dice {summary['mean_dice']}")
                 run.record(step=progress.step, **summary)
                 if progress.scored(summary["mean_dice"]):

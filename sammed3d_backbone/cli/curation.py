@@ -25,7 +25,8 @@ def add_curate(commands: "Commands") -> None:
         type=Path,
         metavar="RAW",
         help="a data set, or a folder of some: Decathlon, "
-        "nnU-Net, BIDS, labels.json, CLASS/MODALITY_DATASET/{imagesTr,labelsTr}",
+        "nnU-Net, BIDS (also BIDS/derivatives/NAME/'*_desc-manual_dseg.nii.gz'), labels.json, "
+        "CLASS/MODALITY_DATASET/{imagesTr,labelsTr}",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or an interrupted run's")
     parser.add_argument(

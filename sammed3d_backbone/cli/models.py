@@ -169,6 +169,7 @@ def add_push(commands: "Commands") -> None:
 def _run_push(args: argparse.Namespace) -> int:
     import json
 
+    from sammed3d_backbone.files import reading
     from sammed3d_backbone.inference.hub import model_card, require_repo_id
     from sammed3d_backbone.inference.segmenter import Segmenter
 
@@ -181,7 +182,8 @@ def _run_push(args: argparse.Namespace) -> int:
         own = args.model.parent / "results" / "scores.json"
         path = own if own.is_file() else None
     if path is not None:
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            scores = json.loads(path.read_text(encoding="utf-8"))
     if args.dry_run:
         print(model_card(segmenter.card, args.repo_id, scores=scores, licence=args.licence))
         print(f"dry run: nothing uploaded to {args.repo_id}")

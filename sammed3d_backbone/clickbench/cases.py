@@ -18,7 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
-from sammed3d_backbone.data.datasets import Case, DatasetError, LabelledCase, with_subjects
+from sammed3d_backbone.data.datasets import (
+    Case,
+    DatasetError,
+    LabelledCase,
+    require_whole_masks,
+    with_subjects,
+)
 from sammed3d_backbone.data.folders import find_dataset, read_dataset
 from sammed3d_backbone.data.layouts import read_layout
 from sammed3d_backbone.data.limits import require_bytes
@@ -159,6 +165,7 @@ def read_click_set(
             return plain
     described = None if layout is None else read_layout(layout)
     dataset = read_dataset(find_dataset(str(data), described), described)
+    require_whole_masks(dataset)
     if subjects is not None:
         dataset = with_subjects(dataset, subjects)
     names = {value: name for value, name in dataset.labels.items() if value}

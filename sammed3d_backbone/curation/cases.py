@@ -35,9 +35,9 @@ from sammed3d_backbone.data.checks import label_problems, pair_problems, shift_m
 from sammed3d_backbone.data.datasets import Case, LabelledCase
 from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.nifti import SUFFIXES
-from sammed3d_backbone.data.preparation import load_image, load_label
+from sammed3d_backbone.data.preparation import load_image, numbered
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import UNWRITABLE, inside, write_json
+from sammed3d_backbone.files import UNWRITABLE, inside, reading, write_json
 
 RECORD = "decisions.json"
 OWN_FILES = re.compile(r".*\.nii(\.gz)?|.*decisions\.json")  # temporary names among them
@@ -76,8 +76,9 @@ def read_case(raw: LabelledCase, folder: Path) -> dict[str, Any] | None:
     path = inside(folder, raw.case.id) / RECORD
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["made_of"] == _made_of(raw) else None
+    with reading(path):
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record if record["made_of"] == _made_of(raw) else None
 
 
 def _remove_case(folder: Path) -> None:
@@ -132,7 +133,7 @@ def raw_targets(raw: LabelledCase, grid: Volume) -> Iterator[tuple[ClassMask, fl
         if problems:
             raise ValueError("; ".join(problems))
         apart_mm = shift_mm(stored, grid)
-        labels = stored.array.astype(np.int32) if case.masks else load_label(case).array
+        labels = stored.array.astype(np.int32) if case.masks else numbered(case, stored).array
         del stored  # a large volume takes four bytes per voxel
         for value, box in enumerate(ndimage.find_objects(labels), start=1):
             if box is not None:

@@ -148,5 +148,6 @@ def without_islands(
     }
     if not is_debris:
         return target, record
-    kept = np.isin(labels, order[: rules.max_parts] + 1)
-    return ClassMask.cropped(target.name, kept, target.start), record
+    is_kept = np.zeros(1 + len(sizes), np.bool_)
+    is_kept[order[: rules.max_parts] + 1] = True
+    return ClassMask.cropped(target.name, is_kept[labels], target.start), record

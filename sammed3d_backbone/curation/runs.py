@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sammed3d_backbone.curation.cases import Decision, curate_case, read_case
 from sammed3d_backbone.curation.rules import CurationRules
 from sammed3d_backbone.curation.sources import RawSet, read_raw
+from sammed3d_backbone.data.bids import split_choice
 from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
 from sammed3d_backbone.files import LOCK, locked, write_json, write_text
@@ -44,7 +45,7 @@ def curate(
     """Curates all cases that are not done yet; returns the raw data sets and all decisions.
 
     Args:
-        raw: Folder of one data set or of several.
+        raw: Folder of one data set or of several, as for `read_raw`.
         out: Result folder, new or that of an interrupted run.
         rules: Rules for the masks.
         jobs: Number of workers; -1 for all cores.
@@ -63,8 +64,9 @@ def curate(
     if scheduler is not None and backend != "dask":
         raise ValueError(f"backend {backend} takes no scheduler; leave it out, or choose dask")
     raw_sets = read_raw(raw, layout)
-    if out.resolve().is_relative_to(raw.resolve()):
-        raise ValueError(f"{out} lies among the raw data; choose a folder outside of {raw}")
+    root = split_choice(raw)[0]
+    if out.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{out} lies among the raw data; choose a folder outside of {root}")
     extra = {} if scheduler is None else {"scheduler_host": scheduler}
     # Joblib refuses a backend here, before anything is written.
     with parallel_config(_known(backend), n_jobs=jobs, **extra), locked(out):

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sammed3d_backbone.data import singles
-from sammed3d_backbone.data.datasets import Case, DatasetError, LabelledCase
+from sammed3d_backbone.data.bids import split_choice
+from sammed3d_backbone.data.datasets import (
+    Case,
+    DatasetError,
+    LabelledCase,
+    require_whole_masks,
+)
 from sammed3d_backbone.data.folders import DESCRIPTIONS, read_dataset
 from sammed3d_backbone.data.layouts import Layout
 from sammed3d_backbone.data.nifti import SUFFIXES
@@ -34,16 +40,19 @@ def read_raw(folder: Path, layout: Layout | None = None) -> list[RawSet]:
     """All data sets in and below a folder.
 
     Args:
-        folder: Folder of one data set or of several.
+        folder: Folder of one data set or of several; a BIDS set's path may go on to its labels, see
+            `data.bids`.
         layout: Layout of a single data set that does not describe itself.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no data set in it.
         DatasetError: If a description does not fit its files; all reasons at once.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at {folder}; check the path")
-    found = [_of_dataset(folder, folder, layout)] if layout else list(_search(folder, folder))
+    root, choice = (folder, "") if layout else split_choice(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root}; check the path")
+    is_one = layout is not None or choice
+    found = [_of_dataset(folder, root, layout)] if is_one else list(_search(root, root))
     if not found:
         raise FileNotFoundError(
             f"no data set in or below {folder}; pass the folder of a dataset.json, of a "
@@ -63,19 +72,22 @@ def _search(folder: Path, root: Path) -> Iterator[RawSet]:
         yield from _of_reference(folder, root)
     else:
         for inner in sorted(folder.iterdir()):
-            if inner.is_dir() and not inner.name.startswith("."):
+            # A link to a folder that holds it would be searched for ever.
+            is_loop = inner.is_symlink() and folder.resolve().is_relative_to(inner.resolve())
+            if inner.is_dir() and not inner.name.startswith(".") and not is_loop:
                 yield from _search(inner, root)
 
 
 def _of_dataset(folder: Path, root: Path, layout: Layout | None) -> RawSet:
     """A data set that `read_dataset` reads."""
     dataset = read_dataset(folder, layout)
+    require_whole_masks(dataset)
     labels = {value: name for value, name in dataset.labels.items() if value}
     modality = dataset.channels[0]
     return RawSet(
         name=dataset.name,
-        folder=folder,
-        place=_place(folder, root),
+        folder=dataset.folder,
+        place=_place(dataset.folder, root),
         channels=dataset.channels,
         cases=tuple(LabelledCase(case, labels, modality) for case in dataset.cases),
         note=dataset.note,

@@ -66,7 +66,7 @@ class CropStream(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.on_foreground = on_foreground
         self.augment = augment
-        self.foreground = [_foreground(case.label) for case in cases]
+        self.foreground = [_foreground(case.label, len(case.annotated)) for case in cases]
         self.cases_with = Counter(value for classes in self.foreground for value in classes)
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class CropStream(Dataset[dict[str, Tensor]]):
         return [int(rng.integers(r + 1)) for r in room]
 
 
-def _foreground(label: Tensor, most: int = 4096) -> dict[int, Tensor]:
+def _foreground(label: Tensor, classes: int, most: int = 4096) -> dict[int, Tensor]:
     """Some voxels of each class that occurs, to centre crops on, evenly picked.
 
     Shapes:
@@ -117,7 +117,7 @@ def _foreground(label: Tensor, most: int = 4096) -> dict[int, Tensor]:
     """
     voxels = {}
     for value in torch.unique(label).tolist():
-        if value:
+        if 0 < value < classes:
             found = torch.nonzero(label[0] == value)
             # A strided view would keep the indices of all voxels in memory.
             voxels[int(value)] = found[:: -(-len(found) // most)].clone()

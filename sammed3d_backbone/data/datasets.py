@@ -80,6 +80,14 @@ class Dataset:
     note: str = ""  # caveat for readers of results, printed on the figure
     about: Mapping[str, str] = field(default_factory=dict)  # reference, licence
     grid_tolerance: float = GRID_TOLERANCE  # between image and label, as a share of a voxel
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # nnU-Net's; see `targets`
+    has_ignore: bool = False  # voxels of value K are left out of loss and scores
+
+    @property
+    def targets(self) -> dict[str, tuple[int, ...]]:
+        """What is trained and scored, and its values: the regions if there are any, or classes."""
+        classes = {name: (value,) for value, name in self.labels.items() if value}
+        return dict(self.regions) or classes
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -183,6 +191,22 @@ def few_subjects(dataset: Dataset, ids: Sequence[str], labels: int, seed: int) -
         )
     chosen = set(subjects[:labels])
     return tuple(name for name in ids if subject_of[name] in chosen)
+
+
+def require_whole_masks(dataset: Dataset) -> None:
+    """Refuses a data set with a label "ignore", of whose structures a part may be missing.
+
+    Raises:
+        DatasetError: If it has one.
+    """
+    if dataset.has_ignore:
+        raise DatasetError(
+            f"{dataset.folder} cannot be used:",
+            [
+                'its label "ignore" marks voxels that may belong to any structure, and masks have '
+                "to be whole here; finetune_unetr and evaluate.py can use it"
+            ],
+        )
 
 
 def read_json(path: Path) -> object:

@@ -27,7 +27,7 @@ def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
     info = read_json(description)
     if not isinstance(info, dict):
         raise DatasetError(f"{description} cannot be used:", ["not a JSON object; correct it"])
-    labels = _labels(info, problems)
+    labels, regions, has_ignore = _labels(info, problems)
     channels = _channels(info, problems)
     before = len(problems)
     if isinstance(info.get("dataset"), dict):
@@ -47,6 +47,12 @@ def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
             f'"numTraining" is {declared}, but there are {found} cases; add the missing ones, or '
             "correct it"
         )
+    if regions and any(case.annotated is not None for case in cases):
+        problems.append('"annotated" cannot be used with regions; leave it out, or label "ignore"')
+    about = {key: str(info[key]) for key in ("reference", "licence") if key in info}
+    if regions:
+        named = (f"{name} = {', '.join(map(str, values))}" for name, values in regions.items())
+        about["regions"] = "; ".join(named)
     return Dataset(
         name=str(info.get("name", folder.name)),
         folder=folder,
@@ -54,16 +60,44 @@ def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
         channels=channels,
         cases=tuple(cases),
         note=str(info.get("note", "")),
-        about={key: str(info[key]) for key in ("reference", "licence") if key in info},
+        about=about,
+        regions=regions,
+        has_ignore=has_ignore,
     )
 
 
-def _labels(info: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
-    """Value -> name, from ``{"0": "background"}`` or nnU-Net 2's ``{"background": 0}``."""
+Labels = tuple[dict[int, str], dict[str, tuple[int, ...]], bool]
+
+
+def _labels(info: Mapping[str, Any], problems: list[str]) -> Labels:
+    """Names of the values, regions, and whether the value behind the last one is to be ignored.
+
+    From ``{"0": "background"}`` or nnU-Net 2's ``{"background": 0}``, which may have regions, as
+    ``{"tumour": [1, 2], "core": 2}``, and a last value ``"ignore"``.
+    """
     given = info.get("labels")
     if not isinstance(given, dict) or not given:
         problems.append('"labels" is missing; name the values, as {"0": "background", "1": ...}')
-        return {0: "background"}
+        return {0: "background"}, {}, False
+    before = len(problems)
+    regions: dict[str, tuple[int, ...]] = {}
+    if any(isinstance(value, list) for value in given.values()):
+        regions = _regions(given, problems)
+        others = {name: given[name] for name in ("background", "ignore") if name in given}
+        given = {**others, **_parts(regions)}
+    labels = _names(given, problems)
+    if twice := sorted(name for name, n in Counter(labels.values()).items() if n > 1):
+        problems.append(f"labels {twice} have several values; give one value per class")
+    if len(problems) == before and sorted(labels) != list(range(len(labels))):
+        problems.append(f"label values {sorted(labels)} have gaps; number them 0, 1, 2, ...")
+    has_ignore = "ignore" in labels.values()
+    if has_ignore and (labels.pop(max(labels)) != "ignore" or not labels):
+        problems.append('the label "ignore" is not the last; give it the highest value')
+    return dict(sorted(labels.items())), regions, has_ignore
+
+
+def _names(given: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
+    """Value -> name, from both forms."""
     labels: dict[int, str] = {}
     for key, value in given.items():
         if isinstance(value, int) and not isinstance(value, bool):
@@ -71,22 +105,37 @@ def _labels(info: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
         elif isinstance(value, str) and str(key).isdigit():
             number, name = int(key), value
         else:
-            problems.append(
-                f"label {key!r}: {value!r} is a region or not a number; give one value per class"
-            )
+            problems.append(f"label {key!r}: {value!r} is not a number; give one value per class")
             continue
         if number in labels:
             problems.append(f"labels {labels[number]!r} and {name!r} both have value {number}")
         if name.lower() == "background" and number != 0:
             problems.append(f'the label "background" has value {number}; it must be 0')
         labels[number] = name
-    if twice := sorted(name for name, n in Counter(labels.values()).items() if n > 1):
-        problems.append(f"labels {twice} have several values; give one value per class")
-    if "ignore" in labels.values():
-        problems.append('the label "ignore" is not supported; give those cases as "annotated"')
-    if not problems and sorted(labels) != list(range(len(labels))):
-        problems.append(f"label values {sorted(labels)} have gaps; number them 0, 1, 2, ...")
-    return dict(sorted(labels.items()))
+    return labels
+
+
+def _regions(given: Mapping[str, Any], problems: list[str]) -> dict[str, tuple[int, ...]]:
+    """The values of every region."""
+    regions = {}
+    for name, value in given.items():
+        if name.lower() in ("background", "ignore"):
+            continue
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(type(v) is int and v > 0 for v in values):
+            problems.append(f"region {name!r}: {value!r} are not values of labels above 0")
+        else:
+            regions[name] = tuple(dict.fromkeys(values))
+    return regions
+
+
+def _parts(regions: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """A name for each value, after the smallest region that it lies in."""
+    parts = {}
+    for value in sorted({value for values in regions.values() for value in values}):
+        name = min((n for n in regions if value in regions[n]), key=lambda n: len(regions[n]))
+        parts[name if len(regions[name]) == 1 else f"{name}, value {value}"] = value
+    return parts
 
 
 def _channels(info: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
             if not path.is_file()
         ]
         named = (*(case.annotated or ()), *case.truncated)
-        if unknown := [name for name in named if name not in dataset.classes]:
+        if unknown := [name for name in named if name not in dataset.targets]:
             problems.append(
                 f"{case.id}: {unknown} are not classes of this set; correct dataset.json"
             )

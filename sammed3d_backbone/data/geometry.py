@@ -9,15 +9,15 @@ Resampling keeps that extent, so the new spacing is ``n * spacing / n'`` for the
 voxels ``n'`` nearest to the wanted one; it is recorded as `spacing_mm` and the way back is exact.
 
 Why not MONAI's `Spacingd` and `Invertd`: labels go to the class with the largest linear share,
-for which `Spacingd` needs a one-hot channel per class; `invert_labels` brings back one class at a
-time, so that memory does not grow with their number, where `Invertd` inverts all channels at once;
+for which `Spacingd` needs a one-hot channel per class; `invert_labels` brings back one class and a
+few planes at a time, so that memory does not grow with them, where `Invertd` inverts all at once;
 and the way back ends on the stored shape of the input, so its affine is kept and not recomputed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsInt
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from sammed3d_backbone.data.limits import require_size
 
+SLAB_PLANES = 16  # planes of a volume that are computed at a time
 Triple = tuple[int, int, int]
 TripleMm = tuple[float, float, float]
 
@@ -242,11 +243,16 @@ class Geometry:
         """
         return self._unorient(_interpolate(self._from_box(values.float(), fill), self._oriented()))
 
-    def invert_labels(self, probs: Tensor, *, nearest: bool = False) -> Tensor:
+    def invert_labels(self, probs: Tensor | Iterable[Tensor], *, nearest: bool = False) -> Tensor:
         """Class labels on the input grid, from class probabilities on the network's grid.
 
-        The probabilities are resampled and then compared, one class at a time, so that memory does
-        not grow with the number of classes. With `nearest`, the comparison comes first.
+        The probabilities are resampled and then compared, one class and a few planes at a time;
+        with `nearest` they are compared first.
+
+        Args:
+            probs: All of them, or parts along the first axis from front to back, each of which may
+                be overwritten once the next one is taken.
+            nearest: Resample labels instead of probabilities.
 
         Shapes:
             probs: (K, *box_shape); class 0 is background and fills what the box did not reach.
@@ -255,22 +261,80 @@ class Geometry:
         Raises:
             ValueError: If the probabilities do not have the shape of the box.
         """
+        parts = [probs] if isinstance(probs, Tensor) else probs
         if nearest:
-            classes = self._from_box(probs.argmax(0, keepdim=True).float(), 0.0)
-            oriented = F.interpolate(classes[None], size=self._oriented(), mode="nearest-exact")[0]
+            classes = torch.cat([part.argmax(0, keepdim=True).short() for part in parts], dim=1)
+            inside = self._from_box(classes.float(), 0.0)
+            oriented = F.interpolate(inside[None], size=self._oriented(), mode="nearest-exact")[0]
             return _small_integers(self._unorient(oriented)[0].round().long())
-        best: Tensor | None = None
-        small = torch.uint8 if len(probs) <= 256 else torch.int16
-        result = torch.zeros(self._oriented(), dtype=small)
-        for value, prob in enumerate(probs):
-            inside = self._from_box(prob[None].float(), 1.0 if value == 0 else 0.0)
-            share = _interpolate(inside, self._oriented())[0]
-            if best is None:
-                best = share
-                continue
-            result[share > best] = value
-            best = torch.maximum(best, share)
+        n, m = self._oriented()[0], self.resampled_shape[0]
+        # In float32, as `_interpolate` computes it.
+        place = ((torch.arange(n) + 0.5) * (torch.tensor(float(m)) / n) - 0.5).clamp_min(0)
+        lower = place.long()
+        share = (place - lower).reshape(-1, 1, 1)
+        result = torch.zeros(self._oriented(), dtype=torch.uint8)
+        done, row, before = 0, 0, torch.empty(0)
+        for rows in self._rows(parts):
+            last = row + rows.shape[1]
+            if len(rows) > 256:
+                result = result.short()
+            ready = n if last == m else int((lower + 1 < last).sum())
+            for first in range(done, ready, SLAB_PLANES):
+                planes = slice(first, min(first + SLAB_PLANES, ready))
+                low, high = int(lower[planes][0]), min(int(lower[planes][-1]) + 2, m)
+                for value in range(len(rows)):
+                    x = rows[value, max(low - row, 0) : high - row]
+                    x = torch.cat([before[value], x]) if low < row else x
+                    if x.shape[1:] != result.shape[1:]:
+                        x = F.interpolate(x[None], size=result.shape[1:], mode="bilinear")[0]
+                    index, weight = lower[planes] - low, share[planes]
+                    above = (index + 1).clamp_max(len(x) - 1)
+                    x = x[index] if n == m else x[index] * (1 - weight) + x[above] * weight
+                    if value == 0:
+                        best = x
+                        continue
+                    result[planes][x > best] = value
+                    torch.maximum(best, x, out=best)
+            done, row, before = ready, last, rows[:, -1:].clone()
         return _small_integers(self._unorient(result[None])[0])
+
+    def _rows(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Parts of the box along the first axis -> parts of the resampled grid.
+
+        Background fills what the box did not reach.
+
+        Shapes:
+            parts: (K, x, *box_shape[1:]).
+            returns: (K, x', *resampled_shape[1:]).
+        """
+        (m, *sides), (in_box, *_), (in_volume, *_) = self.resampled_shape, *self._overlap()
+        row, filled = 0, 0
+        for part in parts:
+            self._require_box(part, (*part.shape[1:2], *self.box_shape[1:]))
+            if row == 0:
+                background = part.new_zeros(len(part), 1, *sides)
+                background[0] = 1
+                if filled := min(in_volume.start, m):
+                    yield background.expand(-1, filled, *sides)
+            rows = slice(max(in_box.start - row, 0), max(min(in_box.stop - row, part.shape[1]), 0))
+            row += part.shape[1]
+            if rows.start < rows.stop:
+                filled += rows.stop - rows.start
+                yield self._within(part[:, rows].float(), background)
+        if row != self.box_shape[0]:
+            raise ValueError(f"{row} planes are not the {self.box_shape[0]} of the network's grid")
+        if filled < m:
+            yield background.expand(-1, m - filled, *sides)
+
+    def _within(self, rows: Tensor, background: Tensor) -> Tensor:
+        """The part of rows of the box that lies in the volume, on background where that is less."""
+        in_box, in_volume = (inside[1:] for inside in self._overlap())
+        found = rows[:, :, in_box[0], in_box[1]]
+        if found.shape[2:] == background.shape[2:]:
+            return found
+        whole = background.repeat(1, rows.shape[1], 1, 1)
+        whole[:, :, in_volume[0], in_volume[1]] = found
+        return whole
 
     def _oriented(self) -> Triple:
         """Shape after orientation, before resampling."""
@@ -310,15 +374,19 @@ class Geometry:
 
     def _from_box(self, values: Tensor, fill: float) -> Tensor:
         """(C, *box_shape) -> (C, *resampled_shape)."""
-        if values.ndim != 4 or _triple(values.shape[1:]) != self.box_shape:
-            raise ValueError(
-                f"values of shape {tuple(values.shape)} are not on this geometry's network grid; "
-                f"give (K, {', '.join(map(str, self.box_shape))})"
-            )
+        self._require_box(values, self.box_shape)
         volume = values.new_full((values.shape[0], *self.resampled_shape), fill)
         inside_box, inside_volume = self._overlap()
         volume[(slice(None), *inside_volume)] = values[(slice(None), *inside_box)]
         return volume
+
+    def _require_box(self, values: Tensor, shape: tuple[int, ...]) -> None:
+        """Refuses values of another shape than (K, *shape)."""
+        if values.ndim != 4 or tuple(values.shape[1:]) != shape:
+            raise ValueError(
+                f"values of shape {tuple(values.shape)} are not on this geometry's network grid; "
+                f"give (K, {', '.join(map(str, self.box_shape))})"
+            )
 
 
 def interpolate_axis(

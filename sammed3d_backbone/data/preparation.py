@@ -35,7 +35,7 @@ class PreparedCase:
 
     Shapes:
         image: (C, X', Y', Z') float32.
-        label: (1, X', Y', Z') integers, 0 where the volume was padded.
+        label: (1, X', Y', Z') integers, 0 where the volume was padded, K where it is to be ignored.
         annotated: (K,) bool; False where a class was not annotated, so that it may be anywhere.
     """
 
@@ -78,16 +78,17 @@ def load_label(case: Case) -> Volume:
     """
     first = Volume.load(case.label_files[0])
     if not case.masks:
-        return _numbered(case, first)
+        return numbered(case, first)
     numbers = np.zeros(first.shape, np.int32)
     for number, path in zip(case.numbers or count(1), case.masks, strict=False):
         numbers[Volume.load(path).array > 0] = number
     return replace(first, array=numbers)
 
 
-def _numbered(case: Case, stored: Volume) -> Volume:
+def numbered(case: Case, stored: Volume) -> Volume:
     """Class numbers in place of the values in a file of all classes."""
-    values = np.round(stored.array).astype(np.int32)
+    values = np.empty_like(stored.array, dtype=np.int32)
+    np.rint(stored.array, out=values, casting="unsafe")  # without another copy in between
     if not case.values:
         return replace(stored, array=values)
     numbers = np.zeros_like(values)
@@ -143,7 +144,11 @@ def prepare_cases(
             prepared.append(PreparedCase(by_id[name], image, label, annotated))
     if problems:
         raise DatasetError(f"{len(problems)} problems in {dataset.folder}:", problems)
-    empty = [entry.case.id for entry in prepared if not bool((entry.label != 0).any())]
+    empty = [
+        entry.case.id
+        for entry in prepared
+        if not bool(((entry.label > 0) & (entry.label < len(dataset.labels))).any())
+    ]
     if empty and len(empty) == len(prepared):
         raise DatasetError(f"{dataset.folder} cannot be used:", ["no case has a labelled voxel"])
     if empty:
@@ -183,7 +188,8 @@ def _prepare(
 def open_case(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Volume] | None]:
     """The problems of a case, or its image and label."""
     problems: list[str] = []
-    known = (0, 1) if case.masks else (0, *(case.values or range(1, len(dataset.labels))))
+    values = case.values or range(1, len(dataset.labels) + dataset.has_ignore)
+    known = (0, 1) if case.masks else (0, *values)
     try:
         image = load_image(case, tolerance=dataset.grid_tolerance)
         for path in case.label_files:  # one in memory at a time: there may be a hundred
@@ -201,4 +207,4 @@ def open_case(case: Case, dataset: Dataset) -> tuple[list[str], tuple[Volume, Vo
         )
     if problems:
         return problems, None
-    return [], (image, load_label(case) if case.masks else _numbered(case, stored))
+    return [], (image, load_label(case) if case.masks else numbered(case, stored))

@@ -12,6 +12,7 @@ from scipy import ndimage
 from sammed3d_backbone.data.geometry import Triple
 
 Mask: TypeAlias = NDArray[np.bool_]  # (X, Y, Z)
+AT_ONCE = 2**24  # voxels
 
 
 def corner_voxels(shape: Triple, margin: float = 0.0) -> NDArray[np.float64]:
@@ -41,8 +42,12 @@ def components(mask: Mask) -> tuple[NDArray[Any], NDArray[np.int64]]:
         mask: (X, Y, Z).
         returns: (X, Y, Z) integers, 0 outside the mask, and (components,).
     """
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))  # corners connect
-    return labels, np.bincount(labels.ravel())[1:]
+    labels, number = ndimage.label(mask, structure=np.ones((3, 3, 3)))  # corners connect
+    sizes = np.zeros(1 + number, np.int64)
+    flat = labels.ravel()
+    for first in range(0, flat.size, AT_ONCE):  # bincount makes eight bytes of each
+        sizes += np.bincount(flat[first : first + AT_ONCE], minlength=1 + number)
+    return labels, sizes[1:]
 
 
 def keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
@@ -53,9 +58,10 @@ def keep_largest_component(labels: NDArray[np.integer[Any]]) -> NDArray[np.integ
         returns: (X, Y, Z) of the same type.
     """
     kept = np.zeros_like(labels)
-    for value in np.unique(labels[labels > 0]):
-        parts, sizes = components(labels == value)
-        kept[parts == 1 + sizes.argmax()] = value
+    for value, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is not None:
+            parts, sizes = components(labels[box] == value)
+            kept[box][parts == 1 + sizes.argmax()] = value
     return kept
 
 

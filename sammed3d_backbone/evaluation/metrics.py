@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,12 +40,18 @@ def dice(prediction: Mask, label: Mask) -> float:
 
 
 def dice_per_class(
-    prediction: Tensor, label: Tensor, classes: int, annotated: Tensor | None = None
+    prediction: Tensor,
+    label: Tensor,
+    classes: int,
+    annotated: Tensor | None = None,
+    *,
+    targets: Iterable[Sequence[int]] | None = None,
 ) -> list[float]:
-    """Dice of every class but background.
+    """Dice of every class but background, or of every target.
 
     A class that neither contains scores NaN and is left out of means; a class that only one of
-    them contains scores 0. A class that is not annotated in this case scores NaN too.
+    them contains scores 0. A class that is not annotated in this case scores NaN too. Voxels whose
+    reference is K or more are left out.
 
     Shapes:
         prediction: (X, Y, Z) integers.
@@ -57,14 +63,21 @@ def dice_per_class(
         label: Reference labels.
         classes: Number of classes K, background included.
         annotated: Classes that are annotated in this case; None for all.
+        targets: Values of each target, see `Dataset`; None for all classes.
     """
     ours, theirs = (x.flatten().int() for x in (prediction, label))
-    voxels = (ours, theirs, ours[ours == theirs])
-    mine, its, both = (torch.bincount(x, minlength=classes)[:classes] for x in voxels)
-    found = 2 * both / (mine + its)  # 0 / 0 = NaN where neither contains the class
+    ours, theirs = ours[theirs < classes], theirs[theirs < classes]
+    # Row: in the prediction, column: in the reference.
+    counts = torch.bincount(ours * classes + theirs, minlength=classes**2).reshape(classes, classes)
+    groups = [[value] for value in range(1, classes)]
+    if targets is not None:
+        groups = [[*values] for values in targets]
+    both = torch.stack([counts[values][:, values].sum() for values in groups])
+    either = torch.stack([counts[values].sum() + counts[:, values].sum() for values in groups])
+    found = 2 * both / either  # 0 / 0 = NaN where neither contains the class
     if annotated is not None:
-        found[~annotated] = math.nan
-    scores: list[float] = found[1:].tolist()
+        found[[not annotated[values].all() for values in groups]] = math.nan
+    scores: list[float] = found.tolist()
     return scores
 
 

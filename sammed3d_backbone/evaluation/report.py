@@ -91,7 +91,7 @@ def write_results(
     Returns:
         The summary, as it stands in ``scores.json``.
     """
-    summary = write_scores(folder, scores, dataset.classes, dataclasses.asdict(about))
+    summary = write_scores(folder, scores, [*dataset.targets], dataclasses.asdict(about))
     mean = "undefined" if summary["mean_dice"] is None else f"{summary['mean_dice']:.3f}"
     title = f"{about.title}, mean Dice {mean} over {summary['cases']} case(s)"
     with optional(folder / "figure.png"):

@@ -26,7 +26,7 @@ from sammed3d_backbone.data.preparation import annotated_classes, load_label
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.metrics import METRICS, mean_of_known
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
-from sammed3d_backbone.files import inside, write_json, write_text
+from sammed3d_backbone.files import inside, reading, write_json, write_text
 
 COLUMNS = ("case", "subject", "class", *METRICS, "annotated", "truncated")
 TOLERANCE_MM = 2.0
@@ -124,12 +124,14 @@ def score_case(
             f"({sorted(dataset.labels)}); number them like its labels"
         )
     known = annotated_classes(case, dataset)
-    boxes = _class_boxes(prediction.array, label.array, len(dataset.classes))
+    boxes = _boxes(prediction.array, label.array, dataset.targets)
     scores = []
-    for value, (name, box) in enumerate(zip(dataset.classes, boxes, strict=True), start=1):
-        values = {}
-        if known[value]:
-            masks = prediction.array[box] == value, label.array[box] == value
+    for name, of_target in dataset.targets.items():
+        values, is_known = {}, bool(known[[*of_target]].all())
+        if is_known:
+            found, its = prediction.array[boxes[name]], label.array[boxes[name]]
+            scored = its < len(dataset.labels)  # the others are to be ignored
+            masks = np.isin(found, of_target) & scored, np.isin(its, of_target)
             values = {
                 key: metric.function(*masks, label.spacing_mm, tolerance_mm)
                 for key, metric in METRICS.items()
@@ -140,7 +142,7 @@ def score_case(
                 subject=case.subject,
                 name=name,
                 values=values,
-                annotated=bool(known[value]),
+                annotated=is_known,
                 truncated=name in case.truncated,
             )
         )
@@ -249,30 +251,34 @@ def read_scores(path: Path) -> list[Score]:
                 f"{path} has no columns {', '.join(COLUMNS)}; score the cases again with "
                 "recipes/evaluate.py"
             )
-        return [
-            Score(
-                case=row["case"],
-                subject=row["subject"],
-                name=row["class"],
-                values={metric: float(row[metric] or "nan") for metric in METRICS},
-                annotated=row["annotated"] == "yes",
-                truncated=row["truncated"] == "yes",
-            )
-            for row in table
-        ]
+        with reading(path):
+            return [
+                Score(
+                    case=row["case"],
+                    subject=row["subject"],
+                    name=row["class"],
+                    values={metric: float(row[metric] or "nan") for metric in METRICS},
+                    annotated=row["annotated"] == "yes",
+                    truncated=row["truncated"] == "yes",
+                )
+                for row in table
+            ]
 
 
-def _class_boxes(
-    one: NDArray[np.integer[Any]], other: NDArray[np.integer[Any]], classes: int
-) -> list[tuple[slice, ...]]:
-    """Per class the box around it in both volumes, in one pass over each."""
-    boxes: list[tuple[slice, ...]] = []
-    pairs = zip(*(ndimage.find_objects(x, max_label=classes) for x in (one, other)), strict=True)
-    for pair in pairs:
-        held = [box for box in pair if box is not None]
-        sides = zip(*held, strict=True)  # along X, Y, Z: one or two slices
+def _boxes(
+    one: NDArray[np.integer[Any]],
+    other: NDArray[np.integer[Any]],
+    targets: Mapping[str, Sequence[int]],
+) -> dict[str, tuple[slice, ...]]:
+    """Per target the box around its values in both volumes, in one pass over each."""
+    most = max(value for values in targets.values() for value in values)
+    found = [ndimage.find_objects(x, max_label=most) for x in (one, other)]
+    boxes = {}
+    for name, values in targets.items():
+        held = [x[value - 1] for x in found for value in values if x[value - 1] is not None]
+        sides = zip(*held, strict=True)  # along X, Y, Z: a slice per box
         box = tuple(slice(min(s.start for s in x), max(s.stop for s in x)) for x in sides)
-        boxes.append(box or (slice(0),))
+        boxes[name] = box or (slice(0),)
     return boxes
 
 

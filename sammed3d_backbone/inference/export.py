@@ -70,6 +70,8 @@ def export(
             (torch.randn(EXAMPLE_BATCH, *shape),),
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # names folders of this machine
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, overwrite=overwrite) as draft:
             write, opened = {".onnx": (_to_onnx, _opened_onnx), ".pt2": (_to_pt2, _opened_pt2)}[

@@ -23,7 +23,7 @@ from sammed3d_backbone.data.formats import NRRD_SUFFIXES
 from sammed3d_backbone.data.nifti import SUFFIXES
 from sammed3d_backbone.data.preparation import load_channels
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import atomic_path, file_name, write_json
+from sammed3d_backbone.files import atomic_path, file_name, inside, reading, write_json
 from sammed3d_backbone.loading.hub import sha256_of
 from sammed3d_backbone.provenance import library_versions, resident_bytes
 
@@ -186,14 +186,15 @@ def _finished(
                 f"{target / there[0]} exists; choose another folder, or pass --overwrite"
             )
         return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    if any(earlier.get(key) != value for key, value in about.items()):
-        raise FileExistsError(
-            f"{path} is of another model or other settings; choose another folder, or pass "
-            "--overwrite"
-        )
-    return {
-        entry["id"]: entry
-        for entry in earlier["cases"]
-        if entry["error"] is None and (target / entry["output"]).is_file()
-    }
+    with reading(path):
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if any(earlier.get(key) != value for key, value in about.items()):
+            raise FileExistsError(
+                f"{path} is of another model or other settings; choose another folder, or pass "
+                "--overwrite"
+            )
+        return {
+            entry["id"]: entry
+            for entry in earlier["cases"]
+            if entry["error"] is None and inside(target, entry["output"]).is_file()
+        }

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from sammed3d_backbone.files import locked, reading, write_text
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.folder import predict_scans, scans_in
 from sammed3d_backbone.inference.hub import model_card, upload
+from sammed3d_backbone.inference.sliding import sliding_planes
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.fitting import part_of, require_finite, require_float
@@ -117,7 +118,7 @@ class Segmenter:
             )
         with reading(path):
             card = Card.from_json(metadata[CARD_KEY] if config is None else config)
-        model = build_network(card, tensors)
+            model = build_network(card, tensors)
         for name, own in model.state_dict().items():
             if own.is_floating_point() and name in tensors:
                 require_float(name, tensors[name], str(source))
@@ -280,16 +281,26 @@ class Segmenter:
             )
         image, geometry = card.preprocessing.image(volume, modality)
         device = next(self.model.parameters()).device
-        probs = self.logits(image.to(device), modality, mirror=mirror).cpu()
-        del image
-        with torch.inference_mode():
-            for part in probs.split(SLAB, dim=1):  # in place, as a second one may not fit
-                part.copy_(part.softmax(0))
-        labels = geometry.invert_labels(probs, nearest=nearest).numpy()
+        parts = self._probabilities(image.to(device), modality, mirror=mirror)
+        given = None
+        if wanted:
+            whole = _joined(parts, image.shape[1:])
+            given, parts = geometry.invert(whole), iter([whole])
+        labels = geometry.invert_labels(parts, nearest=nearest).numpy()
         if card.keep_largest_component:
             labels = keep_largest_component(labels)
-        given = geometry.invert(probs) if wanted else None
         return Volume(labels, volume.affine, volume.header), given
+
+    @torch.inference_mode()
+    def _probabilities(
+        self, image: Tensor, modality: Modality | None, *, mirror: bool
+    ) -> Iterator[Tensor]:
+        """Class probabilities on the CPU, in the parts of `sliding_planes`."""
+        for logits in self._parts(image, modality, mirror=mirror):
+            probs = logits.float().cpu()
+            for slab in probs.split(SLAB, dim=1):  # in place, as a second one may not fit
+                slab.copy_(slab.softmax(0))
+            yield probs
 
     def logits(
         self, image: Tensor, modality: Modality | None = None, *, mirror: bool = False
@@ -305,23 +316,20 @@ class Segmenter:
             image: (C, X, Y, Z), no side smaller than the window.
             returns: (K, X, Y, Z) float32.
         """
-        from monai.inferers import sliding_window_inference
+        return _joined(self._parts(image, modality, mirror=mirror), image.shape[1:]).float()
 
+    def _parts(self, image: Tensor, modality: Modality | None, *, mirror: bool) -> Iterator[Tensor]:
+        """What `logits` returns, in the parts of `sliding_planes`."""
         self.model.eval()
         used = self.card.preprocessing
         axes = self.card.training.get("config", {}).get("flip_axes", ()) if mirror else ()
         network = mirrored(self.model, axes)
-        with torch.inference_mode():
-            logits = sliding_window_inference(
-                image[None],
-                used.crop_vox,
-                sw_batch_size=2,
-                predictor=lambda crops: network(used.crops(crops, modality)),
-                overlap=self.card.overlap,
-                mode="gaussian",
-            )
-        assert isinstance(logits, Tensor)  # as the network returns one
-        return logits[0].float()
+        return sliding_planes(
+            lambda crops: network(used.crops(crops, modality)),
+            image,
+            used.crop_vox,
+            self.card.overlap,
+        )
 
 
 class Ensemble(nn.Module):
@@ -359,6 +367,18 @@ def mirrored(network: nn.Module, axes: Collection[int]) -> Callable[[Tensor], Te
         return total / (1 + len(ways)) if ways else total
 
     return call
+
+
+def _joined(parts: Iterator[Tensor], shape: Sequence[int]) -> Tensor:
+    """Parts along the first axis as one tensor, (K, *shape)."""
+    with torch.inference_mode():
+        first = next(parts)
+        whole = first.new_empty(len(first), *shape)
+        done = 0
+        for part in itertools.chain([first], parts):
+            whole[:, done : done + part.shape[1]] = part
+            done += part.shape[1]
+    return whole
 
 
 def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -143,7 +143,7 @@ def _measured(case: Case, dataset: Dataset) -> tuple[list[str], CasePrint | None
         return problems, None
     image, label = opened
     geometry = Geometry.plan(image.shape, image.affine)
-    labelled = label.array > 0
+    labelled = (label.array > 0) & (label.array < len(dataset.labels))
     channels = image.array.reshape(image.channels, *image.shape)
     inside = [channel[labelled] for channel in channels]
     content = hashlib.sha256(repr(image.array.shape).encode())
@@ -173,7 +173,8 @@ def _structures(label: Volume, geometry: Geometry, dataset: Dataset) -> dict[str
     oriented = np.ascontiguousarray(geometry.oriented(label.array))
     spacing_mm = np.array(geometry.spacing_mm)
     found = {}
-    for value, box in enumerate(ndimage.find_objects(oriented), start=1):
+    boxes = ndimage.find_objects(oriented, max_label=len(dataset.classes))
+    for value, box in enumerate(boxes, start=1):
         if box is None:
             continue
         mask = oriented[box] == value

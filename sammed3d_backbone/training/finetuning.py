@@ -81,6 +81,8 @@ def make_card(
         if (now := getattr(preprocessing, name)) != (before := getattr(known, name)):
             say(f"preprocessing: {name}={now} instead of {before}")
     say(f"preprocessing: {preprocessing.to_dict()}")
+    if dataset.regions:
+        say(f"regions: {dataset.about['regions']}; trained and scored, written as single values")
     has_encoder = settings["model"] != "basicunet"
     encoder = {
         "variant": settings["variant"],
@@ -247,7 +249,7 @@ def report(
     if not scores:
         raise ValueError(f"none of the {len(failed)} validation cases of {run.folder} has a score")
     if not accelerator.is_main_process:
-        return summarise_scores(scores, dataset.classes)
+        return summarise_scores(scores, [*dataset.targets])
     number = f"fold {settings['fold']}"
     about = About(
         title=f"{settings['name']}: {settings['model']} on {dataset.name}, {number}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -17,9 +17,15 @@ def validate(
     accelerator: Accelerator,
     logits_of: Callable[[Tensor], Tensor],
     cases: Sequence[PreparedCase],
-    classes: Sequence[str],
+    targets: Mapping[str, Sequence[int]],
 ) -> list[Score]:
-    """Dice of every case and class, the same list in every process.
+    """Dice of every case and target, the same list in every process.
+
+    Args:
+        accelerator: Knows the processes.
+        logits_of: The network.
+        cases: The cases to score.
+        targets: As of `Dataset`.
 
     Shapes:
         logits_of: (C, X, Y, Z) -> (K, X, Y, Z).
@@ -29,9 +35,11 @@ def validate(
         with accelerator.autocast():
             logits = logits_of(case.image.to(accelerator.device))
         labels = logits.argmax(0).cpu()
-        dice = dice_per_class(labels, case.label[0], len(logits), case.annotated)
+        dice = dice_per_class(
+            labels, case.label[0], len(logits), case.annotated, targets=targets.values()
+        )
         mine += [
             Score(case.case.id, case.case.subject, name, {"dice": score})
-            for name, score in zip(classes, dice, strict=True)
+            for name, score in zip(targets, dice, strict=True)
         ]
     return sorted(gather_object(mine), key=lambda score: score.case)

@@ -45,6 +45,13 @@ def test_a_bids_derivative(tmp_path, write_volume, labels):
     (tmp_path / derivative / "dseg.tsv").write_text("index\tname\n5\thead\n10\ttail\n")
     (raw_set,) = read_raw(tmp_path)
     assert (raw_set.name, targets(raw_set)) == ("Bids", {"sub-1": TOY})
+    for kind in ("desc-manual", "desc-auto"):
+        write_volume(f"{derivative}/sub-1/anat/sub-1_{kind}_dseg.nii.gz", labels * 5)
+    (tmp_path / derivative / "sub-1/anat/sub-1_dseg.nii.gz").unlink()
+    with pytest.raises(DatasetError, match="desc-auto"):
+        read_raw(tmp_path)
+    (chosen,) = read_raw(tmp_path / derivative / "*_desc-manual_dseg.nii.gz")
+    assert (chosen.place, chosen.folder, targets(chosen)) == (".", tmp_path, {"sub-1": TOY})
 
 
 def test_a_layout_with_a_mask_per_class(tmp_path, write_volume, labels):

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from sammed3d_backbone.data.datasets import DatasetError, read_fold
+from sammed3d_backbone.data.datasets import DatasetError, read_fold, require_whole_masks
 from sammed3d_backbone.data.folders import read_dataset
-from sammed3d_backbone.data.preparation import load_label
+from sammed3d_backbone.data.preparation import load_label, open_case
 
 
 def test_a_decathlon_folder_is_read(decathlon):
@@ -60,8 +60,9 @@ def test_what_was_annotated_and_what_is_cut_off_is_kept(decathlon):
     ("changes", "remedy"),
     [
         ({"labels": None}, "name the values, as"),
-        ({"labels": {"background": 0, "both": [1, 2]}}, "give one value per class"),
-        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, 'give those cases as "annotated"'),
+        ({"labels": {"background": 0, "both": [0, 1]}}, "both"),
+        ({"labels": {"background": 0, "all": [1, 3]}}, "number them 0, 1, 2"),
+        ({"labels": {"background": 0, "ignore": 1, "a": 2}}, "ignore"),
         ({"labels": {"0": "background", "2": "b"}}, "number them 0, 1, 2"),
         ({"training": [{"image": "x.nii.gz"}]}, "add both paths"),
         ({"training": []}, "put them into imagesTr and labelsTr"),
@@ -86,6 +87,32 @@ def test_a_subject_that_names_nobody_is_refused(decathlon, subject):
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(DatasetError, match="case_0 has the subject"):
         read_dataset(folder)
+
+
+def test_regions_and_what_is_to_be_ignored_are_read_as_nnunet_means_them(nnunet):
+    labels = {"background": 0, "kidney": [1, 2, 3], "masses": [2, 3], "tumour": 2, "ignore": 4}
+    folder = nnunet(labels=labels, regions_class_order=[1, 3, 2])
+    dataset = read_dataset(folder)
+    assert dataset.targets == {"kidney": (1, 2, 3), "masses": (2, 3), "tumour": (2,)}
+    assert dict(dataset.labels) == {
+        0: "background",
+        1: "kidney, value 1",
+        2: "tumour",
+        3: "masses, value 3",
+    }
+    assert dataset.has_ignore
+
+
+def test_ignored_voxels_stay_marked_and_other_values_are_refused(nnunet, labels, write_volume):
+    dataset = read_dataset(nnunet(labels={"background": 0, "head": 1, "tail": 2, "ignore": 3}))
+    write_volume("labelsTr/case_0.nii.gz", np.where(labels == 0, 3, labels))
+    write_volume("labelsTr/case_1.nii.gz", np.where(labels == 0, 4, labels))
+    problems, opened = open_case(dataset.cases[0], dataset)
+    assert not problems
+    assert set(np.unique(opened[1].array)) == {1, 2, 3}
+    assert "[4]" in open_case(dataset.cases[1], dataset)[0][0]
+    with pytest.raises(DatasetError, match="ignore"):
+        require_whole_masks(dataset)
 
 
 def test_a_channel_on_disk_that_is_not_named_is_refused(nnunet):

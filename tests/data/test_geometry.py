@@ -110,6 +110,27 @@ def test_outside_the_box_is_background():
     assert geometry.invert_labels(probs).flatten().tolist() == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("spacing", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("planes", [1, 5, 100])
+@pytest.mark.parametrize(("start", "more"), [((0, 0, 0), 0), ((-2, -1, 0), 3), ((2, 1, 3), -4)])
+def test_labels_are_those_of_the_most_likely_class_however_the_planes_come(
+    spacing, planes, start, more, generator
+):
+    affine = np.diag([-1.0, 1, 1, 1])[[2, 0, 1, 3]]
+    geometry = Geometry.plan((21, 40, 13), affine, (spacing,) * 3)
+    geometry = geometry.boxed(start, tuple(max(1, n + more) for n in geometry.resampled_shape))
+    probs = torch.rand(5, *geometry.box_shape, generator=generator).softmax(0)
+    whole = torch.cat([geometry.invert(p[None], fill=float(k == 0)) for k, p in enumerate(probs)])
+    found = geometry.invert_labels(iter(probs.split(planes, dim=1)))
+    assert torch.equal(found.long(), whole.argmax(0))
+
+
+def test_parts_that_are_not_the_whole_box_are_refused(generator):
+    geometry = Geometry.plan((4, 4, 4), np.eye(4))
+    with pytest.raises(ValueError, match="planes"):
+        geometry.invert_labels([torch.rand(2, 3, 4, 4, generator=generator)])
+
+
 def test_an_array_of_another_grid_is_refused():
     geometry = Geometry.plan((2, 2, 2), np.eye(4))
     with pytest.raises(ValueError, match="plan a geometry from that array's own shape"):

@@ -144,3 +144,11 @@ def test_a_class_that_was_not_looked_for_is_unknown():
     one, other = dice_per_class(prediction, label, 3, annotated)
     assert one == 1.0
     assert math.isnan(other)
+
+
+def test_regions_overlap_and_ignored_voxels_count_for_nothing():
+    label = torch.tensor([1, 1, 2, 2, 0, 3, 3]).reshape(7, 1, 1)
+    prediction = torch.tensor([1, 2, 2, 0, 0, 1, 2]).reshape(7, 1, 1)
+    whole, core = dice_per_class(prediction, label, 3, targets=[(1, 2), (2,)])
+    assert whole == pytest.approx(2 * 3 / (3 + 4))
+    assert core == pytest.approx(2 * 1 / (2 + 2))

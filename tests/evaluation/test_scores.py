@@ -222,3 +222,20 @@ def test_the_failure_of_one_case_leaves_the_scores_of_the_others(dataset):
     assert {score.case for score in scores} == {"b"}
     assert failed.keys() == {"a"}
     assert "of a library" in failed["a"]
+
+
+def test_regions_are_scored_as_unions_outside_of_what_is_to_be_ignored(dataset):
+    label = Volume.load(dataset.cases[0].label)
+    label.array[0] = 3
+    label.save(dataset.cases[0].label)
+    of_regions = dataclasses.replace(
+        dataset, regions={"whole": (1, 2), "core": (2,)}, has_ignore=True
+    )
+
+    def all_tail(case):
+        return dataclasses.replace(label, array=np.where(label.array > 0, 2, 0).astype(np.uint8))
+
+    whole, core = score_cases(all_tail, of_regions, ["a"], progress=False)
+    assert (whole.name, whole["dice"], whole["hd95_mm"]) == ("whole", 1, 0)
+    tail = 6 * 6 * 5
+    assert (core.name, core["dice"]) == ("core", pytest.approx(2 * tail / (2 * tail + 6 * 6 * 3)))

@@ -1,8 +1,13 @@
-"""One kill of one command, and what has to hold after it."""
+"""Kills and other disturbances of one command, and what has to hold after them."""
 
+import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import random
+import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -11,13 +16,23 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from boxes import write_boxes
 
+from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.loading.checkpoint import content_sha256, read
 
 ROOT = Path(__file__).resolve().parents[2]
-CLI = "import sys; from sammed3d_backbone.cli import main; sys.exit(main())"
+# Processes are forked from one that has imported everything: a command takes a second, not ten.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    [
+        "tests.kills.harness",
+        "sammed3d_backbone.recipes.finetune_unetr",
+        "sammed3d_backbone.recipes.pretrain_promptable",
+    ]
+)
 SCAN = "toy/imagesTr/case_0.nii.gz"
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 TUNING = {
@@ -60,7 +75,7 @@ class Command:
 
 
 def _cli(*arguments):
-    return ("-c", CLI, *arguments)
+    return ("sammed3d", *arguments)
 
 
 TUNE = (str(ROOT / "recipes/finetune_unetr.py"), "tune.yaml")
@@ -129,23 +144,51 @@ def workplace(folder):
     return folder
 
 
-def start(command, place):
-    """The command as a process of its own."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "SAMMED3D_RUNS": str(place / "runs"),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, *command.arguments],
-        cwd=place,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(name, place, largest=None):
+    """The command as a process of its own; nothing that it writes may be larger than `largest`."""
+    reader, writer = PROCESSES.Pipe(duplex=False)
+    arguments = COMMANDS[name].arguments, str(place), writer, largest
+    process = PROCESSES.Process(target=_run, args=arguments, name=name)
+    process.start()
+    writer.close()
+    process.stderr = reader
+    return process
+
+
+def _run(arguments, place, writer, largest):
+    """The body of the process, which has the imports of all commands behind it."""
+    os.dup2(writer.fileno(), 2)
+    writer.close()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.chdir(place)
+    os.environ["SAMMED3D_RUNS"] = f"{place}/runs"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    if largest is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    program, *sys.argv[1:] = arguments
+    if program == "sammed3d":
+        sys.exit(main())
+    runpy.run_path(program, run_name="__main__")
+
+
+def ended(process):
+    """Waits for the process; its exit code and what it said."""
+    said, descriptor = b"", process.stderr.fileno()
+    os.set_blocking(descriptor, False)  # a process of the process may keep the other end
+    is_running = True
+    while is_running:
+        process.join(0.02)
+        is_running = process.is_alive()
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(descriptor, 2**16):
+                said += part
+    process.stderr.close()
+    said = said.decode(errors="replace")
+    if process.exitcode in (0, 1, 2) and "Traceback" in said:
+        raise AssertionError(f"{process.name}: a traceback: {said[-600:]}")
+    return process.exitcode, said
 
 
 def content(path):
@@ -177,49 +220,102 @@ def results(command, place):
 def finished(name, place):
     """Runs a command to its end; its results, and the seconds that it took."""
     began = time.monotonic()
-    process = start(COMMANDS[name], place)
-    _, said = process.communicate()
-    assert process.returncode == 0, f"{name}: {said[-600:]}"
-    assert "Traceback" not in said, said
+    code, said = ended(start(name, place))
+    assert code == 0, f"{name}: {said[-600:]}"
     return results(COMMANDS[name], place), time.monotonic() - began
 
 
-def kill(name, place, *, rng, seconds, expected, tally):
-    """Kills a command once, and runs it to its end."""
+def require_equal(after, expected):
+    """Refuses other results."""
+    if after.keys() != expected.keys():
+        raise AssertionError(f"other files: {sorted(after.keys() ^ expected.keys())}")
+    if unequal := [path for path in after if after[path] != expected[path]]:
+        raise AssertionError(f"unequal: {unequal}")
+
+
+def require_whole(place):
+    """Refuses files that are half-written under their final name."""
+    for path in place.rglob("*"):
+        if path.is_file() and not any(p.startswith((".", "partial-")) for p in path.parts[-3:]):
+            content(path)
+
+
+def kill(name, place, rng, seconds, tally):
+    """Kills a command, at a random moment or inside a save."""
     inside_a_save = rng.random() < 0.5
-    until = time.monotonic() + rng.uniform(0.2, 1.0) * seconds
-    process = start(COMMANDS[name], place)
-    while process.poll() is None and time.monotonic() < until:
+    until = time.monotonic() + rng.uniform(0.05, 1.0) * seconds
+    process = start(name, place)
+    while process.is_alive() and time.monotonic() < until:
         if inside_a_save and any(place.rglob("*/.[0-9a-f]*")):
             break
         time.sleep(0.002)
-    sent = rng.choice(SIGNALS)
-    is_running = process.poll() is None
-    process.send_signal(sent)
-    _, said = process.communicate()
+    if is_running := process.is_alive():
+        os.kill(process.pid, rng.choice(SIGNALS))
     tally.kills += is_running
     tally.too_late += not is_running
+    code, said = ended(process)
+    if code == 130 and "Traceback" in said:
+        raise AssertionError(f"a traceback after Ctrl-C: {said[-300:]}")
+
+
+def fill_disk(name, place, rng, *_):
+    """Runs a command where no file can grow beyond some size."""
+    code, said = ended(start(name, place, int(10 ** rng.uniform(2, 6))))
+    assert code in (0, 1, 2), f"{code}: {said[-300:]}"
+
+
+def write_protect(name, place, *_):
+    """Runs a command where nothing can be written."""
+    is_root = os.geteuid() == 0
+    if is_root:  # may write where permissions forbid it
+        subprocess.run(["mount", "--bind", place, place], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+    else:
+        place.chmod(0o555)
     try:
-        # Before `run_program` has begun, while a script imports, Python itself answers Ctrl-C.
-        began = "run_program" in said or "in <module>\n    from " not in said
-        if sent is signal.SIGINT and is_running and began and "Traceback" in said:
-            raise AssertionError(f"a traceback after Ctrl-C: {said[-300:]}")
-        for path in place.rglob("*"):
-            if path.is_file() and not any(p.startswith((".", "partial-")) for p in path.parts[-3:]):
-                content(path)
-        after, _ = finished(name, place)
-        if after.keys() != expected.keys():
-            raise AssertionError(f"other files: {sorted(after.keys() ^ expected.keys())}")
-        if unequal := [path for path in after if after[path] != expected[path]]:
-            raise AssertionError(f"unequal: {unequal}")
-    except Exception as error:  # noqa: BLE001 (counted)
-        tally.faults.append(f"{name}, {sent.name}: {type(error).__name__}: {error}"[:500])
+        code, said = ended(start(name, place))
+        assert code == 2, f"{code}: {said[-300:]}"
+    finally:
+        if is_root:
+            subprocess.run(["umount", place], check=True)
+        else:
+            place.chmod(0o755)
 
 
-def campaign(name, kills, seed, folder, model):
-    """Kills a command so many times, each in a fresh folder."""
+def start_two(name, place, *_):
+    """Runs a command twice at once; one may be refused."""
+    shutil.copytree(place, other := place.with_name(f"{place.name}-other"))
+    (other / "out").symlink_to(place / "out")
+    (other / "runs").symlink_to(place / "runs")
+    for folder in ("out", "runs"):
+        (place / folder).mkdir()
+    both = [start(name, where) for where in (place, other)]
+    codes = [ended(one)[0] for one in both]
+    assert sorted(codes) in ([0, 0], [0, 2]), codes
+    shutil.rmtree(other)
+
+
+DISTURBANCES = {
+    "kill": kill,
+    "full disk": fill_disk,
+    "write-protected": write_protect,
+    "two at once": start_two,
+}
+
+
+def campaign(name, kills, seed, folder, model, others=()):
+    """Disturbs a command so many times, each in a fresh folder, and runs it to its end after that.
+
+    Args:
+        name: Of the command.
+        kills: Their number.
+        seed: Of the moments.
+        folder: For the files.
+        model: A fine-tuned model.
+        others: Disturbances beside kills, once each.
+    """
     rng, tally = random.Random(f"{seed}{name}"), Tally()
-    places = iter(range(kills + 1))
+    places = itertools.count()
 
     def fresh():
         place = workplace(folder / f"{name}{next(places)}")
@@ -230,17 +326,20 @@ def campaign(name, kills, seed, folder, model):
     expected, seconds = finished(name, place)
     assert expected, name
     shutil.rmtree(place)
-    for _ in range(kills):
+    for disturbance in (*["kill"] * kills, *others):
         place = fresh()
-        kill(name, place, rng=rng, seconds=seconds, expected=expected, tally=tally)
+        try:
+            DISTURBANCES[disturbance](name, place, rng, seconds, tally)
+            require_whole(place)
+            require_equal(finished(name, place)[0], expected)
+        except Exception as error:  # noqa: BLE001 (counted)
+            tally.faults.append(f"{name}, {disturbance}: {type(error).__name__}: {error}"[:500])
         shutil.rmtree(place)
     return tally
 
 
 def small_model(path):
     """A fine-tuned model for `predict`."""
-    import torch
-
     from sammed3d_backbone.data.preprocessing import Preprocessing
     from sammed3d_backbone.inference.card import Card
     from sammed3d_backbone.inference.segmenter import Segmenter, build_network

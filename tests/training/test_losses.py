@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
 
 from sammed3d_backbone.training.losses import merged, partial_dice_ce
 
@@ -77,3 +77,35 @@ def test_cases_count_alike_however_they_are_spread(batch):
         partial_dice_ce(logits[i : i + 1], label[i : i + 1], annotated[i : i + 1]) for i in (0, 1)
     ]
     assert together.item() == pytest.approx((apart[0] + apart[1]).item() / 2)
+
+
+def test_ignored_voxels_count_for_nothing(batch):
+    logits, label, annotated = batch
+    label[0, 0, :2] = 4
+    loss = partial_dice_ce(logits, label, annotated)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0, :, :2].abs().max() == 0
+    assert gradient[0, :, 2:].abs().min() > 0
+    alone = partial_dice_ce(logits[:1, :, 2:], label[:1, :, 2:], annotated[:1])
+    other = partial_dice_ce(logits[1:], label[1:], annotated[1:])
+    assert loss.item() == pytest.approx((alone + other).item() / 2)
+
+
+@pytest.mark.parametrize("regions", [(), ([1, 2, 3], [2])])
+def test_a_crop_without_a_known_voxel_has_no_gradient(batch, regions):
+    logits, label, annotated = batch
+    loss = partial_dice_ce(logits, torch.full_like(label, 4), annotated, regions=regions)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == gradient.abs().max().item() == 0
+
+
+def test_regions_are_scored_on_the_sums_of_their_probabilities(batch):
+    logits, label, annotated = batch
+    regions = [[1, 2, 3], [2, 3], [2]]
+    loss = partial_dice_ce(logits, label, annotated, regions=regions)
+    probs = logits.softmax(1)
+    region = torch.stack([probs[:, values].sum(1) for values in regions], dim=1)
+    truth = torch.stack([torch.isin(label[:, 0], torch.tensor(v)) for v in regions], dim=1)
+    dice = DiceLoss()(region, truth.double())
+    entropy = torch.nn.functional.binary_cross_entropy(region, truth.double())
+    assert loss.item() == pytest.approx((dice + entropy).item())

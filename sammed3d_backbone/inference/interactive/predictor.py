@@ -404,21 +404,22 @@ class Predictor:
         """
         volume = self._require_scan().volume
         listed = clicks if isinstance(clicks, ClickList) else ClickList.load(clicks)
+        name = "the click list" if isinstance(clicks, ClickList) else str(clicks)
         if listed.volume_sha256 not in (None, volume_sha256(volume)):
-            raise ValueError("the click list was made on another volume; open that volume")
+            raise ValueError(f"{name} was made on another volume; open that volume")
         if listed.weights_sha256 not in (None, self._network.weights_sha256):
-            raise ValueError("the click list was made with other weights; load those weights")
+            raise ValueError(f"{name} was made with other weights; load those weights")
         mine = self._settings
         if other := {k: v for k, v in listed.settings.items() if mine.get(k) != v}:
-            raise ValueError(f"the click list was made with {other}; use the same settings")
+            raise ValueError(f"{name} was made with {other}; use the same settings")
         before = self._prompts, self._states
         self.reset()
-        try:
-            for entry in listed.clicks:
+        for number, entry in enumerate(listed.clicks, start=1):
+            try:
                 self.click(**entry)
-        except (TypeError, ValueError):
-            self._prompts, self._states = before
-            raise
+            except (TypeError, ValueError) as error:
+                self._prompts, self._states = before
+                raise ValueError(f"{name}, click {number}: {error}") from None
 
     # --- inside --------------------------------------------------------------------------------
 

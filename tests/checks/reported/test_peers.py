@@ -1,11 +1,15 @@
 """What other libraries' own suites said of our objects."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from sammed3d_backbone import Predictor, encoder, sam
+from sammed3d_backbone import Predictor, Segmenter, encoder, sam
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+
+from .tools import cli, label, nifti, nnunet, tune
 
 
 def small(windows, rel_pos="sammed3d"):
@@ -74,3 +78,20 @@ def test_an_image_of_another_library_is_a_volume():
     predictor = Predictor(sam("tiny", pretrained=False))
     predictor.set_volume(MetaTensor(np.arange(512.0).reshape(1, 8, 8, 8), affine=np.eye(4)))
     predictor.click((4, 4, 4))
+
+
+def test_nnunets_regions_and_ignored_voxels_are_trained_and_scored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAMMED3D_RUNS", str(tmp_path / "runs"))
+    labels = {"background": 0, "both": [1, 2], "tail": [2], "ignore": 3}
+    folder = nnunet("raw", labels=labels, regions_class_order=[1, 2])
+    array = label()
+    array[:2] = 3
+    nifti(folder / "labelsTr/case_0.nii.gz", array)
+    code, said = tune(folder)
+    assert code == 0, said
+    scores = json.loads((tmp_path / "runs/toy/results/scores.json").read_text())
+    assert set(scores["dice"]) == {"both", "tail"}
+    card = Segmenter.from_pretrained(tmp_path / "runs/toy/last.safetensors").card
+    assert dict(card.labels) == {0: "background", 1: "both, value 1", 2: "tail"}
+    assert cli("curate", folder, "out")[0] == 2

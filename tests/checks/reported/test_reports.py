@@ -220,7 +220,7 @@ def test_26_weights_trained_in_another_wrapper():
 def test_30_adapters_and_hooks_on_the_patch_embedding():
     peft = pytest.importorskip("peft")
     x, network, seen = torch.randn(1, 1, 64, 64, 64), encoder("tiny"), []
-    names = ("patch_embed", "patch_embed.proj", "blocks.0.attn.qkv", "neck.0")
+    names = ("patch_embed.proj", "patch_embed", "blocks.0.attn.qkv", "neck.0")
     for name in names:
         module = network.get_submodule(name)
         module.register_forward_hook(lambda *_, name=name: seen.append(name))
