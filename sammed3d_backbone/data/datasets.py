@@ -86,8 +86,9 @@ class Dataset:
     @property
     def targets(self) -> dict[str, tuple[int, ...]]:
         """What is trained and scored, and its values: the regions if there are any, or classes."""
-        classes = {name: (value,) for value, name in self.labels.items() if value}
-        return dict(self.regions) or classes
+        if self.regions:
+            return dict(self.regions)
+        return {name: (value,) for value, name in self.labels.items() if value}
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -119,7 +119,7 @@ def test_the_plan_is_the_same_twice_and_the_recipe_reads_it(make_set, tmp_path, 
     assert first.replace(b"Toy.plan.yaml", b"again.yaml") == again
     cfg = config.load(Config, tmp_path / "Toy.plan.yaml")
     assert (cfg.steps, cfg.data) == (50, str(folder))
-    assert "flip_axes" in (tmp_path / "Toy.plan.html").read_text()
+    assert "flip_axes" in (tmp_path / "Toy.plan.html").read_text(encoding="utf-8")
     assert sorted(path.name for path in folder.iterdir()) == [
         "dataset.json",
         "imagesTr",
