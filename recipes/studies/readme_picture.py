@@ -1,6 +1,6 @@
 """Draw the picture of the README: a CT, one click, the mask, and the encoder's features.
 
-    python recipes/studies/readme_picture.py headneck_ct openkbp_022 Larynx examples/picture.png
+    python recipes/studies/readme_picture.py headneck_ct openkbp_022 Mandible examples/picture.png
 
 The click lies at the deepest voxel of the reference. Colours are the first three principal
 components of the last block's tokens, in the 128 mm cube around the click.
