@@ -122,9 +122,7 @@ def _run_segment(args: argparse.Namespace) -> int:
     model = chosen_network(sam, args)
     predictor = Predictor(
         model,
-        clicks=args.clicks,
-        follow=not args.no_follow,
-        enforce_clicks=args.enforce_clicks,
+        **_settings(args, listed),
         preprocessing=_preprocessing(args, model),
         cache_folder=args.cache,
         progress=True,
@@ -179,6 +177,21 @@ def _clicks(
         scan.voxel(click.get("point_vox"), click.get("point_mm"))
     require_positive([*earlier, *clicks])
     return listed, clicks
+
+
+def _settings(args: argparse.Namespace, listed: "ClickList | None") -> dict[str, Any]:
+    """The predictor's settings: those of the click list, unless the command line says otherwise."""
+    stored = {} if listed is None else listed.settings
+    given = {
+        "clicks": args.clicks,
+        "follow": False if args.no_follow else None,
+        "enforce_clicks": args.enforce_clicks or None,
+    }
+    kinds = {"clicks": str, "follow": bool, "enforce_clicks": bool, "max_windows": int}
+    return {
+        **{name: stored[name] for name, kind in kinds.items() if type(stored.get(name)) is kind},
+        **{name: value for name, value in given.items() if value is not None},
+    }
 
 
 def _report(

@@ -99,9 +99,9 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--max-windows",
         type=int,
-        default=27,
+        default=8,
         metavar="N",
-        help="into which one object is followed, fewer being faster; 27 when left out",
+        help="into which one object is followed, fewer being faster; 8 when left out",
     )
 
 

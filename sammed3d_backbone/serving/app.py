@@ -67,7 +67,7 @@ class Settings:
     idle_s: float = 4 * 3600.0
     liveness_s: float = 120.0
     max_image_bytes: int = 2**32
-    max_windows: int = 27
+    max_windows: int = 8
     follow: bool = True
 
     def __post_init__(self) -> None:

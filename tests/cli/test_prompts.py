@@ -84,9 +84,10 @@ def test_points_belong_to_the_object_named_before_them(known, scan, out, capsys)
     assert (labels[22, 40, 36], labels[36, 54, 36]) == (1, 2)
 
 
-def test_a_saved_click_list_gives_the_same_file(known, scan, out, tmp_path):
+@pytest.mark.parametrize("settings", [[], ["--enforce-clicks", "--no-follow", "--clicks", "all"]])
+def test_a_saved_click_list_gives_the_same_file(known, scan, out, tmp_path, settings):
     clicks = str(tmp_path / "clicks.json")
-    command = ["segment", scan, str(out), "--save-clicks", clicks, "--point"]
+    command = ["segment", scan, str(out), *settings, "--save-clicks", clicks, "--point"]
     assert main([*command, "22,40,36", "--negative", "36,54,36"]) == 0
     assert main(["segment", scan, str(tmp_path / "b.nii.gz"), "--points", clicks]) == 0
     contents = [gzip.decompress(p.read_bytes()) for p in (out, tmp_path / "b.nii.gz")]

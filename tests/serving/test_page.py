@@ -240,7 +240,7 @@ def test_the_page_saves_what_it_shows(served, lopsided, scan, tmp_path, write_vo
     assert np.array_equal(saved.affine, scan.affine)
     assert np.array_equal(saved.array, shown)
     assert np.array_equal(shown == 1, expected(lopsided, scan, (INSIDE, True), (FAR, False)))
-    predictor = Predictor(lopsided, enforce_clicks=True)
+    predictor = Predictor(lopsided, enforce_clicks=True, max_windows=8)
     predictor.set_volume(scan)
     predictor.load_clicks(ClickList.load(tmp_path / "clicks.json"))
     assert predictor.objects == ["liver", "spleen"]
