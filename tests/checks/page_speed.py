@@ -104,7 +104,7 @@ def draw(page: Page, address: str, point_mm: list[float], target: Path) -> None:
     page.goto(address)
     expect(page.locator("#status")).to_contain_text("Place", timeout=PATIENCE_MS)
     page.locator("#views").press("o")
-    for number, name in enumerate((*STORED, "vertebra_L3"), start=1):
+    for number, name in enumerate((*STORED, "spine"), start=1):
         page.get_by_label(f"Name of object {number}").fill(name.replace("_", " "))
     page.locator("#views").focus()
     x, y, z = point_mm
