@@ -250,8 +250,10 @@ def _read_splits(dataset: Dataset, path: Path) -> list[Fold]:
     content = read_json(path)
     rule = str(content.get("rule", "")) if isinstance(content, dict) else ""
     entries = content.get("folds") if isinstance(content, dict) else content
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict) and {"train", "val"} <= set(entry) for entry in entries
+    if (
+        not isinstance(entries, list)
+        or not entries
+        or not all(isinstance(entry, dict) and {"train", "val"} <= set(entry) for entry in entries)
     ):
         raise DatasetError(
             f"{path} cannot be used:", ['give a list of {"train": [ids], "val": [ids]}']

@@ -3,6 +3,7 @@
 python -m tests.fuzz [INPUTS_PER_DOOR] [SEED] [DOOR ...]
 """
 
+import logging
 import os
 import resource
 import sys
@@ -18,6 +19,7 @@ def main(inputs=240, seed=0, *names):
     """Prints the table; returns the faults."""
     inputs, names = int(inputs), names or [*DOORS]
     warnings.simplefilter("ignore")
+    logging.disable()  # nibabel's lines about headers
     limit_memory()
     faults = []
     heads = f"{'inputs':>6} {'refused':>7} {'taken':>6} {'faults':>6}"

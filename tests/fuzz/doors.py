@@ -59,7 +59,7 @@ class Door:
 
     Args:
         name: Name of the file, which an error has to contain unless `is_named` is false.
-        spoil: Random generator -> content of the file.
+        spoil: Random generator -> content of the file; None -> content that is right.
         open: Reads the file.
         extra: Files beside it, name -> content.
         is_named: Whether an error names the file or its folder.
@@ -89,7 +89,7 @@ def _yaml(content):
 
 def _text(rng, text):
     content = text.encode("utf-8", "surrogatepass")
-    return spoiled_bytes(rng, content) if rng.random() < 0.25 else content
+    return spoiled_bytes(rng, content) if rng and rng.random() < 0.25 else content
 
 
 def _bytes(content):
@@ -192,7 +192,7 @@ def _journal(rng):
         "dice": 0.5, "nsd_2mm": 0.5, "hd95_mm": 1.0, "failure": None,
     }  # fmt: skip
     lines = [{"format": 1, "protocol": "clickbench/1"}, line, {**line, "step": 2}]
-    which = int(rng.integers(len(lines)))
+    which = int(rng.integers(len(lines))) if rng else 0
     lines[which] = spoiled_value(rng, lines[which])
     return _text(rng, "".join(json.dumps(each) + "\n" for each in lines))
 

@@ -36,7 +36,9 @@ NUMBERS = (
 
 
 def spoiled_bytes(rng, content):
-    """The bytes with a few changes of one kind."""
+    """The bytes with a few changes of one kind; without a generator as they are."""
+    if rng is None:
+        return content
     content = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
         place = int(rng.integers(len(content) + 1))
@@ -61,7 +63,12 @@ def spoiled_bytes(rng, content):
 
 
 def spoiled_value(rng, value):
-    """Plain values with a few of them replaced, removed, renamed or nested deeply."""
+    """Plain values with a few of them replaced, removed, renamed or nested deeply.
+
+    Without a generator as they are.
+    """
+    if rng is None:
+        return value
     root = {"": copy.deepcopy(value)}
     for _ in range(int(rng.integers(1, 3))):
         holder, key = _place(rng, root)
