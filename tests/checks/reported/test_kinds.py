@@ -169,7 +169,7 @@ def test_6_folders_that_hold_themselves():
     began = time.monotonic()
     assert cli("curate", "raw", "out", "--min-side-mm", "1")[0] == 0
     assert time.monotonic() - began < 30
-    assert [path.name for path in Path("out").iterdir() if path.is_dir()] == ["data"]
+    assert [path.parent.name for path in Path("out").rglob("dataset.json")] == ["data"]
 
 
 # 7. Work lost at the end

@@ -80,6 +80,7 @@ def test_an_image_of_another_library_is_a_volume():
     predictor.click((4, 4, 4))
 
 
+@pytest.mark.slow
 def test_nnunets_regions_and_ignored_voxels_are_trained_and_scored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAMMED3D_RUNS", str(tmp_path / "runs"))
