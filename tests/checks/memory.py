@@ -43,7 +43,7 @@ sys.exit(code)
 COMMANDS = {
     "segment": "segment ct/imagesTr/ct_0000.nii out.nii.gz --variant tiny --point 256,200,500",
     "features": "features ct/imagesTr/ct_0000.nii out.safetensors --variant tiny",
-    "predict": "predict model.safetensors ct/imagesTr/ct_0000.nii out.nii.gz",
+    "predict": "predict model.safetensors ct/imagesTr/ct_0000.nii labels.nii.gz",
     "curate": "curate ct out",
 }
 

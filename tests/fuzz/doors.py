@@ -189,7 +189,8 @@ def _journal(rng):
     line = {
         "case": "v", "subject": "v", "class": "c", "first": "centre", "step": 1,
         "clicks": [{"vox": [1, 1, 1], "mm": [1, 1, 1], "positive": True, "repeat": False}],
-        "dice": 0.5, "nsd_2mm": 0.5, "hd95_mm": 1.0, "failure": None,
+        "dice": 0.5, "nsd_2mm": 0.5, "nsd": 0.5, "hd95_mm": 1.0, "volume_error": 0.1,
+        "agreement": 1.0, "agreement_all": 1.0, "slices": [0.5, 0.5, 0.5], "failure": None,
     }  # fmt: skip
     lines = [{"format": 1, "protocol": "clickbench/1"}, line, {**line, "step": 2}]
     which = int(rng.integers(len(lines))) if rng else 0
