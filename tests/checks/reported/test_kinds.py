@@ -169,7 +169,8 @@ def test_6_folders_that_hold_themselves():
     began = time.monotonic()
     assert cli("curate", "raw", "out", "--min-side-mm", "1")[0] == 0
     assert time.monotonic() - began < 30
-    assert [path.parent.name for path in Path("out").rglob("dataset.json")] == ["data"]
+    made = [path.relative_to("out").parts[0] for path in Path("out").rglob("decisions.json")]
+    assert made == ["data"]
 
 
 # 7. Work lost at the end
