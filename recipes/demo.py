@@ -26,8 +26,7 @@ from sammed3d_backbone.recipes import finetune_unetr
 from sammed3d_backbone.recipes.prepare_demo_data import write_demo_data
 
 from sammed3d_backbone import config, console
-from sammed3d_backbone.data.folders import find_dataset, read_dataset
-from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.evaluation.figures import Shown, cases_figure
 from sammed3d_backbone.evaluation.report import write_report
@@ -51,8 +50,8 @@ def configure(given: dict[str, str]) -> finetune_unetr.Config:
             write_demo_data(folder)
         given = {"data": str(folder), **given}
     else:
-        layout = read_layout(CONFIG.parents[1] / given["layout"]) if "layout" in given else None
-        dataset = read_dataset(find_dataset(given["data"], layout), layout)
+        layout = CONFIG.parents[1] / given["layout"] if "layout" in given else None
+        dataset = open_dataset(given["data"], layout)
         own = {
             "name": f"demo_{dataset.name}",
             "intensity": "null",  # as the weights expect, by the modality of the data

@@ -23,14 +23,8 @@ import numpy as np
 import torch
 
 from sammed3d_backbone import console
-from sammed3d_backbone.data.datasets import (
-    Case,
-    Dataset,
-    read_fold,
-    with_subjects,
-)
-from sammed3d_backbone.data.folders import find_dataset, read_dataset
-from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.datasets import Case, Dataset, read_fold
+from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
@@ -40,11 +34,7 @@ from sammed3d_backbone.files import locked
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
-from sammed3d_backbone.loading.registry import (
-    DEFAULT_WEIGHTS,
-    WEIGHTS,
-    Weights,
-)
+from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.runs import Run
 
@@ -101,10 +91,7 @@ def remake(run: Path, baseline: Path | None) -> Path:
 
 def evaluate(args: argparse.Namespace) -> Path:
     """Scores the cases and returns the page."""
-    layout = read_layout(args.layout) if args.layout is not None else None
-    dataset = read_dataset(find_dataset(args.data, layout), layout)
-    if args.subjects is not None:
-        dataset = with_subjects(dataset, args.subjects)
+    dataset = open_dataset(args.data, args.layout, args.subjects)
     dataset = replace(dataset, grid_tolerance=args.grid_tolerance)
     ids, split = [case.id for case in dataset.cases], "all cases"
     if args.split is not None:

@@ -13,55 +13,38 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
-from monai.losses import DeepSupervisionLoss
 from pydantic import Field, NonNegativeInt, PositiveInt
 from timm.utils import ModelEmaV3
-from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config, console
 from sammed3d_backbone.data.crops import CropStream
-from sammed3d_backbone.data.datasets import (
-    Dataset,
-    Fold,
-    few_subjects,
-    read_fold,
-    read_folds,
-    with_subjects,
-)
-from sammed3d_backbone.data.folders import find_dataset, read_dataset
-from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold
+from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.evaluation.scores import summarise_scores
-from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import Segmenter
-from sammed3d_backbone.loading.hub import needs_download
-from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, finetuning, optim
 from sammed3d_backbone.training.augmentation import augmentation
 from sammed3d_backbone.training.dry_run import DryRun
-from sammed3d_backbone.training.finetuning import make_card
 from sammed3d_backbone.training.freezing import set_frozen
-from sammed3d_backbone.training.losses import partial_dice_ce
-from sammed3d_backbone.training.runs import Progress, State, open_run, runs_folder
+from sammed3d_backbone.training.losses import multi_scale_dice_ce
+from sammed3d_backbone.training.runs import Progress, State, open_run
 from sammed3d_backbone.training.validation import validate
 
 CLIP_NORM = 1.0  # largest norm of all gradients together
-MAX_WORKERS = 8  # per process, unless workers= asks for more
 EMA_DECAY = 0.999  # less during the first 30,000 steps, see timm's ModelEmaV3
 SAVE_EVERY_S = 300.0  # seconds between checkpoints
 WEIGHT_DECAY = 0.05
+LAYER_DECAY = 0.75  # factor on lr per pretrained encoder block, from the last one down
 # Keys that may change when a run is resumed: they say where, how fast and how strictly, not what.
 FREE = ("cache", "threads", "workers", "cpu", "checkpointing", "grid_tolerance")
 DRY_RUN = "check everything, measure what the run costs, and write nothing"
@@ -105,7 +88,6 @@ class Config:
     batch: PositiveInt = 2  # crops per process and pass
     accumulate: PositiveInt = 1  # passes per step, whose gradients are averaged
     lr: PositiveRate | None = None  # rate of the decoder; None: 3e-4, or 1e-3 with scratch
-    layer_decay: PositiveRate = 0.75  # factor on lr per encoder block, from the last one down
     warmup_steps: NonNegativeInt = 50
     mixed_precision: Literal["no", "bf16"] = "no"
     checkpointing: bool = False  # recompute blocks in the backward pass to save memory
@@ -148,7 +130,8 @@ def main(
     *,
     dry_run: bool = False,
     num_subjects: int | None = None,
-    build: Callable[..., tuple[nn.Module, Card]] = finetuning.build_model,
+    layer_decay: float = LAYER_DECAY,
+    build: finetuning.Build = finetuning.build_model,
 ) -> dict[str, Any]:
     """Trains or resumes, evaluates, draws.
 
@@ -156,19 +139,18 @@ def main(
         cfg: The configuration.
         dry_run: Measure up to three steps; download and write nothing.
         num_subjects: Train on so many subjects, drawn by the seed; None is all.
+        layer_decay: Factor on the learning rate per pretrained block.
         build: Builds the network, as `finetuning.build_model` does; for controls of studies.
 
     Returns:
         The scores; of a dry run the cost.
     """
     first_steps = cfg.freeze if isinstance(cfg.freeze, int) else 0  # without the encoder
-    # A part that is frozen for a while has no gradients, for which DDP has to be prepared.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=first_steps > 0)
     accelerator = engine.make_accelerator(
         accumulate=cfg.accumulate,
         mixed_precision=cfg.mixed_precision,
         cpu=cfg.cpu,
-        kwargs_handlers=[unused],
+        partly_frozen=first_steps > 0,
     )
     is_main = accelerator.is_main_process
     say = accelerator.on_main_process(tqdm.write)
@@ -193,15 +175,12 @@ def main(
     dataset, fold = choose_cases(cfg, num_subjects)
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
     say(f"fold {cfg.fold} of {fold.rule}")
-    card = make_card(cfg, dataset, say)
 
     # Model
     torch.manual_seed(cfg.seed)
-    start = without_downloads(cfg, say) if dry_run else cfg
-    network, card = build(card, dataset.name, scratch=start.scratch, weights=start.weights)
-    set_up(network, cfg)
-    card = finetuning.record_start(card, network, fold, init=start.init)
-    say("\n".join(f"{key}: {value}" for key, value in card.training["start"].items()))
+    network, card = finetuning.start_network(
+        cfg, dataset, fold, build=build, downloads=not dry_run, say=say
+    )
 
     # Crops
     prepared = prepare_cases(
@@ -225,7 +204,7 @@ def main(
 
     # Optimiser: layer decay protects what was pretrained
     optimizer = optim.layer_decayed(
-        network, layer_decay=1.0 if cfg.scratch else cfg.layer_decay, weight_decay=WEIGHT_DECAY
+        network, layer_decay=1.0 if cfg.scratch else layer_decay, weight_decay=WEIGHT_DECAY
     )
     ema = ModelEmaV3(network, decay=EMA_DECAY, use_warmup=True)
     segmenter = Segmenter(ema.module, card)  # the averaged weights are scored and saved
@@ -241,15 +220,10 @@ def main(
         accelerator.wait_for_everyone()
         run.resume(accelerator, state)
         rest = Subset(crops, range(progress.step * per_step, len(crops)))
-        workers = crop_workers(cfg, accelerator.device, threads)
+        workers = engine.loader_workers(cfg.workers, accelerator.device)
         batches = iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=workers)))
-        bar = tqdm(
-            total=cfg.steps,
-            initial=progress.step,
-            desc=cfg.name,
-            unit="step",
-            disable=not is_main or dry_run,
-        )
+        quiet = not is_main or dry_run
+        bar = tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=quiet)
         meter = engine.Meter(accelerator, run, progress, schedule, bar)
         while progress.step < cfg.steps:
             began = time.monotonic()
@@ -262,13 +236,12 @@ def main(
                 engine.seed_step(cfg.seed, progress.step, number, accelerator.process_index)
                 with accelerator.accumulate(model):
                     logits = model(batch["image"])  # (B, K, X, Y, Z), or a list, fine to coarse
-                    loss_of = partial(
-                        partial_dice_ce,
-                        annotated=batch["annotated"],
+                    loss = multi_scale_dice_ce(
+                        logits,
+                        batch,
                         foreground_weight=cfg.foreground_weight,
                         regions=[*dataset.regions.values()],
                     )
-                    loss = DeepSupervisionLoss(loss_of)(logits, batch["label"].float())
                     accelerator.backward(loss)
                     norm = None
                     if accelerator.sync_gradients:
@@ -284,8 +257,8 @@ def main(
                     say(f"{optim.describe(network, optimizer, schedule.lr)}\n{cost}")
                     return cost.figures()
                 continue
-            save_due = meter.log()
-            if progress.step % cfg.validate_every == 0 or progress.step == cfg.steps:
+            meter.log(state)
+            if schedule.is_stop(progress.step):
                 scores = validate(accelerator, segmenter.logits, val, dataset.targets)
                 summary = summarise_scores(scores, [*dataset.targets])
                 say(f"step {progress.step}: validation Dice {summary['mean_dice']}")
@@ -294,8 +267,6 @@ def main(
                     save(run.folder / "best.safetensors")
                 meter.save(state)
                 meter.restart()
-            elif save_due:
-                meter.save(state)
         bar.close()
 
         # The last averaged weights are scored, not the best: those were chosen on these very cases.
@@ -306,70 +277,23 @@ def main(
 
 
 def train(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
-    """Trains one fold, or with ``fold=all`` those that are not finished, and reports on all.
-
-    The runs are called ``NAME/fold_0``, ``NAME/fold_1``, ...; jobs of their own may train them,
-    with these names and ``fold=``. ``NAME/results`` has every case scored by the network that did
-    not train on it, and ``NAME/ensemble`` the networks.
-
-    Returns:
-        As `main`.
-    """
+    """`main`, or with ``fold=all`` that for every fold, see `finetuning.train_folds`."""
     if cfg.fold != "all":
         return main(cfg, dry_run=dry_run)
     dataset, _ = choose_cases(replace(cfg, fold=0))
-    count = len(read_folds(dataset, folds=cfg.folds))
-    parts = [replace(cfg, name=f"{cfg.name}/fold_{n}", fold=n) for n in range(count)]
-    if dry_run:
-        return main(parts[0], dry_run=True)
-    for part in parts:
-        run = open_run(part.name, part, free=FREE)
-        if not (run.folder / "results/report.html").is_file():
-            main(part)
-    return finetuning.report_folds(
-        runs_folder() / cfg.name, count, dataset, dataclasses.asdict(cfg)
-    )
+    return finetuning.train_folds(main, cfg, dataset, free=FREE, dry_run=dry_run)
 
 
 def choose_cases(cfg: Config, num_subjects: int | None = None) -> tuple[Dataset, Fold]:
     """The data set and which of its cases train and validate; no image is read yet."""
     here = Path(__file__).parent
-    layout = None if cfg.layout is None else read_layout(here / cfg.layout)
-    dataset = read_dataset(find_dataset(cfg.data, layout), layout)
-    if cfg.subjects is not None:
-        dataset = with_subjects(dataset, here / cfg.subjects)
+    layout, subjects = (name and here / name for name in (cfg.layout, cfg.subjects))
+    dataset = open_dataset(cfg.data, layout, subjects)
     dataset = replace(dataset, grid_tolerance=cfg.grid_tolerance)
     fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
     if num_subjects is not None:
         fold = replace(fold, train=few_subjects(dataset, fold.train, num_subjects, cfg.seed))
     return dataset, fold
-
-
-def set_up(network: nn.Module, cfg: Config) -> None:
-    """Sets gradient checkpointing, and freezes an encoder that is frozen for good."""
-    if cfg.checkpointing:
-        network.set_grad_checkpointing()
-    if cfg.freeze == "encoder":
-        set_frozen(network.encoder, True)
-
-
-def crop_workers(cfg: Config, device: torch.device, threads: int) -> int:
-    """The number of processes that make crops; on a CPU the network needs every core itself."""
-    if cfg.workers is not None:
-        return cfg.workers
-    return 0 if device.type == "cpu" else min(threads, MAX_WORKERS)
-
-
-def without_downloads(cfg: Config, say: Callable[[str], object]) -> Config:
-    """The configuration with random initialisation for what would have to be downloaded."""
-    weights = None if cfg.scratch else cfg.weights or DEFAULT_WEIGHTS.get(cfg.variant)
-    if cfg.model != "basicunet" and weights is not None and needs_download(weights):
-        say(f"dry run: weights {weights} are not downloaded; random initialisation stands for them")
-        cfg = replace(cfg, scratch=True, weights=None)
-    if cfg.init is not None and not Path(cfg.init).expanduser().exists():
-        say(f"dry run: init={cfg.init} is not downloaded")
-        cfg = replace(cfg, init=None)
-    return cfg
 
 
 if __name__ == "__main__":

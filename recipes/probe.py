@@ -44,6 +44,7 @@ from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.registry import Weights
 from sammed3d_backbone.pretraining.init import init_sincos_pos_embed
 from sammed3d_backbone.provenance import cores, provenance, strip_directory
+from sammed3d_backbone.training.finetuning import make_card
 from sammed3d_backbone.training.runs import runs_folder
 
 HERE = Path(__file__).parent
@@ -79,7 +80,7 @@ def main(cfg: Config) -> None:
     if not trained.scratch:
         raise ValueError(f"run {cfg.run} started from trained weights; pass one with scratch=true")
     dataset, fold = finetune_unetr.choose_cases(trained)
-    card = finetune_unetr.make_card(trained, dataset)
+    card = make_card(trained, dataset)
     torch.manual_seed(cfg.seed)
     # All before the first is probed, so that a wrong file costs no work.
     networks = {BASELINE: encoder(pretrained=False, **card.encoder).eval()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from sammed3d_backbone.recipes import finetune_unetr
 from torch import nn
 
@@ -36,6 +36,7 @@ class ArmConfig(finetune_unetr.Config):
     peft: Literal["none", "lora", "bottleneck"] = "none"  # trained beside a frozen encoder
     peft_size: PositiveInt = 8  # rank of LoRA, width of bottlenecks
     drop_path_rate: float = 0.1
+    layer_decay: PositiveFloat = finetune_unetr.LAYER_DECAY  # factor on lr per encoder block
     channels_last: bool = False  # memory layout that is faster on some CPUs
 
     def __post_init__(self) -> None:
@@ -92,7 +93,13 @@ def fine_tune(cfg: ArmConfig, *, dry_run: bool = False) -> dict[str, Any]:
     """Trains or resumes one arm; returns its scores, or the cost of a dry run."""
     if cfg.peft != "none":
         cfg = replace(cfg, layer_decay=1.0)  # what is pretrained is frozen and needs no protection
-    return finetune_unetr.main(cfg, dry_run=dry_run, num_subjects=cfg.num_subjects, build=cfg.build)
+    return finetune_unetr.main(
+        cfg,
+        dry_run=dry_run,
+        num_subjects=cfg.num_subjects,
+        layer_decay=cfg.layer_decay,
+        build=cfg.build,
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from sammed3d_backbone.clickbench.journal import Journal, read_journal, read_tim
 from sammed3d_backbone.clickbench.presets import rules_of
 from sammed3d_backbone.clickbench.protocol import ClickRules, PromptableModel
 from sammed3d_backbone.data.datasets import LabelledCase, read_fold
-from sammed3d_backbone.data.folders import find_dataset, read_dataset
+from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.preparation import load_label
 from sammed3d_backbone.data.volume import Volume
@@ -211,7 +211,7 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
 
 def sides(cfg: Config) -> tuple[ClickSet, list[LabelledCase]]:
     """The cases of the fold that are scored, and those that the balls are measured on."""
-    dataset = read_dataset(find_dataset(cfg.data))
+    dataset = open_dataset(cfg.data)
     fold = read_fold(dataset, cfg.fold)
     found = read_click_set(cfg.data)
     scored = replace(found, cases=tuple(c for c in found.cases if c.case.id in fold.val))

@@ -20,7 +20,7 @@ from scipy import ndimage
 from sklearn.decomposition import PCA
 
 from sammed3d_backbone import console, sam
-from sammed3d_backbone.data.folders import find_dataset, read_dataset
+from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 
@@ -60,7 +60,7 @@ def colours(encoder: torch.nn.Module, image: Volume, centre_mm: NDArray[np.float
 
 def main(data: str, case_id: str, name: str, out: Path) -> None:
     """Predicts and draws."""
-    dataset = read_dataset(find_dataset(data))
+    dataset = open_dataset(data)
     case = next(case for case in dataset.cases if case.id == case_id)
     image, label = (Volume.load(path) for path in (case.images[0], case.label))
     reference = label.array == next(k for k, v in dataset.labels.items() if v == name)

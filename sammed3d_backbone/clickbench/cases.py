@@ -23,10 +23,8 @@ from sammed3d_backbone.data.datasets import (
     DatasetError,
     LabelledCase,
     require_whole_masks,
-    with_subjects,
 )
-from sammed3d_backbone.data.folders import find_dataset, read_dataset
-from sammed3d_backbone.data.layouts import read_layout
+from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import require_bytes
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.preprocessing import Modality, modality_of
@@ -163,11 +161,8 @@ def read_click_set(
             raise ValueError(f"{folder} has a case per subject; leave out {subjects}")
         if plain.cases:
             return plain
-    described = None if layout is None else read_layout(layout)
-    dataset = read_dataset(find_dataset(str(data), described), described)
+    dataset = open_dataset(str(data), layout, subjects)
     require_whole_masks(dataset)
-    if subjects is not None:
-        dataset = with_subjects(dataset, subjects)
     names = {value: name for value, name in dataset.labels.items() if value}
     cases = [LabelledCase(case, names, dataset.channels[0]) for case in dataset.cases]
     return ClickSet(dataset.name, tuple(cases), dataset.note)

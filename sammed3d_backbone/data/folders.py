@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sammed3d_backbone.data import bids, decathlon
-from sammed3d_backbone.data.datasets import Dataset, DatasetError
-from sammed3d_backbone.data.layouts import Layout, read_described
+from sammed3d_backbone.data.datasets import Dataset, DatasetError, with_subjects
+from sammed3d_backbone.data.layouts import Layout, read_described, read_layout
 from sammed3d_backbone.files import reading
 
 DATA_VARIABLE = "SAMMED3D_DATA"
@@ -47,6 +47,21 @@ def find_dataset(data: str, layout: Layout | None = None) -> Path:
         f"no {sought} in {' or '.join(map(str, places))}; pass data=FOLDER (Decathlon, nnU-Net raw "
         f"or BIDS; layout=FILE for another), or set {DATA_VARIABLE} to the folder that holds {data}"
     )
+
+
+def open_dataset(
+    data: str, layout: str | Path | None = None, subjects: str | Path | None = None
+) -> Dataset:
+    """The data set of that path or name; see `find_dataset` and `read_dataset`.
+
+    Args:
+        data: Path or name.
+        layout: YAML file of the layout of a folder without a description.
+        subjects: JSON file, case -> subject.
+    """
+    described = None if layout is None else read_layout(Path(layout))
+    dataset = read_dataset(find_dataset(data, described), described)
+    return dataset if subjects is None else with_subjects(dataset, Path(subjects))
 
 
 def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,6 +25,8 @@ from sammed3d_backbone.training import optim
 from sammed3d_backbone.training.runs import Progress, Run, State
 
 Batch = Mapping[str, Tensor]
+MAX_WORKERS = 8  # processes that make samples, per process that trains
+
 Step = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -61,6 +64,10 @@ class Schedule:
         """The step after which training pauses for validation, seen from a finished step."""
         return min(self.steps, (step // self.validate_every + 1) * self.validate_every)
 
+    def is_stop(self, step: int) -> bool:
+        """Whether training pauses for validation after a step."""
+        return step == self.next_stop(step - 1)
+
     def lr_at(self, step: int) -> float:
         """The learning rate of the last layers in step number `step`, counted from 0.
 
@@ -87,6 +94,7 @@ def make_accelerator(
     *,
     accumulate: int,
     mixed_precision: str,
+    partly_frozen: bool = False,
     **options: Any,  # noqa: ANN401
 ) -> Accelerator:
     """An accelerator that does what it was asked.
@@ -94,13 +102,18 @@ def make_accelerator(
     Args:
         accumulate: Passes per optimiser step.
         mixed_precision: "no" or "bf16".
+        partly_frozen: Whether a part of the network has no gradients in some steps, for which DDP
+            has to be prepared.
         options: Further arguments of `Accelerator`.
 
     Raises:
         ValueError: If the environment, which a launcher sets, wins over an argument.
     """
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulate, mixed_precision=mixed_precision, **options
+        gradient_accumulation_steps=accumulate,
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=partly_frozen)],
+        **options,
     )
     asked = {
         "gradient_accumulation_steps": accumulate,
@@ -174,11 +187,11 @@ class Meter:
         if norm is not None:
             self._norms.append(norm)
 
-    def log(self) -> bool:
-        """Writes a line after every `log_every` steps and the last; returns whether a save is due.
+    def log(self, state: State) -> None:
+        """Writes a line after every `log_every` steps and the last, and a checkpoint if it is time.
 
-        All processes return the same. A save is due only together with a line, so that no line
-        averages over a resume.
+        A checkpoint is written only together with a line, so that no line averages over a resume,
+        and not where training pauses: there it comes after the validation.
 
         Raises:
             FloatingPointError: If loss or gradient are not finite. An infinite norm clips a step to
@@ -186,7 +199,7 @@ class Meter:
         """
         step, schedule = self.progress.step, self.schedule
         if step % schedule.log_every and step != schedule.steps:
-            return False
+            return
         now, cpu_now = time.monotonic(), time.process_time()
         self.progress.seconds += now - self._clock
         self.progress.cpu_seconds += cpu_now - self._cpu_clock
@@ -218,14 +231,14 @@ class Meter:
             f"{peak / 2**30:.1f} GiB",
             refresh=False,
         )
-        since = now - self._saved
         saved = self._saved
         self.restart()
         self._saved = saved
         is_due = torch.tensor(
-            float(since > schedule.save_every_s), device=self.accelerator.device
+            float(now - saved > schedule.save_every_s), device=self.accelerator.device
         )  # the clocks of several processes differ
-        return bool(self.accelerator.reduce(is_due, "sum") > 0)
+        if self.accelerator.reduce(is_due, "sum") > 0 and not schedule.is_stop(step):
+            self.save(state)
 
     def save(self, state: State) -> None:
         """Writes a checkpoint, and counts the time to the next one from here."""
@@ -260,7 +273,6 @@ def train(
     """
     model, optimizer, progress = state.model, state.optimizer, state.progress
     model.train()
-    stop = schedule.next_stop(progress.step)
     meter = Meter(accelerator, run, progress, schedule, bar, figures)
     for number, batch in enumerate(batches):
         optim.set_lr(optimizer, schedule.lr_at(progress.step))
@@ -280,9 +292,17 @@ def train(
         progress.step += 1
         state.ema.update(accelerator.unwrap_model(model), step=progress.step)
         bar.update()
-        # At the stop, the checkpoint has to come after the validation.
-        if meter.log() and progress.step < stop:
-            meter.save(state)
+        meter.log(state)
+
+
+def loader_workers(asked: int | None, device: torch.device) -> int:
+    """The number of processes that make samples, unless it is given.
+
+    None on a CPU, where the network needs every core itself.
+    """
+    if asked is not None:
+        return asked
+    return 0 if device.type == "cpu" else min(torch.get_num_threads(), MAX_WORKERS)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -17,7 +17,7 @@ from torch import nn
 from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.adapters.lora import add_lora
 from sammed3d_backbone.adapters.registry import accepted_options, adapter
-from sammed3d_backbone.data.datasets import Dataset, Fold
+from sammed3d_backbone.data.datasets import Dataset, Fold, read_folds
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing
 from sammed3d_backbone.evaluation.report import About, write_results
@@ -33,15 +33,19 @@ from sammed3d_backbone.inference.segmenter import (
 from sammed3d_backbone.loading.checkpoint import read
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.factory import encoder
-from sammed3d_backbone.loading.hub import resolve
+from sammed3d_backbone.loading.hub import needs_download, resolve
 from sammed3d_backbone.loading.inflation import DepthFilter
 from sammed3d_backbone.loading.opening import CARD_KEY
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, from_metadata
 from sammed3d_backbone.provenance import command_line, library_versions, provenance, strip_directory
-from sammed3d_backbone.training.runs import Progress, Run
+from sammed3d_backbone.training.freezing import set_frozen
+from sammed3d_backbone.training.runs import Progress, Run, open_run, runs_folder
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+Build = Callable[..., tuple[nn.Module, Card]]
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def make_card(
@@ -58,7 +62,7 @@ def make_card(
         say: Prints a line.
     """
     settings = dataclasses.asdict(cfg)
-    weights = settings["weights"] or DEFAULT_WEIGHTS.get(settings["variant"])
+    weights = _weights_of(settings)
     known = None if weights is None else _preprocessing_of(weights)
     if known is None:
         known = SAM_MED3D
@@ -109,6 +113,11 @@ def make_card(
         },
         versions=library_versions(),
     )
+
+
+def _weights_of(settings: Mapping[str, Any]) -> str | None:
+    """The weights of a configuration; None if its variant has none."""
+    return settings["weights"] or DEFAULT_WEIGHTS.get(settings["variant"])
 
 
 def _preprocessing_of(weights: str) -> Preprocessing | None:
@@ -172,6 +181,50 @@ def build_model(
         wrapped = wrap(wrapped)
     network = adapter(card.network)(wrapped, len(card.labels), **card.adapter)
     return network, _with_start(card, start)
+
+
+def start_network(
+    cfg: C,
+    dataset: Dataset,
+    fold: Fold,
+    *,
+    build: Build = build_model,
+    downloads: bool = True,
+    say: Callable[[str], object] = print,
+) -> tuple[nn.Module, Card]:
+    """The network to train, as the configuration names it, and its card; says what it starts from.
+
+    Args:
+        cfg: The recipe's configuration.
+        dataset: The data set.
+        fold: The cases to train and validate on.
+        build: Builds the network.
+        downloads: False puts random initialisation in the place of what would be downloaded.
+        say: Prints a line.
+    """
+    card = make_card(cfg, dataset, say)
+    start = dataclasses.asdict(cfg if downloads else _without_downloads(cfg, say))
+    network, card = build(card, dataset.name, scratch=start["scratch"], weights=start["weights"])
+    if start["checkpointing"]:
+        network.set_grad_checkpointing()
+    if start["freeze"] == "encoder":
+        set_frozen(network.encoder, True)
+    card = record_start(card, network, fold, init=start["init"])
+    say("\n".join(f"{key}: {value}" for key, value in card.training["start"].items()))
+    return network, card
+
+
+def _without_downloads(cfg: C, say: Callable[[str], object]) -> C:
+    """The configuration with random initialisation for what would have to be downloaded."""
+    values = dataclasses.asdict(cfg)
+    weights = None if values["scratch"] else _weights_of(values)
+    if values["model"] != "basicunet" and weights is not None and needs_download(weights):
+        say(f"dry run: weights {weights} are not downloaded; random initialisation stands for them")
+        cfg = replace(cfg, scratch=True, weights=None)
+    if values["init"] is not None and not Path(values["init"]).expanduser().exists():
+        say(f"dry run: init={values['init']} is not downloaded")
+        cfg = replace(cfg, init=None)
+    return cfg
 
 
 def record_start(card: Card, network: nn.Module, fold: Fold, *, init: str | None = None) -> Card:
@@ -273,6 +326,42 @@ def report(
     pages = f"{results / 'report.html'} and {results / 'figure.png'}"
     accelerator.print(f"training took {progress.seconds:.0f} s; see {pages}")
     return summary
+
+
+def train_folds(
+    train: Callable[[Any], dict[str, Any]],
+    cfg: DataclassInstance,
+    dataset: Dataset,
+    *,
+    free: Collection[str],
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Trains the folds that are not finished, and reports on all.
+
+    The runs are called ``NAME/fold_0``, ``NAME/fold_1``, ...; jobs of their own may train them,
+    with these names and ``fold=``. ``NAME/results`` has every case scored by the network that did
+    not train on it, and ``NAME/ensemble`` the networks.
+
+    Args:
+        train: Trains one fold and scores it.
+        cfg: The recipe's configuration.
+        dataset: The data set.
+        free: Keys that may change when a run is resumed.
+        dry_run: Only measure the first fold.
+
+    Returns:
+        The scores; of a dry run the cost.
+    """
+    settings = dataclasses.asdict(cfg)
+    name, folds = settings["name"], len(read_folds(dataset, folds=settings["folds"]))
+    parts = [replace(cfg, name=f"{name}/fold_{n}", fold=n) for n in range(folds)]
+    if dry_run:
+        return train(parts[0])
+    for number, part in enumerate(parts):
+        run = open_run(f"{name}/fold_{number}", part, free=free)
+        if not (run.folder / "results/report.html").is_file():
+            train(part)
+    return report_folds(runs_folder() / name, folds, dataset, settings)
 
 
 def report_folds(

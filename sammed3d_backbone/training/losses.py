@@ -14,12 +14,38 @@ multi-organ segmentation, Medical Image Analysis 70:101979, 2021.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from monai.losses import DiceLoss
+from monai.losses import DeepSupervisionLoss, DiceLoss
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+
+def multi_scale_dice_ce(
+    logits: Tensor | Sequence[Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    foreground_weight: float,
+    regions: Sequence[Sequence[int]],
+) -> Tensor:
+    """`partial_dice_ce` of a batch; of outputs at several resolutions, MONAI's weighted sum.
+
+    Args:
+        logits: Logits of the batch, or a list of them, fine to coarse.
+        batch: "label" and "annotated", see `partial_dice_ce`.
+        foreground_weight: See `partial_dice_ce`.
+        regions: See `partial_dice_ce`.
+    """
+    loss_of = partial(
+        partial_dice_ce,
+        annotated=batch["annotated"],
+        foreground_weight=foreground_weight,
+        regions=regions,
+    )
+    loss: Tensor = DeepSupervisionLoss(loss_of)(logits, batch["label"].float())
+    return loss
 
 
 def partial_dice_ce(

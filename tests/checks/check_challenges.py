@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from sammed3d_backbone.recipes.finetune_unetr import Config, choose_cases, make_card
+from sammed3d_backbone.recipes.finetune_unetr import LAYER_DECAY, Config, choose_cases
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,6 +27,7 @@ from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 from sammed3d_backbone.training import optim
+from sammed3d_backbone.training.finetuning import make_card
 from sammed3d_backbone.training.losses import partial_dice_ce
 
 HERE = Path(__file__).parent
@@ -185,7 +186,7 @@ def check(path: Path, overrides: Mapping[str, Any]) -> Dataset:
         crops = CropStream(train, card.preprocessing, samples=cfg.batch, seed=cfg.seed)
         (batch,) = DataLoader(crops, cfg.batch)
         accelerator = Accelerator(mixed_precision=cfg.mixed_precision, cpu=True)
-        optimizer = optim.layer_decayed(network, layer_decay=cfg.layer_decay)
+        optimizer = optim.layer_decayed(network, layer_decay=LAYER_DECAY)
         optim.set_lr(optimizer, 1e-3)
         with accelerator.autocast():
             loss = loss_of(network, batch)

@@ -5,7 +5,7 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from sammed3d_backbone.recipes import demo, finetune_unetr
+from sammed3d_backbone.recipes import demo
 from sammed3d_backbone.recipes.prepare_demo_data import GAP_MM, NOTE, write_demo_data
 
 from sammed3d_backbone import encoder
@@ -14,6 +14,7 @@ from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import load_image, prepare_cases
 from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.training.finetuning import make_card
 from tests.checks.check_challenges import write_layout
 
 
@@ -77,7 +78,7 @@ def test_ct_is_treated_as_ct(toy_data, runs, tmp_path):
         (tmp_path / kind).symlink_to(toy_data / kind)
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     cfg = demo.configure({"data": str(tmp_path)})
-    card = finetune_unetr.make_card(cfg, read_dataset(tmp_path))
+    card = make_card(cfg, read_dataset(tmp_path))
     assert card.preprocessing.intensity == {"default": "ct"}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sammed3d_backbone.recipes import finetune_unetr
-from sammed3d_backbone.recipes.finetune_unetr import Config, main, make_card, train
+from sammed3d_backbone.recipes.finetune_unetr import Config, main, train
 from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
 from sammed3d_backbone import config, encoder
@@ -34,6 +34,7 @@ from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.training import finetuning
 from sammed3d_backbone.training.augmentation import augmentation
 from sammed3d_backbone.training.engine import Schedule
+from sammed3d_backbone.training.finetuning import make_card
 from sammed3d_backbone.training.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +154,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights
 
 def test_a_dry_run_downloads_nothing_and_fills_no_cache(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(finetuning, "report", lambda *_: {})
-    monkeypatch.setattr(finetune_unetr, "needs_download", lambda _: True)
+    monkeypatch.setattr(finetuning, "needs_download", lambda _: True)
     cache = tmp_path / "cache"
     changes = {"scratch": False, "weights": "hf-hub:some/where", "cache": str(cache)}
     main(Config(**small | changes), dry_run=True)

@@ -16,6 +16,7 @@ from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.evaluation.probes import PROBES
 from sammed3d_backbone.inference.segmenter import Segmenter, build_network
 from sammed3d_backbone.loading.checkpoint import write
+from sammed3d_backbone.training.finetuning import make_card
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def make_run(small, runs):
     def make(**changes):
         cfg = finetune_unetr.Config(**small | changes)
         dataset, _ = finetune_unetr.choose_cases(cfg)
-        card = finetune_unetr.make_card(cfg, dataset)
+        card = make_card(cfg, dataset)
         folder = runs / cfg.name
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(config.dump(cfg))
