@@ -13,13 +13,9 @@ process, after imports and after building the networks; the two take turns.
 torch's, which is faster than the original's SimpleITK.
 """
 
-import argparse
 import gc
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from medim.models.sam_med3d import build_sam3D_vit_b_ori
-from sammed3d_backbone.recipes.benchmarks.readme import write_table
+from sammed3d_backbone.recipes.benchmarks import running
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -183,7 +179,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def measure(scan: Path, labels: Path, runs: int, runs_many: int) -> dict[str, object]:
-    """All times of the benchmark."""
+    """All figures of the benchmark."""
     torch.manual_seed(0)
     theirs, ours = reference(), sam("vit_b", pretrained=False)
     ours.load_state_dict(theirs.state_dict())
@@ -206,7 +202,11 @@ def measure(scan: Path, labels: Path, runs: int, runs_many: int) -> dict[str, ob
             times["reference"].append(seconds(lambda some=some: reference_of(some)))
         result[title] = {name: _with_median(values) for name, values in times.items()}
     result["later"] = _with_median(later_clicks(predictor, scan, next(iter(first.values()))))
-    return result
+    result["peak"] = {
+        name: running.alone(measure_peak, name, scan, labels)
+        for name in ("reference", "ours", "large")
+    }
+    return {**result, **provenance(HERE)}
 
 
 def later_clicks(
@@ -224,17 +224,8 @@ def later_clicks(
     return times
 
 
-def peak(name: str, scan: Path, labels: Path) -> dict[str, float]:
-    """Peak memory of one procedure over that before it, in a fresh process."""
-    command = [sys.executable, __file__, "--peak", name, "--scan", str(scan)]
-    command += ["--labels", str(labels), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def measure_peak(name: str, scan: Path, labels: Path) -> dict[str, float]:
-    """In this process: the highest resident size of a procedure minus that before it.
+    """The highest resident size of this process in a procedure minus that before it.
 
     "reference" and "ours" work on the scan, "large" on a synthetic volume of 512 x 512 x 800 voxels
     that is in memory before; its times are returned as well.
@@ -302,37 +293,25 @@ def table(result: dict) -> str:
     lines.append("")
     lines.append(
         f"Random weights of the size `vit_b`, one window of {SIDE}³ voxels, following off. "
-        f"Reference: its procedure per class on `medim` 0.1.2. {result['processor']}, "
-        f"{result['threads']} threads, torch {result['torch']}, commit {result['commit']}, "
-        f"{result['date'][:10]}; medians of runs in turn in one process."
+        f"Reference: its procedure per class on `medim` 0.1.2. {running.machine(result)}; medians "
+        "of runs in turn in one process."
     )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measures, or prints what was measured."""
-    parser = argparse.ArgumentParser(description="Time from clicks to masks, and peak memory.")
-    parser.add_argument("--out", type=Path, default=HERE / "click_speed.json")
+    parser = running.make_parser("click_speed", __doc__)
     parser.add_argument("--scan", type=Path, default=DATA / "ct_torso.nii.gz")
     parser.add_argument("--labels", type=Path, default=DATA / "ct_torso_seg.nii.gz")
     parser.add_argument("--runs", type=int, default=5, help="with one object")
     parser.add_argument("--runs-many", type=int, default=1, help=f"with {OBJECTS} objects")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
-    parser.add_argument("--peak", choices=("reference", "ours", "large"), help="memory of one only")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.peak:
-        print(json.dumps(measure_peak(args.peak, args.scan, args.labels)))
-        return
-    if not args.table:
-        result = measure(args.scan, args.labels, args.runs, args.runs_many)
-        result["peak"] = {
-            n: peak(n, args.scan, args.labels) for n in ("reference", "ours", "large")
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**result, **provenance(HERE)}, indent=1) + "\n")
-    write_table("click_speed", table(json.loads(args.out.read_text())))
+    running.run(
+        args,
+        lambda: measure(args.scan, args.labels, args.runs, args.runs_many),
+        {"click_speed": table},
+    )
 
 
 if __name__ == "__main__":

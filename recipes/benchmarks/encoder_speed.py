@@ -13,12 +13,8 @@ products take on their own, each shape at the best rate of torch's public operat
 process, over the time of the whole pass.
 """
 
-import argparse
 import gc
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,9 +22,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from medim.models.sam_med3d import ImageEncoderViT3D
 from monai.networks.nets import UNETR as MonaiUNETR
-from sammed3d_backbone.recipes.benchmarks.readme import write_table
+from sammed3d_backbone.recipes.benchmarks import running
+from sammed3d_backbone.recipes.benchmarks.parity import reference_encoder
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,20 +46,7 @@ def ours() -> nn.Module:
 
 def reference() -> nn.Module:
     """The released implementation, as packaged in `medim`."""
-    return ImageEncoderViT3D(
-        img_size=SIZES.img_size,
-        patch_size=SIZES.patch_size,
-        embed_dim=SIZES.embed_dim,
-        depth=SIZES.depth,
-        num_heads=SIZES.num_heads,
-        mlp_ratio=SIZES.mlp_ratio,
-        out_chans=SIZES.out_chans,
-        window_size=SIZES.window_size,
-        global_attn_indexes=SIZES.global_attn_indexes,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        qkv_bias=True,
-        use_rel_pos=True,
-    )
+    return reference_encoder(**SIZES.encoder_sizes())
 
 
 def our_unetr() -> nn.Module:
@@ -200,15 +183,8 @@ def where_the_time_goes(network: nn.Module, x: Tensor, runs: int) -> dict[str, f
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def peak_bytes(name: str) -> int:
-    """Peak memory of one training step of a network, measured in a fresh process."""
-    command = [sys.executable, __file__, "--peak", name, "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
-
-
 def measure_peak(name: str) -> int:
-    """In this process: highest resident size in a training step minus that after building."""
+    """The highest resident size of this process in a training step minus that after building."""
     network, x = NETWORKS[name](), volume()
     gc.collect()
     built = resident_bytes("VmRSS")
@@ -236,7 +212,9 @@ def measure(runs: int) -> dict[str, object]:
     result["unetr_parts_s"] = where_the_time_goes(pair["our_unetr"], x, runs)
     del pair
     gc.collect()
-    result["peak_bytes"] = {name: peak_bytes(name) for name in tqdm(NETWORKS, desc="memory")}
+    result["peak_bytes"] = {
+        name: running.alone(measure_peak, name) for name in tqdm(NETWORKS, desc="memory")
+    }
     return {**result, **provenance(HERE)}
 
 
@@ -270,30 +248,17 @@ def table(result: dict) -> str:
     lines.append("")
     lines.append(
         f"Peer: `medim` 0.1.2 for the encoder, MONAI {result['monai']} for UNETR. "
-        f"{result['processor']}, {result['threads']} threads, torch {result['torch']}, "
-        f"commit {result['commit']}, {result['date'][:10]}; median of {result['runs']} runs in "
-        f"turn in one process."
+        f"{running.machine(result)}; median of {result['runs']} runs in turn in one process."
     )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measures, or prints what was measured."""
-    parser = argparse.ArgumentParser(description="Time and memory against the peers.")
-    parser.add_argument("--out", type=Path, default=HERE / "encoder_speed.json")
+    parser = running.make_parser("encoder_speed", __doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
-    parser.add_argument("--peak", choices=NETWORKS, help="print one network's peak memory in bytes")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.peak:
-        print(measure_peak(arguments.peak))
-        return
-    if not arguments.table:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(measure(arguments.runs), indent=1) + "\n")
-    write_table("encoder_speed", table(json.loads(arguments.out.read_text())))
+    running.run(arguments, lambda: measure(arguments.runs), {"encoder_speed": table})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ of a ReLU within rounding of zero, where its derivative jumps: there gradients o
 by as much as one hidden unit does. The same sets in float64 have no such difference.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from medim.models.sam_med3d import (
     PromptEncoder3D,
     TwoWayTransformer3D,
 )
-from sammed3d_backbone.recipes.benchmarks.readme import write_table
+from sammed3d_backbone.recipes.benchmarks import running
 from torch import Tensor, nn
 
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D, resample_pos_embed
@@ -350,7 +349,7 @@ def table(result: dict) -> str:
             f"| {row['batch']} x {row['side_vox']}³ | {row['grid']}³ | {row['embed_dim']} | "
             f"{row['depth']} | {row['dtype']} | {' | '.join(errors)} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", running.machine(result) + "."])
 
 
 PROMPT_KINDS = (
@@ -372,7 +371,7 @@ def prompt_table(result: dict) -> str:
     for row in result["prompts"]["rows"]:
         errors = " | ".join(f"{row[kind]:.1e}" for kind in PROMPT_KINDS)
         lines.append(f"| {row['sets']} | {row['dtype']} | {errors} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", running.machine(result["prompts"]) + "."])
 
 
 def encoder_rows() -> list[dict]:
@@ -410,28 +409,20 @@ def _name_of(dtype: torch.dtype) -> str:
 
 def main() -> None:
     """Measures the chosen parts, writes them with their provenance and prints the tables."""
-    parser = argparse.ArgumentParser(description="Compare the network with the reference.")
-    parser.add_argument("--out", type=Path, default=HERE / "parity.json")
+    parser = running.make_parser("parity", __doc__)
     parser.add_argument("--only", choices=("encoder", "prompts"), help="measure one part anew")
-    parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     arguments = parser.parse_args()
-    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    if not arguments.table:
+
+    def measure() -> running.Result:
+        out = arguments.out
+        result = json.loads(out.read_text()) if out.exists() and arguments.only else {}
         if arguments.only != "prompts":
             result = {**result, "rows": encoder_rows(), **provenance(HERE)}
         if arguments.only != "encoder":
             result["prompts"] = {"rows": prompt_rows(), **provenance(HERE)}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    parts = {"rows": ("parity", table), "prompts": ("parity_prompts", prompt_table)}
-    for part, (name, as_table) in parts.items():
-        if part in result:
-            made = result if part == "rows" else result[part]
-            machine = (
-                f"{made['processor']}, {made['threads']} threads, torch {made['torch']}, commit "
-                f"{made['commit']}, {made['date'][:10]}."
-            )
-            write_table(name, f"{as_table(result).strip()}\n\n{machine}")
+        return result
+
+    running.run(arguments, measure, {"parity": table, "parity_prompts": prompt_table})
 
 
 if __name__ == "__main__":

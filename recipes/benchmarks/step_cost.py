@@ -7,17 +7,13 @@ One 128-voxel cube, 14 classes, with and without recomputing blocks and bf16: ea
 finetune_unetr.py in a process of its own, so that no peak is another's.
 """
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from sammed3d_backbone.recipes.benchmarks.readme import write_table
+from sammed3d_backbone.recipes.benchmarks import running
 from sammed3d_backbone.recipes.finetune_unetr import Config
 from sammed3d_backbone.recipes.finetune_unetr import main as finetune
 from tqdm import tqdm
@@ -58,11 +54,11 @@ def write_cubes(folder: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps(info))
 
 
-def measure_one(way: str, threads: int, data: Path) -> dict[str, object]:
+def measure_one(way: str, data: str, threads: int) -> dict[str, object]:
     """The figures of a dry run in this process."""
     cfg = Config(
         name="cost",
-        data=str(data),
+        data=data,
         folds=2,
         variant="vit_b",
         scratch=True,
@@ -77,19 +73,9 @@ def measure_one(way: str, threads: int, data: Path) -> dict[str, object]:
 
 def measure(threads: int) -> dict[str, object]:
     """All figures, each way in a process of its own."""
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         write_cubes(Path(folder))
-        for way in tqdm(WAYS):
-            out = Path(folder) / "figures.json"
-            command = [sys.executable, __file__, "--way", way, "--threads", str(threads)]
-            subprocess.run(
-                [*command, "--data", folder, "--out", out],
-                check=True,
-                capture_output=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            )
-            found[way] = json.loads(out.read_text())
+        found = {way: running.alone(measure_one, way, folder, threads) for way in tqdm(WAYS)}
     return {"side_vox": SIDE, "classes": CLASSES, "ways": found, **provenance(HERE)}
 
 
@@ -107,29 +93,16 @@ def table(result: dict) -> str:
         lines.append(f"| {way} | {seconds:.1f} s ({share:.2f} x) | {peak:.2f} GiB |")
     lines.append("")
     lines.append(
-        f"{result['processor']}, {result['threads']} threads, torch {result['torch']}, "
-        f"commit {result['commit']}, {result['date'][:10]}; median of three steps, AdamW and an "
-        "average of the weights included, memory of the libraries not."
+        f"{running.machine(result)}; median of three steps, AdamW and an average of the weights "
+        "included, memory of the libraries not."
     )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measures, or prints what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "step_cost.json")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="print the table and measure nothing")
-    parser.add_argument("--way", choices=WAYS, help="measure this one only, in this process")
-    parser.add_argument("--data", type=Path, help="with --way: folder of the cubes")
-    arguments = parser.parse_args()
-    if arguments.way:
-        figures = measure_one(arguments.way, arguments.threads, arguments.data)
-        arguments.out.write_text(json.dumps(figures))
-        return
-    if not arguments.table:
-        arguments.out.write_text(json.dumps(measure(arguments.threads), indent=1) + "\n")
-    write_table("step_cost", table(json.loads(arguments.out.read_text())))
+    arguments = running.make_parser("step_cost", __doc__).parse_args()
+    running.run(arguments, lambda: measure(arguments.threads), {"step_cost": table})
 
 
 if __name__ == "__main__":
