@@ -129,8 +129,10 @@ def _cropped(volume: Tensor, start: list[int], paste: Tensor | None = None) -> T
 
 def our_masks(predictor: Predictor, scan: Path, clicks: Clicks) -> dict[str, np.ndarray]:
     """Masks of clicked objects on the scan's own grid."""
-    found = predictor.segment(scan, {n: [click] for n, click in clicks.items()}, modality="ct")
-    return {name: prediction.mask for name, prediction in found.items()}
+    predictor.set_volume(scan, modality="ct")
+    for name, click in clicks.items():
+        predictor.click(click, object=name)
+    return {name: predictor.predict(name).mask for name in clicks}
 
 
 def clicks_in_one_window(scan: Path, labels: Path, wanted: int) -> Clicks:

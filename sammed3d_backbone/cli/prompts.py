@@ -152,7 +152,7 @@ def _clicks(
 ) -> "tuple[ClickList | None, list[dict[str, Any]]]":
     """The click list of a file, and the points of the command line; all lie in the scan."""
     from sammed3d_backbone.inference.interactive.click_io import ClickList
-    from sammed3d_backbone.inference.interactive.prompts import OBJECT, require_positive
+    from sammed3d_backbone.inference.interactive.prompts import OBJECT
 
     unit = "point_mm" if args.mm else "point_vox"
     name, clicks, unused = OBJECT, [], ""
@@ -175,7 +175,10 @@ def _clicks(
     earlier = () if listed is None else listed.clicks
     for click in earlier:
         scan.voxel(click.get("point_vox"), click.get("point_mm"))
-    require_positive([*earlier, *clicks])
+    inside = {c.get("object", OBJECT) for c in (*earlier, *clicks) if c.get("positive", True)}
+    for click in (*earlier, *clicks):
+        if (name := click.get("object", OBJECT)) not in inside:
+            raise ValueError(f"object {name!r} has no positive click; click inside it first")
     return listed, clicks
 
 

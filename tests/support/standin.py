@@ -110,3 +110,12 @@ class StandIn(nn.Module):
             mask_logits = torch.zeros(1, 1, 32, 32, 32)
         sparse, dense = self.prompt_encoder(points=points, boxes=None, masks=mask_logits)
         return self.mask_decoder(encoding.embedding, None, sparse, dense, False)
+
+
+def segment(predictor, volume, points, **about):
+    """Predictions by name after positive clicks on one object, or on several by their names."""
+    predictor.set_volume(volume, **about)
+    for name, given in (points if isinstance(points, dict) else {"object": points}).items():
+        for point in given:
+            predictor.click(point, object=name)
+    return {name: predictor.predict(name) for name in predictor.objects}

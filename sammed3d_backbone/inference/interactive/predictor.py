@@ -8,18 +8,18 @@ predicting in between, undo and redo, or a cache do not change it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.data.intensity import CT_WINDOW_HU
 from sammed3d_backbone.data.preprocessing import Modality, Preprocessing, preprocessing_of
+from sammed3d_backbone.data.regions import bounding_box
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import atomic_path
 from sammed3d_backbone.inference.interactive.click_io import ClickList, volume_sha256
@@ -36,7 +36,6 @@ from sammed3d_backbone.inference.interactive.prompts import (
     Prompt,
     mask_values,
     object_name,
-    require_positive,
 )
 from sammed3d_backbone.inference.interactive.propagation import (
     ClickMode,
@@ -45,8 +44,6 @@ from sammed3d_backbone.inference.interactive.propagation import (
 )
 from sammed3d_backbone.inference.interactive.windows import Windows
 from sammed3d_backbone.inference.validation import ValidatedVolume, validate_volume
-
-Points = Sequence[Sequence[float]]
 
 
 class Predictor:
@@ -178,34 +175,24 @@ class Predictor:
                 )
         self._prompts.append(click)
 
-    def mask_prompt(
-        self,
-        *,
-        logits: NDArray[Any] | None = None,
-        mask: NDArray[Any] | Volume | None = None,
-        object: str = OBJECT,
-    ) -> None:
+    def mask_prompt(self, mask: NDArray[Any], *, object: str = OBJECT) -> None:
         """Adds an earlier mask to refine; it replaces earlier prompts on the object.
 
         Args:
-            logits: Logits of an earlier prediction, as in training.
             mask: Nonzero inside the object; it counts as logits of 10 and -10.
             object: Name of the object.
 
         Shapes:
-            logits: (X, Y, Z) on the volume's own grid.
             mask: (X, Y, Z) on the volume's own grid.
 
         Raises:
-            ValueError: If the mask is empty; and the errors of `mask_values`.
+            TypeError: If the mask does not hold numbers.
+            ValueError: If it is empty, has another shape than the volume, or is not finite.
         """
-        values = mask_values(self._require_scan().volume, logits, mask)
-        boxes = ndimage.find_objects((values > 0).view(np.uint8))
-        if not boxes:
-            raise ValueError("the mask prompt is empty; click on the object instead")
-        x, y, z = ((side.start + side.stop - 1) // 2 for side in boxes[0])
+        inside = mask_values(mask, self._require_scan().volume.shape)
+        x, y, z = ((side.start + side.stop - 1) // 2 for side in bounding_box(inside) or ())
         self._prompts.append(
-            MaskPrompt(object_name(object), values, self._window_around((x, y, z)))
+            MaskPrompt(object_name(object), inside, self._window_around((x, y, z)))
         )
 
     def undo(self) -> None:
@@ -290,42 +277,6 @@ class Predictor:
             notes=notes,
             logits=field,
         )
-
-    def segment(
-        self,
-        volume: Any,  # noqa: ANN401 (see `validate_volume`)
-        points: Points | Mapping[str, Points],
-        *,
-        negative: Points | Mapping[str, Points] = (),
-        in_mm: bool = False,
-        affine: ArrayLike | None = None,
-        modality: Modality | None = None,
-    ) -> dict[str, Prediction]:
-        """The masks of all objects of a volume in one call.
-
-        Args:
-            volume: See `set_volume`.
-            points: Positive clicks, or those of each object by its name.
-            negative: Negative clicks, in the same form; they follow all positive ones.
-            in_mm: Whether points are RAS+ mm instead of voxels of the volume's own grid.
-            affine: See `set_volume`.
-            modality: See `set_volume`.
-
-        Returns:
-            Predictions by name, "object" if none is given. Masks are independent of each other and
-            may overlap.
-        """
-        self.set_volume(volume, affine, modality=modality)
-        unit = "point_mm" if in_mm else "point_vox"
-        for group, positive in ((points, True), (negative, False)):
-            named = group if isinstance(group, Mapping) else {OBJECT: group}
-            for name, given in named.items():
-                for point in given:
-                    self.click(**{unit: point}, positive=positive, object=name)
-        if not self._prompts:
-            raise ValueError("points: expected at least one positive point")
-        require_positive(p.to_dict() for p in self._prompts if isinstance(p, ClickPrompt))
-        return {name: self.predict(name) for name in self.objects}
 
     def stability(
         self, object: str | None = None, *, trials: int = 8, radius_mm: float = 3.0, seed: int = 0

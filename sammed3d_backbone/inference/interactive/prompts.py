@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.geometry import Triple
-from sammed3d_backbone.data.volume import Volume
 
 OBJECT = "object"  # name of the object if none is given
 
@@ -43,11 +41,11 @@ class MaskPrompt:
     """An earlier mask of an object, to be refined.
 
     Shapes:
-        values: (X, Y, Z) on the volume's own grid; bool, or floating logits.
+        inside: (X, Y, Z) bool, on the volume's own grid.
     """
 
     object: str
-    values: NDArray[Any]
+    inside: NDArray[np.bool_]
     window: Triple
 
 
@@ -67,50 +65,21 @@ def object_name(name: object) -> str:
     return name
 
 
-def require_positive(clicks: Iterable[Mapping[str, Any]]) -> None:
-    """Checks that each object has a click inside it, without which there is nothing to segment.
-
-    Args:
-        clicks: Arguments of `Predictor.click` that name the object, "object" if they do not.
+def mask_values(mask: NDArray[Any], shape: Triple) -> NDArray[np.bool_]:
+    """A mask prompt as bool, on the grid of a volume.
 
     Raises:
-        ValueError: If an object has negative clicks only.
+        TypeError: If it does not hold numbers.
+        ValueError: If it is empty, has another shape, or is not finite.
     """
-    positive = {True: set[str](), False: set[str]()}
-    for click in clicks:
-        positive[bool(click.get("positive", True))].add(object_name(click.get("object", OBJECT)))
-    if lacking := sorted(positive[False] - positive[True]):
-        raise ValueError(f"object {lacking[0]!r} has no positive click; click inside it first")
-
-
-def mask_values(
-    volume: Volume, logits: NDArray[Any] | None, mask: NDArray[Any] | Volume | None
-) -> NDArray[Any]:
-    """A mask prompt as floating logits or as bool, on the volume's grid.
-
-    Raises:
-        TypeError: If the logits are not floating-point numbers.
-        ValueError: If not exactly one of both is given, it is on another grid or not finite.
-    """
-    if (logits is None) == (mask is None):
-        raise ValueError("give either logits= or mask=")
-    if isinstance(mask, Volume):
-        if not np.allclose(mask.affine, volume.affine, atol=1e-3):
-            raise ValueError("mask= has another affine than the volume; resample it")
-        mask = mask.array
-    values = np.asarray(mask if logits is None else logits)
-    if values.shape != volume.shape:
-        raise ValueError(
-            f"the mask prompt has shape {values.shape}, the volume {volume.shape}; resample it"
-        )
-    name = "mask=" if logits is None else "logits="
+    values = np.asarray(mask)
     if values.dtype.kind not in "biuf":
-        raise TypeError(f"{name} of dtype {values.dtype}: expected numbers")
+        raise TypeError(f"mask= of dtype {values.dtype}: expected numbers")
+    if values.shape != shape:
+        raise ValueError(f"mask= has shape {values.shape}, the volume {shape}; resample it")
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} has NaN or infinite voxels; replace them")
-    if logits is None:
-        inside: NDArray[np.bool_] = values != 0
-        return inside
-    if values.dtype.kind != "f":
-        raise TypeError(f"logits= of dtype {values.dtype}: expected floating; or pass it as mask=")
-    return values
+        raise ValueError("mask= has NaN or infinite voxels; replace them")
+    inside: NDArray[np.bool_] = values != 0
+    if not inside.any():
+        raise ValueError("mask= is empty; click on the object instead")
+    return inside

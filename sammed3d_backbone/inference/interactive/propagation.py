@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Triple
+from sammed3d_backbone.data.regions import depth_mm
 from sammed3d_backbone.inference.interactive.embedding_cache import (
     CELLS_PER_TOKEN,
     EmbeddingCache,
@@ -161,17 +161,17 @@ class WindowPropagator:
             index = self.windows.inside(start, self.windows.grid_point(click.point_vox))
             if index is not None:
                 found.append((index, click.positive))
-        logits = None if prior is None else self._prior_logits(start, prior.values)
+        logits = None if prior is None else self._prior_logits(start, prior.inside)
         return self._passes(start, logits, (), found, seed)
 
-    def _prior_logits(self, start: Triple, values: NDArray[Any]) -> Tensor:
+    def _prior_logits(self, start: Triple, mask: NDArray[np.bool_]) -> Tensor:
         """A mask prompt as the logits that a window's first pass gets, (s, s, s)."""
         side = self.windows.side_vox
-        inside = self.windows.geometry.resample_box(values, start, (side, side, side))
+        inside = self.windows.geometry.resample_box(mask, start, (side, side, side))
         encoding = self.network.encoding(self.windows, start)
         cells = CELLS_PER_TOKEN * int(encoding.embedding.shape[-1])
         pooled = torch.nn.functional.adaptive_avg_pool3d(inside[None], cells)[0]
-        return pooled if values.dtype != np.bool_ else (2 * pooled - 1) * MASK_LOGIT
+        return (2 * pooled - 1) * MASK_LOGIT
 
     def _followed(
         self,
@@ -250,8 +250,7 @@ class WindowPropagator:
             if not inside.any():
                 return None
             # The cell deepest inside the known part, the window's border counting as outside.
-            depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1, 1:-1]
-            index = np.unravel_index(int(depth.argmax()), inside.shape)
+            index = np.unravel_index(int(depth_mm(inside, (1, 1, 1)).argmax()), inside.shape)
             x, y, z = (float(axis[i]) for axis, i in zip(points, index, strict=True))
             seed = (x, y, z)
         opened = self._open(start, clicks, prior, seed)

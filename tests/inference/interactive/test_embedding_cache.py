@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from standin import StandIn
+from standin import StandIn, segment
 
 from sammed3d_backbone import sam
 from sammed3d_backbone.data.volume import Volume
@@ -14,7 +14,9 @@ from sammed3d_backbone.loading.checkpoint import read
 def session(folder, volume, model=None, **how):
     """The mask of a fresh session, and the passes of its encoder."""
     model = model or StandIn()
-    (found,) = Predictor(model, cache_folder=folder).segment(volume, [(22, 40, 36)], **how).values()
+    (found,) = segment(
+        Predictor(model, cache_folder=folder), volume, [(22, 40, 36)], **how
+    ).values()
     return found.mask, model.image_encoder.passes
 
 
@@ -32,7 +34,7 @@ def test_high_resolution_maps_are_kept_too(tmp_path):
     array = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0)).numpy()
     volume = Volume(array, np.diag([1.5, 1.5, 1.5, 1.0]))
     found = [
-        Predictor(network, cache_folder=tmp_path, max_windows=1).segment(volume, [(8, 8, 8)])
+        segment(Predictor(network, cache_folder=tmp_path, max_windows=1), volume, [(8, 8, 8)])
         for _ in range(2)
     ]
     (path,) = tmp_path.iterdir()

@@ -1,30 +1,22 @@
-"""An earlier mask or its logits to go on from."""
+"""An earlier mask to refine."""
 
 import numpy as np
 import pytest
-
-from sammed3d_backbone.data.volume import Volume
 
 
 def dice(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
-@pytest.mark.parametrize("kind", ["mask", "volume", "logits"])
-def test_a_mask_prompt_alone_is_an_answer(predictor, model, balls, kind):
+def test_a_mask_prompt_alone_is_an_answer(predictor, model, balls):
     volume, first, _ = balls
     predictor.set_volume(volume)
-    if kind == "logits":
-        predictor.mask_prompt(logits=np.where(first, 3.0, -3.0).astype(np.float32))
-    else:
-        mask = first.astype(np.uint8)
-        predictor.mask_prompt(mask=Volume(mask, volume.affine) if kind == "volume" else mask)
+    predictor.mask_prompt(first.astype(np.uint8))
     found = predictor.predict()
     assert dice(found.mask, first) > 0.9
     ((points, prior),) = model.prompt_encoder.told
     assert points is None
-    strength = 3.0 if kind == "logits" else 10.0
-    assert (float(prior.min()), float(prior.max())) == pytest.approx((-strength, strength))
+    assert (float(prior.min()), float(prior.max())) == pytest.approx((-10, 10))
 
 
 def test_a_click_after_a_mask_prompt_corrects_it(predictor, balls):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from standin import segment
 
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
@@ -17,7 +18,7 @@ def test_a_saved_mask_has_the_affine_and_header_of_its_source(tmp_path, predicto
     affine = volume.affine.copy()
     affine[:3, 3] = [1 / 3, -7.1, 2.2]
     Volume(volume.array, affine).save(tmp_path / "scan.nii.gz")
-    (found,) = predictor.segment(tmp_path / "scan.nii.gz", [(22, 40, 36)]).values()
+    (found,) = segment(predictor, tmp_path / "scan.nii.gz", [(22, 40, 36)]).values()
     found.volume.save(tmp_path / "mask.nii.gz")
     scan, mask = Volume.load(tmp_path / "scan.nii.gz"), Volume.load(tmp_path / "mask.nii.gz")
     assert mask.affine.tobytes() == scan.affine.tobytes()
@@ -25,7 +26,7 @@ def test_a_saved_mask_has_the_affine_and_header_of_its_source(tmp_path, predicto
 
 
 def test_the_mask_is_where_the_probability_exceeds_one_half(predictor, balls):
-    (found,) = predictor.segment(balls[0], [(22, 40, 36)]).values()
+    (found,) = segment(predictor, balls[0], [(22, 40, 36)]).values()
     assert np.array_equal(found.probs() > 0.5, found.mask)
 
 
@@ -70,7 +71,7 @@ def overlapping(predictor, balls):
     """Three objects: the first ball, both balls, the second ball."""
     both = [(22, 40, 36), (36, 54, 36)]
     points = {"first": both[:1], "both": both, "second": both[1:]}
-    return predictor.segment(balls[0], points)
+    return segment(predictor, balls[0], points)
 
 
 def test_objects_that_do_not_overlap_need_no_rule(overlapping):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from standin import StandIn
+from standin import StandIn, segment
 
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
@@ -139,19 +139,12 @@ def test_another_volume_forgets_clicks_and_windows(predictor, model, balls):
 
 def test_many_objects_share_the_encoder_pass(predictor, model, balls):
     volume, first, second = balls
-    found = predictor.segment(volume, {"left": [(22, 40, 36)], "right": [(36, 54, 36)]})
+    found = segment(predictor, volume, {"left": [(22, 40, 36)], "right": [(36, 54, 36)]})
     assert dice(found["left"].mask, first) > 0.9
     assert dice(found["right"].mask, second) > 0.9
     assert model.image_encoder.passes == 1
     with pytest.raises(ValueError, match="left, right"):
         predictor.predict()
-
-
-def test_negative_points_of_one_shot_come_last(predictor, balls):
-    volume, first, _ = balls
-    points = [(22, 40, 36), (36, 54, 36)]
-    found = predictor.segment(volume, points, negative=[(36, 55, 36)])
-    assert dice(found["object"].mask, first) > 0.9
 
 
 def test_the_memory_of_windows_has_a_bound(model, balls):
@@ -180,7 +173,7 @@ def trained_with(model, preprocessing):
 
 def test_preprocessing_is_that_of_the_weights_or_assumed_or_overridden_and_said(model, balls):
     def notes(**how):
-        (found,) = Predictor(model, **how).segment(balls[0], [(22, 40, 36)]).values()
+        (found,) = segment(Predictor(model, **how), balls[0], [(22, 40, 36)]).values()
         return " ".join(found.notes)
 
     assert "SAM-Med3D" in notes()
@@ -201,7 +194,7 @@ def test_networks_that_differ_in_statistics_alone_see_different_windows(balls):
             lambda module, given, result, key=statistics: seen.setdefault(key, []).append(given[0])
         )
         for array in (volume.array, larger):
-            Predictor(model, follow=False).segment(array, [(22, 40, 36)], affine=volume.affine)
+            segment(Predictor(model, follow=False), array, [(22, 40, 36)], affine=volume.affine)
     assert torch.equal(*seen["crop"])
     assert (seen["volume"][0] - seen["volume"][1]).abs().mean() > 0.1
     assert not torch.allclose(seen["crop"][0], seen["volume"][0])
@@ -215,7 +208,7 @@ def test_ct_is_clamped_as_in_training(predictor, balls, modality, clamped):
     )
     for top in (1500, 3000):
         array = np.where(balls[1], top, balls[0].array).astype(np.int16)
-        predictor.segment(array, [(22, 40, 36)], affine=balls[0].affine, modality=modality)
+        segment(predictor, array, [(22, 40, 36)], affine=balls[0].affine, modality=modality)
     assert torch.equal(seen[0], seen[1]) == clamped
 
 
