@@ -36,7 +36,7 @@ def run(
     """Measures and writes the JSON file, unless --table is given; then renews the tables.
 
     Args:
-        arguments: Of `make_parser`.
+        arguments: The arguments of `make_parser`.
         measure: Returns what the file holds.
         tables: Name of a table in the README -> its text.
     """

@@ -183,7 +183,7 @@ def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]
         spacing_is_xyz: False reads the spacing as the evaluator does.
 
     Raises:
-        DatasetError: If the file is no such archive.
+        DatasetError: If the file is not such an archive.
     """
     require_file(path)
     try:

@@ -69,7 +69,7 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
 
     Args:
         folder: Contains a description, unless a layout is given. The path of a BIDS data set may
-            go on to the labels, see `bids`.
+            continue to the labels, see `bids`.
         layout: Where its files lie; takes precedence over the folder's description.
 
     Raises:

@@ -101,7 +101,7 @@ def require_writable(path: Path, header: Header) -> None:
 
     Args:
         path: Its ending is the format.
-        header: That of the image that the output belongs to.
+        header: Header of the image that the output belongs to.
 
     Raises:
         ValueError: If the format is not known, needs a package that is not installed, or is

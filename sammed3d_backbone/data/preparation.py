@@ -55,7 +55,7 @@ def load_channels(paths: Sequence[Path], *, tolerance: float = GRID_TOLERANCE) -
 
     Args:
         paths: The files.
-        tolerance: As for `pair_problems`.
+        tolerance: See `pair_problems`.
 
     Raises:
         ValueError: If a file is unreadable or the channels do not lie on one grid.

@@ -52,7 +52,7 @@ def export(
     Args:
         network: Is set to evaluation mode; on the CPU.
         path: Ends in .onnx or .pt2.
-        shape: Of one input, (C, X, Y, Z); outputs are one tensor.
+        shape: Shape of one input, (C, X, Y, Z); outputs are one tensor.
         metadata: Text by name, kept in the file.
         overwrite: Whether to replace an existing file.
 

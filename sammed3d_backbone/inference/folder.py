@@ -101,7 +101,7 @@ def predict_scans(
 
     Args:
         predict: Volume -> labels, and probabilities if they are to be written.
-        scans: From `scans_in`.
+        scans: The scans that `scans_in` found.
         target: Folder of the results; exists.
         about: Identifies model and settings; an earlier run is resumed if it has the same.
         overwrite: Whether to replace other results.

@@ -308,7 +308,7 @@ class Segmenter:
         """Class logits of a preprocessed image, from overlapping windows with Gaussian weights.
 
         Args:
-            image: From `Preprocessing.image`.
+            image: An image that `Preprocessing.image` returned.
             modality: See `predict`.
             mirror: See `predict`.
 

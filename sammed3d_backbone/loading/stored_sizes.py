@@ -18,7 +18,7 @@ from sammed3d_backbone.models.attention import RelPos
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.models.sam import Sam3D
 
-# Its shape tells with which position code of clicks a decoder was trained.
+# Its shape shows with which position code of clicks a decoder was trained.
 FREQUENCIES = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 
 

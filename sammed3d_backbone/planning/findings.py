@@ -57,7 +57,7 @@ def find_suspicious(found: Fingerprint, folds: int) -> list[Finding]:
         *_scales(found),
     ]
     if all(case.case.subject == case.case.id for case in found.cases):
-        findings.append(Finding("no subjects are named: each case is taken for another person"))
+        findings.append(Finding("no subjects are named: each case is taken for another subject"))
     return findings
 
 

@@ -23,8 +23,8 @@ def plan_text(
     """A configuration that `finetune_unetr` runs as it is.
 
     Args:
-        name: Of the file, for the command in its head.
-        found: The fingerprint, of which the head tells the main figures.
+        name: Name of the file, for the command in its head.
+        found: The fingerprint, whose main figures stand in the head.
         findings: Suspicious properties, for the head.
         data: The choices of `from_data`.
         machine: The choices of `from_machine`.

@@ -47,15 +47,15 @@ class Settings:
     """How a server behaves.
 
     Args:
-        modality: Of all images; clients do not send it.
-        axes: As for `InteractiveSession`.
+        modality: Modality of all images; clients do not send it.
+        axes: See `InteractiveSession`.
         api_key: Needed from every client; None for none.
         hosts: Further names of this machine in requests.
         max_sessions: Clients at a time.
         idle_s: Seconds without work after which a session ends.
         liveness_s: Seconds without a sign of life after which a session ends.
-        max_image_bytes: Of one image, uncompressed.
-        max_windows: In which one object is followed.
+        max_image_bytes: Largest size of one image, uncompressed.
+        max_windows: Largest number of windows of one object.
         follow: Whether the page follows objects unless its user says otherwise.
     """
 
@@ -92,7 +92,7 @@ def build_app(
     Args:
         model: The network, shared by all sessions.
         settings: How the server behaves.
-        name: Of the weights, as ITK-SNAP lists it.
+        name: Name of the weights, as ITK-SNAP lists it.
         license: Terms of the weights, as the other programs show them.
         scan: What the page shows; None for no page.
     """

@@ -53,10 +53,10 @@ class ItkSnapProtocol:
     """The routes.
 
     Args:
-        leases: Of the server.
+        leases: The leases of the server.
         version: Shown by ITK-SNAP.
         models: Names of the network that are listed.
-        max_image_bytes: Of an image.
+        max_image_bytes: Largest size of an image.
     """
 
     leases: Leases[InteractiveSession]
@@ -86,7 +86,7 @@ class ItkSnapProtocol:
         return [Route(path, answered(work), methods=[method]) for method, path, work in paths]
 
     async def status(self, _: Request) -> Json:
-        """That the server runs."""
+        """Answers that the server runs."""
         return {"status": "ok", "version": self.version}
 
     async def list_models(self, _: Request) -> Json:

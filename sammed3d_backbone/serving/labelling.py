@@ -72,8 +72,8 @@ class OpenScan:
 
     Args:
         scan: The scan.
-        name: Of the scan, in the page and in the names of saved files.
-        modality: As for `Predictor.set_volume`.
+        name: Name of the scan, in the page and in the names of saved files.
+        modality: See `Predictor.set_volume`.
         labels: What the scan was segmented into earlier; None for nothing.
 
     Shapes:

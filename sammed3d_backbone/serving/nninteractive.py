@@ -71,9 +71,9 @@ class NnInteractiveProtocol:
     """The routes.
 
     Args:
-        leases: Of the server.
+        leases: The leases of the server.
         capabilities: What `/capabilities` answers.
-        max_image_bytes: Of an image or a mask.
+        max_image_bytes: Largest size of an image or a mask.
     """
 
     leases: Leases[InteractiveSession]

@@ -79,7 +79,7 @@ class Page:
     """The routes.
 
     Args:
-        leases: Of pages.
+        leases: The leases of pages.
         scan: What they show.
         weights: Name of the weights.
         follow: Whether objects are followed unless the user says otherwise.

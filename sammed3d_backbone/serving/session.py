@@ -385,11 +385,11 @@ class InteractiveSession:
 def news(
     predictor: Predictor, told: list[AnyPrompt], prompts: Sequence[AnyPrompt]
 ) -> Sequence[AnyPrompt]:
-    """The prompts that a predictor has not been told; those that no longer hold are taken back.
+    """The prompts that are new to a predictor; those that no longer hold are undone.
 
     Args:
         predictor: Holds the prompts of `told`.
-        told: Is shortened to the prompts that hold.
+        told: The predictor's prompts; shortened to those that hold.
         prompts: All prompts that it shall hold.
     """
     pairs = zip(told, prompts, strict=False)

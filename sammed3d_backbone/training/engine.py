@@ -97,7 +97,7 @@ def make_accelerator(
     partly_frozen: bool = False,
     **options: Any,  # noqa: ANN401
 ) -> Accelerator:
-    """An accelerator that does what it was asked.
+    """An accelerator with exactly these settings.
 
     Args:
         accumulate: Passes per optimiser step.

@@ -38,7 +38,7 @@ class Source:
     Args:
         make: Builds it from channels and sides in voxels.
         odd_vox: Sides whose token grid is odd, and no cube where it takes boxes.
-        channels: Of its row.
+        channels: Number of channels in its row.
         described: How a card names it; None where no card can.
     """
 

@@ -168,8 +168,8 @@ def check(path: Path, overrides: Mapping[str, Any]) -> Dataset:
     """Reads a config, builds its network, takes one step and predicts; returns the data set.
 
     Args:
-        path: Of the config.
-        overrides: Of its knobs, such as a smaller network.
+        path: Path of the config.
+        overrides: Other values of its knobs, such as a smaller network.
 
     Raises:
         ValueError: If anything does not fit.

@@ -189,7 +189,7 @@ def _way_back(case: Case, geometry: Geometry, rng: np.random.Generator) -> dict[
     """Random class probabilities brought back, against SciPy at the places that affines give."""
     probs = torch.from_numpy(rng.dirichlet(np.ones(3), geometry.box_shape)).movedim(-1, 0).float()
     got = geometry.invert(probs).numpy()
-    # Voxels that pad the box are no part of the volume, so they must not leak into its border.
+    # Voxels that pad the box are not part of the volume, so they must not leak into its border.
     start = np.array(geometry.box_start)
     own = tuple(slice(-s, n - s) for s, n in zip(start, geometry.resampled_shape, strict=True))
     volume = probs.numpy()[(slice(None), *own)].astype(np.float64)

@@ -48,12 +48,12 @@ class Client:
     """A hasty user.
 
     Args:
-        address: Of the server.
-        seed: Of the user's choices.
-        image: As viewers send it, (1, d0, d1, d2).
+        address: Address of the server.
+        seed: Seed of the user's choices.
+        image: An image as viewers send it, (1, d0, d1, d2).
         spacing_mm: Along d0, d1, d2.
         organs: Labels, (d0, d1, d2).
-        server: Whose processor time passes while the user waits.
+        server: The server; its processor time while the user waits is measured.
     """
 
     def __init__(

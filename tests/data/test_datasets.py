@@ -101,7 +101,7 @@ def test_a_file_of_subjects_names_one_for_every_case(decathlon, tmp_path):
 
 @pytest.fixture
 def of_pairs(decathlon, tmp_path):
-    """Twenty cases of ten people."""
+    """Twenty cases of ten subjects."""
     (tmp_path / "subjects.json").write_text(
         json.dumps({f"case_{i}": f"person_{i // 2}" for i in range(20)})
     )

@@ -14,7 +14,7 @@ def write_boxes(folder: Path, *, cases: int = 6, partly: bool = False) -> None:
     Args:
         folder: Gets the data set.
         cases: Their number.
-        partly: In every other case, the back was not looked for.
+        partly: Whether the back is not annotated in every other case.
     """
     rng = np.random.default_rng(0)
     affine = np.array([[0, 0, -1.0, 0], [-1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])  # PSL

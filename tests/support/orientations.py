@@ -23,7 +23,7 @@ class Lopsided(StandIn):
     """
 
     def predict_masks(self, embedding, points=None, mask_logits=None):
-        """As `StandIn`, with a plane cut off that is oblique to all axes."""
+        """The masks of `StandIn` without what lies beyond a plane that is oblique to all axes."""
         logits, rating = super().predict_masks(embedding, points, mask_logits)
         x, y, z = np.ogrid[:32, :32, :32]
         beyond = torch.from_numpy(0.5 * x + 0.3 * y - 0.2 * z > 10)

@@ -44,7 +44,7 @@ class Row:
         what: The input in words.
         given: How to make it; its type depends on the table.
         said: What the message has to name: the argument, the file or the value.
-        kind: Of the exception in Python; for files and commands it is what the command reports.
+        kind: Class of the exception in Python; unused for files and commands.
     """
 
     what: str

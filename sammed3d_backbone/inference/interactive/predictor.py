@@ -292,7 +292,7 @@ class Predictor:
             seed: Seed of the moves.
 
         Raises:
-            ValueError: As for `predict`, or if there are no trials.
+            ValueError: If `predict` raises it, or there are no trials.
         """
         if trials < 1:
             raise ValueError(f"trials={trials}: expected 1 or more")
@@ -336,7 +336,7 @@ class Predictor:
 
         Raises:
             FileExistsError: If the file exists and is not to be overwritten.
-            ValueError: As `click_list`.
+            ValueError: If there is a mask prompt.
         """
         content = self.click_list().to_json()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
