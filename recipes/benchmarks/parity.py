@@ -17,7 +17,7 @@ by as much as one hidden unit does. The same sets in float64 have no such differ
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,14 +163,21 @@ def compare(case: Case, seed: int = 0) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (case.batch, 1, case.side, case.side, case.side)
     volume = torch.randn(shape, generator=generator, dtype=case.dtype)
-    want = _run(reference, volume, generator.manual_seed(seed + 2))
-    got = _run(ours, volume, generator.manual_seed(seed + 2))
-    if want.keys() != got.keys():
-        raise ValueError(f"tensors differ: {sorted(want.keys() ^ got.keys())}")
+    want, got = (
+        _run(network, volume, generator.manual_seed(seed + 2)) for network in (reference, ours)
+    )
+    return worst_errors([(want, got)])
+
+
+def worst_errors(pairs: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> dict:
+    """Worst relative L2 error of each kind of tensor; the kind is its name up to a colon."""
     worst: dict[str, float] = {}
-    for name, value in want.items():
-        kind = name.partition(":")[0]
-        worst[kind] = max(worst.get(kind, 0.0), relative_error(got[name], value))
+    for want, got in pairs:
+        if want.keys() != got.keys():
+            raise ValueError(f"tensors differ: {sorted(want.keys() ^ got.keys())}")
+        for name, value in want.items():
+            kind = name.partition(":")[0]
+            worst[kind] = max(worst.get(kind, 0.0), relative_error(got[name], value))
     return worst
 
 
@@ -240,16 +247,12 @@ def prompt_pair(case: PromptCase, seed: int) -> tuple[nn.ModuleDict, nn.ModuleDi
 def compare_prompts(case: PromptCase, seed: int = 0) -> dict[str, float]:
     """Worst relative L2 error of each kind of tensor over all sets of prompts."""
     reference, ours = prompt_pair(case, seed)
-    worst: dict[str, float] = {}
-    for index in range(case.sets):
-        prompts = _drawn(case, torch.Generator().manual_seed(seed + 1 + index))
-        want, got = (_run_prompts(network, prompts) for network in (reference, ours))
-        if want.keys() != got.keys():
-            raise ValueError(f"tensors differ: {sorted(want.keys() ^ got.keys())}")
-        for name, value in want.items():
-            kind = name.partition(":")[0]
-            worst[kind] = max(worst.get(kind, 0.0), relative_error(got[name], value))
-    return worst
+    drawn = (
+        _drawn(case, torch.Generator().manual_seed(seed + 1 + index)) for index in range(case.sets)
+    )
+    return worst_errors(
+        (_run_prompts(reference, prompts), _run_prompts(ours, prompts)) for prompts in drawn
+    )
 
 
 @dataclass(frozen=True)
