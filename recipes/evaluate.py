@@ -56,13 +56,17 @@ def main() -> None:
         "data", nargs="?", help="folder of the data set, or its name below SAMMED3D_DATA"
     )
     parser.add_argument("--fold", type=int, help="score its validation cases; all cases without")
-    parser.add_argument("--folds", type=int, default=5, help="to deal where splits.json is missing")
+    parser.add_argument(
+        "--folds", type=int, default=5, help="number of random folds if there is no split"
+    )
     parser.add_argument(
         "--split", choices=("train", "val", "test"), help="score these cases of the published split"
     )
     parser.add_argument("--layout", type=Path, help="YAML file that describes the folder")
     parser.add_argument("--subjects", type=Path, help="JSON file, case -> subject")
-    parser.add_argument("--tolerance-mm", type=float, default=TOLERANCE_MM, help="of surface Dice")
+    parser.add_argument(
+        "--tolerance-mm", type=float, default=TOLERANCE_MM, help="tolerance of surface Dice"
+    )
     parser.add_argument(
         "--grid-tolerance",
         type=float,

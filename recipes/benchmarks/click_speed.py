@@ -306,8 +306,8 @@ def main() -> None:
     parser = running.make_parser("click_speed", __doc__)
     parser.add_argument("--scan", type=Path, default=DATA / "ct_torso.nii.gz")
     parser.add_argument("--labels", type=Path, default=DATA / "ct_torso_seg.nii.gz")
-    parser.add_argument("--runs", type=int, default=5, help="with one object")
-    parser.add_argument("--runs-many", type=int, default=1, help=f"with {OBJECTS} objects")
+    parser.add_argument("--runs", type=int, default=5, help="runs with one object")
+    parser.add_argument("--runs-many", type=int, default=1, help=f"runs with {OBJECTS} objects")
     args = parser.parse_args()
     running.run(
         args,

@@ -50,7 +50,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("out", type=Path, help="PNG to write")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="of a volume, or of Config"
+        "settings", nargs="*", metavar="key=value", help="fields of Synthesis or Config"
     )
     args = parser.parse_args()
     pairs = (pair.partition("=") for pair in args.settings)

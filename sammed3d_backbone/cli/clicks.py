@@ -29,7 +29,7 @@ def add_clicks(commands: "Commands") -> None:
         "data", nargs="?", metavar="DATASET", help="folder or name: Decathlon, nnU-Net, labels.json"
     )
     parser.add_argument("--protocol", default="clickbench/1", help="or a published one")
-    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="for another folder")
+    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="describes another folder")
     parser.add_argument("--subjects", type=Path, metavar="FILE.json", help="JSON: case -> subject")
     parser.add_argument("--cases", type=int, metavar="N", help="the first N cases only")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these only")
@@ -37,7 +37,7 @@ def add_clicks(commands: "Commands") -> None:
         "--instances", action="store_true", help="every connected part is a target of its own"
     )
     parser.add_argument("--first", choices=["centre", "random"], help="this start only")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the results")
     parser.add_argument(
         "--check-determinism", action="store_true", help="play the first targets a second time"
     )

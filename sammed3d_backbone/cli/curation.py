@@ -38,14 +38,18 @@ def add_curate(commands: "Commands") -> None:
         "--min-side-mm",
         type=float,
         metavar="MM",
-        help="in place of the preset's 15, which also drops cords, discs and other thin organs",
+        help="smallest side instead of the preset's 15, which also drops cords, discs and other thin organs",
     )
-    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="of any other folder")
+    parser.add_argument(
+        "--layout", type=Path, metavar="FILE.yaml", help="describes any other folder"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers; -1: all cores")
     parser.add_argument(
-        "--backend", default="loky", help="of joblib: loky, threading, multiprocessing, dask, ray"
+        "--backend", default="loky", help="joblib's: loky, threading, multiprocessing, dask, ray"
     )
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="of Dask, such as tcp://HOST:8786")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="Dask scheduler, such as tcp://HOST:8786"
+    )
     parser.set_defaults(run=_run_curate)
 
 

@@ -32,13 +32,13 @@ def add_predict(commands: "Commands") -> None:
     add_scan(parser)
     parser.add_argument("target", metavar="OUT", type=Path)
     parser.add_argument("--nearest", action="store_true", help="resample labels, not probabilities")
-    parser.add_argument("--modality", choices=("ct", "mr", "us"), help="for models that know it")
+    parser.add_argument("--modality", choices=("ct", "mr", "us"), help="if the model knows several")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     parser.add_argument(
         "--mirror", action="store_true", help="average with mirror images, along flip_axes"
     )
     parser.add_argument(
-        "--probabilities", action="store_true", help="of a folder: also ID.npz, (K, X, Y, Z)"
+        "--probabilities", action="store_true", help="folders only: also write ID.npz, (K, X, Y, Z)"
     )
     parser.add_argument(
         "--force", "--overwrite", action="store_true", help="replace OUT, or results in it"

@@ -40,9 +40,11 @@ def add_plan(commands: "Commands") -> None:
 
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layout", type=Path, metavar="FILE.yaml", help="of any other folder")
+    parser.add_argument(
+        "--layout", type=Path, metavar="FILE.yaml", help="describes any other folder"
+    )
     parser.add_argument("--subjects", type=Path, metavar="FILE.json", help="case -> subject")
-    parser.add_argument("--modality", choices=("ct", "mr", "us"), help="where it is unclear")
+    parser.add_argument("--modality", choices=("ct", "mr", "us"), help="needed if it is unclear")
     parser.add_argument(
         "--variant", choices=("tiny", "vit_b"), help="default: tiny; vit_b: a GPU, 402 MB download"
     )

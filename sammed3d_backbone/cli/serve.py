@@ -64,7 +64,9 @@ def add_view(commands: "Commands") -> None:
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="masks to start from, on the scan's grid"
     )
-    parser.add_argument("--channel", type=int, metavar="N", help="of a 4-D file, counted from 0")
+    parser.add_argument(
+        "--channel", type=int, metavar="N", help="channel of a 4-D file, counted from 0"
+    )
     parser.add_argument("--modality", choices=("ct", "mr", "us"), help=MODALITY)
     parser.add_argument(
         "--no-follow", action="store_true", help="begin with objects cut off at their window"
