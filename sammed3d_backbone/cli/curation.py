@@ -38,7 +38,7 @@ def add_curate(commands: "Commands") -> None:
         "--min-side-mm",
         type=float,
         metavar="MM",
-        help="smallest side instead of the preset's 15, which also drops cords, discs and other thin organs",
+        help="smallest side; the preset's 15 also drops cords, discs and other thin organs",
     )
     parser.add_argument(
         "--layout", type=Path, metavar="FILE.yaml", help="describes any other folder"
