@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from sammed3d_backbone import config
 from sammed3d_backbone.files import locked, sync, write_text
+from sammed3d_backbone.loading.hub import sha256_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -314,7 +314,7 @@ def write_checkpoint(
         # Clones, since safetensors refuses tensors that share memory.
         whole = {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
         save_file(whole, folder / name)
-        hashes[name] = _sha256(folder / name)
+        hashes[name] = sha256_of(folder / name)
     index = {"progress": dataclasses.asdict(progress), "sha256": hashes}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     for path in (*(folder / name for name in (*files, INDEX)), folder):
@@ -352,7 +352,7 @@ def _damage(folder: Path) -> str | None:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         Progress(**index["progress"])
         for name in (MODEL, OPTIMIZER, AVERAGE):
-            if _sha256(folder / name) != index["sha256"][name]:
+            if sha256_of(folder / name) != index["sha256"][name]:
                 return f"{name} does not have the hash that {INDEX} gives"
             with safetensors.safe_open(folder / name, "pt"):
                 pass
@@ -380,12 +380,3 @@ def _parsed(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,6 +13,7 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="NO BROWSER TEST: needs playwright")
 live_server = pytest.importorskip("live_server", reason="needs the extra serve")
 
+from orientations import expected as predicted  # noqa: E402
 from orientations import oriented  # noqa: E402
 
 from sammed3d_backbone.data.volume import Volume  # noqa: E402
@@ -66,13 +67,8 @@ def expected(lopsided, scan, path):
     """The mask that the predictor itself gives on the file, from voxels of the RAS order."""
 
     def predict(*clicks, start=None):
-        predictor = Predictor(lopsided, enforce_clicks=True)
-        predictor.set_volume(Volume.load(path))
-        if start is not None:
-            predictor.mask_prompt(mask=start)
-        for voxel, positive in clicks:
-            predictor.click(oriented(scan, "PLS", voxel)[1], positive)
-        return predictor.predict().mask
+        own = [(oriented(scan, "PLS", voxel)[1], positive) for voxel, positive in clicks]
+        return predicted(lopsided, Volume.load(path), *own, start=start)
 
     return predict
 

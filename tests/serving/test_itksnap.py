@@ -10,9 +10,8 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs nninteractive-client and the extra serve")
 live_server = pytest.importorskip("live_server", reason="needs the extra serve")
 
-from orientations import ORIENTATIONS, oriented  # noqa: E402
+from orientations import ORIENTATIONS, expected, oriented  # noqa: E402
 
-from sammed3d_backbone.inference.interactive import Predictor  # noqa: E402
 from tests.checks.itksnap_shape import shapes  # noqa: E402
 
 POINT, FAR, OTHER = (14, 16, 10), (8, 10, 8), (26, 4, 18)
@@ -71,14 +70,6 @@ def clicked(http, prefix, token, shape, point, positive=True):
     assert content["status"] == "success"
     raw = gzip.decompress(base64.b64decode(content["result"]))
     return np.frombuffer(raw, np.int8).reshape(shape, order="F")
-
-
-def expected(model, volume, *clicks):
-    predictor = Predictor(model, enforce_clicks=True)
-    predictor.set_volume(volume)
-    for voxel, positive in clicks:
-        predictor.click(voxel, positive)
-    return predictor.predict().mask
 
 
 def test_the_sequence_of_the_program(http, prefix, start, lopsided, scan):

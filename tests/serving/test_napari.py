@@ -16,20 +16,10 @@ import pytest
 
 live_server = pytest.importorskip("live_server", reason="needs the extra serve")
 
-from orientations import as_sent  # noqa: E402
-
-from sammed3d_backbone.inference.interactive import Predictor  # noqa: E402
+from orientations import as_sent, expected  # noqa: E402
 
 DRIVER = Path(__file__).parents[1] / "support" / "napari_driver.py"
 POINT, FAR, OTHER = (14, 16, 10), (8, 10, 8), (26, 4, 18)
-
-
-def expected(model, volume, *clicks):
-    predictor = Predictor(model, enforce_clicks=True)
-    predictor.set_volume(volume)
-    for voxel, positive in clicks:
-        predictor.click(voxel, positive)
-    return predictor.predict().mask.T
 
 
 @pytest.mark.gui
@@ -52,11 +42,11 @@ def test_clicks_in_napari_give_the_predictors_masks(lopsided, scan, tmp_path):
             timeout=300,
         )
     shown = {path.stem: np.load(path) for path in tmp_path.glob("*.npy")}
-    first = expected(lopsided, scan, (POINT, True))
+    first = expected(lopsided, scan, (POINT, True)).T
     assert np.array_equal(shown["first"], first)
-    assert np.array_equal(shown["both"], expected(lopsided, scan, (POINT, True), (FAR, False)))
+    assert np.array_equal(shown["both"], expected(lopsided, scan, (POINT, True), (FAR, False)).T)
     assert np.array_equal(shown["undone"], first)
-    assert np.array_equal(shown["second"], expected(lopsided, scan, (OTHER, True)))
+    assert np.array_equal(shown["second"], expected(lopsided, scan, (OTHER, True)).T)
     assert np.array_equal(shown["stored"] > 0, first)
     tools = json.loads((tmp_path / "tools.json").read_text())
     assert [name.split()[0] for name, on in tools.items() if on] == ["Point"]

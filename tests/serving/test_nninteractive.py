@@ -12,13 +12,12 @@ httpx = pytest.importorskip("httpx", reason="needs nninteractive-client and the 
 remote_session = pytest.importorskip("nnInteractive.inference.remote.remote_session")
 live_server = pytest.importorskip("live_server", reason="needs the extra serve")
 
-from orientations import ORIENTATIONS, Lopsided, as_sent, oriented  # noqa: E402
+from orientations import ORIENTATIONS, Lopsided, as_sent, expected, oriented  # noqa: E402
 from standin import StandIn  # noqa: E402
 from starlette.applications import Starlette  # noqa: E402
 from starlette.routing import Mount  # noqa: E402
 
 from sammed3d_backbone.data.volume import Volume  # noqa: E402
-from sammed3d_backbone.inference.interactive import Predictor  # noqa: E402
 from sammed3d_backbone.serving import InteractiveSession, leases  # noqa: E402
 from sammed3d_backbone.serving import app as app_module  # noqa: E402
 from sammed3d_backbone.serving.app import Settings, build_app  # noqa: E402
@@ -51,14 +50,6 @@ def opened(remote, scan):
     remote.set_image(image, properties)
     remote.set_target_buffer(np.zeros(image.shape[1:], np.uint8))
     return remote
-
-
-def expected(model, volume, *clicks, **settings):
-    predictor = Predictor(model, enforce_clicks=True, **settings)
-    predictor.set_volume(volume)
-    for voxel, positive in clicks:
-        predictor.click(voxel, positive)
-    return predictor.predict().mask.T
 
 
 def click(point):
@@ -99,7 +90,7 @@ def test_masks_are_the_predictors_with_axes_of_every_orientation(lopsided, scan)
             box = json.loads(reply.headers["X-Meta"])["bbox"]
             mask = np.zeros(image.shape[1:], np.uint8)
             mask[tuple(slice(*ends) for ends in box)] = unpacked(reply.content, 2**20)
-            differing.append(int((mask != expected(lopsided, volume, (point, True))).sum()))
+            differing.append(int((mask != expected(lopsided, volume, (point, True)).T).sum()))
     assert differing == [0] * 48
 
 
@@ -109,7 +100,7 @@ def test_masks_are_the_predictors_with_directions_of_every_orientation(lopsided,
         volume, point = oriented(scan, codes, POINT)
         image, properties = as_sent(volume)
         properties["direction"] = np.diag([-1, -1, 1]) @ volume.affine[:3, :3] / volume.spacing_mm
-        mask = expected(lopsided, volume, (point, True))
+        mask = expected(lopsided, volume, (point, True)).T
         differing.append(int((answer(remote, image, properties, point) != mask).sum()))
     assert differing == [0] * 48
 
@@ -120,7 +111,7 @@ def test_an_affine_in_the_properties_wins_over_axes(lopsided, scan, remote, code
     remote.set_image(volume.array[None], {"affine": volume.affine, "spacing": [9, 9, 9]})
     remote.set_target_buffer(np.zeros(volume.shape, np.uint8))
     remote.add_point_interaction(point, True)
-    assert np.array_equal(remote.target_buffer.T, expected(lopsided, volume, (point, True)))
+    assert np.array_equal(remote.target_buffer.T, expected(lopsided, volume, (point, True)).T)
 
 
 def test_what_the_programs_read_about_the_server(remote):
@@ -145,18 +136,18 @@ def test_the_sequence_of_slicer(lopsided, scan, remote):
     remote.set_target_buffer(target)
     remote.reset_interactions()
     box = remote.add_point_interaction(POINT[::-1], True)
-    first = expected(lopsided, scan, (POINT, True))
+    first = expected(lopsided, scan, (POINT, True)).T
     assert np.array_equal(target, first)
     found = np.argwhere(first)
     assert box == np.stack([found.min(0), found.max(0) + 1], 1).tolist()
     remote.add_point_interaction(FAR[::-1], False)
-    assert np.array_equal(target, expected(lopsided, scan, (POINT, True), (FAR, False)))
+    assert np.array_equal(target, expected(lopsided, scan, (POINT, True), (FAR, False)).T)
     assert remote.undo() is True
     assert np.array_equal(target, first)
     # Another segment, then back to the first one, which was edited by hand meanwhile.
     remote.reset_interactions()
     remote.add_point_interaction(OTHER[::-1], True)
-    assert np.array_equal(target, expected(lopsided, scan, (OTHER, True)))
+    assert np.array_equal(target, expected(lopsided, scan, (OTHER, True)).T)
     remote.reset_interactions()
     remote.add_initial_seg_interaction(first.astype(np.uint8), run_prediction=False)
     assert np.array_equal(target, first)
@@ -177,10 +168,10 @@ def test_the_sequence_of_napari(lopsided, scan, remote):
     remote.set_target_buffer(target)
     remote.set_do_autozoom(True)
     remote.add_point_interaction([v + 0.3 for v in POINT[::-1]], True)
-    assert np.array_equal(target, expected(lopsided, scan, (POINT, True)))
+    assert np.array_equal(target, expected(lopsided, scan, (POINT, True)).T)
     remote.add_point_interaction([-0.4, 0, 0], False)  # half a voxel outside
     assert remote.undo() is True
-    assert np.array_equal(target, expected(lopsided, scan, (POINT, True)))
+    assert np.array_equal(target, expected(lopsided, scan, (POINT, True)).T)
 
 
 def test_what_the_predictor_would_refuse_is_answered(lopsided, scan, opened):
@@ -189,7 +180,7 @@ def test_what_the_predictor_would_refuse_is_answered(lopsided, scan, opened):
     opened.add_point_interaction(POINT[::-1], False)  # contradicts it
     assert not opened.target_buffer.any()
     opened.add_point_interaction(POINT[::-1], True)
-    mask = expected(lopsided, scan, (FAR, False), (POINT, True))
+    mask = expected(lopsided, scan, (FAR, False), (POINT, True)).T
     assert np.array_equal(opened.target_buffer, mask)
     assert opened.add_point_interaction((-50, 3, 3), True) is None
     assert np.array_equal(opened.target_buffer, mask)
@@ -202,7 +193,7 @@ def test_an_object_larger_than_one_window_is_followed_while_that_is_on():
     model = StandIn()
 
     def mask(*points, follow):
-        return expected(model, volume, *((point, True) for point in points), follow=follow)
+        return expected(model, volume, *((point, True) for point in points), follow=follow).T
 
     assert mask(point, follow=True).sum() > 1.5 * mask(point, follow=False).sum()
     with serving(model, axes="RAS") as address, RemoteSession(address) as remote:
@@ -224,7 +215,7 @@ def test_prompts_may_wait_for_predict(lopsided, scan, opened):
     assert opened.add_point_interaction(POINT[::-1], True, run_prediction=False) is None
     assert not opened.target_buffer.any()
     assert opened._predict() is not None
-    assert np.array_equal(opened.target_buffer, expected(lopsided, scan, (POINT, True)))
+    assert np.array_equal(opened.target_buffer, expected(lopsided, scan, (POINT, True)).T)
 
 
 def test_a_new_image_on_the_same_lease(lopsided, scan, opened):

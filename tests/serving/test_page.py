@@ -11,7 +11,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs nninteractive-client and the extra serve")
 live_server = pytest.importorskip("live_server", reason="needs the extra serve")
 
-from orientations import ORIENTATIONS, oriented  # noqa: E402
+from orientations import ORIENTATIONS, expected, oriented  # noqa: E402
 
 from sammed3d_backbone.data.volume import Volume  # noqa: E402
 from sammed3d_backbone.inference.interactive import Predictor  # noqa: E402
@@ -27,17 +27,6 @@ from sammed3d_backbone.serving.page import WEB  # noqa: E402
 
 INSIDE, FAR, OTHER = (14, 16, 10), (8, 10, 8), (26, 4, 18)
 NIIVUE_SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"  # of 0.69.0
-
-
-def expected(model, volume, *clicks, start=None):
-    """The mask of the predictor itself."""
-    predictor = Predictor(model, enforce_clicks=True)
-    predictor.set_volume(volume)
-    if start is not None:
-        predictor.mask_prompt(mask=start)
-    for voxel, positive in clicks:
-        predictor.click(voxel, positive)
-    return predictor.predict().mask
 
 
 @pytest.fixture

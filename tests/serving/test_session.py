@@ -3,22 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from orientations import ORIENTATIONS, as_sent, oriented
+from orientations import ORIENTATIONS, as_sent, expected, oriented
 
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.serving import InteractiveSession
 from sammed3d_backbone.serving.session import array_affine, hull
 
 CLICKS = [((14, 16, 10), True), ((8, 10, 8), False), ((20, 24, 13), True)]
-
-
-def expected(model, volume, clicks, **settings):
-    """The predictor's mask in the order of the array that was sent."""
-    predictor = Predictor(model, enforce_clicks=True, **settings)
-    predictor.set_volume(volume)
-    for voxel, positive in clicks:
-        predictor.click(voxel, positive)
-    return predictor.predict().mask.T
 
 
 def click(session, voxel, positive=True, **options):
@@ -35,7 +26,7 @@ def test_masks_are_the_predictors_in_every_orientation(lopsided, scan, codes):
     session.set_target_buffer(target)
     click(session, point)
     assert target.any()
-    assert np.array_equal(target, expected(lopsided, volume, [(point, True)]))
+    assert np.array_equal(target, expected(lopsided, volume, (point, True)).T)
 
 
 def test_wrong_axes_give_another_mask(lopsided, scan, session):
@@ -64,7 +55,7 @@ def test_every_click_writes_the_changed_box_only(lopsided, scan, session):
     shown = session.target_buffer.copy()
     for count in range(1, len(CLICKS) + 1):
         box = click(session, *CLICKS[count - 1])
-        mask = expected(lopsided, scan, CLICKS[:count])
+        mask = expected(lopsided, scan, *CLICKS[:count]).T
         assert np.array_equal(session.target_buffer, mask)
         assert box == hull(mask != shown.astype(bool)) == session._last_paste_bbox
         shown = session.target_buffer.copy()
@@ -88,7 +79,7 @@ def test_what_is_clicked_after_undo_is_as_if_the_undone_had_never_been(lopsided,
     session.undo()
     session.undo()
     click(session, *CLICKS[2])
-    mask = expected(lopsided, scan, [CLICKS[0], CLICKS[2]])
+    mask = expected(lopsided, scan, CLICKS[0], CLICKS[2]).T
     assert np.array_equal(session.target_buffer, mask)
 
 
@@ -97,18 +88,18 @@ def test_prompts_without_prediction_are_answered_by_the_next_one(lopsided, scan,
         assert click(session, voxel, positive, run_prediction=False) is None
     assert not session.target_buffer.any()
     assert session._predict() is not None
-    assert np.array_equal(session.target_buffer, expected(lopsided, scan, CLICKS))
+    assert np.array_equal(session.target_buffer, expected(lopsided, scan, *CLICKS).T)
     assert session.undo() is True
     assert not session.target_buffer.any()
     session._predict()
-    assert np.array_equal(session.target_buffer, expected(lopsided, scan, CLICKS[:2]))
+    assert np.array_equal(session.target_buffer, expected(lopsided, scan, *CLICKS[:2]).T)
 
 
 def test_a_negative_click_first_is_remembered(lopsided, scan, session):
     assert click(session, (8, 10, 8), False) is None
     assert not session.target_buffer.any()
     click(session, (14, 16, 10))
-    mask = expected(lopsided, scan, [((8, 10, 8), False), ((14, 16, 10), True)])
+    mask = expected(lopsided, scan, ((8, 10, 8), False), ((14, 16, 10), True)).T
     assert np.array_equal(session.target_buffer, mask)
 
 
@@ -117,7 +108,7 @@ def test_of_two_contradicting_clicks_the_newest_counts(lopsided, scan, session):
         click(session, (14, 16, 10), positive)
     assert not session.target_buffer.any()
     click(session, (14, 16, 10))
-    mask = expected(lopsided, scan, [((14, 16, 10), True)])
+    mask = expected(lopsided, scan, ((14, 16, 10), True)).T
     assert np.array_equal(session.target_buffer, mask)
 
 
@@ -260,5 +251,5 @@ def test_following_is_switched_without_losing_prompts(lopsided, scan, session):
     session.set_do_autozoom(False)
     assert session.do_autozoom is False
     session._predict()
-    mask = expected(lopsided, scan, CLICKS[:1], follow=False)
+    mask = expected(lopsided, scan, *CLICKS[:1], follow=False).T
     assert np.array_equal(session.target_buffer, mask)

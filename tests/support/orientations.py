@@ -7,6 +7,7 @@ import torch
 from standin import StandIn
 
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.inference.interactive import Predictor
 
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 ORIENTATIONS = [
@@ -51,3 +52,14 @@ def as_sent(volume):
     """A volume as viewers send it: one channel, axes k, j, i, and the spacing along them."""
     properties = {"spacing": list(reversed(volume.spacing_mm))}
     return np.ascontiguousarray(volume.array.T[None]), properties
+
+
+def expected(model, volume, *clicks, start=None, **settings):
+    """The predictor's own mask after clicks (voxel, positive), on the volume's grid."""
+    predictor = Predictor(model, enforce_clicks=True, **settings)
+    predictor.set_volume(volume)
+    if start is not None:
+        predictor.mask_prompt(start)
+    for voxel, positive in clicks:
+        predictor.click(voxel, positive)
+    return predictor.predict().mask
