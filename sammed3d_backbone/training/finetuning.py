@@ -329,7 +329,7 @@ def report(
 
 
 def train_folds(
-    train: Callable[[Any], dict[str, Any]],
+    train: Callable[..., dict[str, Any]],
     cfg: DataclassInstance,
     dataset: Dataset,
     *,
@@ -343,7 +343,7 @@ def train_folds(
     not train on it, and ``NAME/ensemble`` the networks.
 
     Args:
-        train: Trains one fold and scores it.
+        train: Trains one fold and scores it; with ``dry_run=True`` measures it.
         cfg: The recipe's configuration.
         dataset: The data set.
         free: Keys that may change when a run is resumed.
@@ -356,7 +356,7 @@ def train_folds(
     name, folds = settings["name"], len(read_folds(dataset, folds=settings["folds"]))
     parts = [replace(cfg, name=f"{name}/fold_{n}", fold=n) for n in range(folds)]
     if dry_run:
-        return train(parts[0])
+        return train(parts[0], dry_run=True)
     for number, part in enumerate(parts):
         run = open_run(f"{name}/fold_{number}", part, free=free)
         if not (run.folder / "results/report.html").is_file():

@@ -162,6 +162,12 @@ def test_a_dry_run_downloads_nothing_and_fills_no_cache(small, tmp_path, monkeyp
     assert not cache.exists()
 
 
+def test_a_dry_run_of_all_folds_measures_the_first(small, runs):
+    found = train(Config(**small | {"fold": "all", "steps": 2}), dry_run=True)
+    assert len(found["step_seconds"]) == 2
+    assert not runs.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "lr", "layer_decay"),
     [({}, 1e-3, 1.0), ({"lr": 2e-3}, 2e-3, 1.0), ({"scratch": False}, 3e-4, 0.75)],
