@@ -204,6 +204,7 @@ def start_network(
     """
     card = make_card(cfg, dataset, say)
     start = dataclasses.asdict(cfg if downloads else _without_downloads(cfg, say))
+    network: Any
     network, card = build(card, dataset.name, scratch=start["scratch"], weights=start["weights"])
     if start["checkpointing"]:
         network.set_grad_checkpointing()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from monai.losses import DeepSupervisionLoss, DiceLoss
@@ -38,7 +39,7 @@ def multi_scale_dice_ce(
         foreground_weight: See `partial_dice_ce`.
         regions: See `partial_dice_ce`.
     """
-    loss_of = partial(
+    loss_of: Any = partial(  # MONAI takes any callable, and names a class
         partial_dice_ce,
         annotated=batch["annotated"],
         foreground_weight=foreground_weight,
