@@ -51,11 +51,11 @@ def test_two_clicks_are_answered_as_by_hand(shared_data, network, name, point, m
     cube = normalise(image, "ct" if modality == "ct" else "zscore_positive").image[None]
     logits = None
     with torch.inference_mode():
-        embedding = network.image_encoder(cube)
+        encoding = network.encode(cube)
         for place, (_, positive) in zip(places, clicks, strict=True):
             coords = torch.tensor(place - np.array(start)).float()[None, None]
             label = torch.tensor([[int(positive)]])
-            logits = network.decode(embedding, (coords, label), logits)
+            logits = network.decode(encoding, (coords, label), logits)
         probs = network.upsample(logits)[0].sigmoid()
     reached = geometry.invert(torch.ones_like(probs))[0].numpy() > 0.999
     expected = geometry.invert(probs)[0].numpy()
