@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -44,9 +44,6 @@ from sammed3d_backbone.training.runs import Progress, Run, open_run, runs_folder
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Build = Callable[..., tuple[nn.Module, Card]]
-C = TypeVar("C", bound="DataclassInstance")
-
 
 def make_card(
     cfg: DataclassInstance, dataset: Dataset, say: Callable[[str], object] = print
@@ -62,7 +59,7 @@ def make_card(
         say: Prints a line.
     """
     settings = dataclasses.asdict(cfg)
-    weights = _weights_of(settings)
+    weights = settings["weights"] or DEFAULT_WEIGHTS.get(settings["variant"])
     known = None if weights is None else _preprocessing_of(weights)
     if known is None:
         known = SAM_MED3D
@@ -113,11 +110,6 @@ def make_card(
         },
         versions=library_versions(),
     )
-
-
-def _weights_of(settings: Mapping[str, Any]) -> str | None:
-    """The weights of a configuration; None if its variant has none."""
-    return settings["weights"] or DEFAULT_WEIGHTS.get(settings["variant"])
 
 
 def _preprocessing_of(weights: str) -> Preprocessing | None:
@@ -183,8 +175,11 @@ def build_model(
     return network, _with_start(card, start)
 
 
+Build = Callable[..., tuple[nn.Module, Card]]
+
+
 def start_network(
-    cfg: C,
+    cfg: DataclassInstance,
     dataset: Dataset,
     fold: Fold,
     *,
@@ -203,7 +198,9 @@ def start_network(
         say: Prints a line.
     """
     card = make_card(cfg, dataset, say)
-    start = dataclasses.asdict(cfg if downloads else _without_downloads(cfg, say))
+    start = dataclasses.asdict(cfg)
+    if not downloads:
+        start = _without_downloads(start, say)
     network: Any
     network, card = build(card, dataset.name, scratch=start["scratch"], weights=start["weights"])
     if start["checkpointing"]:
@@ -215,17 +212,18 @@ def start_network(
     return network, card
 
 
-def _without_downloads(cfg: C, say: Callable[[str], object]) -> C:
-    """The configuration with random initialisation for what would have to be downloaded."""
-    values = dataclasses.asdict(cfg)
-    weights = None if values["scratch"] else _weights_of(values)
-    if values["model"] != "basicunet" and weights is not None and needs_download(weights):
+def _without_downloads(settings: Mapping[str, Any], say: Callable[[str], object]) -> dict[str, Any]:
+    """The settings with random initialisation for what would have to be downloaded."""
+    start = dict(settings)
+    weights = start["weights"] or DEFAULT_WEIGHTS.get(start["variant"])
+    uses_weights = not start["scratch"] and start["model"] != "basicunet" and weights is not None
+    if uses_weights and needs_download(weights):
         say(f"dry run: weights {weights} are not downloaded; random initialisation stands for them")
-        cfg = replace(cfg, scratch=True, weights=None)
-    if values["init"] is not None and not Path(values["init"]).expanduser().exists():
-        say(f"dry run: init={values['init']} is not downloaded")
-        cfg = replace(cfg, init=None)
-    return cfg
+        start |= {"scratch": True, "weights": None}
+    if start["init"] is not None and not Path(start["init"]).expanduser().exists():
+        say(f"dry run: init={start['init']} is not downloaded")
+        start["init"] = None
+    return start
 
 
 def record_start(card: Card, network: nn.Module, fold: Fold, *, init: str | None = None) -> Card:
