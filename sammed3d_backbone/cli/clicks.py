@@ -169,7 +169,7 @@ def _compare(one: Path, other: Path) -> int:
         print(f"{track}: {found['targets']} common targets of {found['subjects']} subjects")
         for name, (mean, low, high) in found["difference"].items():
             interval = "no interval" if low is None else f"{low:+.4f} to {high:+.4f}"
-            print(f"  {name:<20} {mean:+.4f} ({interval})")
+            print(f"  {name:<20} " + ("-" if mean is None else f"{mean:+.4f} ({interval})"))
     return 0
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sammed3d_backbone.data.limits import require_size
 
-SLAB_PLANES = 16  # planes of a volume that are computed at a time
+SLAB_PLANES = 4  # planes of a volume that are computed at a time
 Triple = tuple[int, int, int]
 TripleMm = tuple[float, float, float]
 

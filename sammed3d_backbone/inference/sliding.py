@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Triple
 
-BATCH = 2  # windows
+BATCH = 2  # windows; no more than two rows of windows are in one
 
 
 @torch.inference_mode()
@@ -44,7 +44,9 @@ def sliding_planes(
     weights = compute_importance_map(
         sides, mode="gaussian", sigma_scale=0.125, device=image.device, dtype=image.dtype
     )
-    depth = min(x, sides[0] + (BATCH - 1) * steps[0])  # that the windows of a batch may span
+    # A batch spans two rows of windows only where a row has no whole number of batches.
+    in_row = sum(place[0].start == 0 for place in places)
+    depth = min(x, sides[0] + bool(in_row % BATCH) * steps[0])
     counts = image.new_zeros(depth, y, z)
     total = counts[None, :0]
     first = 0
