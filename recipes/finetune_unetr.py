@@ -69,9 +69,10 @@ class Config:
     folds: PositiveInt = 5
     # Model
     model: str = "unetr"  # a name in adapters/registry.py, or basicunet: MONAI's, no encoder
-    feature_size: PositiveInt = 16  # channels of the decoder at full resolution
+    feature_size: PositiveInt | None = None  # channels at full resolution; None: the weights', 16
     variant: str = "tiny"
     weights: str | None = None  # a name, a file, hf-hub:OWNER/REPO; None: the variant's default
+    transfer: Literal["whole", "encoder"] = "whole"  # whether weights' UNETR decoder is loaded too
     scratch: bool = False  # random initialisation, and no layer decay
     init: str | None = None  # fine-tuned model of the same classes to continue from
     freeze: Literal["encoder"] | NonNegativeInt = 0  # encoder: for good; N: for the first N steps

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "data": {"config", "console", "files"},
     "strategies": {"data.geometry", "data.regions"},
-    "adapters": {"models.layers"},
+    "adapters": {"loading", "models.layers"},
     "loading": {"data.preprocessing", "files", "models"},
     "selftest": {"models", "loading.variants"},
     "evaluation": {"console", "data", "files"},

@@ -6,6 +6,7 @@ this file only wires them. Preprocessing, sliding windows and losses happen else
 Source: Hatamizadeh et al., UNETR: Transformers for 3D Medical Image Segmentation, WACV 2022.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from sammed3d_backbone.adapters.network import (
     require_out_indices,
     spread_indices,
 )
+from sammed3d_backbone.loading.fitting import LoadReport
 from sammed3d_backbone.models.layers import LayerNorm3d
 
 
@@ -46,6 +48,10 @@ class UNETR(EncoderNetwork):
         norm_name: Norm inside the decoder's blocks, in MONAI's words.
         conv_block: Convolutions after each upsampling of a token map, as in MONAI.
         res_block: Residual decoder blocks, as in MONAI.
+        weights: Fill encoder and decoder, all but the last convolution, from one file: weights with
+            a decoder, or a fine-tuned UNETR. An encoder of these weights stays as it is. From files
+            without a decoder, such as the released ones, the encoder alone is filled. The attribute
+            `load_report` says what happened to every tensor.
 
     Shapes:
         x: (B, C, X, Y, Z), sides equal to the encoder's `img_size`.
@@ -53,6 +59,7 @@ class UNETR(EncoderNetwork):
 
     Raises:
         ValueError: If `out_indices` do not fit the encoder, or `out_channels` is not positive.
+        CheckpointError: If the decoder in the file has another `feature_size` or patch size.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class UNETR(EncoderNetwork):
         norm_name: str | tuple[str, dict[str, Any]] = "instance",
         conv_block: bool = True,
         res_block: bool = True,
+        weights: str | os.PathLike[str] | None = None,
     ) -> None:
         require_classes(out_channels)
         if deepest not in ("block", "neck"):
@@ -113,6 +121,11 @@ class UNETR(EncoderNetwork):
             for below, width in zip([*widths[1:], deep_width], widths, strict=True)
         )
         self.out = UnetOutBlock(3, widths[0], out_channels)
+        self.load_report: LoadReport | None = None
+        if weights is not None:
+            from sammed3d_backbone.loading.unetr_decoder import fill_unetr
+
+            self.load_report = fill_unetr(self, weights)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.deepest == "block":

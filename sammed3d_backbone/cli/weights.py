@@ -79,9 +79,9 @@ def opened_weights(
 
 def _part(name: str) -> str:
     """The part of the promptable network that a tensor belongs to."""
-    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS
+    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, UNETR
 
-    if name.startswith((ENCODER, *OTHER_PARTS)):
+    if name.startswith((ENCODER, *OTHER_PARTS, UNETR)):
         return name.split(".")[0]
     return "tensors without a part"
 
@@ -205,7 +205,7 @@ def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
     """Whether the file holds a whole encoder or promptable network, by names and shapes."""
     import torch
 
-    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, CheckpointError
+    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, UNETR, CheckpointError
     from sammed3d_backbone.loading.fitting import fit
     from sammed3d_backbone.loading.stored_sizes import encoder_like, sam_like
 
@@ -219,7 +219,10 @@ def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Fi
         _, report = fit(tensors, shapes, part="" if is_promptable else ENCODER, source="the file")
     except CheckpointError as error:
         return False, str(error)
-    rest = f", {len(report.unused)} box corners not used" if report.unused else ""
+    decoder = sum(name.startswith(UNETR) for name in report.unused)
+    corners = len(report.unused) - decoder
+    rest = f", {corners} box corners not used" if corners else ""
+    rest += f", {decoder} of a UNETR's decoder" if decoder else ""
     rest += f", {len(report.unexpected)} unexpected" if report.unexpected else ""
     what = "promptable network" if is_promptable else "encoder"
     return True, f"the {len(report.matched)} tensors of the {variant} {what} are there{rest}"

@@ -23,6 +23,8 @@ from sammed3d_backbone.files import atomic_path, require_file
 ENCODER = "image_encoder."
 # Parts of the promptable network that an encoder does not use.
 OTHER_PARTS = ("prompt_encoder.", "mask_decoder.")
+# The decoder of a UNETR on the encoder of the same file, see `unetr_decoder.py`.
+UNETR = "unetr."
 # The convolution that reads the input channels, on axis 1 of its kernel.
 STEM = "patch_embed.proj.weight"
 # Box corners of the challenge's files: stored, but their training gave no boxes.
@@ -276,6 +278,8 @@ def _extent(tensors: Mapping[str, Tensor]) -> str:
         extent = f"encoder only, under {ENCODER!r}"
     else:
         extent = "encoder only"
+    if any(name.startswith(UNETR) for name in tensors):
+        extent += " and the decoder of a UNETR"
     return f"{extent}, {len(tensors)} tensors"
 
 

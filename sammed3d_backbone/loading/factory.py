@@ -131,6 +131,7 @@ def encoder(
         report = _with_rel_pos(_without(report, dropped), record, rel_pos)
     network.load_report = _resampled(report, network, img_size, patch_size)
     network.pretrained_cfg = dataclasses.replace(record, variant=variant)
+    network.channel_gains = None if channel_gains is None else tuple(channel_gains)
     return network
 
 

@@ -17,6 +17,7 @@ from sammed3d_backbone.loading.checkpoint import (
     CORNERS,
     OTHER_PARTS,
     STEM,
+    UNETR,
     CheckpointError,
     abbreviated,
 )
@@ -85,6 +86,7 @@ def fit(
     shapes: Mapping[str, Shape],
     *,
     part: str = "",
+    channel_kernels: tuple[str, ...] = (STEM,),
     channel_gains: Sequence[float] | None = None,
     source: str = "",
     layout: str = "",
@@ -99,6 +101,7 @@ def fit(
         tensors: Tensors of the file by name.
         shapes: Shapes of the network's tensors, by the names of its state dict.
         part: Prefix under which the file may hold this network as part of a larger one.
+        channel_kernels: Endings of the kernels that read the input channels.
         channel_gains: Share of each input channel in place of one over their number, such as
             (1, 0, 0, 0) for the first channel alone. They sum to 1, which keeps the response.
         source: Name of the file, for the report and errors.
@@ -110,13 +113,14 @@ def fit(
     """
     source = source or "the weights"
     mine, others = _taken(tensors, shapes, part)
+    known = (*OTHER_PARTS, UNETR)
     report = LoadReport(
         source=source,
         layout=layout,
         matched=tuple(name for name in shapes if name in mine),
         missing=tuple(name for name in shapes if name not in mine),
-        unexpected=tuple(name for name in others if not name.startswith(OTHER_PARTS)),
-        unused=tuple(name for name in others if name.startswith(OTHER_PARTS)),
+        unexpected=tuple(name for name in others if not name.startswith(known)),
+        unused=tuple(name for name in others if name.startswith(known)),
     )
     surplus = [name for name in mine if name not in shapes]
     if report.missing or surplus:
@@ -129,7 +133,7 @@ def fit(
     for name, shape in shapes.items():
         tensor, change = _as_float32(name, mine[name], source)
         adapted += change
-        if name.endswith(STEM):
+        if name.endswith(channel_kernels):
             tensor, change = _with_channels(name, tensor, shape, channel_gains, source)
             adapted += change
         if tuple(tensor.shape) != tuple(shape):

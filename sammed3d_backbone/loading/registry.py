@@ -29,6 +29,27 @@ class PretrainingSet:
 
 
 @dataclass(frozen=True)
+class UnetrDecoder:
+    """The decoder of a UNETR that was trained on the encoder of the same file.
+
+    Args:
+        feature_size: Channels at full resolution, as in `adapters.unetr`.
+        patch_size: Side of the encoder's patches, in voxels.
+        out_indices: Blocks whose maps it reads.
+        classes: Classes that it was trained on, without the background; their layer is not stored.
+    """
+
+    feature_size: int
+    patch_size: int
+    out_indices: tuple[int, ...]
+    classes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"feature_size {self.feature_size}, trained on {', '.join(self.classes)}"
+
+
+@dataclass(frozen=True)
 class Weights:
     """Everything needed to use one weights file, as far as it is known; None is "not known".
 
@@ -43,6 +64,7 @@ class Weights:
         rel_pos: Relative positions that the weights were trained with: "sammed3d" or "axial".
         point_pos: Position code of clicks that they were trained with: "swapped" or "aligned".
         clicks: What each step of an interaction was given in training, the "newest" click or "all".
+        unetr: The UNETR decoder that the file holds beside its encoder; None for none.
         preprocessing: How a scan becomes the network's input.
         pretraining: The published list of training sets.
         held_out: Sets that the source says were kept out of training.
@@ -61,6 +83,7 @@ class Weights:
     rel_pos: Literal["sammed3d", "axial"] | None = None
     point_pos: str | None = None
     clicks: Literal["newest", "all"] | None = None
+    unetr: UnetrDecoder | None = None
     preprocessing: Preprocessing | None = None
     pretraining: tuple[PretrainingSet, ...] | None = field(default=None, repr=False)
     held_out: tuple[str, ...] = field(default=(), repr=False)
@@ -74,6 +97,7 @@ class Weights:
         if self.pretraining is not None:
             later = sum(max(entry.stages) > 1 for entry in self.pretraining)
             rows["pretraining"] = f"{len(self.pretraining)} named sets, {later} beyond stage 1"
+        rows["unetr"] = self.unetr or "none in the file"
         rows["held_out"] = ", ".join(self.held_out) or None
         del rows["preprocessing"]
         rows |= self.preprocessing.to_dict() if self.preprocessing else {"preprocessing": None}

@@ -112,6 +112,7 @@ class ImageEncoder3D(nn.Module):
     Attributes:
         pretrained_cfg: Record of the weights (`loading.registry.Weights`); None without.
         load_report: What loading did (`loading.fitting.LoadReport`); None without weights.
+        channel_gains: Share of each input channel in the first layer, if it was given.
 
     Shapes:
         x: (B, C, X, Y, Z), the three sides equal to `img_size`.
@@ -159,6 +160,7 @@ class ImageEncoder3D(nn.Module):
         self.grad_checkpointing = False
         self.pretrained_cfg: Any = None
         self.load_report: Any = None
+        self.channel_gains: tuple[float, ...] | None = None
         grid = self.grid
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid, embed_dim))

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
@@ -44,6 +44,8 @@ from sammed3d_backbone.training.runs import Progress, Run, open_run, runs_folder
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+FEATURE_SIZE = 16  # of a decoder, where neither configuration nor weights say another
+
 
 def make_card(
     cfg: DataclassInstance, dataset: Dataset, say: Callable[[str], object] = print
@@ -51,7 +53,8 @@ def make_card(
     """The card of a network that is to be trained.
 
     Its preprocessing is that of the weights, unless the configuration sets `spacing_mm` ((0, 0, 0)
-    keeps that of each scan), `intensity`, `statistics` or `crop_vox`; says what is overridden.
+    keeps that of each scan), `intensity`, `statistics` or `crop_vox`; says what is overridden. A
+    decoder whose `feature_size` the configuration leaves open has that of the weights, or 16.
 
     Args:
         cfg: Configuration of the recipe.
@@ -60,7 +63,7 @@ def make_card(
     """
     settings = dataclasses.asdict(cfg)
     weights = settings["weights"] or DEFAULT_WEIGHTS.get(settings["variant"])
-    known = None if weights is None else _preprocessing_of(weights)
+    known, feature_size = (None, None) if weights is None else _stated_by(weights)
     if known is None:
         known = SAM_MED3D
         say("preprocessing: the weights do not state theirs; that of SAM-Med3D is assumed")
@@ -85,6 +88,7 @@ def make_card(
     if dataset.regions:
         say(f"regions: {dataset.about['regions']}; trained and scored, written as single values")
     has_encoder = settings["model"] != "basicunet"
+    whole = not settings["scratch"] and settings["transfer"] == "whole"
     encoder = {
         "variant": settings["variant"],
         "in_chans": len(dataset.channels),
@@ -93,7 +97,10 @@ def make_card(
     return Card(
         network=settings["model"],
         encoder=encoder if has_encoder else {},
-        adapter=accepted_options(settings["model"], feature_size=settings["feature_size"])
+        adapter=accepted_options(
+            settings["model"],
+            feature_size=settings["feature_size"] or (whole and feature_size) or FEATURE_SIZE,
+        )
         if has_encoder
         else {},
         labels=dataset.labels,
@@ -112,15 +119,17 @@ def make_card(
     )
 
 
-def _preprocessing_of(weights: str) -> Preprocessing | None:
-    """The preprocessing in the record of weights; None if it is not recorded."""
+def _stated_by(weights: str) -> tuple[Preprocessing | None, int | None]:
+    """Preprocessing and `feature_size` of a UNETR decoder, as far as weights state them."""
     record, path = resolve(weights)
-    if path is None or record.preprocessing is not None:
-        return record.preprocessing
-    metadata = read(path)[1]
-    if CARD_KEY in metadata:
-        return Card.from_json(metadata[CARD_KEY]).preprocessing
-    return from_metadata(record, metadata).preprocessing
+    if path is not None and record.preprocessing is None:
+        metadata = read(path)[1]
+        if CARD_KEY in metadata:
+            card = Card.from_json(metadata[CARD_KEY])
+            width = card.adapter.get("feature_size") if card.network == "unetr" else None
+            return card.preprocessing, width
+        record = from_metadata(record, metadata)
+    return record.preprocessing, record.unetr and record.unetr.feature_size
 
 
 def build_model(
@@ -133,9 +142,10 @@ def build_model(
     drop_path_rate: float = 0.1,
     lora_rank: int = 0,
     channel_gains: Sequence[float] | None = None,
+    transfer: Literal["whole", "encoder"] = "whole",
     wrap: Callable[[Encoder], Encoder] | None = None,
 ) -> tuple[nn.Module, Card]:
-    """The card's network with pretrained weights in its encoder; the card then says which.
+    """The card's network with pretrained weights; the card then says which.
 
     Args:
         card: Describes the network.
@@ -146,6 +156,7 @@ def build_model(
         drop_path_rate: Stochastic depth of the last block.
         lora_rank: Rank of LoRA in the encoder; 0 is none.
         channel_gains: See `encoder`.
+        transfer: Whether the decoder of a UNETR is filled too, if the weights hold one.
         wrap: Replaces the encoder in front of the decoder; for controls.
     """
     if not card.encoder:
@@ -171,7 +182,13 @@ def build_model(
     wrapped = wrap_encoder(backbone, card)
     if wrap is not None:
         wrapped = wrap(wrapped)
-    network = adapter(card.network)(wrapped, len(card.labels), **card.adapter)
+    source = weights or DEFAULT_WEIGHTS.get(card.encoder["variant"])
+    if scratch or inflate is not None or wrap is not None or transfer == "encoder":
+        source = None
+    options = {**card.adapter, **accepted_options(card.network, weights=source)}
+    network = adapter(card.network)(wrapped, len(card.labels), **options)
+    if (loaded := getattr(network, "load_report", None)) is not None:
+        start["weights"] = str(replace(loaded, source=strip_directory(loaded.source)))
     return network, _with_start(card, start)
 
 
@@ -202,7 +219,8 @@ def start_network(
     if not downloads:
         start = _without_downloads(start, say)
     network: Any
-    network, card = build(card, dataset.name, scratch=start["scratch"], weights=start["weights"])
+    given = {key: start[key] for key in ("scratch", "weights", "transfer")}
+    network, card = build(card, dataset.name, **given)
     if start["checkpointing"]:
         network.set_grad_checkpointing()
     if start["freeze"] == "encoder":

@@ -1,0 +1,185 @@
+"""Encoder and decoder of a UNETR out of one file, all but the last convolution.
+
+The file is a weights file with a decoder (`checkpoint.UNETR`) or a fine-tuned UNETR. Without a
+decoder in it, the encoder alone is filled. The last convolution belongs to the classes of its
+training and stays as it was initialised.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from sammed3d_backbone.loading.checkpoint import OTHER_PARTS, UNETR, CheckpointError, abbreviated
+from sammed3d_backbone.loading.factory import encoder
+from sammed3d_backbone.loading.fitting import Change, LoadReport, Shape, fit, part_of
+from sammed3d_backbone.loading.opening import (
+    CARD_KEY,
+    MODEL_ENCODER,
+    OpenedWeights,
+    open_weights,
+    variant_for,
+)
+from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+
+logger = logging.getLogger(__name__)
+
+LAST = "out."  # the convolution of the classes
+# The kernels that read the volume: of the block at full resolution and of its shortcut.
+KERNELS = ("stem.layer.conv1.conv.weight", "stem.layer.conv3.conv.weight")
+
+
+def fill_unetr(network: nn.Module, weights: str | os.PathLike[str]) -> LoadReport:
+    """Fills encoder and decoder of a UNETR; the report is that of the whole network.
+
+    An encoder that was loaded from the same weights already stays as it is, whatever was done to it
+    since. The decoder's first convolutions follow the encoder's rule for input channels.
+
+    Args:
+        network: A `UNETR`.
+        weights: As for `encoder`.
+
+    Raises:
+        ValueError: If the network's encoder is not one of this package.
+        CheckpointError: If the file does not fit the network.
+    """
+    parts: Any = network
+    own: Any = getattr(parts.encoder, "encoder", parts.encoder)  # a SharedEncoder holds one
+    if not isinstance(own, ImageEncoder3D):
+        raise ValueError(
+            f"weights={weights}: the encoder is a {type(own).__name__}, and weights fill those of "
+            "encoder(...); leave out weights="
+        )
+    opened = open_weights(weights)
+    record = own.pretrained_cfg
+    if record is None or record.name != opened.record.name:
+        _fill_encoder(own, weights)
+    report: LoadReport = own.load_report
+    prefix = "encoder.encoder." if own is not parts.encoder else "encoder."
+    kept = {f"{prefix}{name}" for name in own.state_dict()}
+    return _joined(_fill_decoder(network, own, opened), report, prefix, kept)
+
+
+def stored_feature_size(opened: OpenedWeights) -> int | None:
+    """The `feature_size` of the decoder in a file; None if it holds none."""
+    kernel = _decoder_of(opened).get(KERNELS[0])
+    return None if kernel is None else kernel.shape[0]
+
+
+def _decoder_of(opened: OpenedWeights) -> dict[str, Tensor]:
+    """The decoder's tensors by the names that a UNETR gives them, without the last convolution."""
+    if CARD_KEY in opened.metadata:
+        if json.loads(opened.metadata[CARD_KEY]).get("network") != "unetr":
+            return {}
+        mine = {k: v for k, v in opened.tensors.items() if not k.startswith(MODEL_ENCODER)}
+    else:
+        mine = part_of(opened.tensors, UNETR)
+    return {name: tensor for name, tensor in mine.items() if not name.startswith(LAST)}
+
+
+def _fill_encoder(own: ImageEncoder3D, weights: str | os.PathLike[str]) -> None:
+    """Loads weights into an encoder that exists; what it lacks was pruned by its network."""
+    variant = variant_for(weights)
+    filled = encoder(
+        variant,
+        weights=weights,
+        in_chans=own.in_chans,
+        img_size=own.img_size,
+        patch_size=own.patch_size,
+        rel_pos=own.rel_pos,
+        channel_gains=own.channel_gains,
+    )
+    state, wanted = filled.state_dict(), own.state_dict()
+    wrong = [
+        name for name, t in wanted.items() if name not in state or state[name].shape != t.shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{weights} does not fit the encoder of the network in {abbreviated(wrong)}; build it "
+            f"on encoder({variant!r}, weights=...)"
+        )
+    own.load_state_dict({name: state[name] for name in wanted})
+    own.pretrained_cfg, own.load_report = filled.pretrained_cfg, filled.load_report
+
+
+def _fill_decoder(network: nn.Module, own: ImageEncoder3D, opened: OpenedWeights) -> LoadReport:
+    """Loads the decoder; the report has the tensors of the decoder only."""
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in network.state_dict().items()
+        if not name.startswith(MODEL_ENCODER)
+    }
+    last = tuple(name for name in shapes if name.startswith(LAST))
+    shapes = {name: shape for name, shape in shapes.items() if name not in last}
+    stored = _decoder_of(opened)
+    if not stored:
+        logger.warning(
+            "%s holds no decoder of a UNETR: the encoder alone is pretrained", opened.record.name
+        )
+        return LoadReport(missing=(*shapes, *last))
+    _require_same_decoder(network, own, opened, stored, shapes)
+    state, report = fit(
+        stored,
+        shapes,
+        channel_kernels=KERNELS,
+        channel_gains=None if own.in_chans == 1 else own.channel_gains,
+        source=str(opened.path),
+    )
+    network.load_state_dict(state, strict=False)  # `fit` has checked that these are all
+    return dataclasses.replace(report, missing=last)
+
+
+def _require_same_decoder(
+    network: nn.Module,
+    own: ImageEncoder3D,
+    opened: OpenedWeights,
+    stored: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
+) -> None:
+    """Refuses another decoder than the stored one, and names the fitting argument."""
+    source = opened.record.name
+    stages = len({name.split(".")[1] for name in stored if name.startswith("ups.")})
+    found = {
+        "feature_size": (shapes[KERNELS[0]][0], stored[KERNELS[0]].shape[0]),
+        "patch_size": (own.patch_size, 2**stages),
+    }
+    if opened.record.unetr is not None:
+        parts: Any = network
+        found["out_indices"] = (parts.out_indices, tuple(opened.record.unetr.out_indices))
+    for key, (mine, theirs) in found.items():
+        if mine != theirs:
+            raise CheckpointError(
+                f"the UNETR decoder in {source} has {key}={theirs}, the network {mine}; give "
+                f"{key}={theirs}, or load the encoder alone: transfer=encoder in a recipe, "
+                "encoder(weights=...) and no weights= for unetr in code"
+            )
+    if shapes.keys() != stored.keys():
+        differing = sorted(shapes.keys() ^ stored.keys())
+        raise CheckpointError(
+            f"the UNETR decoder in {source} was built with other options: {abbreviated(differing)} "
+            "are in one of the two only; build the network with the defaults of unetr"
+        )
+
+
+def _joined(decoder: LoadReport, own: LoadReport, prefix: str, kept: set[str]) -> LoadReport:
+    """The report of the whole network, by its own names."""
+
+    def renamed(changes: tuple[Change, ...]) -> tuple[Change, ...]:
+        return tuple(dataclasses.replace(c, name=f"{prefix}{c.name}") for c in changes)
+
+    mine = tuple(f"{prefix}{name}" for name in own.matched)
+    return dataclasses.replace(
+        own,
+        matched=(*(name for name in mine if name in kept), *decoder.matched),
+        missing=(*(f"{prefix}{name}" for name in own.missing), *decoder.missing),
+        unused=(
+            *(name for name in mine if name not in kept),
+            *(name for name in own.unused if name.startswith(OTHER_PARTS)),
+        ),
+        reshaped=renamed(own.reshaped),
+        adapted=(*renamed(own.adapted), *decoder.adapted),
+    )
