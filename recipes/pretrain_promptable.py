@@ -83,8 +83,8 @@ OTHER_FIGURES = {"patch_error", "nearest_same"}  # figures of the other objectiv
 
 
 @dataclass(frozen=True)
-class Config:
-    """Arguments of the recipe."""
+class Crops:
+    """Arguments of all pretraining: which crops of which cases."""
 
     name: str  # the run's folder below SAMMED3D_RUNS
     sources: tuple[str, ...]  # "synthetic", and data sets or folders with a labels.json
@@ -94,17 +94,28 @@ class Config:
     val_cases: NonNegativeInt = 6  # subjects of each data set that are held out for validation
     scored: tuple[str, ...] = ()  # sources used for validation; (): all
     val_crops: PositiveInt = 24  # crops per validation
+    spacing_mm: Positive = 1.5  # spacing that the network is meant for
+    zoom: Factor = 2.0  # largest random factor on the spacing, up and down
+    stretch: Factor = 1.15  # the same for each axis separately
+    flips: tuple[Fraction, Fraction, Fraction] = (0.5, 0.5, 0.5)  # probabilities along R, A, S
+    random_contrast: Fraction = 0.0  # share of real crops whose contrast is randomised
+    # Names without Left and Right; one class may have several, as "Kidney|kidney_left"
+    dense_classes: tuple[str, ...] = ()
+    smallest_vox: tuple[int, int] = (2000, 200)  # smallest objects at first and at last
+    structures: tuple[int, int] = (5, 12)  # most per synthetic volume at first and at last
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config(Crops):
+    """Arguments of the recipe."""
+
     variant: str = "tiny"
     weights: str | None = None  # a name or file of whole promptable networks; None: random
     decoder_warmup_steps: int = 0  # steps of `warm_up_decoder` before the training
     rel_pos: Literal["sammed3d", "axial"] | None = None  # None: the variant's, the weights'
     point_pos: Literal["swapped", "aligned"] | None = None  # None: the variant's, the weights'
     img_size: int | None = None  # side of the crops in voxels; None: the variant's, the weights'
-    spacing_mm: Positive = 1.5  # spacing that the network is meant for
-    zoom: Factor = 2.0  # largest random factor on the spacing, up and down
-    stretch: Factor = 1.15  # the same for each axis separately
-    flips: tuple[Fraction, Fraction, Fraction] = (0.5, 0.5, 0.5)  # probabilities along R, A, S
-    random_contrast: Fraction = 0.0  # share of real crops whose contrast is randomised
     objects: int = 12  # per volume
     interactions: int = 4  # steps per object
     graded: int | None = None  # steps that are part of the loss, drawn at random; None: all
@@ -114,13 +125,10 @@ class Config:
     balance: Fraction = 0.5  # 1: an object's voxels weigh as much as all others; 0: as one each
     quality_weight: float = 0.1  # weight of the predicted Dice in the loss
     objectives: tuple[Literal["clicks", "dense", "reconstruction", "contrast"], ...] = ("clicks",)
-    dense_classes: tuple[str, ...] = ()  # names without Left and Right
     dense_weight: float = 1.0  # weight relative to the clicks
     hidden_share: Fraction = 0.6  # share of patches that are hidden for reconstruction
     reconstruction_weight: float = 1.0  # weight relative to the clicks
     contrast_weight: float = 1.0  # weight relative to the clicks
-    smallest_vox: tuple[int, int] = (2000, 200)  # smallest objects at first and at last
-    structures: tuple[int, int] = (5, 12)  # most per synthetic volume at first and at last
     curriculum_steps: int = 0  # steps from the first to the last of these; 0: last from the start
     steps: int = 1000  # optimiser steps
     first_step: NonNegativeInt = 0  # where samples and schedule start, for a stopped run
@@ -142,7 +150,6 @@ class Config:
     workers: NonNegativeInt = 0  # processes that prepare samples
     threads: NonNegativeInt = 0  # CPU threads per process; 0: all cores, shared by the processes
     cpu: bool = False  # use the CPU even if there is a GPU
-    seed: int = 0
 
     def __post_init__(self) -> None:
         counts = ("objects", "interactions", "steps", "batch", "accumulate", "validate_every")
@@ -357,7 +364,7 @@ def trained_before(weights: str | None) -> dict[str, Any] | None:
 
 
 def open_sources(
-    cfg: Config, before: Mapping[str, Any] | None
+    cfg: Crops, before: Mapping[str, Any] | None
 ) -> tuple[list[Source], list[Source], dict[str, list[str]]]:
     """Training sources, validation sources, and the ids of the training cases by data set.
 
@@ -393,7 +400,11 @@ def open_sources(
 
 def _scan_of(entry: LabelledCase, dense_classes: Sequence[str]) -> LabelledScan:
     """A case with the numbers of its dense classes, and those that are annotated in it."""
-    number_of = {name: number for number, name in enumerate(dense_classes, start=1)}
+    number_of = {
+        name: number
+        for number, names in enumerate(dense_classes, start=1)
+        for name in names.split("|")
+    }
     plain = {
         value: name.removeprefix("Left").removeprefix("Right")
         for value, name in (entry.labels or {}).items()
@@ -424,7 +435,7 @@ def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
     return found
 
 
-def choose_cases(cfg: Config, source: str) -> tuple[str, list[LabelledCase], list[LabelledCase]]:
+def choose_cases(cfg: Crops, source: str) -> tuple[str, list[LabelledCase], list[LabelledCase]]:
     """The name of a data set, its training cases, and its held-out cases.
 
     Folders with a labels.json are used for training only. Subjects are never on both sides.

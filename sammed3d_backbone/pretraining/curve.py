@@ -35,6 +35,8 @@ def draw_training_curve(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
         points = [line["step"] for line in known], [100 * line[key] for line in known]
         apart.plot(*points, style, marker=".", label=key.removeprefix("dice_").replace("_", ", "))
     for key, label in TRAINING.items():
+        if not any(key in line for line in trained):
+            continue
         steps, means = _smoothed([line for line in trained if key in line], key)
         training.plot(steps, [100 * mean for mean in means], label=label)
     loss.plot(*_smoothed(trained, "loss"))
@@ -46,7 +48,8 @@ def draw_training_curve(path: Path, log: Sequence[Mapping[str, Any]]) -> None:
         axes.set(title=title, xlabel="step", ylabel="loss" if axes is loss else "Dice (%)")
         axes.grid(alpha=0.3)
     for axes in (apart, training):
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=100, format="png")
 

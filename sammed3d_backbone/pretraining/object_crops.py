@@ -26,7 +26,11 @@ from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.pretraining.click_loss import GRADED, WITHOUT_POINT
-from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
+from sammed3d_backbone.pretraining.synthetic import (
+    Synthesis,
+    render_labels,
+    synthetic_sample,
+)
 
 Classes = Mapping[int, int]  # value of a label -> number of its class, from 1
 PARTS_OF_PATCH = 8
@@ -283,6 +287,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         patches: int = 0,
         classes: int = 0,
         contrast_share: float = 0.0,
+        rendered_share: float = 0.0,
         plan: InteractionPlan | None = None,
         per_step: int = 1,
     ) -> None:
@@ -303,6 +308,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             plan: Steps that have a loss; None for all.
             per_step: Samples of an optimiser step; they share one plan.
             contrast_share: Share of real crops whose contrast is randomised.
+            rendered_share: Share of real crops that are rendered from their labels.
 
         Raises:
             ValueError: If there is not one positive share for every source.
@@ -323,6 +329,7 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         self.patches = patches
         self.classes = classes
         self.contrast_share = contrast_share
+        self.rendered_share = rendered_share
         self.plan = plan or InteractionPlan()
         self.per_step = per_step
 
@@ -336,8 +343,11 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
         crop, values = self._crop_with_objects(rng, source, number)
         image, labels = crop.image, crop.labels
         chosen = np.resize(rng.permutation(values), self.objects)
-        if source.is_real and rng.random() < self.contrast_share:
+        draw = rng.random() if source.is_real else 1.0
+        if draw < self.contrast_share:
             image = random_contrast(rng, image, labels)
+        elif draw < self.contrast_share + self.rendered_share:
+            image = render_labels(rng, image, labels)
         if self.augment is not None:
             self.augment.set_random_state(seed=int(rng.integers(2**32)))
             changed = self.augment({"image": image, "label": labels})

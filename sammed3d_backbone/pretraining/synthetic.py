@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +100,43 @@ def synthetic_sample(seed: int, side_vox: int, how: Synthesis | None = None) -> 
     image = (image - body.mean()) / max(float(body.std()), 1e-6)
     labels = np.maximum(tissues, BODY).astype(np.int64) - BODY
     return Synthetic(torch.from_numpy(image)[None], torch.from_numpy(labels)[None])
+
+
+def render_labels(
+    rng: Generator, image: Tensor, labels: Tensor, how: Synthesis | None = None
+) -> Tensor:
+    """A labelled scan in a random contrast, as another scanner could show the same anatomy.
+
+    Every label, and every one of a few ranges of intensity where nothing is labelled, is a tissue;
+    each gets a random brightness and grain, and the volume what scanners add. The darkest range
+    stays the darkest. Mean and deviation stay those of the scan.
+
+    Args:
+        rng: Source of all random numbers.
+        image: Tells the tissues apart where nothing is labelled.
+        labels: Small integers, 0 for unlabelled.
+        how: Ranges of contrast, grain and noise; None for the defaults.
+
+    Shapes:
+        image: (1, S, S, S) float32.
+        labels: (1, S, S, S).
+        returns: (1, S, S, S) float32.
+    """
+    how = how or Synthesis()
+    values = image[0].numpy()
+    bins = np.quantile(values, np.sort(rng.uniform(0.05, 0.95, int(rng.integers(3, 8)))))
+    ranges = np.digitize(values, bins)
+    marked = labels[0].numpy().astype(np.int64)
+    numbers = np.where(marked > 0, marked + len(bins), ranges)
+    found, tissues = np.unique(numbers, return_inverse=True)
+    tissues = tissues.reshape(values.shape)
+    levels = rng.normal(0, how.contrast[1] / 2, len(found)).astype(np.float32)
+    if found[0] == 0:
+        levels[AIR] = levels.min() - rng.uniform(0, how.contrast[1])
+    changed = _seen(rng, tissues, levels, how, is_ct=bool(rng.random() < 0.5))
+    scale = float(values.std()) / max(float(changed.std()), 1e-3)
+    changed = (changed - changed.mean()) * np.float32(scale) + values.mean()
+    return torch.from_numpy(changed.astype(np.float32))[None]
 
 
 def _draw_tissues(rng: Generator, side_vox: int, how: Synthesis) -> tuple[Tissues, list[int]]:
@@ -267,9 +304,16 @@ def _scan(rng: Generator, tissues: Tissues, around: Sequence[int], how: Synthesi
         step = rng.choice([-1, 1]) * rng.uniform(*how.contrast)
         levels[number] = levels[around[number]] + step
     levels[AIR] = levels.min() - (rng.uniform(2, 5) if is_ct else rng.uniform(0.3, 1.5))
+    return _seen(rng, tissues, levels, how, is_ct=is_ct)
+
+
+def _seen(
+    rng: Generator, tissues: NDArray[Any], levels: Field, how: Synthesis, *, is_ct: bool
+) -> Field:
+    """Tissues of given brightness through a scanner: grain, shading, blur, slices, noise."""
     image: Field = levels[tissues]
     for sigma in (rng.uniform(0.5, 1.0), rng.uniform(1.5, 3.0)):
-        grains = rng.uniform(0, how.grain, len(around)).astype(np.float32)
+        grains = rng.uniform(0, how.grain, len(levels)).astype(np.float32)
         grains[AIR] = 0
         image = image + grains[tissues] * _texture(rng, tissues.shape, sigma)
     if not is_ct:

@@ -26,7 +26,9 @@ LARGEST_MB = 24
 
 
 def stages_of(metadata):
-    """What a file says of its training, the last stage first."""
+    """What a file says of its training, the last stage first, and of its UNETR decoder's."""
+    if "unetr_training" in metadata:
+        yield json.loads(metadata["unetr_training"])
     stage = json.loads(metadata["training"])
     while stage is not None:
         yield stage
@@ -50,6 +52,7 @@ def test_the_table_says_of_a_file_what_it_says_of_itself(name):
         "rel_pos",
         "point_pos",
         "clicks",
+        "unetr",
         "preprocessing",
         "pretraining",
         "held_out",

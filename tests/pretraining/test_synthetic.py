@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
+from sammed3d_backbone.pretraining.synthetic import Synthesis, render_labels, synthetic_sample
 
 SEEDS = range(12)
 
@@ -117,3 +117,26 @@ def test_impossible_knobs_are_refused(changes, remedy):
 def test_a_cube_without_room_for_a_structure_is_refused(side_vox, smallest_vox):
     with pytest.raises(ValueError, match="structures of at most a twentieth of the cube"):
         synthetic_sample(0, side_vox, Synthesis(smallest_vox=smallest_vox))
+
+
+def rendered(seed, image, labels):
+    return render_labels(np.random.default_rng(seed), image, labels)
+
+
+def test_a_scan_in_another_contrast_keeps_anatomy_mean_and_deviation():
+    sample = synthetic_sample(3, 32)
+    image = rendered(0, *sample)
+    assert torch.equal(image, rendered(0, *sample))
+    assert not torch.equal(image, rendered(1, *sample))
+    assert (image.shape, image.dtype) == (sample.image.shape, torch.float32)
+    torch.testing.assert_close(image.mean(), sample.image.mean(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(image.std(), sample.image.std(), rtol=1e-2, atol=0)
+
+
+def test_the_brightness_of_a_label_does_not_follow_the_scan():
+    sample = synthetic_sample(3, 32)
+    inside = sample.labels == 1
+    levels = [float(rendered(seed, *sample)[inside].mean()) for seed in range(20)]
+    assert min(levels) < float(sample.image.median()) < max(levels)
+    within = [float(rendered(seed, *sample)[inside].std()) for seed in range(20)]
+    assert np.median(within) < float(sample.image.std())

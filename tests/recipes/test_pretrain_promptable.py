@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sammed3d_backbone.recipes import pretrain_promptable
+from sammed3d_backbone.recipes import pretrain_decoder, pretrain_promptable
 from sammed3d_backbone.recipes.pretrain_promptable import Config, choose_cases, main
 from torch import nn
 
@@ -286,12 +286,17 @@ def kept_out(shared_data):
 
 
 @pytest.mark.slow
+<<<<<<< HEAD
 @pytest.mark.parametrize("name", ["tiny", "tiny_gpu"])
+=======
+@pytest.mark.parametrize("name", ["tiny", "tiny_stage2", "tiny_next", "tiny_next_gpu", "decoder"])
+>>>>>>> 326206a (Recipe that pretrains a UNETR decoder on a frozen encoder; label maps rendered in random contrasts)
 def test_what_is_to_be_transferred_to_is_in_no_pretraining(
     name, kept_out, shared_data, monkeypatch
 ):
     monkeypatch.setenv("SAMMED3D_DATA", str(shared_data))
-    cfg = config.load(Config, RECIPE.parent / f"configs/pretrain/{name}.yaml")
+    arguments = pretrain_decoder.Config if name == "decoder" else Config
+    cfg = config.load(arguments, RECIPE.parent / f"configs/pretrain/{name}.yaml")
     hashes, subjects = kept_out
     seen = [
         entry

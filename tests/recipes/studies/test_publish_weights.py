@@ -9,7 +9,7 @@ from sammed3d_backbone.recipes.studies import tables
 from sammed3d_backbone.recipes.studies.publish_weights import main
 
 from sammed3d_backbone.loading.checkpoint import read, write
-from sammed3d_backbone.loading.registry import Weights, from_metadata, to_metadata
+from sammed3d_backbone.loading.registry import UnetrDecoder, Weights, from_metadata, to_metadata
 
 
 @pytest.fixture
@@ -48,6 +48,47 @@ def test_weights_sums_and_curve_lie_where_they_belong(run, tmp_path):
     curves = tables.read(results, "curves")
     assert [*curves["run"]] == ["stage1"] * 2 + ["stage2"] * 2
     assert curves["dice_1"].notna().tolist() == [False, True] * 2
+
+
+@pytest.fixture
+def decoder(run, tmp_path):
+    """A run of a decoder on the weights of the other run."""
+    folder = tmp_path / "decoder"
+    folder.mkdir()
+    tensors, metadata = read(run / "last.safetensors")
+    tensors["unetr.stem.weight"] = torch.ones(4).half()
+    record = Weights(name="decoder", variant="toy", unetr=UnetrDecoder(4, 8, (0, 1)))
+    about = {"training": metadata["training"], "unetr_training": "{}", **to_metadata(record)}
+    write(folder / "last.safetensors", tensors, about)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    (folder / "curve.png").write_bytes(b"png")
+    return folder
+
+
+def test_a_decoder_is_added_to_published_weights(run, decoder, tmp_path):
+    weights, results = tmp_path / "weights", tmp_path / "results/toy"
+    weights.mkdir()
+    main([run], "toy", weights, results)
+    digest = main([], "toy", weights, results, decoder=decoder)
+    assert (weights / "SHA256SUMS").read_text() == f"{digest}  toy.safetensors\n"
+    tensors, metadata = read(weights / "toy.safetensors")
+    assert "unetr.stem.weight" in tensors
+    record = from_metadata(Weights(name="file"), metadata)
+    assert (record.clicks, record.unetr) == ("all", UnetrDecoder(4, 8, (0, 1)))
+    assert {path.name for path in (tmp_path / "results/toy_decoder").iterdir()} == {
+        "runs.csv",
+        "curves.csv",
+        "figure.png",
+    }
+
+
+def test_a_decoder_of_another_encoder_is_refused(run, decoder, tmp_path):
+    tensors, metadata = read(run / "last.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    write(run / "last.safetensors", changed, metadata, overwrite=True)
+    with pytest.raises(ValueError, match="another encoder"):
+        main([run], "toy", tmp_path, tmp_path / "toy", decoder=decoder)
 
 
 def test_a_run_without_weights_is_refused(tmp_path):
