@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from sammed3d_backbone import config, console
 from sammed3d_backbone.data.crops import CropStream
-from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects, read_fold
+from sammed3d_backbone.data.datasets import Dataset, Fold, read_fold
 from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preparation import prepare_cases
@@ -130,7 +131,7 @@ def main(
     cfg: Config,
     *,
     dry_run: bool = False,
-    num_subjects: int | None = None,
+    draw: Callable[[Dataset, Fold], Fold] | None = None,
     layer_decay: float = LAYER_DECAY,
     build: finetuning.Build = finetuning.build_model,
 ) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def main(
     Args:
         cfg: The configuration.
         dry_run: Measure up to three steps; download and write nothing.
-        num_subjects: Train on so many subjects, drawn by the seed; None is all.
+        draw: Chooses other cases to train and validate on than the fold's; for studies.
         layer_decay: Factor on the learning rate per pretrained block.
         build: Builds the network, as `finetuning.build_model` does; for controls of studies.
 
@@ -173,7 +174,7 @@ def main(
     cost = DryRun(accelerator.device, cfg.steps) if dry_run else None
 
     # Data
-    dataset, fold = choose_cases(cfg, num_subjects)
+    dataset, fold = choose_cases(cfg, draw)
     say(f"{dataset.name}: {len(fold.train)} cases to train on, {len(fold.val)} to validate on")
     say(f"fold {cfg.fold} of {fold.rule}")
 
@@ -285,16 +286,16 @@ def train(cfg: Config, *, dry_run: bool = False) -> dict[str, Any]:
     return finetuning.train_folds(main, cfg, dataset, free=FREE, dry_run=dry_run)
 
 
-def choose_cases(cfg: Config, num_subjects: int | None = None) -> tuple[Dataset, Fold]:
+def choose_cases(
+    cfg: Config, draw: Callable[[Dataset, Fold], Fold] | None = None
+) -> tuple[Dataset, Fold]:
     """The data set and which of its cases train and validate; no image is read yet."""
     here = Path(__file__).parent
     layout, subjects = (name and here / name for name in (cfg.layout, cfg.subjects))
     dataset = open_dataset(cfg.data, layout, subjects)
     dataset = replace(dataset, grid_tolerance=cfg.grid_tolerance)
     fold = read_fold(dataset, cfg.fold, folds=cfg.folds)  # the same cases for every seed
-    if num_subjects is not None:
-        fold = replace(fold, train=few_subjects(dataset, fold.train, num_subjects, cfg.seed))
-    return dataset, fold
+    return dataset, fold if draw is None else draw(dataset, fold)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,25 @@ from torch import nn
 from sammed3d_backbone import config, console
 from sammed3d_backbone.adapters.controls import ZeroedEncoder
 from sammed3d_backbone.adapters.registry import accepted_options
+from sammed3d_backbone.data.datasets import Dataset, Fold, few_subjects
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.training.finetuning import build_model
+
+TEST_SEED = 2026  # draws the subjects to test on, whatever the seed of a run
 
 
 @dataclass(frozen=True)
 class ArmConfig(finetune_unetr.Config):
     """The recipe's knobs and those of studies."""
 
-    num_subjects: PositiveInt | None = None  # train on this many, drawn by the seed; None: all
+    test_subjects: PositiveInt | None = None  # test on so many, always the same; None: the fold's
+    num_subjects: PositiveInt | None = None  # so many of the others, drawn by the seed; None: all
+    # drawn: train on the drawn; others: on all but the drawn and the tested; inside: train on the
+    # drawn, test on these others
+    part: Literal["drawn", "others", "inside"] = "drawn"
     control: Literal["none", "zero_encoder"] = "none"  # zero_encoder: what the decoder can do alone
     pyramid: Literal["simple", "multi_level", "conv_stem"] = "conv_stem"  # flexible_unet, segresnet
-    rel_pos: Literal["sammed3d", "axial"] = "sammed3d"
+    rel_pos: Literal["sammed3d", "axial"] | None = None  # None: the weights', the variant's
     patch_size: PositiveInt | None = None  # side of a token in voxels; None: the variant's
     inflate: Literal["center", "mean"] | None = None  # for weights of a 2-D SAM encoder
     channels: Literal["repeat", "shared"] = "repeat"  # see adapters/channels.py
@@ -50,6 +57,10 @@ class ArmConfig(finetune_unetr.Config):
                 f"peft={self.peft} freezes pretrained weights and trains small parts beside them; "
                 "leave out freeze= and scratch="
             )
+        if self.part != "drawn" and self.num_subjects is None:
+            raise ValueError(
+                f"part={self.part} is about subjects that are not drawn; give num_subjects="
+            )
         if self.peft == "lora" and self.init is not None:
             raise ValueError(
                 "peft=lora starts from an encoder, not a network; pass init= as weights="
@@ -59,7 +70,9 @@ class ArmConfig(finetune_unetr.Config):
         """The recipe's card with the settings of this arm."""
         if not card.encoder:
             return card
-        encoder: dict[str, Any] = {**card.encoder, "rel_pos": self.rel_pos}
+        encoder: dict[str, Any] = {**card.encoder}
+        if self.rel_pos is not None:
+            encoder["rel_pos"] = self.rel_pos
         if self.channels == "shared":
             encoder["in_chans"] = 1
         if self.patch_size is not None:
@@ -71,6 +84,21 @@ class ArmConfig(finetune_unetr.Config):
             shared=self.channels == "shared",
             bottleneck=self.peft_size if self.peft == "bottleneck" else 0,
         )
+
+    def draw(self, dataset: Dataset, fold: Fold) -> Fold:
+        """The cases to train and test on, in place of the fold's."""
+        if self.test_subjects is not None:
+            ids = tuple(case.id for case in dataset.cases)
+            val = few_subjects(dataset, ids, self.test_subjects, TEST_SEED)
+            rule = f"{self.test_subjects} subjects to test on, by seed {TEST_SEED}"
+            fold = Fold(tuple(name for name in ids if name not in val), val, rule)
+        if self.num_subjects is None:
+            return fold
+        drawn = few_subjects(dataset, fold.train, self.num_subjects, self.seed)
+        others = tuple(name for name in fold.train if name not in drawn)
+        if self.part == "others":
+            return replace(fold, train=others)
+        return replace(fold, train=drawn, val=others if self.part == "inside" else fold.val)
 
     def build(self, card: Card, dataset_name: str, **given: Any) -> tuple[nn.Module, Card]:  # noqa: ANN401
         """The network of this arm and its card, in place of `finetuning.build_model`."""
@@ -94,11 +122,7 @@ def fine_tune(cfg: ArmConfig, *, dry_run: bool = False) -> dict[str, Any]:
     if cfg.peft != "none":
         cfg = replace(cfg, layer_decay=1.0)  # what is pretrained is frozen and needs no protection
     return finetune_unetr.main(
-        cfg,
-        dry_run=dry_run,
-        num_subjects=cfg.num_subjects,
-        layer_decay=cfg.layer_decay,
-        build=cfg.build,
+        cfg, dry_run=dry_run, draw=cfg.draw, layer_decay=cfg.layer_decay, build=cfg.build
     )
 
 

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 CELL = ["task", "labels", "arm"]
 CASE = ["task", "labels", "draw", "case", "class"]  # key by which two arms are paired
 METRICS = ["dice", "nsd"]
+ADMITTED = 0.05  # Dice that a positive control has to gain
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,17 @@ class Study:
     """A study, as its YAML file states it; settings are arguments of the fine-tuning recipe."""
 
     out: str  # folder of the results, relative to recipes/studies/results
-    # Arm -> its settings. `weights` may name a file relative to SAMMED3D_RUNS.
+    # Arm -> its settings. `weights` may name a file relative to SAMMED3D_RUNS, also one of this
+    # study, as {out}/{task}_{labels}_draw{draw}_ARM/last.safetensors.
     arms: Mapping[str, Mapping[str, Any]]
     # Blocks of runs, the most informative first: task (a file of recipes/configs), labels (numbers
     # of labelled subjects, or all), draws, arms, and settings of the block's runs.
     grid: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)  # for every run
     baseline: str = "scratch"
+    controls: Sequence[str] = ()  # arms whose weights know the task: what can be gained at all
     rates: Sequence[float] = ()  # learning rates that every arm chooses from
+    # of the trials, in which rates are compared: labels, and settings on top of the run's
     tuning: Mapping[str, Any] = field(default_factory=lambda: {"fold": 1, "labels": 8})
 
 
@@ -76,6 +80,8 @@ def read_study(path: Path) -> Study:
         ValueError: If a key is unknown or missing, or a block names an unknown arm.
     """
     study = tables.load(Study, path)
+    if unknown := {study.baseline, *study.controls} - {*study.arms}:
+        raise ValueError(f"{path}: baseline and controls name {sorted(unknown)}; add them to arms")
     for block in study.grid:
         if unknown := {*block["arms"]} - {*study.arms}:
             raise ValueError(f"{path}: grid names the arms {sorted(unknown)}; add them to arms")
@@ -116,9 +122,12 @@ def settings_of(run: Planned, study: Study, out: Path) -> dict[str, Any]:
     settings |= {"num_subjects": None if run.labels == "all" else run.labels, "seed": run.draw}
     rate = run.rate
     if rate is not None:
-        settings["fold"] = study.tuning["fold"]
+        settings |= {key: value for key, value in study.tuning.items() if key != "labels"}
     elif study.rates:
         rate = chosen_rate(run, out)
+    if isinstance(weights := settings.get("weights"), str):
+        place = {"out": Path(study.out).name, "task": Path(run.task).stem}
+        settings["weights"] = weights.format(**place, labels=run.labels, draw=run.draw)
     return settings if rate is None else {**settings, "lr": rate}
 
 
@@ -194,13 +203,17 @@ def write_report(out: Path, study: Study) -> None:
         + "\n## By class\n\nDice of the structures that lie wholly in the volume.\n\n"
         + tables.markdown(class_table(whole, study.baseline))
     )
+    if study.controls:
+        text += "\n## Admission\n\n" + admission(runs, scores, study) + "\n"
     if not trials.empty:
         rates = trials.assign(dice=trials["mean_dice"].map("{:.2%}".format).str[:-1]).pivot_table(
             index=["task", "arm"], columns="trial_rate", values="dice", aggfunc="first", sort=False
         )
         rates.columns = [f"{rate:g}" for rate in rates.columns]
+        fold = study.tuning.get("fold")
+        where = "subjects that are not tested" if fold is None else f"fold {fold}"
         text += (
-            f"\n## Learning rates\n\nDice on fold {study.tuning['fold']} with "
+            f"\n## Learning rates\n\nDice on {where} with "
             f"{study.tuning['labels']} labelled subjects, one draw; the best was taken.\n\n"
             + tables.markdown(rates.reset_index())
         )
@@ -234,6 +247,26 @@ def main_table(runs: pd.DataFrame, scores: pd.DataFrame, baseline: str) -> pd.Da
     columns = [*CELL, "draws", "DICE", "NSD", "DICE gain", "NSD gain", "steps", "cost"]
     table = pd.DataFrame(lines).reindex(columns=columns)
     return table.rename(columns=lambda name: name.replace("DICE", "Dice"))
+
+
+def admission(runs: pd.DataFrame, scores: pd.DataFrame, study: Study) -> str:
+    """A line per task, number of labels and positive control: whether a gain could have shown."""
+    lines = [
+        "A task, budget and way of transfer count if weights that know the task, trained on its "
+        f"other subjects, gain at least {100 * ADMITTED:g} Dice, with the whole interval above 0.\n"
+    ]
+    controls = runs[runs["arm"].isin(study.controls)]
+    for (task, labels, arm), own in controls.groupby(CELL, sort=False):
+        same = runs[(runs["task"] == task) & (runs["labels"] == labels)]
+        twins = same[same["arm"] == study.baseline]
+        mine, theirs = (scores[scores["run"].isin(part["run"])] for part in (own, twins))
+        gain = tables.interval(tables.paired(mine, theirs, CASE, ["dice"]), "dice")
+        passed = gain.mean >= ADMITTED and gain.low > 0
+        lines.append(
+            f"- {task}, {labels} subjects, {arm}: {tables.shown(gain, 2, '+')}, "
+            f"{'admitted' if passed else 'not admitted'}"
+        )
+    return "\n".join(lines)
 
 
 def class_table(scores: pd.DataFrame, baseline: str) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from sammed3d_backbone.loading.hub import fetch, resolve
 from sammed3d_backbone.loading.inflation import is_2d
 from sammed3d_backbone.loading.registry import Weights, default_weights, from_metadata
 from sammed3d_backbone.loading.stored_sizes import variant_of
+from sammed3d_backbone.loading.variants import variant as variant_sizes
 from sammed3d_backbone.models.attention import RelPos
 
 CARD_KEY = "sammed3d_backbone"  # metadata entry of a fine-tuned model, see inference/card.py
@@ -96,7 +97,7 @@ def encoder_of_model(opened: OpenedWeights) -> OpenedWeights:
     record = dataclasses.replace(
         opened.record,
         variant=card["encoder"]["variant"],
-        rel_pos=card["encoder"].get("rel_pos", "sammed3d"),
+        rel_pos=card["encoder"].get("rel_pos") or variant_sizes(card["encoder"]["variant"]).rel_pos,
         preprocessing=preprocessing and Preprocessing.from_dict(preprocessing),
         status=f"{opened.record.status}, encoder of a fine-tuned {card['network']}",
     )

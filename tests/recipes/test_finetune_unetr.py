@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sammed3d_backbone.recipes import finetune_unetr
-from sammed3d_backbone.recipes.finetune_unetr import Config, main, train
+from sammed3d_backbone.recipes.finetune_unetr import Config, choose_cases, main, train
 from sammed3d_backbone.recipes.studies.arms import ArmConfig, fine_tune
 
 from sammed3d_backbone import config, encoder
@@ -212,7 +212,8 @@ def test_statistics_of_crops_and_of_volumes_train_differently(small, runs, monke
 def test_a_study_replaces_the_encoder_and_draws_subjects(small, runs, monkeypatch, capsys):
     monkeypatch.setattr(finetuning, "report", lambda *_: {})
     build = partial(finetuning.build_model, wrap=ZeroedEncoder)
-    main(Config(**small | {"steps": 2}), num_subjects=1, build=build)
+    draw = ArmConfig(**small, num_subjects=1).draw
+    main(Config(**small | {"steps": 2}), draw=draw, build=build)
     assert "1 cases to train on" in capsys.readouterr().out
     tensors = load_file(runs / "toy/last.safetensors")
     assert not any(name.startswith("encoder.") for name in tensors)
@@ -408,8 +409,25 @@ def test_few_subjects_are_whole_subjects(small, toy_data, tmp_path, monkeypatch,
         (tmp_path / part).symlink_to(toy_data / part)
     (tmp_path / "splits.json").write_text(json.dumps(splits))
     monkeypatch.setattr(finetuning, "report", lambda *_: {})
-    main(Config(**small | {"data": str(tmp_path), "subjects": str(subjects)}), num_subjects=1)
+    few = small | {"data": str(tmp_path), "subjects": str(subjects), "num_subjects": 1}
+    fine_tune(ArmConfig(**few))
     assert "Toy: 2 cases to train on, 2 to validate on" in capsys.readouterr().out
+
+
+def test_a_draw_leaves_the_tested_subjects_and_the_others_apart(small, toy_data):
+    dataset = read_dataset(toy_data)
+    everything = {case.id for case in dataset.cases}
+    tested = set()
+    for seed in range(4):
+        arm = ArmConfig(**small, test_subjects=3, num_subjects=1, seed=seed)
+        fold = choose_cases(arm, arm.draw)[1]
+        others = choose_cases(arm, replace(arm, part="others").draw)[1]
+        inside = choose_cases(arm, replace(arm, part="inside").draw)[1]
+        assert (len(fold.train), len(fold.val), len(others.train)) == (1, 3, 2)
+        assert {*fold.train, *fold.val, *others.train} == everything
+        assert (inside.train, inside.val) == (fold.train, others.train)
+        tested.add(fold.val)
+    assert len(tested) == 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -441,6 +459,7 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         ({"peft": "bottleneck", "scratch": True}, "scratch"),
         ({"peft": "lora", "init": "MODEL"}, "init"),
         ({"flip_axes": (3,)}, "flip_axes"),
+        ({"part": "others"}, "num_subjects"),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from sammed3d_backbone.recipes.studies import tables, transfer_study
 from sammed3d_backbone.recipes.studies.arms import ArmConfig
 from sammed3d_backbone.recipes.studies.transfer_study import (
     Study,
+    admission,
     class_table,
     in_order,
     main,
@@ -157,6 +158,34 @@ def test_gains_by_class_are_of_the_same_cases():
     assert table.loc["pretrained", "Dice gain"] == "+30.00"
 
 
+def test_a_control_admits_a_task_only_with_a_large_and_certain_gain(study):
+    study = replace(study, controls=["sure", "small", "vague"])
+    dice = {
+        "scratch": [0.5] * 4,
+        "sure": [0.6] * 4,
+        "small": [0.52] * 4,
+        "vague": [0.2, 0.9, 0.9, 0.6],
+    }
+    runs = pd.DataFrame({"run": [*dice], "arm": [*dice], "task": "boxes", "labels": "2"})
+    scores = [
+        pd.DataFrame({"run": arm, "case": list("abcd"), "subject": list("abcd"), "dice": values})
+        for arm, values in dice.items()
+    ]
+    scores = pd.concat(scores).assign(**{"class": "front", "draw": 0, "task": "boxes"})
+    scores = scores.assign(labels="2")
+    verdicts = [line.rpartition(", ")[2] for line in admission(runs, scores, study).splitlines()]
+    assert verdicts[-3:] == ["admitted", "not admitted", "not admitted"]
+
+
+def test_weights_of_an_earlier_arm_of_the_same_draw_are_named_by_it(study):
+    weights = "{out}/{task}_{labels}_draw{draw}_frozen/last.safetensors"
+    study = replace(study, arms={**study.arms, "scratch": {"weights": weights}})
+    run = [*in_order(study)][2]
+    assert settings_of(run, study, Path())["weights"] == (
+        "study/boxes_2_draw1_frozen/last.safetensors"
+    )
+
+
 def test_steps_are_counted_until_the_other_run_is_reached_at_its_end():
     baseline = [(100, 0.7), (200, 0.6)]  # its end counts, not its best
     rising = [(50, 0.5), (100, 0.6), (150, 0.8)]
@@ -166,7 +195,12 @@ def test_steps_are_counted_until_the_other_run_is_reached_at_its_end():
 
 @pytest.mark.parametrize(
     ("changes", "token"),
-    [({"arms": {"other": {}}}, "scratch"), ({"typo": 1}, "typo"), ({"out": None}, "out")],
+    [
+        ({"arms": {"other": {}}}, "scratch"),
+        ({"controls": ["other"]}, "other"),
+        ({"typo": 1}, "typo"),
+        ({"out": None}, "out"),
+    ],
 )
 def test_a_study_that_cannot_be_read_is_refused(changes, token, tmp_path):
     grid = [{"task": "hippocampus", "labels": 8, "draws": 1, "arms": ["scratch"]}]
