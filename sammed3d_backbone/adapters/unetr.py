@@ -22,6 +22,7 @@ from sammed3d_backbone.adapters.network import (
     spread_indices,
 )
 from sammed3d_backbone.loading.fitting import LoadReport
+from sammed3d_backbone.loading.unetr_decoder import fill_unetr, stored_feature_size
 from sammed3d_backbone.models.layers import LayerNorm3d
 
 
@@ -36,7 +37,7 @@ class UNETR(EncoderNetwork):
     Args:
         encoder: A module that fulfils `contract.Encoder`, see `check_encoder`.
         out_channels: Number of classes K, background included.
-        feature_size: Channels at full resolution.
+        feature_size: Channels at full resolution; None is that of the decoder in `weights`, or 16.
         out_indices: Block numbers from 0, fine to coarse, one per halving from the volume to the
             tokens (four for patches of 16 voxels, three for 8). None spreads them evenly and ends
             at the last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released
@@ -67,7 +68,7 @@ class UNETR(EncoderNetwork):
         encoder: Encoder,
         out_channels: int,
         *,
-        feature_size: int = 16,
+        feature_size: int | None = None,
         out_indices: Sequence[int] | Literal["monai"] | None = None,
         deepest: Literal["block", "neck"] = "block",
         norm_maps: bool = True,
@@ -77,6 +78,8 @@ class UNETR(EncoderNetwork):
         weights: str | os.PathLike[str] | None = None,
     ) -> None:
         require_classes(out_channels)
+        if feature_size is None:
+            feature_size = 16 if weights is None else stored_feature_size(weights) or 16
         if deepest not in ("block", "neck"):
             raise ValueError(f"deepest={deepest!r} is unknown; use 'block' or 'neck'")
         stages = encoder.patch_size.bit_length() - 1
@@ -123,8 +126,6 @@ class UNETR(EncoderNetwork):
         self.out = UnetOutBlock(3, widths[0], out_channels)
         self.load_report: LoadReport | None = None
         if weights is not None:
-            from sammed3d_backbone.loading.unetr_decoder import fill_unetr
-
             self.load_report = fill_unetr(self, weights)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -64,9 +64,9 @@ def fill_unetr(network: nn.Module, weights: str | os.PathLike[str]) -> LoadRepor
     return _joined(_fill_decoder(network, own, opened), report, prefix, kept)
 
 
-def stored_feature_size(opened: OpenedWeights) -> int | None:
+def stored_feature_size(weights: str | os.PathLike[str]) -> int | None:
     """The `feature_size` of the decoder in a file; None if it holds none."""
-    kernel = _decoder_of(opened).get(KERNELS[0])
+    kernel = _decoder_of(open_weights(weights)).get(KERNELS[0])
     return None if kernel is None else kernel.shape[0]
 
 

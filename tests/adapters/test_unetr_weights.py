@@ -70,9 +70,7 @@ def volume(channels=1):
 def test_one_file_fills_encoder_and_decoder_but_the_last_layer(whole, pretrained):
     path, expected = whole
     weights = path if pretrained else None
-    network = unetr(
-        encoder("toy", pretrained=pretrained, weights=weights), 3, feature_size=4, weights=path
-    )
+    network = unetr(encoder("toy", pretrained=pretrained, weights=weights), 3, weights=path)
     wanted = filled(expected)
     assert filled(network).keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in filled(network).items())
