@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -37,8 +37,10 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from sammed3d_backbone import config, console, encoder, unetr
+from sammed3d_backbone.adapters.unetr import UNETR
 from sammed3d_backbone.evaluation.metrics import dice_per_class
-from sammed3d_backbone.loading.checkpoint import UNETR, read, write
+from sammed3d_backbone.loading import checkpoint
+from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.hub import locate
 from sammed3d_backbone.loading.opening import variant_for
 from sammed3d_backbone.loading.registry import (
@@ -192,7 +194,8 @@ def main(cfg: Config) -> dict[str, float]:
                 progress.scored(scores["mean_dice"])
                 if accelerator.is_main_process:
                     path = run.folder / "last.safetensors"
-                    save_weights(path, ema.module, cfg, seen, progress.step * per_step)
+                    averaged: Any = ema.module
+                    save_weights(path, averaged, cfg, seen, progress.step * per_step)
                     with console.optional(run.folder / "curve.png"):
                         draw_training_curve(run.folder / "curve.png", run.records())
                 run.save(accelerator, state)
@@ -229,7 +232,7 @@ def validate(
 
 
 def save_weights(
-    path: Path, network: nn.Module, cfg: Config, seen: Mapping[str, list[str]], crops: int
+    path: Path, network: UNETR, cfg: Config, seen: Mapping[str, list[str]], crops: int
 ) -> None:
     """Writes the weights that the encoder came from, with the decoder and a record of it."""
     listed, source = locate(cfg.weights)
@@ -237,9 +240,8 @@ def save_weights(
     record = from_metadata(listed, metadata)
     sets = {entry.name: entry for entry in record.pretraining or ()}
     added = (PretrainingSet(name, (1,)) for name in seen if name not in sets)
-    backbone = network.get_submodule("encoder")
     decoder = UnetrDecoder(
-        cfg.feature_size, backbone.patch_size, network.out_indices, cfg.dense_classes
+        cfg.feature_size, network.encoder.patch_size, network.out_indices, cfg.dense_classes
     )
     record = dataclasses.replace(
         record,
@@ -260,11 +262,13 @@ def save_weights(
         "versions": library_versions(),
     }
     own = {
-        f"{UNETR}{name}": tensor.half()
+        f"{checkpoint.UNETR}{name}": tensor.half()
         for name, tensor in network.state_dict().items()
         if not name.startswith(("encoder.", LAST))
     }
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(UNETR)}
+    kept = {
+        name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.UNETR)
+    }
     entries = {key: metadata[key] for key in ("training",) if key in metadata}
     entries |= {"unetr_training": json.dumps(training), **to_metadata(record)}
     write(path, {**kept, **own}, entries, overwrite=True)

@@ -129,7 +129,7 @@ def _stated_by(weights: str) -> tuple[Preprocessing | None, int | None]:
             width = card.adapter.get("feature_size") if card.network == "unetr" else None
             return card.preprocessing, width
         record = from_metadata(record, metadata)
-    return record.preprocessing, record.unetr and record.unetr.feature_size
+    return record.preprocessing, record.unetr.feature_size if record.unetr else None
 
 
 def build_model(
