@@ -60,8 +60,7 @@ def fill_unetr(network: nn.Module, weights: str | os.PathLike[str]) -> LoadRepor
         _fill_encoder(own, weights)
     report: LoadReport = own.load_report
     prefix = "encoder.encoder." if own is not parts.encoder else "encoder."
-    kept = {f"{prefix}{name}" for name in own.state_dict()}
-    return _joined(_fill_decoder(network, own, opened), report, prefix, kept)
+    return _joined(_fill_decoder(network, own, opened), report, prefix, own)
 
 
 def stored_feature_size(weights: str | os.PathLike[str]) -> int | None:
@@ -165,21 +164,31 @@ def _require_same_decoder(
         )
 
 
-def _joined(decoder: LoadReport, own: LoadReport, prefix: str, kept: set[str]) -> LoadReport:
-    """The report of the whole network, by its own names."""
+def _joined(
+    decoder: LoadReport, own: LoadReport, prefix: str, pruned: ImageEncoder3D
+) -> LoadReport:
+    """The report of the whole network, by its own names; what was pruned is not used."""
+    parts = {_part(name) for name in pruned.state_dict()}
 
     def renamed(changes: tuple[Change, ...]) -> tuple[Change, ...]:
         return tuple(dataclasses.replace(c, name=f"{prefix}{c.name}") for c in changes)
 
-    mine = tuple(f"{prefix}{name}" for name in own.matched)
     return dataclasses.replace(
         own,
-        matched=(*(name for name in mine if name in kept), *decoder.matched),
+        matched=(
+            *(f"{prefix}{name}" for name in own.matched if _part(name) in parts),
+            *decoder.matched,
+        ),
         missing=(*(f"{prefix}{name}" for name in own.missing), *decoder.missing),
         unused=(
-            *(name for name in mine if name not in kept),
+            *(f"{prefix}{name}" for name in own.matched if _part(name) not in parts),
             *(name for name in own.unused if name.startswith(OTHER_PARTS)),
         ),
         reshaped=renamed(own.reshaped),
         adapted=(*renamed(own.adapted), *decoder.adapted),
     )
+
+
+def _part(name: str) -> str:
+    """The block or layer of the encoder that a tensor belongs to; trained parts may lie in it."""
+    return ".".join(name.split(".")[:2])
