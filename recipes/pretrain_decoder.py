@@ -66,7 +66,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Config(Crops):
     """Arguments of the recipe."""
 
-    weights: str = "tiny_next"  # whose encoder is frozen
+    weights: str = "tiny"  # whose encoder is frozen
     img_size: int | None = None  # side of the crops in voxels; None: the weights'
     feature_size: PositiveInt = 8  # channels of the decoder at full resolution
     rendered: Fraction = 0.0  # share of real crops that are rendered from their labels
