@@ -286,11 +286,7 @@ def kept_out(shared_data):
 
 
 @pytest.mark.slow
-<<<<<<< HEAD
-@pytest.mark.parametrize("name", ["tiny", "tiny_gpu"])
-=======
 @pytest.mark.parametrize("name", ["tiny", "tiny_gpu", "decoder"])
->>>>>>> 326206a (Recipe that pretrains a UNETR decoder on a frozen encoder; label maps rendered in random contrasts)
 def test_what_is_to_be_transferred_to_is_in_no_pretraining(
     name, kept_out, shared_data, monkeypatch
 ):
