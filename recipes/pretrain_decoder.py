@@ -15,26 +15,25 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 from sammed3d_backbone.recipes.pretrain_promptable import (
-    Crops,
+    Pretraining,
     augmentation,
+    begin,
     open_sources,
+    train,
     trained_before,
 )
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from sammed3d_backbone import config, console, encoder, unetr
 from sammed3d_backbone.adapters.unetr import UNETR
@@ -50,20 +49,19 @@ from sammed3d_backbone.loading.registry import (
     to_metadata,
 )
 from sammed3d_backbone.loading.unetr_decoder import LAST
-from sammed3d_backbone.pretraining.curve import draw_training_curve
 from sammed3d_backbone.pretraining.decoder_loss import AXES, decoder_loss
 from sammed3d_backbone.pretraining.object_crops import Curriculum, ObjectStream
-from sammed3d_backbone.provenance import cores, library_versions, strip_directory
+from sammed3d_backbone.provenance import library_versions, strip_directory
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.freezing import set_frozen
-from sammed3d_backbone.training.runs import Progress, State, open_run
+from sammed3d_backbone.training.runs import Progress, State
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
-class Config(Crops):
+class Config(Pretraining):
     """Arguments of the recipe."""
 
     weights: str = "tiny"  # whose encoder is frozen
@@ -72,46 +70,11 @@ class Config(Crops):
     rendered: Fraction = 0.0  # share of real crops that are rendered from their labels
     foreground_weight: Positive = 1.0  # weight of a labelled voxel in the cross-entropy
     boundary_weight: Positive = 1.0  # weight relative to the classes
-    steps: PositiveInt = 1000  # optimiser steps
-    batch: PositiveInt = 2  # crops per process and pass
-    accumulate: PositiveInt = 1  # passes per step, gradients are averaged
-    lr: Positive = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_steps: NonNegativeInt = 50
-    clip: Positive = 1.0  # largest norm of the gradient
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    mixed_precision: Literal["no", "bf16"] = "no"
-    validate_every: PositiveInt = 250  # steps
-    log_every: PositiveInt = 10  # steps
-    save_every_s: float = 120.0  # seconds between checkpoints
-    workers: NonNegativeInt = 0  # processes that prepare samples
-    threads: NonNegativeInt = 0  # CPU threads per process; 0: all cores, shared by the processes
-    cpu: bool = False  # use the CPU even if there is a GPU
-
-
-# Arguments that may change when a run is resumed, since no result depends on them.
-FREE = ("threads", "workers", "cpu", "save_every_s")
 
 
 def main(cfg: Config) -> dict[str, float]:
     """Trains or resumes; returns the scores of the last validation."""
-    accelerator = engine.make_accelerator(
-        accumulate=cfg.accumulate, mixed_precision=cfg.mixed_precision, cpu=cfg.cpu
-    )
-    torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
-    say = accelerator.print
-    schedule = engine.Schedule(
-        steps=cfg.steps,
-        validate_every=cfg.validate_every,
-        lr=cfg.lr,
-        warmup_steps=cfg.warmup_steps,
-        clip=cfg.clip,
-        log_every=cfg.log_every,
-        save_every_s=cfg.save_every_s,
-        seed=cfg.seed,
-    )
-    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
-    say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *FREE))}")
+    accelerator, schedule, run = begin(cfg)
 
     # The network, of which only the decoder is trained
     torch.manual_seed(cfg.seed)
@@ -120,9 +83,8 @@ def main(cfg: Config) -> dict[str, float]:
     network = unetr(backbone, 1 + classes + AXES, feature_size=cfg.feature_size)
     set_frozen(network.encoder, True)
     optimizer = optim.layer_decayed(network, weight_decay=cfg.weight_decay)
-    say(optim.describe(network, optimizer, cfg.lr))
+    accelerator.print(optim.describe(network, optimizer, cfg.lr))
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
-    progress = Progress(accelerator.num_processes)
     means = engine.Means(accelerator)
 
     # Crops
@@ -169,37 +131,21 @@ def main(cfg: Config) -> dict[str, float]:
         means.note(figures)
         return loss
 
-    def batches_after(steps: int) -> Iterator[engine.Batch]:
-        rest = Subset(stream, range(steps * per_step, len(stream)))
-        return iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers)))
-
     model, optimizer = accelerator.prepare(network, optimizer)
     ema.to(accelerator.device)
-    state = State(model, optimizer, ema, progress)
-    # Not before data and weights are there: what fails earlier leaves nothing.
-    with run.begun(cfg):
-        accelerator.wait_for_everyone()
-        run.resume(accelerator, state)
-        batches = batches_after(progress.step)
-        scores: dict[str, float] = {}
-        shown = accelerator.is_main_process
-        with tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=not shown) as bar:
-            while progress.step < cfg.steps:
-                steps = schedule.next_stop(progress.step) - progress.step
-                some = islice(batches, steps * cfg.accumulate)
-                engine.train(accelerator, step, state, some, run, schedule, bar, means.taken)
-                scores = validate(accelerator, ema.module, scored, cfg.dense_classes)
-                bar.write(f"step {progress.step}: {scores}")
-                run.record(step=progress.step, **scores)
-                progress.scored(scores["mean_dice"])
-                if accelerator.is_main_process:
-                    path = run.folder / "last.safetensors"
-                    averaged: Any = ema.module
-                    save_weights(path, averaged, cfg, seen, progress.step * per_step)
-                    with console.optional(run.folder / "curve.png"):
-                        draw_training_curve(run.folder / "curve.png", run.records())
-                run.save(accelerator, state)
-        return scores
+    averaged: Any = ema.module
+    return train(
+        cfg,
+        accelerator,
+        schedule,
+        run,
+        State(model, optimizer, ema, Progress(accelerator.num_processes, step=cfg.first_step)),
+        stream,
+        step,
+        means,
+        lambda: validate(accelerator, averaged, scored, cfg.dense_classes),
+        lambda path, crops: save_weights(path, averaged, cfg, seen, crops),
+    )
 
 
 def validate(

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -71,7 +71,7 @@ from sammed3d_backbone.pretraining.objective import Objective
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 from sammed3d_backbone.provenance import cores, library_versions, strip_directory
 from sammed3d_backbone.training import engine, optim
-from sammed3d_backbone.training.runs import Progress, State, open_run
+from sammed3d_backbone.training.runs import Progress, Run, State, open_run
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -83,8 +83,8 @@ OTHER_FIGURES = {"patch_error", "nearest_same"}  # figures of the other objectiv
 
 
 @dataclass(frozen=True)
-class Crops:
-    """Arguments of all pretraining: which crops of which cases."""
+class Pretraining:
+    """Arguments of all pretraining: which crops of which cases, and the loop."""
 
     name: str  # the run's folder below SAMMED3D_RUNS
     sources: tuple[str, ...]  # "synthetic", and data sets or folders with a labels.json
@@ -103,11 +103,28 @@ class Crops:
     dense_classes: tuple[str, ...] = ()
     smallest_vox: tuple[int, int] = (2000, 200)  # smallest objects at first and at last
     structures: tuple[int, int] = (5, 12)  # most per synthetic volume at first and at last
+    steps: PositiveInt = 1000  # optimiser steps
+    first_step: NonNegativeInt = 0  # where samples and schedule start, for a stopped run
+    decay_steps: NonNegativeInt | None = None  # in which a constant rate falls to 0; None: cosine
+    batch: PositiveInt = 1  # volumes per process and pass
+    accumulate: PositiveInt = 1  # passes per step, gradients are averaged
+    lr: Positive = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_steps: NonNegativeInt = 100
+    clip: Positive = 1.0  # largest norm of the gradient
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    mixed_precision: Literal["no", "bf16"] = "no"  # of clicks, on a CPU for encoder and maps only
+    validate_every: PositiveInt = 500  # steps
+    log_every: PositiveInt = 10  # steps
+    save_every_s: float = 300.0  # seconds between checkpoints
+    workers: NonNegativeInt = 0  # processes that prepare samples
+    threads: NonNegativeInt = 0  # CPU threads per process; 0: all cores, shared by the processes
+    cpu: bool = False  # use the CPU even if there is a GPU
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Config(Crops):
+class Config(Pretraining):
     """Arguments of the recipe."""
 
     variant: str = "tiny"
@@ -130,30 +147,13 @@ class Config(Crops):
     reconstruction_weight: float = 1.0  # weight relative to the clicks
     contrast_weight: float = 1.0  # weight relative to the clicks
     curriculum_steps: int = 0  # steps from the first to the last of these; 0: last from the start
-    steps: int = 1000  # optimiser steps
-    first_step: NonNegativeInt = 0  # where samples and schedule start, for a stopped run
-    decay_steps: NonNegativeInt | None = None  # in which a constant rate falls to 0; None: cosine
     optimizer: Literal["adamw", "muon"] = "adamw"
-    batch: int = 1  # volumes per process and pass
-    accumulate: int = 1  # passes per step, gradients are averaged
-    lr: Positive = 5e-4  # learning rate of the image encoder
     decoder_lr: Positive = 1.0  # factor on lr for prompt encoder and mask decoder
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_steps: NonNegativeInt = 100
-    clip: Positive = 1.0  # largest norm of the gradient
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    mixed_precision: Literal["no", "bf16"] = "no"  # on a CPU for encoder and maps only
     compiled: bool = False  # compile the encoder with torch.compile
-    validate_every: int = 500  # steps
-    log_every: int = 10  # steps
-    save_every_s: float = 300.0  # seconds between checkpoints
-    workers: NonNegativeInt = 0  # processes that prepare samples
-    threads: NonNegativeInt = 0  # CPU threads per process; 0: all cores, shared by the processes
-    cpu: bool = False  # use the CPU even if there is a GPU
 
     def __post_init__(self) -> None:
-        counts = ("objects", "interactions", "steps", "batch", "accumulate", "validate_every")
-        if low := [key for key in (*counts, "log_every") if getattr(self, key) < 1]:
+        counts = ("objects", "interactions")
+        if low := [key for key in counts if getattr(self, key) < 1]:
             raise ValueError(f"{low[0]}={getattr(self, low[0])}; give 1 or more")
         if self.graded is not None and not 1 <= self.graded <= self.interactions:
             raise ValueError(
@@ -168,26 +168,8 @@ FREE = ("threads", "workers", "cpu", "save_every_s")
 
 def main(cfg: Config) -> dict[str, float]:
     """Trains or resumes; returns the scores of the last validation."""
-    accelerator = engine.make_accelerator(
-        accumulate=cfg.accumulate, mixed_precision=cfg.mixed_precision, cpu=cfg.cpu
-    )
-    torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
+    accelerator, schedule, run = begin(cfg)
     say = accelerator.print
-    schedule = engine.Schedule(
-        steps=cfg.steps,
-        validate_every=cfg.validate_every,
-        lr=cfg.lr,
-        warmup_steps=cfg.warmup_steps,
-        clip=cfg.clip,
-        log_every=cfg.log_every,
-        save_every_s=cfg.save_every_s,
-        seed=cfg.seed,
-        first_step=cfg.first_step,
-        decay_steps=cfg.decay_steps,
-    )
-    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
-    say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *FREE))}")
-
     network = make_network(cfg, warm_up=not run.checkpoints, say=say)
     side_vox = network.img_size[0]
     before = trained_before(cfg.weights)
@@ -238,41 +220,98 @@ def main(cfg: Config) -> dict[str, float]:
     )
     scored = scored_stream(cfg, validation, network)
 
-    def batches_after(steps: int) -> Iterator[engine.Batch]:
-        rest = Subset(stream, range(steps * per_step, len(stream)))
-        return iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers)))
-
     model, optimizer = accelerator.prepare(objective, optimizer)
     ema.to(accelerator.device)
-    state = State(model, optimizer, ema, progress)
+
+    def save(path: Path, crops: int) -> None:
+        save_weights(path, ema.module.network, cfg, seen, crops, before)
+
+    return train(
+        cfg,
+        accelerator,
+        schedule,
+        run,
+        State(model, optimizer, ema, progress),
+        stream,
+        step,
+        means,
+        lambda: validate(accelerator, ema.module, scored, cfg.clicks),
+        save,
+    )
+
+
+def begin(cfg: Pretraining) -> tuple[Accelerator, engine.Schedule, Run]:
+    """The accelerator, the numbers of the run, and its folder; says the configuration."""
+    accelerator = engine.make_accelerator(
+        accumulate=cfg.accumulate, mixed_precision=cfg.mixed_precision, cpu=cfg.cpu
+    )
+    torch.set_num_threads(cfg.threads or max(1, cores() // accelerator.num_processes))
+    say = accelerator.print
+    schedule = engine.Schedule(
+        steps=cfg.steps,
+        validate_every=cfg.validate_every,
+        lr=cfg.lr,
+        warmup_steps=cfg.warmup_steps,
+        clip=cfg.clip,
+        log_every=cfg.log_every,
+        save_every_s=cfg.save_every_s,
+        seed=cfg.seed,
+        first_step=cfg.first_step,
+        decay_steps=cfg.decay_steps,
+    )
+    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
+    say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *FREE))}")
+    return accelerator, schedule, run
+
+
+def train(
+    cfg: Pretraining,
+    accelerator: Accelerator,
+    schedule: engine.Schedule,
+    run: Run,
+    state: State,
+    stream: ObjectStream,
+    step: engine.Step,
+    means: engine.Means,
+    validate: Callable[[], dict[str, float]],
+    save: Callable[[Path, int], None],
+) -> dict[str, float]:
+    """The loop: trains or resumes, and at every stop validates, saves and draws.
+
+    Args:
+        cfg: Configuration of the run.
+        accelerator: From `begin`, as `schedule` and `run`.
+        schedule: The numbers of the run.
+        run: Its folder.
+        state: Is trained.
+        stream: Crops by number.
+        step: Loss of a batch.
+        means: Figures that `step` notes.
+        validate: Scores the averaged weights; has an entry ``mean_dice``.
+        save: Writes the averaged weights to a path, given the number of crops so far.
+    """
+    progress = state.progress
+    per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
     # Not before data and weights are there: what fails earlier leaves nothing.
     with run.begun(cfg):
         accelerator.wait_for_everyone()
         run.resume(accelerator, state)
-        batches = batches_after(progress.step)
+        rest = Subset(stream, range(progress.step * per_step, len(stream)))
+        loader = accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers))
+        batches = iter(loader)
         scores: dict[str, float] = {}
         shown = accelerator.is_main_process
         with tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=not shown) as bar:
             while progress.step < cfg.steps:
                 steps = schedule.next_stop(progress.step) - progress.step
-                engine.train(
-                    accelerator,
-                    step,
-                    state,
-                    islice(batches, steps * cfg.accumulate),
-                    run,
-                    schedule,
-                    bar,
-                    means.taken,
-                )
-                scores = validate(accelerator, ema.module, scored, cfg.clicks)
+                some = islice(batches, steps * cfg.accumulate)
+                engine.train(accelerator, step, state, some, run, schedule, bar, means.taken)
+                scores = validate()
                 bar.write(f"step {progress.step}: {scores}")
                 run.record(step=progress.step, **scores)
                 progress.scored(scores["mean_dice"])
                 if accelerator.is_main_process:
-                    averaged, volumes = ema.module.network, progress.step * per_step
-                    path = run.folder / "last.safetensors"
-                    save_weights(path, averaged, cfg, seen, volumes, before)
+                    save(run.folder / "last.safetensors", progress.step * per_step)
                     with console.optional(run.folder / "curve.png"):
                         draw_training_curve(run.folder / "curve.png", run.records())
                 run.save(accelerator, state)
@@ -364,7 +403,7 @@ def trained_before(weights: str | None) -> dict[str, Any] | None:
 
 
 def open_sources(
-    cfg: Crops, before: Mapping[str, Any] | None
+    cfg: Pretraining, before: Mapping[str, Any] | None
 ) -> tuple[list[Source], list[Source], dict[str, list[str]]]:
     """Training sources, validation sources, and the ids of the training cases by data set.
 
@@ -435,7 +474,9 @@ def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
     return found
 
 
-def choose_cases(cfg: Crops, source: str) -> tuple[str, list[LabelledCase], list[LabelledCase]]:
+def choose_cases(
+    cfg: Pretraining, source: str
+) -> tuple[str, list[LabelledCase], list[LabelledCase]]:
     """The name of a data set, its training cases, and its held-out cases.
 
     Folders with a labels.json are used for training only. Subjects are never on both sides.
