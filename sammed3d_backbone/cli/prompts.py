@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
     from sammed3d_backbone.cli import Commands
-    from sammed3d_backbone.data.preprocessing import Preprocessing
+    from sammed3d_backbone.data.preprocessing import Modality, Preprocessing
     from sammed3d_backbone.data.volume import Volume
     from sammed3d_backbone.inference.interactive import Prediction, Predictor
     from sammed3d_backbone.inference.interactive.click_io import ClickList
@@ -127,7 +127,7 @@ def _run_segment(args: argparse.Namespace) -> int:
         cache_folder=args.cache,
         progress=True,
     )
-    predictor.set_volume(scan, modality=args.modality)
+    predictor.set_volume(scan, modality=args.modality or _stored_modality(listed))
     if listed is not None:
         predictor.load_clicks(listed)
     for click in clicks:
@@ -195,6 +195,16 @@ def _settings(args: argparse.Namespace, listed: "ClickList | None") -> dict[str,
         **{name: stored[name] for name, kind in kinds.items() if type(stored.get(name)) is kind},
         **{name: value for name, value in given.items() if value is not None},
     }
+
+
+def _stored_modality(listed: "ClickList | None") -> "Modality | None":
+    """The modality with which a click list was made, if it has one."""
+    from typing import get_args
+
+    from sammed3d_backbone.data.preprocessing import Modality
+
+    stored = None if listed is None else listed.settings.get("modality")
+    return next((known for known in get_args(Modality) if known == stored), None)
 
 
 def _report(

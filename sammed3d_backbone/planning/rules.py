@@ -112,8 +112,10 @@ def from_data(found: Fingerprint, size: str, modality: Modality | None, folds: i
         Choice("fold", 0, "fold=all trains all, one after another, and an ensemble"),
         Choice("model", MODEL, "1.1 Dice points above unetr at equal time (decoder_study)"),
         Choice("variant", size, f"its weights, {default_weights(size)}, are the start"),
-        Choice("scratch", False, "the weights were level with scratch or better (transfer_study)"),
-        Choice("freeze", 0, "a frozen tiny was 0.8 Dice points below a trained one"),
+        Choice(
+            "scratch", False, "the weights of the former tiny were level with scratch or better"
+        ),
+        Choice("freeze", 0, "the former tiny, frozen, was 0.8 Dice points below a trained one"),
         spacing,
         choose_intensity(found, expected, modality),
         Choice("statistics", expected.statistics, "as the weights were trained"),

@@ -84,7 +84,9 @@ def test_points_belong_to_the_object_named_before_them(known, scan, out, capsys)
     assert (labels[22, 40, 36], labels[36, 54, 36]) == (1, 2)
 
 
-@pytest.mark.parametrize("settings", [[], ["--enforce-clicks", "--no-follow", "--clicks", "all"]])
+@pytest.mark.parametrize(
+    "settings", [[], ["--enforce-clicks", "--no-follow", "--clicks", "all", "--modality", "ct"]]
+)
 def test_a_saved_click_list_gives_the_same_file(known, scan, out, tmp_path, settings):
     clicks = str(tmp_path / "clicks.json")
     command = ["segment", scan, str(out), *settings, "--save-clicks", clicks, "--point"]

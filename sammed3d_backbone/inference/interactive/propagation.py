@@ -195,7 +195,7 @@ class WindowPropagator:
                 if len(found) >= self.max_windows:
                     notes.append(
                         f"the object extends beyond {self.max_windows} windows and is cut off "
-                        "there; raise max_windows, or correct it where it should end"
+                        "there; click where it goes on, or where it should end"
                     )
                     return ObjectState(found, tuple(notes))
                 opened = self._neighbour(neighbour, found, known.get(neighbour), clicks, prior)

@@ -1,24 +1,29 @@
 """The predictor around the network itself: the same answer as by hand, on real volumes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from sammed3d_backbone import sam
+from sammed3d_backbone import encoder
 from sammed3d_backbone.data.geometry import Geometry
 from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.loading.variants import VARIANTS
+from sammed3d_backbone.models.sam import Sam3D
 
 SPACING_MM = (1.5, 1.5, 1.5)
 
 
 @pytest.fixture(scope="module")
 def network():
-    """The small network with random weights, decoder included."""
+    """The small network with random weights, whose masks are smooth: they do not read the image."""
     torch.manual_seed(0)
-    return sam("tiny", pretrained=False).eval()
+    sizes = replace(VARIANTS["tiny"].decoder, high_resolution=False)
+    return Sam3D.around(encoder("tiny", pretrained=False), **vars(sizes)).eval()
 
 
 @pytest.mark.parametrize(
