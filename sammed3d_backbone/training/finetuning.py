@@ -234,8 +234,8 @@ def _without_downloads(settings: Mapping[str, Any], say: Callable[[str], object]
     """The settings with random initialisation for what would have to be downloaded."""
     start = dict(settings)
     weights = start["weights"] or DEFAULT_WEIGHTS.get(start["variant"])
-    uses_weights = not start["scratch"] and start["model"] != "basicunet" and weights is not None
-    if uses_weights and needs_download(weights):
+    is_used = not start["scratch"] and start["model"] != "basicunet"
+    if is_used and weights is not None and needs_download(weights):
         say(f"dry run: weights {weights} are not downloaded; random initialisation stands for them")
         start |= {"scratch": True, "weights": None}
     if start["init"] is not None and not Path(start["init"]).expanduser().exists():
