@@ -26,7 +26,7 @@ from sammed3d_backbone.curation.sources import RawSet, read_raw
 from sammed3d_backbone.data.bids import split_choice
 from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
-from sammed3d_backbone.files import LOCK, locked, write_json, write_text
+from sammed3d_backbone.files import locked, write_json, write_text
 
 FORMAT = 1  # version of the result folder; others are refused
 
@@ -92,7 +92,7 @@ def _claim(out: Path, rules: CurationRules) -> None:
     if path.is_file():
         if read_json(path) != header:
             raise ValueError(f"{path} is of other rules; choose another folder for the results")
-    elif any(path.name != LOCK for path in out.iterdir()):
+    elif any(not path.name.startswith(".") for path in out.iterdir()):  # the lock, parts of files
         raise ValueError(f"{out} holds other files; choose a new folder for the results")
     write_json(path, header)
 

@@ -184,6 +184,13 @@ def test_other_rules_want_another_folder(folder, tmp_path):
         curate(folder, tmp_path / "out", PRESETS["paper"], progress=False)
 
 
+def test_a_kill_in_the_first_save_is_no_other_file(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.1a2b3c4d.run.json").write_text("{")
+    run(folder, tmp_path / "out")
+    assert (tmp_path / "out/run.json").is_file()
+
+
 def test_a_folder_with_other_files_is_refused(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.txt").write_text("")

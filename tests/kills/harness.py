@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -205,7 +206,7 @@ def content(path):
         found = json.loads(path.read_text())
         found.pop("made_of", None) if isinstance(found, dict) else None  # times of files
         return json.dumps(found)
-    return path.read_text()
+    return re.sub(r'"commit": "[^"]*"', "", path.read_text())  # the checkout may change meanwhile
 
 
 def results(command, place):
@@ -214,6 +215,7 @@ def results(command, place):
         str(path.relative_to(place)): content(path)
         for pattern in command.results
         for path in sorted(place.glob(pattern))
+        if not path.name.startswith(".")  # of a process that was killed while it wrote
     }
 
 
