@@ -194,7 +194,7 @@ class WindowPropagator:
                     continue
                 if len(found) >= self.max_windows:
                     notes.append(
-                        f"the object extends beyond {self.max_windows} windows and is cut off "
+                        f"the object extends beyond max_windows={self.max_windows} and is cut off "
                         "there; click where it goes on, or where it should end"
                     )
                     return ObjectState(found, tuple(notes))
