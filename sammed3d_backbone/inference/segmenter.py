@@ -491,6 +491,6 @@ def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> ImageEncoder3D:
         by_tensors = ("img_size", "patch_size")  # taken from the tensors, or set below
         kept = {name: value for name, value in card.encoder.items() if name not in by_tensors}
         img_size = network.img_size
-        network = encoder_like(stored, **kept)
+        network = encoder_like(stored, **{**kept, "rel_pos": network.rel_pos})
         network.set_input_size(img_size)
     return network

@@ -169,6 +169,8 @@ def build_model(
         channel_gains=channel_gains,
         **card.encoder,
     )
+    # Neither the tensors nor the variant say which relative positions the weights came with.
+    card = replace(card, encoder={**card.encoder, "rel_pos": backbone.rel_pos})
     record, loaded = backbone.pretrained_cfg, backbone.load_report
     start: dict[str, Any] = {"weights": f"{card.encoder['variant']}: random initialisation"}
     if loaded is not None:

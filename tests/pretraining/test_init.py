@@ -1,9 +1,13 @@
 """Random initialisation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sammed3d_backbone import sam
+from sammed3d_backbone import encoder, sam
+from sammed3d_backbone.loading.variants import VARIANTS
+from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.init import init_weights, warm_up_decoder
 
 
@@ -33,10 +37,16 @@ def test_a_click_attends_to_its_own_place_before_any_training():
         assert (scores.argmax(1) == torch.arange(len(code))).float().mean() > 0.99
 
 
+def plain():
+    """A network whose masks follow from the clicks alone, for images without content."""
+    sizes = replace(VARIANTS["nano"].decoder, high_resolution=False)
+    return Sam3D.around(encoder("nano", pretrained=False, img_size=32), **vars(sizes))
+
+
 @pytest.mark.slow
 def test_after_the_warm_up_clicks_far_apart_get_masks_apart():
     torch.manual_seed(0)
-    network = sam("tiny", pretrained=False, img_size=32)
+    network = plain()
     init_weights(network)
     places = torch.tensor([[[6, 6, 6]], [[26, 26, 26]]])
     embedding = torch.zeros(1, 64, 4, 4, 4)
@@ -60,7 +70,7 @@ def test_the_warm_up_needs_the_initialisation():
     learned = []
     for start in (lambda _: None, init_weights):
         torch.manual_seed(0)
-        network = sam("tiny", pretrained=False, img_size=32)
+        network = plain()
         start(network)
         learned.append(warm_up_decoder(network, 200))
     without, after = learned

@@ -131,7 +131,9 @@ def test_two_processes_and_accumulation_train_as_one_process_does(
     # a first gradient of 3e-9, which is rounding (sums in another order differ by 5e-9, where the
     # tensor has 2e-5), and move by a share of the rate either way: by 1.03e-4 at the default of
     # 5e-4. The gradients agree, hence their moments are compared as well, which are linear in them.
-    small = replace(small, steps=3, validate_every=3, objectives=objectives, lr=3e-4)
+    small = replace(
+        small, variant="nano", steps=3, validate_every=3, objectives=objectives, lr=3e-4
+    )
     main(replace(small, batch=2))
     main(replace(small, name="accumulated", accumulate=2))
     path = tmp_path / "two.yaml"

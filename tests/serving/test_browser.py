@@ -157,7 +157,7 @@ def test_objects_are_clicked_undone_and_saved(page, lopsided, scan, path, expect
         clicks = saved(page, "#save-clicks", tmp_path / "clicks.json")
     assert np.array_equal(labels.affine, nib.load(path).affine)
     assert np.array_equal(labels.get_fdata(), np.where(third, 2, second))
-    predictor = Predictor(lopsided, enforce_clicks=True)
+    predictor = Predictor(lopsided, enforce_clicks=True, max_windows=8)
     predictor.set_volume(path)
     predictor.load_clicks(clicks)
     assert predictor.objects == ["object 1", "spleen"]
