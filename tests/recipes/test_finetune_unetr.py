@@ -29,7 +29,7 @@ from sammed3d_backbone.inference.segmenter import (
     init_from_checkpoint,
 )
 from sammed3d_backbone.loading.checkpoint import write
-from sammed3d_backbone.loading.registry import WEIGHTS
+from sammed3d_backbone.loading.registry import WEIGHTS, Weights, to_metadata
 from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.training import finetuning
 from sammed3d_backbone.training.augmentation import augmentation
@@ -291,6 +291,23 @@ def test_trained_values_arrive_in_the_network_and_are_reported(small, toy_data, 
     assert torch.equal(model.encoder.state_dict()[name], stored[name])
     assert "matched: " in start["weights"]
     assert "weights from tiny.safetensors" in start["weights"]
+
+
+@pytest.mark.parametrize("rel_pos", ["axial", "sammed3d"])
+def test_a_model_is_rebuilt_with_the_positions_of_its_weights(small, toy_data, tmp_path, rel_pos):
+    torch.manual_seed(0)
+    tensors = encoder("tiny", pretrained=False, img_size=16, rel_pos=rel_pos).state_dict()
+    tensors = {k: torch.randn_like(t) if "rel_pos" in k else t for k, t in tensors.items()}
+    record = Weights(name="positions", variant="tiny", rel_pos=rel_pos)
+    write(tmp_path / "weights.safetensors", tensors, to_metadata(record))
+    path = str(tmp_path / "weights.safetensors")
+    cfg = Config(**small | {"scratch": False, "weights": path})
+    network, card = made(cfg, make_card(cfg, read_dataset(toy_data)))
+    Segmenter(network.eval(), card).save(tmp_path / "model.safetensors")
+    read = Segmenter.from_pretrained(tmp_path / "model.safetensors").model
+    volume = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(read(volume), network(volume))
 
 
 @pytest.fixture
