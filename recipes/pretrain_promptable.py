@@ -280,7 +280,7 @@ def train(
 
     Args:
         cfg: Configuration of the run.
-        accelerator: From `begin`, as `schedule` and `run`.
+        accelerator: The one that `begin` returned, as are `schedule` and `run`.
         schedule: The numbers of the run.
         run: Its folder.
         state: Is trained.

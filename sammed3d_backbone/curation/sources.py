@@ -72,7 +72,7 @@ def _search(folder: Path, root: Path) -> Iterator[RawSet]:
         yield from _of_reference(folder, root)
     else:
         for inner in sorted(folder.iterdir()):
-            # A link to a folder that holds it would be searched for ever.
+            # A link to a folder that holds it would be searched without end.
             is_loop = inner.is_symlink() and folder.resolve().is_relative_to(inner.resolve())
             if inner.is_dir() and not inner.name.startswith(".") and not is_loop:
                 yield from _search(inner, root)

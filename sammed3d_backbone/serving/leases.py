@@ -179,7 +179,7 @@ class Leases(Generic[Session]):
         return await loop.run_in_executor(self._line if network else None, run)
 
     async def keep_swept(self) -> None:
-        """Sweeps for ever."""
+        """Sweeps until it is cancelled."""
         while True:
             await asyncio.sleep(min(5.0, self.liveness_s / 4))
             self.sweep()

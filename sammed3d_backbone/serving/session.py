@@ -236,7 +236,8 @@ class InteractiveSession:
             ValueError: If there is no image, or the coordinates are not three finite numbers.
         """
         voxel = voxel_inside(coordinates, self._grid())
-        with self._step():  # also for a click in vain: the viewer counts it when it undoes
+        # Also for a click that changes nothing: the viewer counts it when it undoes.
+        with self._step():
             if voxel is None:
                 return None
             point = Point(voxel, bool(include_interaction))

@@ -25,7 +25,7 @@ def validate(
         accelerator: Knows the processes.
         logits_of: The network.
         cases: The cases to score.
-        targets: As of `Dataset`.
+        targets: Values of each scored class or region by its name; `Dataset.targets`.
 
     Shapes:
         logits_of: (C, X, Y, Z) -> (K, X, Y, Z).

@@ -42,7 +42,7 @@ def fuzz(name, inputs, seed, place):
     """Sends spoiled inputs through a door.
 
     Args:
-        name: Of the door.
+        name: Name of the door.
         inputs: Their number.
         seed: The same inputs every time.
         place: An empty folder, in which a canary is put.

@@ -309,9 +309,9 @@ def campaign(name, kills, seed, folder, model, others=()):
     """Disturbs a command so many times, each in a fresh folder, and runs it to its end after that.
 
     Args:
-        name: Of the command.
+        name: Name of the command.
         kills: Their number.
-        seed: Of the moments.
+        seed: Seed of the moments.
         folder: For the files.
         model: A fine-tuned model.
         others: Disturbances beside kills, once each.

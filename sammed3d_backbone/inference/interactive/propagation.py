@@ -195,7 +195,7 @@ class WindowPropagator:
                 if len(found) >= self.max_windows:
                     notes.append(
                         f"the object extends beyond max_windows={self.max_windows} and is cut off "
-                        "there; click where it goes on, or where it should end"
+                        "there; click where it continues, or where it should end"
                     )
                     return ObjectState(found, tuple(notes))
                 opened = self._neighbour(neighbour, found, known.get(neighbour), clicks, prior)

@@ -31,14 +31,6 @@ NOISE = np.random.default_rng(0).normal(100, 30, (20, 20, 20))
 TINY = ROOT / "weights/tiny.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SAMMED3D_RUNS", str(tmp_path / "runs"))
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", ["{here}/photos", "!first/../../../photos", "..", ".", ""])
 def test_01_curate_deletes_nothing_that_a_data_set_names(here, name):
     Path("photos").mkdir()

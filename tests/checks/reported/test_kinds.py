@@ -27,14 +27,6 @@ ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "weights/tiny.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SAMMED3D_RUNS", str(tmp_path / "runs"))
-    return tmp_path
-
-
 class Evil:
     """Runs a command when it is unpickled."""
 

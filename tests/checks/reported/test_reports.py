@@ -30,14 +30,6 @@ TURNED = np.diag([-1.0, -1, 1, 1])  # axes towards L, P, S
 TURNED[:2, 3] = SHAPE[0] - 1, SHAPE[1] - 1
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SAMMED3D_RUNS", str(tmp_path / "runs"))
-    return tmp_path
-
-
 @pytest.fixture
 def scan():
     """A predictor with a ball."""
