@@ -41,6 +41,7 @@ from sammed3d_backbone.data.preparation import load_label
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import locked, write_text
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.loading.calibration import DiceCalibration
 from sammed3d_backbone.loading.checkpoint import content_sha256, read
 from sammed3d_backbone.loading.hub import locate
 from sammed3d_backbone.models.sam import Sam3D
@@ -80,6 +81,7 @@ class Config:
     first: Literal["centre", "random"] = "centre"  # where the first click falls
     players: tuple[str, ...] = ("newest", "all", "untrained", "sphere")  # which of them play
     clicks: tuple[int, ...] = (1, 3, 5, 10)  # numbers of clicks that are reported; the last ends it
+    calibrated: bool = True  # predicted Dice; False: the network's own, to fit a calibration to
     out: str = "click_study"  # folder of the results, relative to recipes/studies/results
     threads: int = 0  # 0: all cores
     seed: int = 0  # seed of the random initialisation
@@ -166,6 +168,8 @@ def players_of(cfg: Config, rules: ClickRules) -> dict[str, Entry]:
     _, path = locate(cfg.weights)
     note = refuse_trained(trained_cases(read(path)[1]), scored)
     trained = sam(cfg.variant, weights=cfg.weights)
+    if not cfg.calibrated:
+        trained.pretrained_cfg = replace(trained.pretrained_cfg, dice_calibration=DiceCalibration())
     preprocessing = Predictor(trained).preprocessing
     torch.manual_seed(cfg.seed)
     untrained = sam(
@@ -305,7 +309,11 @@ def write_report(out: Path, clicks: Sequence[int]) -> None:
         for one, other in DIFFERENCES
         if {one, other} <= {*players}
     }
-    rated = {name: predicted(players[name], clicks) for name in RATED if name in players}
+    rated = {
+        name: predicted(players[name], clicks)
+        for name in RATED
+        if name in players and players[name]["predicted_dice"].notna().any()
+    }
     targets = len(rows.drop_duplicates(["case", "class"]))
     text = (
         f"`{PROTOCOL}` on {runs['dataset'].iloc[0]}, validation cases of fold "
@@ -320,8 +328,8 @@ def write_report(out: Path, clicks: Sequence[int]) -> None:
         + "\n## Predicted Dice\n\nPredicted Dice of the window around the newest click against "
         "the true Dice of the whole mask, all targets with the same weight. Errors are predicted "
         f"minus true, in points. Groups: {BINS} of equal count by predicted Dice (predicted: true, "
-        "in %).\n\n"
-        + tables.markdown(pd.concat([tables_of[0] for tables_of in rated.values()]))
+        "in %); the error of groups is the mean absolute difference of the two.\n\n"
+        + tables.markdown(pd.concat([pd.DataFrame(), *(shown[0] for shown in rated.values())]))
         + "\n## What made the figures\n\n"
         + tables.markdown(runs.drop(columns="config"))
     )
@@ -362,11 +370,15 @@ def class_table(players: Mapping[str, pd.DataFrame], clicks: Sequence[int]) -> p
 def predicted(
     rows: pd.DataFrame, clicks: Sequence[int]
 ) -> tuple[pd.DataFrame, dict[int, pd.DataFrame]]:
-    """How predicted Dice relates to the true one: the table, and the groups of equal count."""
+    """How predicted Dice relates to the true one: the table, and the groups of equal count.
+
+    The last line of the table is about all reported numbers of clicks together.
+    """
     lines, groups = [], {}
-    for n in clicks:
-        own = rows[rows["step"] == n].dropna(subset="predicted_dice")
-        own = own.sort_values("predicted_dice", kind="stable")
+    known = rows[rows["step"].isin(clicks)].dropna(subset="predicted_dice")
+    known = known.sort_values("predicted_dice", kind="stable")
+    for n in (*clicks, None):
+        own = known if n is None else known[known["step"] == n]
         off = own["predicted_dice"] - own["dice"]
         varied = own["predicted_dice"].nunique() > 1 and own["dice"].nunique() > 1
         rank = own["predicted_dice"].corr(own["dice"], method="spearman") if varied else None
@@ -375,21 +387,23 @@ def predicted(
         )
         parts = [part for part in np.array_split(np.arange(len(own)), BINS) if len(part)]
         columns = ["predicted_dice", "dice"]
-        groups[n] = pd.DataFrame(
-            [own[columns].iloc[part].mean() for part in parts], columns=columns
-        )
+        means = pd.DataFrame([own[columns].iloc[part].mean() for part in parts], columns=columns)
+        if n is not None:
+            groups[n] = means
+        apart = (means["predicted_dice"] - means["dice"]).abs().mean()
         lines.append(
             {
                 "player": own["run"].iloc[0] if len(own) else "",
-                "clicks": str(n),
-                "targets": str(len(own)),
+                "clicks": "together" if n is None else str(n),
+                "masks": str(len(own)),
                 "Spearman": "" if rank is None else f"{rank:.2f}",
                 "absolute error": tables.shown(absolute),
                 "signed error": tables.shown(signed, 1, "+"),
+                "error of groups": f"{100 * apart:.1f}",
             }
             | {
                 f"group {i + 1}": f"{100 * group['predicted_dice']:.1f}: {100 * group['dice']:.1f}"
-                for i, group in groups[n].iterrows()
+                for i, group in means.iterrows()
             }
         )
     return pd.DataFrame(lines), groups

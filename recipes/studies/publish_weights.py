@@ -1,14 +1,17 @@
 """Put the weights of a finished pretraining into the package, with their curve and their sums.
 
     python recipes/studies/publish_weights.py NAME [RUN ...] [--variant VARIANT] [--decoder RUN]
+        [--calibration STUDY]
 
 A RUN is a folder that pretrain_promptable.py has filled; several are the stages in their order, and
 the averaged weights of the last one are published in half precision. NAME.safetensors and
 SHA256SUMS go to weights/; a row per stage (runs.csv), the log (curves.csv) and one figure go to
 results/NAME. --variant is the size's name where it has another one since the training. With
 --decoder, the run of pretrain_decoder.py on these weights, the file also holds its UNETR decoder,
-whose log goes to results/NAME_decoder; without a RUN it is added to the published file. The record
-in `sammed3d_backbone/loading/registry.py` and the card weights/NAME.md are written by hand.
+whose log goes to results/NAME_decoder; without a RUN it is added to the published file.
+--calibration is the folder of a click study on patients that are not reported; the calibration of
+the predicted Dice is fitted on its scores and printed. The record in
+`sammed3d_backbone/loading/registry.py` and the card weights/NAME.md are written by hand.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import pandas as pd
 import torch
 import yaml
 from sammed3d_backbone.recipes.studies import tables
+from sammed3d_backbone.recipes.studies.calibration import fit_calibration
 from torch import Tensor
 
 from sammed3d_backbone import console
@@ -59,6 +63,7 @@ def main(
     *,
     variant: str | None = None,
     decoder: Path | None = None,
+    calibration: Path | None = None,
 ) -> str:
     """Writes what belongs together; returns the hash of the file.
 
@@ -84,6 +89,12 @@ def main(
         clicks=training["config"]["clicks"],
     )
     entries = {"training": metadata["training"]}
+    if stages:
+        record = replace(record, dice_calibration=None)  # fitted on other values
+    if calibration is not None:
+        fitted = fit_calibration(calibration, training["config"]["clicks"])
+        record = replace(record, dice_calibration=fitted)
+        print(fitted)
     if decoder is not None:
         added, about = read(decoder / "last.safetensors")
         require_same_encoder(tensors, added, decoder)
@@ -167,11 +178,16 @@ if __name__ == "__main__":
     parser.add_argument("stages", type=Path, nargs="*", metavar="RUN")
     parser.add_argument("--variant", help="the size's name in the table of variants now")
     parser.add_argument("--decoder", type=Path, metavar="RUN")
+    parser.add_argument("--calibration", type=Path, metavar="STUDY")
     args = parser.parse_intermixed_args()
-    if not args.stages and args.decoder is None:
-        parser.error("give the RUN of the weights, of a decoder, or both")
+    if not (args.stages or args.decoder or args.calibration):
+        parser.error("give the RUN of the weights, of a decoder, or a click study")
     weights, results = HERE.parents[1] / "weights", HERE / "results" / args.name
-    options = {"variant": args.variant, "decoder": args.decoder}
+    options = {
+        "variant": args.variant,
+        "decoder": args.decoder,
+        "calibration": args.calibration,
+    }
     sys.exit(
         console.run_program(
             lambda: print(main(args.stages, args.name, weights, results, **options)),

@@ -227,6 +227,8 @@ def _report(
             "clicks": prediction.clicks,
             "clicks_agreed": prediction.clicks_agreed,
         }
+        if prediction.predicted_dice is not None:
+            row["predicted_dice"] = round(prediction.predicted_dice, 3)
         if args.stability:
             row["stability"] = round(predictor.stability(name), 4)
         rows.append(row)
@@ -240,6 +242,8 @@ def _report(
     for row in rows:
         line = "{value} {object}: {voxels} voxels, {ml:.2f} ml, {windows} windows".format(**row)
         line += f", {row['clicks_agreed']} of {row['clicks']} clicks agreed"
+        if "predicted_dice" in row:
+            line += f", predicted Dice {row['predicted_dice']:.2f}"
         print(line + (f", stability {row['stability']:.2f}" if args.stability else ""))
     for note in notes:
         print(f"note: {note}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sammed3d_backbone.data.preprocessing import SAM_MED3D, Preprocessing
+from sammed3d_backbone.loading.calibration import DiceCalibration
 
 LISTED = "listed, not downloaded"
 METADATA_KEY = "weights_record"
@@ -64,6 +65,7 @@ class Weights:
         rel_pos: Relative positions that the weights were trained with: "sammed3d" or "axial".
         point_pos: Position code of clicks that they were trained with: "swapped" or "aligned".
         clicks: What each step of an interaction was given in training, the "newest" click or "all".
+        dice_calibration: Makes the predicted Dice one to rely on; without it none is shown.
         unetr: The UNETR decoder that the file holds beside its encoder; None for none.
         preprocessing: How a scan becomes the network's input.
         pretraining: The published list of training sets.
@@ -83,6 +85,7 @@ class Weights:
     rel_pos: Literal["sammed3d", "axial"] | None = None
     point_pos: str | None = None
     clicks: Literal["newest", "all"] | None = None
+    dice_calibration: DiceCalibration | None = None
     unetr: UnetrDecoder | None = None
     preprocessing: Preprocessing | None = None
     pretraining: tuple[PretrainingSet, ...] | None = field(default=None, repr=False)

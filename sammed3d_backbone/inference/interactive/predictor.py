@@ -92,6 +92,7 @@ class Predictor:
         self.preprocessing = replace(used, crop_vox=tuple(model.image_encoder.img_size))
         record = getattr(model, "pretrained_cfg", None)
         self.clicks: ClickMode = clicks or getattr(record, "clicks", None) or "newest"
+        self._record = record
         self.follow = follow
         self.max_windows = max_windows
         self.enforce_clicks = enforce_clicks
@@ -273,7 +274,7 @@ class Predictor:
             clicks=len(clicks),
             clicks_agreed=agreed,
             windows=len(state.windows),
-            predicted_dice=self._propagator().predicted_dice(state, self._prompts_on(name)[-1]),
+            predicted_dice=self._expected_dice(state, name, len(clicks)),
             notes=notes,
             logits=field,
         )
@@ -414,6 +415,14 @@ class Predictor:
             "modality": self._modality,
             "preprocessing": json.loads(json.dumps(self.preprocessing.to_dict())),
         }
+
+    def _expected_dice(self, state: ObjectState, name: str, clicks: int) -> float | None:
+        """The calibrated Dice; the calibration holds for clicks given as it was fitted with."""
+        calibration = getattr(self._record, "dice_calibration", None)
+        if calibration is None or self.clicks != (self._record.clicks or "newest"):
+            return None
+        predicted = self._propagator().predicted_dice(state, self._prompts_on(name)[-1])
+        return None if predicted is None else calibration.expected(predicted, clicks)
 
     def _field(self, state: ObjectState) -> LogitField:
         return LogitField(self._windows, {s: w.logits for s, w in state.windows.items()})

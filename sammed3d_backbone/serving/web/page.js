@@ -330,7 +330,10 @@ function listObjects() {
     const inside = own.filter(({ positive }) => positive).length;
     const ml = object.facts ? `${object.facts.ml.toFixed(1)} ml` : "";
     const counts = own.length ? `+${inside} \u2212${own.length - inside}` : "";
-    object.row.querySelector(".facts").textContent = [counts, ml].filter(Boolean).join(", ");
+    const dice = object.facts?.predicted_dice;  // only where the weights are calibrated
+    const expected = dice == null ? "" : `Dice about ${dice.toFixed(2)}`;
+    object.row.querySelector(".facts").textContent =
+      [counts, ml, expected].filter(Boolean).join(", ");
     object.row.querySelector("[type=radio]").checked = object === selected;
     object.row.querySelector(".reset").disabled = !own.length;
     object.row.classList.toggle("selected", object === selected);

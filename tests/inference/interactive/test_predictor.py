@@ -13,6 +13,7 @@ from standin import StandIn, segment
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.loading.calibration import DiceCalibration
 from sammed3d_backbone.loading.registry import Weights
 
 
@@ -295,12 +296,14 @@ def test_oblique_and_anisotropic_objects_keep_place_and_size(predictor, axes, de
 
 
 class Counting(StandIn):
-    """Predicts a Dice of 1, 2, 3, ... in the order of its passes."""
+    """Predicts a Dice of 0.01, 0.02, 0.03, ... in the order of its passes."""
+
+    pretrained_cfg = Weights(name="counting", dice_calibration=DiceCalibration())
 
     def predict_masks(self, embedding, points=None, mask_logits=None):
         """See `Sam3D`."""
         logits, _ = super().predict_masks(embedding, points, mask_logits)
-        return logits, torch.full((1, 1), float(self.mask_decoder.passes))
+        return logits, torch.full((1, 1), self.mask_decoder.passes / 100)
 
 
 def test_the_predicted_dice_is_that_of_the_window_around_the_newest_click():
@@ -311,13 +314,13 @@ def test_the_predicted_dice_is_that_of_the_window_around_the_newest_click():
     predictor.click((32, 32, 60))
     found = predictor.predict()
     assert found.windows > 3
-    assert found.predicted_dice == 1  # its neighbours came later
+    assert found.predicted_dice == pytest.approx(0.01)  # its neighbours came later
     predictor.click((32, 32, 180))
     predictor.predict()
     before = predictor._network.model.mask_decoder.passes
     predictor.click((40, 32, 60), positive=False)
     found = predictor.predict()
-    assert found.predicted_dice > before
+    assert found.predicted_dice > before / 100
 
 
 def test_there_is_no_predicted_dice_where_the_newest_click_lies_in_no_window(balls):
@@ -329,7 +332,27 @@ def test_there_is_no_predicted_dice_where_the_newest_click_lies_in_no_window(bal
     found = predictor.predict()
     assert (found.windows, found.predicted_dice) == (1, None)
     predictor.undo()
-    assert predictor.predict().predicted_dice == 1
+    assert predictor.predict().predicted_dice == pytest.approx(0.01)
+
+
+def test_a_predicted_dice_is_calibrated_or_not_given(balls):
+    network = Counting()
+    network.pretrained_cfg = Weights(
+        name="ours", clicks="all", dice_calibration=DiceCalibration(1.0, 0.5, 2.0)
+    )
+    predictor = Predictor(network, follow=False)
+    predictor.set_volume(balls[0])
+    predictor.click((22, 40, 36))
+    predictor.click((23, 40, 36))
+    odds = np.e * np.sqrt(0.02 / 0.98) * 2**2
+    assert predictor.predict().predicted_dice == pytest.approx(odds / (1 + odds))
+    predictor.clicks = "newest"  # not as the calibration was fitted
+    assert predictor.predict().predicted_dice is None
+    network.pretrained_cfg = Weights(name="ours")
+    predictor = Predictor(network)
+    predictor.set_volume(balls[0])
+    predictor.click((22, 40, 36))
+    assert predictor.predict().predicted_dice is None
 
 
 def test_a_window_encoded_ahead_is_the_one_that_a_click_uses(predictor, balls):

@@ -165,7 +165,7 @@ def test_a_ball_stays_where_it_is_and_inside_the_volume():
 
 @pytest.mark.slow
 def test_a_stopped_study_resumes_and_plays_nothing_twice(cfg, asked, runs, tmp_path):
-    out = tmp_path / "out"
+    out, cfg = tmp_path / "out", replace(cfg, calibrated=False)
     asked.limit = 2
     with pytest.raises(KeyboardInterrupt):
         main(cfg)
@@ -191,7 +191,7 @@ def test_a_stopped_study_resumes_and_plays_nothing_twice(cfg, asked, runs, tmp_p
     order = [("front", 1), ("front", 2), ("back", 1), ("back", 2)]
     for name, own in rows.items():
         assert [*zip(own["class"], own["step"], strict=True)] == order
-        assert own["predicted_dice"].notna().all() == (name != "sphere")
+        assert own["predicted_dice"].notna().all() == (name == "newest")  # as it was calibrated
     lines = (runs / "out" / "newest" / "clicks.jsonl").read_text().splitlines()[1:]
     said = [json.loads(line)["predicted_dice"] for line in lines]
     assert said == [*rows["newest"]["predicted_dice"]]
@@ -250,12 +250,14 @@ def test_every_class_has_the_same_weight_and_pairs_are_of_the_same_targets():
 def test_what_is_predicted_is_compared_with_what_is_true():
     dice = dict(zip([(c, "x") for c in "abcdef"], [0.1, 0.3, 0.2, 0.5, 0.6, 0.9], strict=True))
     table, groups = predicted(rows_of(dice, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), [1])
-    (line,) = table.to_dict("records")
-    assert line["targets"] == "6"
+    line, together = table.to_dict("records")
+    assert {**together, "clicks": "1"} == line  # there is one number of clicks only
+    assert line["masks"] == "6"
     assert line["Spearman"] == f"{1 - 12 / 210:.2f}"  # ranks differ by 1 in two places
     assert line["absolute error"].startswith("8.3 (")
     assert line["signed error"].startswith("+1.7 (")
     assert line["group 1"] == "25.0: 20.0"
+    assert line["error of groups"] == f"{(5 + 20 + 0 + 0 + 20) / 5:.1f}"
     assert len(groups[1]) == 5
     same, _ = predicted(rows_of(dice, [0.5] * 6), [1])
     assert same.loc[0, "Spearman"] == ""

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+from dataclasses import astuple
 
+import pandas as pd
 import pytest
 import torch
 from sammed3d_backbone.recipes.studies import tables
 from sammed3d_backbone.recipes.studies.publish_weights import main
 
+from sammed3d_backbone.loading.calibration import DiceCalibration
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.registry import UnetrDecoder, Weights, from_metadata, to_metadata
 
@@ -94,3 +97,20 @@ def test_a_decoder_of_another_encoder_is_refused(run, decoder, tmp_path):
 def test_a_run_without_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="let the pretraining get there"):
         main([tmp_path], "toy", tmp_path, tmp_path)
+
+
+def test_a_calibration_is_fitted_to_the_clicks_of_the_weights(run, tmp_path):
+    weights, study = tmp_path / "weights", tmp_path / "study"
+    weights.mkdir()
+    true = DiceCalibration(0.5, 1.5, 0.25)
+    pairs = [(0.1 * tenths, step) for tenths in range(2, 9) for step in (1, 3, 10)]
+    scores = pd.DataFrame(pairs, columns=["predicted_dice", "step"])
+    scores["dice"] = [true.expected(*pair) for pair in pairs]
+    scores = scores.assign(case="a", **{"class": "x"})
+    tables.add(study, {"run": "newest"}, scores=scores.assign(dice=0.1))
+    tables.add(study, {"run": "all"}, scores=scores)
+    main([run], "toy", weights, tmp_path / "results")
+    main([], "toy", weights, tmp_path / "results", calibration=study)
+    _, metadata = read(weights / "toy.safetensors")
+    found = from_metadata(Weights(name="file"), metadata).dice_calibration
+    assert astuple(found) == pytest.approx(astuple(true), abs=1e-3)
