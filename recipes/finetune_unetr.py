@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ from sammed3d_backbone.evaluation.scores import summarise_scores
 from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, finetuning, optim
-from sammed3d_backbone.training.augmentation import augmentation
+from sammed3d_backbone.training.augmentation import Kind, augmentation
 from sammed3d_backbone.training.dry_run import DryRun
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.losses import multi_scale_dice_ce
@@ -86,6 +87,7 @@ class Config:
     on_foreground: Fraction = 0.5  # share of crops centred on a labelled voxel
     foreground_weight: PositiveRate = 1.0  # weight of a labelled voxel in the cross-entropy
     flip_axes: tuple[Literal[0, 1, 2], ...] = ()  # 0 left-right, 1 back-front, 2 feet-head
+    strong: tuple[Kind, ...] = ()  # as strong as nnU-Net's, see training/augmentation.py
     steps: PositiveInt = 1000  # optimiser steps
     batch: PositiveInt = 2  # crops per process and pass
     accumulate: PositiveInt = 1  # passes per step, whose gradients are averaged
@@ -201,7 +203,7 @@ def main(
         samples=cfg.steps * per_step,
         seed=cfg.seed,
         on_foreground=cfg.on_foreground,
-        augment=augmentation(cfg.flip_axes),
+        augment=augmentation(cfg.flip_axes, cfg.strong),
     )
 
     # Optimiser: layer decay protects what was pretrained
@@ -256,6 +258,11 @@ def main(
             bar.update()
             if cost is not None:
                 if cost.measured(began):
+                    middle = [sorted(val, key=lambda case: case.image.numel())[len(val) // 2]]
+                    cost.validated(
+                        partial(validate, accelerator, segmenter.logits, middle, dataset.targets),
+                        len(val) * (schedule.stops + 1),  # the report scores each once more
+                    )
                     say(f"{optim.describe(network, optimizer, schedule.lr)}\n{cost}")
                     return cost.figures()
                 continue

@@ -1,5 +1,6 @@
-"""Checks before any work: outputs can be written, and the device exists."""
+"""What several commands ask for, and checks before any work."""
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,21 @@ def require_free(
                 f"{target} cannot be written, since {folder} is not a folder that you may write "
                 "to; choose another place"
             )
+
+
+def add_workers(
+    parser: argparse.ArgumentParser,
+    jobs: int | None = 1,
+    meaning: str = "workers; -1: all cores",
+) -> None:
+    """Declares `--jobs` and `--backend`, see `parallel.workers`."""
+    parser.add_argument("--jobs", type=int, default=jobs, metavar="N", help=meaning)
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="dask://HOST:PORT, a running Dask cluster that sees the same paths; or joblib's: "
+        "loky, threading, multiprocessing, ray",
+    )
 
 
 def on_device(network: "NetworkT", device: str) -> "NetworkT":

@@ -1,7 +1,9 @@
 """From a folder to a trained network: `sammed3d plan`, `sammed3d train` and `sammed3d recipe`."""
 
 import argparse
+import contextlib
 import importlib
+import io
 import re
 import shutil
 import statistics
@@ -9,10 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sammed3d_backbone.cli.checks import require_free
+from sammed3d_backbone.cli.checks import add_workers, require_free
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
+    from sammed3d_backbone.data.datasets import Dataset, Fold
+    from sammed3d_backbone.planning.fingerprint import Fingerprint
 
 RECIPES = "sammed3d_backbone.recipes"
 RECIPE = f"{RECIPES}.finetune_unetr"
@@ -20,9 +24,10 @@ PLAN_SUFFIX = ".plan.yaml"
 GIB = {"": 1.0, "g": 1.0, "gb": 1.0, "gib": 1.0, "m": 2**-10, "mb": 2**-10, "mib": 2**-10}
 OF_PLANS = (
     *("layout", "subjects", "modality", "variant", "memory"),
-    *("precision", "steps", "hours", "jobs", "force"),
+    *("precision", "steps", "hours", "jobs", "backend", "force"),
 )
-TRAINING_SHARE = 0.85  # of the time; the rest is validation and the report
+SPENT_SHARE = 0.95  # of the time; the rest is for reading, checkpoints and pages
+MIN_STEPS = 10
 
 
 def add_plan(commands: "Commands") -> None:
@@ -52,8 +57,10 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("no", "bf16"), help="default: bf16 on a GPU")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="default: by number of subjects")
-    length.add_argument("--hours", type=float, metavar="H", help="as many steps as take so long")
-    parser.add_argument("--jobs", type=int, metavar="N", help="threads that read; default: cores")
+    length.add_argument(
+        "--hours", type=_hours, metavar="H", help="for a fold: steps by the speed measured here"
+    )
+    add_workers(parser, None, "threads that read; default: cores")
     parser.add_argument("--force", action="store_true", help="replace an earlier plan and page")
 
 
@@ -63,6 +70,12 @@ def _gib(text: str) -> float:
     if match is None or match[2] not in GIB or not float(match[1]) > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 12GB or 800MB")
     return float(match[1]) * GIB[match[2]]
+
+
+def _hours(text: str) -> float:
+    if not 0 < (hours := float(text)) < 1e5:
+        raise argparse.ArgumentTypeError(f"{text} hours; give a positive number")
+    return hours
 
 
 def _run_plan(args: argparse.Namespace) -> int:
@@ -77,6 +90,7 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
     from sammed3d_backbone.data.folders import find_dataset, read_dataset
     from sammed3d_backbone.data.layouts import read_layout
     from sammed3d_backbone.files import file_name, write_text
+    from sammed3d_backbone.parallel import workers
     from sammed3d_backbone.planning.findings import find_suspicious
     from sammed3d_backbone.planning.fingerprint import fingerprint
     from sammed3d_backbone.planning.page import write_plan_page
@@ -95,7 +109,9 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
         raise ValueError(f"--out {path} lies in the folder that is only read; choose another")
     page = path.with_suffix(".html")
     require_free((path, page), (place,), force=args.force)
-    found = fingerprint(dataset, jobs=args.jobs or cores())
+    jobs = args.jobs or cores()
+    with workers(args.backend, jobs):
+        found = fingerprint(dataset, jobs=jobs)
     subjects = len({case.subject for case in dataset.cases})
     folds = max(2, min(5, subjects))
     findings = find_suspicious(found, folds)
@@ -113,7 +129,8 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
     machine = from_machine(found, data, memory, args.steps, precision)
     if args.hours is not None:
         draft = plan_text(path.name, found, findings, data, [*files, *machine])
-        machine = from_machine(found, data, memory, _steps_in(draft, args.hours), precision)
+        steps, why = _steps_in(draft, args.hours, found, folds)
+        machine = from_machine(found, data, memory, steps, precision, why)
     text = plan_text(path.name, found, findings, data, [*files, *machine])
     write_text(path, text)
     write_plan_page(page, found, findings, [*data, *machine])
@@ -124,17 +141,44 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
     return path
 
 
-def _steps_in(plan: str, hours: float) -> int:
-    """The number of steps that some hours have time for, by the measured speed of a plan."""
+def _steps_in(plan: str, hours: float, found: "Fingerprint", folds: int) -> tuple[int, str]:
+    """The number of steps that some hours have time for, and the measurement behind it.
+
+    Steps and validation of the plan are measured on one case of medium size.
+
+    Raises:
+        ValueError: If there is time for hardly any step.
+    """
+    from dataclasses import replace
+
     from sammed3d_backbone import config
+    from sammed3d_backbone.data.datasets import read_fold
+    from sammed3d_backbone.planning.rules import STOPS
 
     recipe: Any = importlib.import_module(RECIPE)
-    with tempfile.TemporaryDirectory() as folder:
+    labelled = [case for case in found.cases if case.structures]
+    ranked = sorted(labelled, key=lambda c: c.shape[0] * c.shape[1] * c.shape[2])
+    middle = (ranked[len(ranked) // 2].case.id,)
+
+    def draw(_: "Dataset", fold: "Fold") -> "Fold":
+        return replace(fold, train=middle, val=middle)
+
+    print("--hours: measuring the speed of this plan")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder) / "draft.yaml"
         path.write_text(plan, encoding="utf-8")
-        cost = recipe.main(config.load(recipe.Config, path), dry_run=True)
-    seconds = statistics.median(cost["step_seconds"])
-    return max(10, int(hours * 3600 * TRAINING_SHARE / seconds))
+        cost = recipe.main(config.load(recipe.Config, path), dry_run=True, draw=draw)
+    step, case = statistics.median(cost["step_seconds"]), cost["case_seconds"]
+    # The report reads, resamples and measures a case, which takes about as long as its validation.
+    scored = (STOPS + 2) * len(read_fold(found.dataset, 0, folds=folds).val) * case
+    steps = int((SPENT_SHARE * hours * 3600 - scored) / step)
+    speed = f"{step:.2f} s a step and {case:.2f} s to validate a case, measured on this machine"
+    if steps < MIN_STEPS:
+        raise ValueError(
+            f"--hours {hours:g}: {speed}, which leaves time for {max(0, steps)} steps; give more "
+            f"than {(scored + MIN_STEPS * step) / SPENT_SHARE / 3600:.2g}, or --steps"
+        )
+    return steps, f"what {hours:g} hours for a fold have time for: {speed}"
 
 
 def add_train(commands: "Commands") -> None:

@@ -29,6 +29,7 @@ IN_ONE_PIECE = 0.95  # share of a structure in its largest component, and of the
 CROPS_PER_STEP = 2
 FEW_SUBJECTS = 16
 SHORT, LONG = 2400, 5000  # steps
+STOPS = 4  # validations in a run
 HURRIED = 1000  # steps up to which the higher learning rate is taken
 HU = (-500.0, 500.0)  # what a CT's values reach on both sides
 MODALITIES: dict[Modality, str] = {
@@ -219,7 +220,12 @@ def choose_components(found: Fingerprint) -> Choice:
 
 
 def from_machine(
-    found: Fingerprint, data: list[Choice], memory_gib: float, steps: int | None, precision: str
+    found: Fingerprint,
+    data: list[Choice],
+    memory_gib: float,
+    steps: int | None,
+    precision: str,
+    why_steps: str = "as given",
 ) -> list[Choice]:
     """The choices that follow from memory, time and precision.
 
@@ -229,13 +235,13 @@ def from_machine(
         memory_gib: For network, gradients and activations.
         steps: Optimiser steps; None to choose by the number of subjects.
         precision: "no" or "bf16".
+        why_steps: The reason for the number of steps, if it is given.
 
     Raises:
         ValueError: If not even one recomputed crop fits into the memory.
     """
     chosen = {choice.key: choice.value for choice in data}
     subjects = len({case.case.subject for case in found.cases})
-    why_steps = "as given"
     if steps is None:
         steps = SHORT if subjects <= FEW_SUBJECTS else LONG
         why_steps = f"{SHORT} for up to {FEW_SUBJECTS} subjects, else {LONG}; --hours or --steps"
@@ -259,7 +265,7 @@ def from_machine(
         Choice("steps", steps, why_steps),
         Choice("warmup_steps", min(500, steps // 20), "a twentieth of the steps, at most 500"),
         Choice("lr", lr, why_lr),
-        Choice("validate_every", max(1, steps // 4), "four times a run: whole scans take long"),
+        Choice("validate_every", -(-steps // STOPS), "four times a run: whole scans take long"),
         Choice("mixed_precision", precision, "bf16 on a GPU; on a CPU only with --precision bf16"),
         Choice("batch", batch, f"about {costs[best]:.1f} of {memory_gib:g} GiB for a step"),
         Choice("accumulate", accumulate, f"so that a step has {CROPS_PER_STEP} crops"),

@@ -7,6 +7,7 @@ recipes whose loss is one call; recipes/finetune_unetr.py writes its loop out.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,8 @@ from sammed3d_backbone.provenance import resident_bytes
 from sammed3d_backbone.training import optim
 from sammed3d_backbone.training.runs import Progress, Run, State
 
+logger = logging.getLogger(__name__)
+
 Batch = Mapping[str, Tensor]
 MAX_WORKERS = 8  # processes that make samples, per process that trains
 
@@ -32,7 +35,10 @@ Step = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """When what happens during a run, in optimiser steps."""
+    """When what happens during a run, in optimiser steps.
+
+    A warm-up that is not shorter than the run becomes a tenth of it, with a warning.
+    """
 
     steps: int
     validate_every: int
@@ -49,16 +55,22 @@ class Schedule:
     def __post_init__(self) -> None:
         room = self.steps - self.freeze_steps - self.first_step
         if self.warmup_steps >= room > 0:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} of {room} steps to train would never reach lr="
-                f"{self.lr:g}; give fewer"
+            logger.warning(
+                "warmup_steps=%d of %d steps to train would never reach lr=%g: %d are taken",
+                *(self.warmup_steps, room, self.lr, room // 10),
             )
+            object.__setattr__(self, "warmup_steps", room // 10)
         if self.decay_steps is not None and self.decay_steps > room > 0:
             raise ValueError(
                 f"decay_steps={self.decay_steps}, but only {room} steps are trained; give fewer"
             )
         if not self.clip > 0:
             raise ValueError(f"clip={self.clip}; give a positive number, or .inf for no limit")
+
+    @property
+    def stops(self) -> int:
+        """How often training pauses for validation."""
+        return -(-self.steps // self.validate_every)
 
     def next_stop(self, step: int) -> int:
         """The step after which training pauses for validation, seen from a finished step."""

@@ -176,6 +176,23 @@ def test_a_folder_is_planned_for_before_training(make_set, tmp_path, monkeypatch
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_hours_become_steps_by_the_speed_of_this_machine(make_set, tmp_path, monkeypatch, capsys):
+    folder = make_set()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sammed3d_backbone.recipes.finetune_unetr.cores", lambda: 1)
+    given = ["plan", str(folder), "--memory", "8GB", "--precision", "no"]
+    assert main([*given, "--hours", "0.00001"]) == 2
+    assert "--hours" in capsys.readouterr().err
+    steps = []
+    for number, hours in enumerate((0.1, 1)):
+        assert main([*given, "--hours", str(hours), "--out", f"{number}.yaml"]) == 0
+        steps.append(config.load(Config, tmp_path / f"{number}.yaml").steps)
+    assert 0 < 3 * steps[0] < steps[1]
+    assert "digest" not in capsys.readouterr().out  # the dry run says nothing by itself
+    assert "measured on this machine" in (tmp_path / "1.yaml").read_text()
+
+
 def test_a_recipe_is_copied_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["recipe", "copy", "finetune_unetr"]) == 0

@@ -147,7 +147,8 @@ def test_a_dry_run_tells_everything_and_writes_nothing(small, runs, tiny_weights
         "data_overlap: ",
         "encoder.blocks.0.*",
         "GiB on cpu",
-        "for 4 steps without validation",
+        "for 4 steps (measured",
+        "of 6 cases in all",
     ):
         assert part in said
 

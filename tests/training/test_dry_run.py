@@ -29,3 +29,6 @@ def test_the_median_step_tells_the_time_of_the_whole_run(monkeypatch):
     cost.step_seconds, cost.peak_bytes = [9.0, 2.0, 2.0], 2**30
     assert "2:00:00" in str(cost)
     assert "1.00 GiB" in str(cost)
+    cost.validated(lambda: time.sleep(0.1), 7200)
+    assert 0.1 <= cost.figures()["case_seconds"] < 0.15
+    assert "0:12:" in str(cost)

@@ -203,6 +203,14 @@ def test_the_rate_rises_and_falls():
     assert rates == [2.0 * optim.warmup_cosine(step, 100, 4) for step in range(100)]
 
 
+def test_a_warm_up_that_is_not_shorter_than_the_run_becomes_a_tenth_of_it(caplog):
+    short = schedule(steps=20, warmup_steps=20)
+    assert short.warmup_steps == 2
+    assert "warmup_steps=20" in caplog.text
+    assert max(short.lr_at(step) for step in range(20)) == 2.0
+    assert schedule(steps=3, warmup_steps=50).warmup_steps == 0
+
+
 def test_after_a_part_has_waited_all_start_from_low_again():
     rates = [schedule(freeze_steps=20).lr_at(step) for step in range(100)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])

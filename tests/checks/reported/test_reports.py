@@ -169,7 +169,6 @@ def test_22_an_environment_that_wins_over_the_configuration(monkeypatch, variabl
         "on_foreground=1.5",
         "layer_decay=0",
         "warmup_steps=-5",
-        "warmup_steps=4",
         "ema_decay=1.5",
         "clip=0",
     ],
