@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from sammed3d_backbone import console
+from sammed3d_backbone.cli.checks import add_workers
 from sammed3d_backbone.data.datasets import Case, Dataset, read_fold
 from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
@@ -32,9 +34,10 @@ from sammed3d_backbone.evaluation.report import About, write_report, write_resul
 from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
 from sammed3d_backbone.files import locked
 from sammed3d_backbone.inference.card import Card
-from sammed3d_backbone.inference.segmenter import Segmenter
+from sammed3d_backbone.inference.segmenter import ByFiles, Segmenter
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, WEIGHTS, Weights
+from sammed3d_backbone.parallel import workers
 from sammed3d_backbone.provenance import provenance
 from sammed3d_backbone.training.runs import Run
 
@@ -78,6 +81,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="default: evaluation/ beside the source")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_workers(parser, meaning="processes that predict and score; -1: all cores")
     args = parser.parse_args()
 
     def body() -> None:
@@ -118,12 +122,13 @@ def evaluate(args: argparse.Namespace) -> Path:
         default = source.parent / "evaluation" if source.is_file() else Path("evaluation")
     out = args.out or default
     failed: dict[str, str] = {}
-    with locked(out):
+    backend = args.backend or ("loky" if args.jobs != 1 else None)
+    with locked(out), workers(backend, args.jobs):
         scores = score_cases(
             predict,
             dataset,
             ids,
-            folder=out / "predictions",
+            folder=out.resolve() / "predictions",
             failed=failed,
             tolerance_mm=args.tolerance_mm,
         )
@@ -161,7 +166,7 @@ def from_folder(folder: Path, ids: list[str]) -> tuple[Predict, dict[str, Any]]:
     Raises:
         FileNotFoundError: If cases have none; names them.
     """
-    paths = {name: folder / f"{name}.nii.gz" for name in ids}
+    paths = {name: folder.resolve() / f"{name}.nii.gz" for name in ids}
     for name, path in paths.items():
         if not path.is_file() and path.with_suffix("").is_file():
             paths[name] = path.with_suffix("")  # .nii
@@ -212,7 +217,11 @@ def from_model(
         "citations": start.get("citations", ()),
         "config": card.training.get("config", {}),
     }
-    return lambda case: segmenter.predict(load_image(case)), origin
+    return partial(_predicted, ByFiles(segmenter)), origin
+
+
+def _predicted(model: ByFiles, case: Case) -> Volume:
+    return model.segmenter.predict(load_image(case))
 
 
 def pretraining_statement(card: Card, dataset_name: str) -> str:

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "config": {"console", "files"},
     "console": set(),
     "files": set(),
+    "parallel": set(),
     "provenance": set(),
     "data": {"config", "console", "files"},
     "strategies": {"data.geometry", "data.regions"},
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "loading": {"data.preprocessing", "files", "models"},
     "selftest": {"models", "loading.variants"},
     "evaluation": {"console", "data", "files"},
-    "curation": {"console", "data", "evaluation", "files"},
+    "curation": {"console", "data", "evaluation", "files", "parallel"},
     "clickbench": {"console", "data", "evaluation", "files", "provenance", "strategies"},
     "inference": {
         "adapters",
@@ -56,6 +57,7 @@ MAY_IMPORT = {
         "loading",
         "models.image_encoder",
         "models.sam",
+        "parallel",
         "provenance",
     },
     "serving": {"__init__", "data", "inference"},
@@ -83,6 +85,7 @@ MAY_IMPORT["cli"] = {*MAY_IMPORT, "__init__"}
 
 HEAVY = {
     "accelerate",
+    "distributed",
     "huggingface_hub",
     "jinja2",
     "matplotlib",

@@ -99,7 +99,8 @@ def test_what_the_package_imports_is_what_it_asks_pip_for():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
-    optional = "\n".join(extras[name] for name in ("dicom", "itk", "nrrd", "onnx", "serve"))
+    names = ("cluster", "dicom", "itk", "nrrd", "onnx", "serve")
+    optional = "\n".join(extras[name] for name in names)
     needed, allowed = (
         {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in part.split()}
         for part in (setup["options"]["install_requires"] + extras["peft"], optional)

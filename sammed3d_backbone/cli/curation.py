@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sammed3d_backbone.cli.checks import add_workers
+
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
 
@@ -43,13 +45,7 @@ def add_curate(commands: "Commands") -> None:
     parser.add_argument(
         "--layout", type=Path, metavar="FILE.yaml", help="describes any other folder"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="workers; -1: all cores")
-    parser.add_argument(
-        "--backend", default="loky", help="joblib's: loky, threading, multiprocessing, dask, ray"
-    )
-    parser.add_argument(
-        "--scheduler", metavar="ADDRESS", help="Dask scheduler, such as tcp://HOST:8786"
-    )
+    add_workers(parser)
     parser.set_defaults(run=_run_curate)
 
 
@@ -69,8 +65,7 @@ def _run_curate(args: argparse.Namespace) -> int:
         args.out,
         rules,
         jobs=args.jobs,
-        backend=args.backend,
-        scheduler=args.scheduler,
+        backend=args.backend or "loky",
         layout=layout,
     )
     command = ["sammed3d", "curate", args.raw, args.out, "--preset", args.preset]

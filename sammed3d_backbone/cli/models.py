@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli.checks import on_device, require_free
+from sammed3d_backbone.cli.checks import add_workers, on_device, require_free
 from sammed3d_backbone.cli.prompts import add_scan, dicom_options
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sammed3d_backbone.cli import Commands
+    from sammed3d_backbone.inference.segmenter import Segmenter
 
 
 def add_predict(commands: "Commands") -> None:
@@ -43,6 +44,7 @@ def add_predict(commands: "Commands") -> None:
     parser.add_argument(
         "--force", "--overwrite", action="store_true", help="replace OUT, or results in it"
     )
+    add_workers(parser, meaning="folders only: processes that predict (default: 1); -1: all cores")
     parser.set_defaults(run=_run_predict)
 
 
@@ -52,16 +54,24 @@ def _run_predict(args: argparse.Namespace) -> int:
     return _predict_one(args) if is_one_scan(args.source) else _predict_folder(args)
 
 
-def _predict_folder(args: argparse.Namespace) -> int:
+def _segmenter(args: argparse.Namespace) -> "Segmenter":
+    """The model on its device."""
     from sammed3d_backbone.inference.segmenter import Segmenter
 
+    segmenter = Segmenter.from_pretrained(args.model)
+    on_device(segmenter.model, args.device)
+    if args.mirror and not segmenter.flip_axes:
+        print("--mirror changes nothing: this model was trained without flip_axes")
+    return segmenter
+
+
+def _predict_folder(args: argparse.Namespace) -> int:
     if given := [value for value in dicom_options(args).values() if value is not None]:
         raise ValueError(
             f"--series or --slice-tolerance {given[0]} is for one scan, and {args.source} holds "
             "several; give one of them"
         )
-    segmenter = Segmenter.from_pretrained(args.model)
-    on_device(segmenter.model, args.device)
+    segmenter = _segmenter(args)
     entries = segmenter.predict_folder(
         args.source,
         args.target,
@@ -70,6 +80,8 @@ def _predict_folder(args: argparse.Namespace) -> int:
         mirror=args.mirror,
         probabilities=args.probabilities,
         overwrite=args.force,
+        jobs=args.jobs,
+        backend=args.backend,
     )
     failed = [entry["id"] for entry in entries if entry["error"] is not None]
     print(f"{len(entries) - len(failed)} of {len(entries)} scans: {args.target / 'manifest.json'}")
@@ -81,13 +93,11 @@ def _predict_folder(args: argparse.Namespace) -> int:
 def _predict_one(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.formats import require_writable
     from sammed3d_backbone.data.volume import Volume
-    from sammed3d_backbone.inference.segmenter import Segmenter
 
     require_free((args.target,), (args.source, args.model), force=args.force)
     volume = Volume.load(args.source, **dicom_options(args))
     require_writable(args.target, volume.header)  # before minutes of work
-    segmenter = Segmenter.from_pretrained(args.model)
-    on_device(segmenter.model, args.device)
+    segmenter = _segmenter(args)
     labels = segmenter.predict(
         volume, modality=args.modality, nearest=args.nearest, mirror=args.mirror
     )

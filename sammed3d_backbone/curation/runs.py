@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from sammed3d_backbone.curation.cases import Decision, curate_case, read_case
@@ -27,6 +27,7 @@ from sammed3d_backbone.data.bids import split_choice
 from sammed3d_backbone.data.datasets import read_json
 from sammed3d_backbone.data.layouts import Layout
 from sammed3d_backbone.files import locked, write_json, write_text
+from sammed3d_backbone.parallel import workers
 
 FORMAT = 1  # version of the result folder; others are refused
 
@@ -38,7 +39,6 @@ def curate(
     *,
     jobs: int = 1,
     backend: str = "loky",
-    scheduler: str | None = None,
     layout: Layout | None = None,
     progress: bool = True,
 ) -> tuple[list[RawSet], list[Decision]]:
@@ -49,8 +49,7 @@ def curate(
         out: Result folder, new or that of an interrupted run.
         rules: Rules for the masks.
         jobs: Number of workers; -1 for all cores.
-        backend: Backend of joblib.
-        scheduler: Address of a Dask scheduler.
+        backend: See `parallel.workers`.
         layout: Layout of a single data set that does not describe itself.
         progress: Whether to show a bar.
 
@@ -58,30 +57,29 @@ def curate(
         FileNotFoundError: If there is no data set.
         ValueError: If a data set cannot be used, `out` lies among the raw data or holds results of
             other rules, or joblib does not know the backend.
+        ConnectionError: If no scheduler answers.
     """
-    if jobs == 0:
-        raise ValueError("jobs is 0; give 1 or more, or -1 for all cores")
-    if scheduler is not None and backend != "dask":
-        raise ValueError(f"backend {backend} takes no scheduler; leave it out, or choose dask")
-    raw_sets = read_raw(raw, layout)
-    root = split_choice(raw)[0]
-    if out.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{out} lies among the raw data; choose a folder outside of {root}")
-    extra = {} if scheduler is None else {"scheduler_host": scheduler}
-    # Joblib refuses a backend here, before anything is written.
-    with parallel_config(_known(backend), n_jobs=jobs, **extra), locked(out):
-        _claim(out, rules)
-        pending = [
-            (one, folder)
-            for raw_set in raw_sets
-            for folder in [out / raw_set.place / "cases"]
-            for one in raw_set.cases
-            if read_case(one, folder) is None
-        ]
-        bar = tqdm(pending, desc="curating", unit="case", disable=not progress)
-        Parallel()(delayed(curate_case)(one, folder, rules) for one, folder in bar)
-        decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
-        write_text(out / "decisions.jsonl", "".join(json.dumps(line) + "\n" for line in decisions))
+    raw, out = raw.absolute(), out.absolute()  # for workers with another current folder
+    with workers(backend, jobs):  # refuses a back end before anything is read
+        raw_sets = read_raw(raw, layout)
+        root = split_choice(raw)[0]
+        if out.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{out} lies among the raw data; choose a folder outside of {root}")
+        with locked(out):
+            _claim(out, rules)
+            pending = [
+                (one, folder)
+                for raw_set in raw_sets
+                for folder in [out / raw_set.place / "cases"]
+                for one in raw_set.cases
+                if read_case(one, folder) is None
+            ]
+            bar = tqdm(pending, desc="curating", unit="case", disable=not progress)
+            Parallel()(delayed(curate_case)(one, folder, rules) for one, folder in bar)
+            decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
+            write_text(
+                out / "decisions.jsonl", "".join(json.dumps(line) + "\n" for line in decisions)
+            )
     return raw_sets, decisions
 
 
@@ -95,17 +93,6 @@ def _claim(out: Path, rules: CurationRules) -> None:
     elif any(not path.name.startswith(".") for path in out.iterdir()):  # the lock, parts of files
         raise ValueError(f"{out} holds other files; choose a new folder for the results")
     write_json(path, header)
-
-
-def _known(backend: str) -> str:
-    """The backend's name, once joblib can make it."""
-    if backend == "ray":
-        try:
-            from ray.util.joblib import register_ray
-        except ImportError:
-            raise ValueError("backend ray needs Ray; pip install ray") from None
-        register_ray()
-    return backend
 
 
 def _collect(raw_set: RawSet, out: Path) -> list[Decision]:

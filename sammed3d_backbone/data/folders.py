@@ -39,9 +39,9 @@ def find_dataset(data: str, layout: Layout | None = None) -> Path:
         places.append(Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / data)
     for place in places:
         if layout is not None and place.is_dir():
-            return place
+            return place.absolute()  # for workers with another current folder
         if any((bids.split_choice(place)[0] / name).is_file() for name in DESCRIPTIONS):
-            return place
+            return place.absolute()
     sought = "folder" if layout is not None else "dataset.json"
     raise FileNotFoundError(
         f"no {sought} in {' or '.join(map(str, places))}; pass data=FOLDER (Decathlon, nnU-Net raw "

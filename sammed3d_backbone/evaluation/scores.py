@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -70,6 +71,8 @@ def score_cases(
 ) -> list[Score]:
     """Scores of the named cases, on the grid of their files.
 
+    joblib computes them, here unless `parallel.workers` says otherwise.
+
     Args:
         predict: Returns the labels of a case, on the grid of its reference.
         dataset: The data set with the cases.
@@ -83,19 +86,39 @@ def score_cases(
     Raises:
         ValueError: If a prediction lies on another grid than its reference.
     """
-    cases = {case.id: case for case in dataset.cases}
+    names, cases = [*ids], {case.id: case for case in dataset.cases}
+    tasks = (
+        joblib.delayed(_scored)(predict, cases[name], dataset, folder, tolerance_mm, failed is None)
+        for name in names
+    )
+    found = joblib.Parallel(return_as="generator", batch_size=1)(tasks)
     scores: list[Score] = []
-    for name in tqdm(list(ids), desc="evaluating", unit="case", disable=not progress):
-        try:
-            prediction = predict(cases[name])
-            if folder is not None:
-                prediction.save(inside(folder, name, ".nii.gz"))
-            scores += score_case(prediction, cases[name], dataset, tolerance_mm)
-        except Exception as error:
-            if failed is None:
-                raise
-            failed[name] = reason(error)
+    bar = tqdm(found, desc="evaluating", total=len(names), unit="case", disable=not progress)
+    for name, (of_case, why) in zip(names, bar, strict=True):
+        scores += of_case
+        if why is not None and failed is not None:
+            failed[name] = why
     return scores
+
+
+def _scored(
+    predict: Callable[[Case], Volume],
+    case: Case,
+    dataset: Dataset,
+    folder: Path | None,
+    tolerance_mm: float,
+    strict: bool,
+) -> tuple[list[Score], str | None]:
+    """The scores of a case, or why it has none; raises that if `strict`."""
+    try:
+        prediction = predict(case)
+        if folder is not None:
+            prediction.save(inside(folder, case.id, ".nii.gz"))
+        return score_case(prediction, case, dataset, tolerance_mm), None
+    except Exception as error:
+        if strict:
+            raise
+        return [], reason(error)
 
 
 def score_case(

@@ -1,7 +1,7 @@
 """A folder of scans -> a folder of labels, with a manifest from which an interrupted run resumes.
 
-The next scan is read and the last one written while the network computes, one of each at a time, so
-that memory does not grow with the number of scans.
+In one process the next scan is read and the last one written while the network computes, one of
+each at a time, so that memory does not grow with the number of scans.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from sammed3d_backbone.data.preparation import load_channels
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import atomic_path, file_name, inside, reading, write_json
 from sammed3d_backbone.loading.hub import sha256_of
+from sammed3d_backbone.parallel import workers
 from sammed3d_backbone.provenance import library_versions, resident_bytes
 
 Predict = Callable[[Volume], tuple[Volume, Tensor | None]]
@@ -96,55 +98,94 @@ def predict_scans(
     *,
     overwrite: bool,
     progress: bool,
+    jobs: int = 1,
+    backend: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Predicts scans one after another; see `Segmenter.predict_folder`.
+    """Predicts scans; see `Segmenter.predict_folder`.
 
     Args:
-        predict: Volume -> labels, and probabilities if they are to be written.
+        predict: Volume -> labels, and probabilities if they are to be written. With a back end or
+            several jobs it is sent to other processes.
         scans: The scans that `scans_in` found.
         target: Folder of the results; exists.
         about: Identifies model and settings; an earlier run is resumed if it has the same.
         overwrite: Whether to replace other results.
         progress: Whether to show a progress bar.
+        jobs: See `parallel.workers`.
+        backend: See `parallel.workers`.
     """
     done = {} if overwrite else _finished(target, about, scans)
     entries = {scan.id: done[scan.id] for scan in scans if scan.id in done}
-    bar = tqdm(total=len(scans), initial=len(done), unit="scan", disable=not progress)
-
-    def settle(scan: ScanFiles, began: float, saved: Future[str] | Exception) -> None:
-        entry: dict[str, Any] = {"id": scan.id, "error": None}
-        try:
-            entry["files"] = scan.hashes()
-            if isinstance(saved, Exception):
-                raise saved
-            entry |= {"output": f"{scan.id}.nii.gz", "sha256": saved.result()}
-        except FAILURES as error:
-            entry["error"] = str(error) or type(error).__name__
-            tqdm.write(f"{scan.id} failed: {entry['error']}")
-        entry["seconds"] = round(time.monotonic() - began, 2)
-        entry["peak_memory_mb"] = round(resident_bytes("VmHWM") / 1e6)
-        entries[scan.id] = entry
+    pending = [scan for scan in scans if scan.id not in done]
+    made: Iterable[dict[str, Any]] = _in_turn(predict, pending, target)
+    if jobs != 1 or backend is not None:
+        made = _by_workers(predict, pending, target, jobs, backend)
+    bar = tqdm(made, total=len(scans), initial=len(done), unit="scan", disable=not progress)
+    for entry in bar:
+        if entry["error"] is not None:
+            tqdm.write(f"{entry['id']} failed: {entry['error']}")
+        entries[entry["id"]] = entry
         cases = [entries[name] for name in sorted(entries)]
         write_json(target / MANIFEST, {"versions": library_versions(), **about, "cases": cases})
-        bar.update()
+    return [entries[scan.id] for scan in scans]
 
+
+def _in_turn(
+    predict: Predict, scans: Sequence[ScanFiles], target: Path
+) -> Iterator[dict[str, Any]]:
+    """The entries of scans that are predicted here, one after another."""
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         last: tuple[ScanFiles, float, Future[str]] | None = None
-        for scan, reading in _read_ahead(reader, [s for s in scans if s.id not in done]):
+        for scan, reading in _read_ahead(reader, scans):
             began = time.monotonic()
             try:
                 labels, probs = predict(reading.result())
             except FAILURES as error:
-                settle(scan, began, error)
+                failed: Future[str] = Future()
+                failed.set_exception(error)
+                yield _entry(scan, began, failed.result)
                 continue
             if last is not None:
-                settle(*last)
+                yield _entry(*last[:2], last[2].result)
             last = (scan, began, writer.submit(_save, target / scan.id, labels, probs))
             del labels, probs, reading
         if last is not None:
-            settle(*last)
-    bar.close()
-    return [entries[scan.id] for scan in scans]
+            yield _entry(*last[:2], last[2].result)
+
+
+def _by_workers(
+    predict: Predict, scans: Sequence[ScanFiles], target: Path, jobs: int, backend: str | None
+) -> Iterator[dict[str, Any]]:
+    """The entries of scans that workers predict, as they come."""
+    found = [
+        ScanFiles(scan.id, tuple(path.resolve() for path in scan.paths)) for scan in scans
+    ]  # a worker's current folder may be another
+    with workers(backend or "loky", jobs):
+        tasks = (joblib.delayed(_predict_scan)(predict, scan, target.resolve()) for scan in found)
+        yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(tasks)
+
+
+def _predict_scan(predict: Predict, scan: ScanFiles, target: Path) -> dict[str, Any]:
+    """The entry of a scan that is read, predicted and written here."""
+
+    def made() -> str:
+        labels, probs = predict(load_channels(scan.paths))
+        return _save(target / scan.id, labels, probs)
+
+    return _entry(scan, time.monotonic(), made)
+
+
+def _entry(scan: ScanFiles, began: float, saved: Callable[[], str]) -> dict[str, Any]:
+    """The entry of a scan in the manifest; `saved` returns the hash of its labels' file."""
+    entry: dict[str, Any] = {"id": scan.id, "error": None}
+    try:
+        entry["files"] = scan.hashes()
+        entry |= {"output": f"{scan.id}.nii.gz", "sha256": saved()}
+    except FAILURES as error:
+        entry["error"] = str(error) or type(error).__name__
+    entry["seconds"] = round(time.monotonic() - began, 2)
+    entry["peak_memory_mb"] = round(resident_bytes("VmHWM") / 1e6)
+    return entry
 
 
 def _save(stem: Path, labels: Volume, probs: Tensor | None) -> str:

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.regions import keep_largest_component
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import locked, reading, write_text
+from sammed3d_backbone.inference.averages import Ensemble, mirrored
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.folder import predict_scans, scans_in
 from sammed3d_backbone.inference.hub import model_card, upload
-from sammed3d_backbone.inference.sliding import sliding_planes
+from sammed3d_backbone.inference.sliding import joined, sliding_planes
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.fitting import part_of, require_finite, require_float
@@ -131,6 +131,11 @@ class Segmenter:
             ) from None
         return cls(model.eval(), card, (path,))
 
+    @property
+    def flip_axes(self) -> tuple[int, ...]:
+        """The axes along which the training mirrored, 0 left-right, 1 back-front, 2 feet-head."""
+        return tuple(self.card.training.get("config", {}).get("flip_axes", ()))
+
     def save(self, path: Path) -> None:
         """Writes one safetensors file with the card in its metadata; replaces an existing file.
 
@@ -217,6 +222,8 @@ class Segmenter:
         probabilities: bool = False,
         overwrite: bool = False,
         progress: bool = True,
+        jobs: int = 1,
+        backend: str | None = None,
     ) -> list[dict[str, Any]]:
         """Writes ``ID.nii.gz`` for every scan of a folder, and ``manifest.json``.
 
@@ -234,12 +241,15 @@ class Segmenter:
                 float16 on the scan's grid.
             overwrite: Whether to replace results of another model or of other settings.
             progress: Whether to show a progress bar.
+            jobs: Number of processes that predict, each with the network in its memory.
+            backend: Where they run, such as ``dask://HOST:PORT``; see `parallel.workers`.
 
         Returns:
             The entries of the manifest, a dictionary per scan; ``error`` is None where it worked.
 
         Raises:
-            ValueError: If there is no scan, or the results would lie among the scans.
+            ValueError: If there is no scan, the results would lie among the scans, or a network
+                without files is to be sent to workers.
             FileExistsError: If there are other results, or another process writes there.
         """
         source, target = Path(source), Path(target)
@@ -252,11 +262,18 @@ class Segmenter:
             "model": [{"file": p.name, "sha256": sha256_of(p)} for p in self.files],
             "settings": {**settings, "probabilities": probabilities},
         }
-        predict = partial(self.labels_and_probabilities, wanted=probabilities, **settings)
+        predict = partial(_predicted, ByFiles(self), wanted=probabilities, **settings)
         scans = scans_in(source)
         with locked(target):
             return predict_scans(
-                predict, scans, target, about, overwrite=overwrite, progress=progress
+                predict,
+                scans,
+                target,
+                about,
+                overwrite=overwrite,
+                progress=progress,
+                jobs=jobs,
+                backend=backend,
             )
 
     def labels_and_probabilities(
@@ -284,7 +301,7 @@ class Segmenter:
         parts = self._probabilities(image.to(device), modality, mirror=mirror)
         given = None
         if wanted:
-            whole = _joined(parts, image.shape[1:])
+            whole = joined(parts, image.shape[1:])
             given, parts = geometry.invert(whole), iter([whole])
         labels = geometry.invert_labels(parts, nearest=nearest).numpy()
         if card.keep_largest_component:
@@ -316,14 +333,13 @@ class Segmenter:
             image: (C, X, Y, Z), no side smaller than the window.
             returns: (K, X, Y, Z) float32.
         """
-        return _joined(self._parts(image, modality, mirror=mirror), image.shape[1:]).float()
+        return joined(self._parts(image, modality, mirror=mirror), image.shape[1:]).float()
 
     def _parts(self, image: Tensor, modality: Modality | None, *, mirror: bool) -> Iterator[Tensor]:
         """What `logits` returns, in the parts of `sliding_planes`."""
         self.model.eval()
         used = self.card.preprocessing
-        axes = self.card.training.get("config", {}).get("flip_axes", ()) if mirror else ()
-        network = mirrored(self.model, axes)
+        network = mirrored(self.model, self.flip_axes if mirror else ())
         return sliding_planes(
             lambda crops: network(used.crops(crops, modality)),
             image,
@@ -332,53 +348,34 @@ class Segmenter:
         )
 
 
-class Ensemble(nn.Module):
-    """The mean of several networks' outputs."""
+@dataclass(frozen=True)
+class ByFiles:
+    """A segmenter that another process opens from its files, once, when this is sent there."""
 
-    def __init__(self, members: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
+    segmenter: Segmenter
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean, of the shape of each output."""
-        total: Tensor = self.members[0](x)
-        for member in self.members[1:]:
-            total = total + member(x)
-        return total / len(self.members)
-
-
-def mirrored(network: nn.Module, axes: Collection[int]) -> Callable[[Tensor], Tensor]:
-    """The network, averaged with its outputs for mirror images, mirrored back.
-
-    Args:
-        network: Maps (B, C, X, Y, Z) to (B, K, X, Y, Z).
-        axes: Axes 0, 1, 2 to mirror along, and all combinations of them; none is the network.
-    """
-    ways = [
-        [axis + 2 for axis in chosen]
-        for count in range(1, len(axes) + 1)
-        for chosen in itertools.combinations(axes, count)
-    ]
-
-    def call(x: Tensor) -> Tensor:
-        total: Tensor = network(x)
-        for way in ways:
-            total = total + network(x.flip(way)).flip(way)
-        return total / (1 + len(ways)) if ways else total
-
-    return call
+    def __reduce__(self) -> tuple[Callable[..., ByFiles], tuple[Any, ...]]:
+        one = self.segmenter
+        if not one.files:
+            raise ValueError("a network without files cannot be sent to workers; save and load it")
+        device = str(next(one.model.parameters()).device)
+        return _by_files, (tuple(path.resolve() for path in one.files), device, one.card)
 
 
-def _joined(parts: Iterator[Tensor], shape: Sequence[int]) -> Tensor:
-    """Parts along the first axis as one tensor, (K, *shape)."""
-    with torch.inference_mode():
-        first = next(parts)
-        whole = first.new_empty(len(first), *shape)
-        done = 0
-        for part in itertools.chain([first], parts):
-            whole[:, done : done + part.shape[1]] = part
-            done += part.shape[1]
-    return whole
+def _by_files(files: tuple[Path, ...], device: str, card: Card) -> ByFiles:
+    return ByFiles(replace(_opened(files, device), card=card))
+
+
+@lru_cache(maxsize=1)
+def _opened(files: tuple[Path, ...], device: str) -> Segmenter:
+    segmenter = Segmenter.from_pretrained(files)
+    segmenter.model.to(device)
+    return segmenter
+
+
+def _predicted(sent: ByFiles, volume: Volume, **options: Any) -> tuple[Volume, Tensor | None]:  # noqa: ANN401
+    """`Segmenter.labels_and_probabilities`, wherever the segmenter is."""
+    return sent.segmenter.labels_and_probabilities(volume, **options)
 
 
 def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -7,7 +7,8 @@ weights and their order are MONAI's, and so is every bit of the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,3 +70,15 @@ def sliding_planes(
             counts[where] += weights
     total[:, : x - first] /= counts[: x - first]
     yield total[:, : x - first]
+
+
+def joined(parts: Iterator[Tensor], shape: Sequence[int]) -> Tensor:
+    """Parts along the first axis as one tensor, (K, *shape)."""
+    with torch.inference_mode():
+        first = next(parts)
+        whole = first.new_empty(len(first), *shape)
+        done = 0
+        for part in itertools.chain([first], parts):
+            whole[:, done : done + part.shape[1]] = part
+            done += part.shape[1]
+    return whole

@@ -208,7 +208,6 @@ def test_nothing_is_written_among_the_raw_data(folder, place):
     ("workers", "remedy"),
     [
         ({"jobs": 0}, "give 1 or more, or -1 for all cores"),
-        ({"scheduler": "tcp://here:8786"}, "leave it out, or choose dask"),
         ({"backend": "slurm"}, "expected one of"),
         ({"backend": "ray"}, "pip install ray"),
     ],
