@@ -227,7 +227,9 @@ def main(
         workers = engine.loader_workers(cfg.workers, accelerator.device)
         batches = iter(accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=workers)))
         quiet = not is_main or dry_run
-        bar = tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=quiet)
+        bar = console.progress_bar(
+            desc=cfg.name, unit="step", total=cfg.steps, initial=progress.step, shown=not quiet
+        )
         meter = engine.Meter(accelerator, run, progress, schedule, bar)
         while progress.step < cfg.steps:
             began = time.monotonic()

@@ -40,7 +40,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.cases import read_click_set
@@ -301,7 +300,9 @@ def train(
         batches = iter(loader)
         scores: dict[str, float] = {}
         shown = accelerator.is_main_process
-        with tqdm(desc=cfg.name, total=cfg.steps, initial=progress.step, disable=not shown) as bar:
+        with console.progress_bar(
+            desc=cfg.name, unit="step", total=cfg.steps, initial=progress.step, shown=shown
+        ) as bar:
             while progress.step < cfg.steps:
                 steps = schedule.next_stop(progress.step) - progress.step
                 some = islice(batches, steps * cfg.accumulate)

@@ -28,7 +28,6 @@ from matplotlib.ticker import MaxNLocator
 from nibabel.affines import apply_affine
 from sammed3d_backbone.recipes import finetune_unetr
 from sammed3d_backbone.recipes.studies import tables
-from tqdm import tqdm
 
 from sammed3d_backbone import config, console, encoder
 from sammed3d_backbone.adapters.contract import Encoder
@@ -155,7 +154,7 @@ def voxels_of(
     blocks = range(network.depth)
     features: dict[int, list[np.ndarray]] = {block: [] for block in blocks}
     values, subjects = [], []
-    for case in tqdm(cases, desc=desc, unit="case"):
+    for case in console.progress_bar(cases, desc=desc, unit="case"):
         found = token_maps(network, load_image(case), preprocessing, blocks=blocks)
         label = load_label(case)
         annotated = annotated_classes(case, dataset).tolist()
@@ -176,7 +175,7 @@ def scores_of(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Balanced accuracy of every block and probe, and the same of every subject."""
     blocks, scores = [], []
-    for block in tqdm(bank, desc=desc, unit="block"):
+    for block in console.progress_bar(bank, desc=desc, unit="block"):
         for kind in PROBES:
             found = probe(kind, bank[block], asked[block], classes)
             key = {"block": block, "probe": kind}

@@ -1,4 +1,4 @@
-"""Errors of commands and recipes on the command line: one line and an exit code."""
+"""What commands and recipes say: errors in one line with an exit code, and progress."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 DEBUG_VARIABLE = "SAMMED3D_DEBUG"
@@ -71,6 +76,24 @@ def optional(output: object) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 (whatever it is, the result stays)
         logger.warning("%s is not written: %s", output, reason(error))
+
+
+def progress_bar(
+    items: Iterable[T] | None = None,
+    *,
+    desc: str,
+    unit: str,
+    total: int | None = None,
+    initial: int = 0,
+    shown: bool = True,
+) -> tqdm[T]:
+    """A bar on standard error, or one line at the beginning if that is not a terminal."""
+    from tqdm import tqdm
+
+    bar = tqdm(items, desc, total, unit=unit, initial=initial, disable=None if shown else True)
+    if shown and bar.disable:
+        _say(f"{desc}: {bar.total} {unit}s" + (f", from {initial} on" if initial else ""))
+    return bar
 
 
 def shortened(text: str) -> str:

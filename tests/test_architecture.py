@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "clickbench": {"console", "data", "evaluation", "files", "provenance", "strategies"},
     "inference": {
         "adapters",
+        "console",
         "data",
         "evaluation.metrics",
         "files",
@@ -72,6 +73,7 @@ MAY_IMPORT = {
         "provenance",
     },
     "planning": {
+        "console",
         "curation.sides",
         "data",
         "evaluation",

@@ -26,7 +26,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sammed3d_backbone.recipes.studies import tables
-from tqdm import tqdm
 
 from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.bench import header_of, run_benchmark
@@ -254,7 +253,7 @@ def refuse_trained(trained: Mapping[str, set[str]], scored: ClickSet) -> str:
 def mean_volumes_mm3(cases: Iterable[LabelledCase]) -> dict[str, float]:
     """Mean volume of every class over the cases that have it; classes that none has are absent."""
     found: dict[str, list[float]] = {}
-    for case in tqdm(cases, desc="mean volumes", unit="case"):
+    for case in console.progress_bar(cases, desc="mean volumes", unit="case"):
         label = load_label(case.case)
         voxel_mm3 = abs(float(np.linalg.det(label.affine[:3, :3])))
         for value, name in sorted((case.labels or {}).items()):

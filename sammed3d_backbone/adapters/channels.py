@@ -46,9 +46,7 @@ class SharedEncoder(nn.Module):
 
     It fulfils the contract. A channel that is zero everywhere counts as missing, so a scan that
     was not made is stacked as zeros; a volume that is zero in all channels has none missing. If all
-    is frozen, the merge is the mean of the channels that are there. Pruning keeps a merge for every
-    given block; UNETR with `deepest="neck"` does not read the last of them, which then gets no
-    gradient.
+    is frozen, the merge is the mean of the channels that are there.
 
     Args:
         encoder: Fulfils `contract.Encoder` with in_chans=1; it becomes part of this module.

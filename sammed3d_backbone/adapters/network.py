@@ -17,15 +17,13 @@ from sammed3d_backbone.adapters.contract import Encoder
 class EncoderNetwork(nn.Module):
     """An encoder without its unread parts; derived networks add a decoder.
 
-    The encoder loses the blocks behind the last index and, unless `reads_neck`, its neck, so that
-    every trainable parameter gets a gradient, which multi-process training needs.
+    The encoder loses the blocks behind the last index and its neck, so that every trainable
+    parameter gets a gradient, which multi-process training needs.
     """
 
-    def __init__(
-        self, encoder: Encoder, out_indices: Sequence[int], *, reads_neck: bool = False
-    ) -> None:
+    def __init__(self, encoder: Encoder, out_indices: Sequence[int]) -> None:
         super().__init__()
-        encoder.prune_intermediate_layers(out_indices, prune_norm=not reads_neck)
+        encoder.prune_intermediate_layers(out_indices, prune_norm=True)
         self.encoder = encoder
         self.out_indices = tuple(out_indices)
         self.grad_checkpointing = False

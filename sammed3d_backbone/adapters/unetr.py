@@ -30,7 +30,7 @@ class UNETR(EncoderNetwork):
     """UNETR around an encoder, for `out_channels` classes.
 
     The encoder becomes part of the network and loses what the decoder does not read: the blocks
-    behind the last index and, with `deepest="block"`, the neck. With S = log2(patch size) stages,
+    behind the last index and the neck. With S = log2(patch size) stages,
     stage s of the decoder runs at stride 2**s with `feature_size` * 2**s channels: stage 0 reads
     the raw volume, the stages 1 to S - 1 a token map each, and the deepest map starts the way up.
 
@@ -42,8 +42,6 @@ class UNETR(EncoderNetwork):
             tokens (four for patches of 16 voxels, three for 8). None spreads them evenly and ends
             at the last block: 2, 5, 8, 11 of 12, the paper's z3, z6, z9, z12 and the released
             network's global blocks. "monai" takes MONAI's, all but the last one block later.
-        deepest: Start the way up from the last block's map ("block") or from the neck's ("neck"),
-            which is what the mask decoder was trained on.
         norm_maps: Give each map a layer norm of its own: these maps are raw residual streams, whose
             scale grows with depth. MONAI norms the last only.
         norm_name: Norm inside the decoder's blocks, in MONAI's words.
@@ -70,7 +68,6 @@ class UNETR(EncoderNetwork):
         *,
         feature_size: int | None = None,
         out_indices: Sequence[int] | Literal["monai"] | None = None,
-        deepest: Literal["block", "neck"] = "block",
         norm_maps: bool = True,
         norm_name: str | tuple[str, dict[str, Any]] = "instance",
         conv_block: bool = True,
@@ -80,8 +77,6 @@ class UNETR(EncoderNetwork):
         require_classes(out_channels)
         if feature_size is None:
             feature_size = 16 if weights is None else stored_feature_size(weights) or 16
-        if deepest not in ("block", "neck"):
-            raise ValueError(f"deepest={deepest!r} is unknown; use 'block' or 'neck'")
         stages = encoder.patch_size.bit_length() - 1
         even = spread_indices(encoder, stages)
         if out_indices is None:
@@ -89,19 +84,11 @@ class UNETR(EncoderNetwork):
         elif out_indices == "monai":
             out_indices = [*(index + 1 for index in even[:-1]), even[-1]]
         require_out_indices(encoder, out_indices, stages)
-        if deepest == "neck" and out_indices[-1] != encoder.depth - 1:
-            raise ValueError(
-                f"deepest='neck' reads the last block, but out_indices={tuple(out_indices)} end "
-                f"earlier; end them with {encoder.depth - 1}"
-            )
-        super().__init__(encoder, out_indices, reads_neck=deepest == "neck")
-        self.deepest = deepest
+        super().__init__(encoder, out_indices)
         hidden_size = encoder.embed_dim
         widths = [feature_size * 2**stage for stage in range(stages)]
-        # A map that starts the way up from the neck has been normalised there.
-        normed = out_indices if deepest == "block" else out_indices[:-1]
         self.tap_norms = nn.ModuleList(
-            LayerNorm3d(hidden_size) if norm_maps else nn.Identity() for _ in normed
+            LayerNorm3d(hidden_size) if norm_maps else nn.Identity() for _ in out_indices
         )
         blocks: dict[str, Any] = {"kernel_size": 3, "norm_name": norm_name, "res_block": res_block}
         self.stem = UnetrBasicBlock(3, encoder.in_chans, widths[0], stride=1, **blocks)
@@ -118,10 +105,9 @@ class UNETR(EncoderNetwork):
             )
             for stage in range(1, stages)
         )
-        deep_width = hidden_size if deepest == "block" else encoder.out_chans
         self.ups = nn.ModuleList(
             UnetrUpBlock(3, below, width, upsample_kernel_size=2, **blocks)
-            for below, width in zip([*widths[1:], deep_width], widths, strict=True)
+            for below, width in zip([*widths[1:], hidden_size], widths, strict=True)
         )
         self.out = UnetOutBlock(3, widths[0], out_channels)
         self.load_report: LoadReport | None = None
@@ -129,13 +115,8 @@ class UNETR(EncoderNetwork):
             self.load_report = fill_unetr(self, weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.deepest == "block":
-            maps = self.encoder.forward_intermediates(x, self.out_indices, intermediates_only=True)
-        else:
-            final, maps = self.encoder.forward_intermediates(x, self.out_indices[:-1])
+        maps = self.encoder.forward_intermediates(x, self.out_indices, intermediates_only=True)
         maps = [norm(tap) for norm, tap in zip(self.tap_norms, maps, strict=True)]
-        if self.deepest == "neck":
-            maps.append(final)
         levels = [self._run(self.stem, x)] + [
             self._run(skip, tap) for skip, tap in zip(self.skips, maps[:-1], strict=True)
         ]

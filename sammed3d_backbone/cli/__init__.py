@@ -8,7 +8,7 @@ that could not run.
 import argparse
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from sammed3d_backbone import console
 from sammed3d_backbone.cli import (
@@ -45,6 +45,14 @@ COMMANDS = (
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2 and the line on standard error."""
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -54,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sammed3d", description="SAM-Med3D as a backbone and as a promptable model."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -119,8 +119,17 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
     files = [
         Choice("name", file_name(dataset.name), "folder of the run below SAMMED3D_RUNS"),
         Choice("data", str(place), "the folder"),
-        Choice("layout", args.layout and str(args.layout.resolve()), "where its files lie"),
-        Choice("subjects", args.subjects and str(args.subjects.resolve()), "case -> subject"),
+        Choice(
+            "layout",
+            args.layout and str(args.layout.resolve()),
+            f"{'as' if args.layout else 'not'} given; null: the folder describes itself",
+        ),
+        Choice(
+            "subjects",
+            args.subjects and str(args.subjects.resolve()),
+            f"{'as' if args.subjects else 'not'} given; null: a case's subject is what its folder "
+            "names, or the case itself",
+        ),
     ]
     memory, has_gpu = free_gib()
     memory = args.memory or memory
@@ -135,7 +144,7 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
     write_text(path, text)
     write_plan_page(page, found, findings, [*data, *machine])
     for finding in findings:
-        print(f"look at: {finding}")
+        print(f"check: {finding}")
     if has_gpu and args.variant is None:
         print("with this GPU, --variant vit_b plans for the released weights (402 MB)")
     return path

@@ -197,7 +197,7 @@ def _show(args: argparse.Namespace, port: int, name: str) -> None:
     print(
         f"weights {name} on {args.device}; modality {args.modality or 'not given'}\n"
         f"page        {address}\n"
-        f"from afar   ssh -L {port}:localhost:{port} {socket.gethostname()}\n"
+        f"remotely    ssh -L {port}:localhost:{port} {socket.gethostname()}\n"
         "            there, then the same page\n"
         "Ctrl-C ends it.",
         flush=True,

@@ -155,15 +155,17 @@ def _run_verify(args: argparse.Namespace) -> int:
     record, tensors, metadata = opened_weights(args.file, check_hash=False)
     findings = [hash_finding(record)]
     if "content_sha256" in metadata:
-        intact = content_sha256(tensors) == metadata["content_sha256"]
-        findings.append((intact, f"content {'as written' if intact else 'altered since written'}"))
+        digest = content_sha256(tensors)
+        intact = digest == metadata["content_sha256"]
+        state = "as written" if intact else "altered since written"
+        findings.append((intact, f"content_sha256 {digest} of the stored tensors: {state}"))
     findings.append(_finite_finding(tensors))
     if CARD_KEY in metadata:
         findings.append(_model_finding(args.file))
     elif is_2d(tensors):
         findings.append(_2d_finding(tensors, args.variant or record.variant, args.file))
     else:
-        findings.append(_network_finding(tensors, args.variant or record.variant))
+        findings += _network_findings(tensors, args.variant or record.variant)
     for right, sentence in findings:
         print(f"{MARKS[right]}  {sentence}")
     return int(any(right is False for right, _ in findings))
@@ -201,31 +203,45 @@ def _finite_finding(tensors: "Mapping[str, Tensor]") -> Finding:
     return True, f"all values of {len(tensors)} tensors are finite"
 
 
-def _network_finding(tensors: "Mapping[str, Tensor]", variant: str | None) -> Finding:
-    """Whether the file holds a whole encoder or promptable network, by names and shapes."""
+def _network_findings(tensors: "Mapping[str, Tensor]", variant: str | None) -> list[Finding]:
+    """Whether the file holds a whole encoder or promptable network, by names and shapes.
+
+    The hash of a promptable network comes first.
+    """
     import torch
 
-    from sammed3d_backbone.loading.checkpoint import ENCODER, OTHER_PARTS, UNETR, CheckpointError
+    from sammed3d_backbone.loading.checkpoint import (
+        ENCODER,
+        OTHER_PARTS,
+        UNETR,
+        CheckpointError,
+        content_sha256,
+    )
     from sammed3d_backbone.loading.fitting import fit
     from sammed3d_backbone.loading.stored_sizes import encoder_like, sam_like
 
     if variant is None:
-        return False, "the sizes fit no known variant; pass --variant to see the differences"
+        return [(False, "the sizes fit no known variant; pass --variant to see the differences")]
     is_promptable = any(name.startswith(OTHER_PARTS) for name in tensors)
     with torch.device("meta"):
         network = (sam_like if is_promptable else encoder_like)(tensors, variant)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     try:
-        _, report = fit(tensors, shapes, part="" if is_promptable else ENCODER, source="the file")
+        part = "" if is_promptable else ENCODER
+        values, report = fit(tensors, shapes, part=part, source="the file")
     except CheckpointError as error:
-        return False, str(error)
+        return [(False, str(error))]
     decoder = sum(name.startswith(UNETR) for name in report.unused)
     corners = len(report.unused) - decoder
     rest = f", {corners} box corners not used" if corners else ""
     rest += f", {decoder} of a UNETR's decoder" if decoder else ""
     rest += f", {len(report.unexpected)} unexpected" if report.unexpected else ""
     what = "promptable network" if is_promptable else "encoder"
-    return True, f"the {len(report.matched)} tensors of the {variant} {what} are there{rest}"
+    finding = True, f"the {len(report.matched)} tensors of the {variant} {what} are there{rest}"
+    if not is_promptable:
+        return [finding]
+    digest = content_sha256(values)
+    return [(None, f"weights_sha256 {digest} of the loaded network, in click lists"), finding]
 
 
 def _2d_finding(tensors: "Mapping[str, Tensor]", variant: str | None, file: str) -> Finding:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from sammed3d_backbone.clickbench.cases import ClickSet, ClickTarget
 from sammed3d_backbone.clickbench.journal import Journal, Line, key_of, read_journal
 from sammed3d_backbone.clickbench.protocol import ClickRules, ClickStep, Player, PromptableModel
 from sammed3d_backbone.clickbench.scoring import plain, score
-from sammed3d_backbone.console import reason
+from sammed3d_backbone.console import progress_bar, reason
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import UNWRITABLE
 from sammed3d_backbone.provenance import resident_bytes
@@ -57,7 +56,7 @@ def run_benchmark(
     """
     failed: dict[str, str] = {}
     player = Player(model)
-    bar = tqdm(click_set.cases, unit="case", disable=not progress)
+    bar = progress_bar(click_set.cases, desc="clicking", unit="case", shown=progress)
     for case in bar:
         try:
             for target in click_set.targets(case):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from joblib import Parallel, delayed
-from tqdm import tqdm
 
+from sammed3d_backbone.console import progress_bar
 from sammed3d_backbone.curation.cases import Decision, curate_case, read_case
 from sammed3d_backbone.curation.rules import CurationRules
 from sammed3d_backbone.curation.sources import RawSet, read_raw
@@ -74,7 +74,7 @@ def curate(
                 for one in raw_set.cases
                 if read_case(one, folder) is None
             ]
-            bar = tqdm(pending, desc="curating", unit="case", disable=not progress)
+            bar = progress_bar(pending, desc="curating", unit="case", shown=progress)
             Parallel()(delayed(curate_case)(one, folder, rules) for one, folder in bar)
             decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
             write_text(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,20 +39,20 @@ MAY_BE_EMPTY = (
 
 
 def write_dicom_seg(
-    path: Path,
+    target: Path | BinaryIO,
     labels: NDArray[Any],
     affine: NDArray[np.float64],
     series: DicomSeries,
     names: Mapping[int, str],
 ) -> None:
-    """Writes or replaces a segmentation, a segment for each label in their order.
+    """Writes a segmentation or replaces its file, a segment for each label in their order.
 
     Patient and study are those of the series. Frames without a voxel are written, because viewers
     misplace segmentations that leave them out; labels without a voxel are not, because viewers
     crash on them.
 
     Args:
-        path: The file.
+        target: The file.
         labels: Integers, 0 is background.
         affine: Voxel -> RAS+ mm, that of the series.
         series: What was segmented.
@@ -116,7 +116,7 @@ def write_dicom_seg(
             raise ValueError(
                 f"the series lacks what a DICOM-SEG needs ({error}); write .nii.gz"
             ) from None
-        segmentation.save_as(path)
+        segmentation.save_as(target)
 
 
 def _segment(number: int, name: str) -> SegmentDescription:

@@ -16,9 +16,8 @@ import joblib
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from sammed3d_backbone.console import optional
+from sammed3d_backbone.console import optional, progress_bar
 from sammed3d_backbone.data.cache import cache_path, read_prepared, write_prepared
 from sammed3d_backbone.data.checks import label_problems, pair_problems
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
@@ -133,7 +132,7 @@ def prepare_cases(
     results = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(tasks)
     problems: list[str] = []
     prepared: list[PreparedCase] = []
-    bar = tqdm(results, total=len(ids), desc="reading cases", unit="case", disable=not progress)
+    bar = progress_bar(results, desc="reading", unit="case", total=len(ids), shown=progress)
     for name, (found, tensors) in zip(ids, bar, strict=True):
         problems.extend(found)
         if problems:

@@ -278,7 +278,10 @@ def _show_slice(
     spacing_mm: TripleMm,
     view: Sequence[tuple[int, int]],
 ) -> None:
-    """Draws a slice, (Y, X) or (Y, X, 3) in colours, with letters for its directions."""
+    """Draws a slice, (Y, X) or (Y, X, 3) in colours, with letters for its directions.
+
+    As viewers show it: the patient's right, and of a sagittal slice the front, are on the left.
+    """
     across, up = (axis for axis in range(3) if axis != plane)
     axes.imshow(
         background,
@@ -289,7 +292,7 @@ def _show_slice(
         interpolation="nearest" if background.ndim == 3 else None,
         aspect=spacing_mm[up] / spacing_mm[across],
     )
-    axes.set_xlim(view[across][0] - 0.5, view[across][1] - 0.5)
+    axes.set_xlim(view[across][1] - 0.5, view[across][0] - 0.5)
     axes.set_ylim(view[up][0] - 0.5, view[up][1] - 0.5)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -301,8 +304,8 @@ def _show_slice(
         "path_effects": edged,
     }
     for letter, x, y, ha, va in (
-        (ENDS[across][0], 0.02, 0.5, "left", "center"),
-        (ENDS[across][1], 0.98, 0.5, "right", "center"),
+        (ENDS[across][1], 0.02, 0.5, "left", "center"),
+        (ENDS[across][0], 0.98, 0.5, "right", "center"),
         (ENDS[up][0], 0.5, 0.02, "center", "bottom"),
         (ENDS[up][1], 0.5, 0.98, "center", "top"),
     ):

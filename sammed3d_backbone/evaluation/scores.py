@@ -18,9 +18,8 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from tqdm import tqdm
 
-from sammed3d_backbone.console import reason
+from sammed3d_backbone.console import progress_bar, reason
 from sammed3d_backbone.data.checks import pair_problems
 from sammed3d_backbone.data.datasets import Case, Dataset
 from sammed3d_backbone.data.preparation import annotated_classes, load_label
@@ -93,7 +92,7 @@ def score_cases(
     )
     found = joblib.Parallel(return_as="generator", batch_size=1)(tasks)
     scores: list[Score] = []
-    bar = tqdm(found, desc="evaluating", total=len(names), unit="case", disable=not progress)
+    bar = progress_bar(found, desc="evaluating", unit="case", total=len(names), shown=progress)
     for name, (of_case, why) in zip(names, bar, strict=True):
         scores += of_case
         if why is not None and failed is not None:

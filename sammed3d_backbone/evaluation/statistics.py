@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+RESAMPLES = 5000
+
 
 class Interval(NamedTuple):
     """A mean and its confidence bounds; NaN where they are undefined."""
@@ -48,10 +50,8 @@ def bootstrap_interval(
     classes: Sequence[str] | None = None,
     draws: Sequence[str] | None = None,
     seed: int = 0,
-    confidence: float = 0.95,
-    resamples: int = 5000,
 ) -> Interval:
-    """Mean of some values and its percentile interval, drawing whole groups with replacement.
+    """Mean of some values and its 95 % percentile interval, drawing whole groups with replacement.
 
     Two scans of one subject are not independent; with the subject as their group they are drawn
     together. For a paired comparison pass differences. Values that are not finite are left out. The
@@ -66,8 +66,6 @@ def bootstrap_interval(
             cases. Repetitions and groups are drawn independently of each other. None: one
             repetition.
         seed: Seed of the bootstrap.
-        confidence: Share of the resampled means between the bounds.
-        resamples: Number of draws.
     """
     given = np.asarray(values, dtype=float)
     known = np.isfinite(given)
@@ -95,13 +93,12 @@ def bootstrap_interval(
         return Interval(float(centre), math.nan, math.nan)
     rng = np.random.default_rng(seed)
     of_draw, of_subject = (
-        rng.multinomial(number, np.full(number, 1 / number), size=resamples)
+        rng.multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
         for number in (draw.max() + 1, subjects)
     )
     drawn = of_draw[:, cells[0]] * of_subject[:, cells[1]]  # (R, C)
     drawn = drawn[drawn.any(axis=1)]  # repetitions without a common subject may leave a row empty
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(mean(drawn), [tail, 1 - tail])
+    low, high = np.quantile(mean(drawn), [0.025, 0.975])
     return Interval(float(centre), float(low), float(high))
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.console import progress_bar
 from sammed3d_backbone.data.preprocessing import Modality, Preprocessing
 from sammed3d_backbone.data.volume import Volume
 
@@ -55,6 +56,7 @@ def token_maps(
         ValueError: If a block does not exist, a voxel is not finite, or the weights do not know
             the modality.
     """
+    from monai.data.utils import dense_patch_slices
     from monai.inferers import sliding_window_inference
 
     module = cast("nn.Module", encoder).eval()
@@ -65,6 +67,7 @@ def token_maps(
     has_neck = not isinstance(getattr(module, "neck", None), nn.Identity | None)
 
     def maps_of(crops: Tensor) -> dict[str, Tensor]:
+        bar.update()
         x = preprocessing.crops(crops, modality)
         if not chosen:
             return {"neck": module(x)}
@@ -78,7 +81,11 @@ def token_maps(
 
     # Neighbouring windows are whole tokens apart; the half voxel guards against rounding down.
     steps = [max(1, side // patch // 2) * patch for side in sides]
-    with torch.inference_mode():
+    count = len(dense_patch_slices(image.shape[1:], sides, steps))
+    with (
+        progress_bar(desc="encoding", unit="window", total=count, shown=progress) as bar,
+        torch.inference_mode(),
+    ):
         found = sliding_window_inference(
             image[None],
             sides,
@@ -88,7 +95,6 @@ def token_maps(
             mode="gaussian",
             sw_device=device,
             device="cpu",
-            progress=progress,
         )
     assert isinstance(found, dict)  # as `maps_of` returns one
     # Tokens that lie in padding alone are left out.

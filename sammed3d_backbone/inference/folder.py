@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from sammed3d_backbone.console import progress_bar
 from sammed3d_backbone.data.formats import NRRD_SUFFIXES
 from sammed3d_backbone.data.nifti import SUFFIXES
 from sammed3d_backbone.data.preparation import load_channels
@@ -120,7 +121,14 @@ def predict_scans(
     made: Iterable[dict[str, Any]] = _in_turn(predict, pending, target)
     if jobs != 1 or backend is not None:
         made = _by_workers(predict, pending, target, jobs, backend)
-    bar = tqdm(made, total=len(scans), initial=len(done), unit="scan", disable=not progress)
+    bar = progress_bar(
+        made,
+        desc="predicting",
+        unit="scan",
+        total=len(scans),
+        initial=len(done),
+        shown=progress,
+    )
     for entry in bar:
         if entry["error"] is not None:
             tqdm.write(f"{entry['id']} failed: {entry['error']}")

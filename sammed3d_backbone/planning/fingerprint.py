@@ -16,8 +16,8 @@ import numpy as np
 from nibabel.orientations import aff2axcodes
 from numpy.typing import ArrayLike
 from scipy import ndimage
-from tqdm import tqdm
 
+from sammed3d_backbone.console import progress_bar
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
 from sammed3d_backbone.data.preparation import open_case
@@ -125,7 +125,9 @@ def fingerprint(dataset: Dataset, *, jobs: int = 1, progress: bool = True) -> Fi
     """
     tasks = (joblib.delayed(_measured)(case, dataset) for case in dataset.cases)
     results = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(tasks)
-    bar = tqdm(results, "reading", len(dataset.cases), unit="case", disable=not progress)
+    bar = progress_bar(
+        results, desc="reading", unit="case", total=len(dataset.cases), shown=progress
+    )
     problems: list[str] = []
     found: list[CasePrint] = []
     for reasons, case in bar:

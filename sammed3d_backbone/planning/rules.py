@@ -37,6 +37,7 @@ MODALITIES: dict[Modality, str] = {
     "mr": r"mr|mri|t1\w*|t2\w*|flair|dwi|adc|pd|pdw|swi|bold|dixon|dce",
     "us": r"us|ultrasound|sonography",
 }
+BESIDE = ("to the right of", "in front of", "above")
 SIDES = (
     r"left|right|l|r|lt|rt|sinister|dexter",
     r"anterior|posterior|front|back|ventral|dorsal",
@@ -140,14 +141,15 @@ def choose_spacing(found: Fingerprint, expected: Preprocessing) -> Choice:
     name, thin = min(found.median(lambda s: s.thickness_mm).items(), key=lambda item: item[1])
     wide = max(found.median(lambda s: sorted(s.sides_mm)[1]).values())
     limit = thin / MIN_THICK_VOX  # coarser, the thinnest class has too few voxels
-    mm, why = weights_mm, "the weights' own"
+    trained = f"the weights were trained at {weights_mm:g}"
+    mm, why = weights_mm, trained
     if limit < weights_mm:
-        mm, why = limit, f"finer than the weights' {weights_mm:g}"
+        mm, why = limit, f"finer for a thin class ({trained})"
     if finest > mm:
-        mm, why = finest, "the finest of the scans: finer would invent voxels"
+        mm, why = finest, f"the scans' own, since finer would invent voxels ({trained})"
     elif wide > mm * crop and limit > mm:
         mm = min(wide / crop, limit)
-        why = f"coarser than the weights' {weights_mm:g}, so that a crop holds {wide:.0f} mm"
+        why = f"coarser, so that a crop holds {wide:.0f} mm ({trained})"
     mm = max(0.1, math.floor(mm * 10 + 1e-6) / 10)
     between = max(found.spacing_mm)
     if between > 2 * mm:
@@ -191,10 +193,12 @@ def choose_flips(found: Fingerprint) -> Choice:
             if apart_mm > APART * (sides[first] + sides[second]) / 2
         ]
         if sided:
-            reasons.append(f"{DIRECTIONS[axis]} no: {sided[0]} has a side")
+            reasons.append(f"{DIRECTIONS[axis]} no: the name {sided[0]} tells a side")
         elif ordered:
             first, second, apart_mm = ordered[0]
-            reasons.append(f"{DIRECTIONS[axis]} no: {first} lies {apart_mm:.0f} mm beyond {second}")
+            reasons.append(
+                f"{DIRECTIONS[axis]} no: {first} is {apart_mm:.0f} mm {BESIDE[axis]} {second}"
+            )
         else:
             axes.append(axis)
             reasons.append(f"{DIRECTIONS[axis]} yes")
@@ -247,7 +251,7 @@ def from_machine(
         why_steps = f"{SHORT} for up to {FEW_SUBJECTS} subjects, else {LONG}; --hours or --steps"
     if chosen["variant"] == "tiny":
         lr = 3e-3 if steps <= HURRIED else 1e-3
-        why_lr = f"3e-3 was better than 1e-3 up to {HURRIED} steps (transfer_study), else 1e-3"
+        why_lr = f"3e-3 up to {HURRIED} steps, where it was better (transfer_study); 1e-3 beyond"
     else:
         lr, why_lr = 3e-4, "the recipe's; the released weights were not measured here"
     ways = [(2, 1, False), (1, 2, False), (2, 1, True), (1, 2, True)]

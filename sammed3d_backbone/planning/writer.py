@@ -35,7 +35,7 @@ def plan_text(
         "",
         "# --- From the data: equal on every machine ---",
         *(f"# {line}" for line in summary(found)),
-        *(f"# look at: {finding}" for finding in findings),
+        *(f"# check: {finding}" for finding in findings),
         *map(_line, data),
         "",
         "# --- From this machine: memory, time and where the files lie ---",

@@ -8,6 +8,7 @@ What is shown is in RAS order, as the page's viewer holds voxels; what is saved 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from sammed3d_backbone.data.checks import pair_problems, values_of
+from sammed3d_backbone.data.dicom import DicomSeries
+from sammed3d_backbone.data.dicom_seg import write_dicom_seg
 from sammed3d_backbone.data.geometry import Geometry, Triple
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.regions import bounding_box
@@ -141,6 +144,12 @@ class OpenScan:
     def sha256(self) -> str:
         """By which a page recognises the scan when a server was started anew."""
         return volume_sha256(self.scan.volume)
+
+    @property
+    def series(self) -> DicomSeries | None:
+        """The DICOM series that a DICOM-SEG of the scan can belong to; None without one."""
+        header = self.scan.volume.header
+        return header if isinstance(header, DicomSeries) and header.frame_of_reference else None
 
     def voxel(self, point_mm: Sequence[float]) -> Triple:
         """The voxel at a point, which the viewer's rounding may have put just outside.
@@ -277,6 +286,19 @@ class LabellingSession:
         """The label map on the scan's own grid, with exactly its affine."""
         source = self.scan.scan.volume
         return Volume(self._labels, source.affine, source.header)
+
+    def dicom_seg(self, names: Mapping[int, str]) -> bytes:
+        """The label map as DICOM-SEG, with a segment for each object that has voxels.
+
+        Raises:
+            RefusedError: If the scan did not come from a DICOM series.
+            ValueError: If no object has a voxel, or the series lacks what a DICOM-SEG needs.
+        """
+        if self.scan.series is None:
+            raise RefusedError(400, "the scan was not read from DICOM; save the label map")
+        file = io.BytesIO()
+        write_dicom_seg(file, self._labels, self.scan.scan.volume.affine, self.scan.series, names)
+        return file.getvalue()
 
     def click_list(self, names: Mapping[int, str]) -> ClickList:
         """All clicks, for `Predictor.load_clicks`.

@@ -101,6 +101,7 @@ class Page:
             Route("/page/prompts", self.receive_prompts, methods=["POST"]),
             Route("/page/progress", self.progress, methods=["GET"]),
             Route("/page/labels", self.send_labels, methods=["POST"]),
+            Route("/page/dicom-seg", self.send_dicom_seg, methods=["POST"]),
             Route("/page/clicks", self.send_clicks, methods=["POST"]),
             Route("/page/close", self.close, methods=["POST"]),
         ]
@@ -127,6 +128,7 @@ class Page:
                     "scan": self.scan.sha256,
                     "name": self.scan.name,
                     "modality": self.scan.modality,
+                    "is_dicom": self.scan.series is not None,
                     "shape": self.scan.geometry.resampled_shape,
                     "step": session.step,
                     "weights": self.weights,
@@ -187,6 +189,16 @@ class Page:
             self._update(session, message_of(body, PagePrompts))
             image = session.label_map().to_nifti()
             return Response(gzip.compress(image.to_bytes(), 1), media_type="application/gzip")
+
+        return await self._on_session(request, work, network=True)
+
+    async def send_dicom_seg(self, request: Request) -> Response:
+        """The label map as DICOM-SEG of the series that is shown."""
+
+        def work(session: LabellingSession, body: bytes) -> Response:
+            asked = message_of(body, PagePrompts)
+            self._update(session, asked)
+            return Response(session.dicom_seg(asked.names), media_type="application/dicom")
 
         return await self._on_session(request, work, network=True)
 

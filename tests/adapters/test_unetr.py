@@ -103,12 +103,9 @@ def test_taps_count_blocks_from_zero(patch_size, out_indices, want):
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-@pytest.mark.parametrize("deepest", ["block", "neck"])
 @pytest.mark.parametrize("patch_size", [8, 16])
-def test_every_parameter_gets_a_gradient(generator, patch_size, deepest, in_chans):
-    network = unetr(
-        make_encoder(patch_size=patch_size, in_chans=in_chans), 3, feature_size=4, deepest=deepest
-    )
+def test_every_parameter_gets_a_gradient(generator, patch_size, in_chans):
+    network = unetr(make_encoder(patch_size=patch_size, in_chans=in_chans), 3, feature_size=4)
     volume = torch.randn(2, in_chans, 32, 32, 32, generator=generator)
     logits = network(volume)
     assert logits.shape == (2, 3, 32, 32, 32)
@@ -120,11 +117,6 @@ def test_blocks_behind_the_last_tap_and_an_unread_neck_are_dropped():
     network = unetr(make_encoder(), 2, out_indices=(0, 1, 2, 7))
     assert network.encoder.depth == 8
     assert not [name for name, _ in network.named_parameters() if "neck" in name]
-
-
-def test_the_neck_stays_where_the_decoder_starts_from_it():
-    network = unetr(make_encoder(), 2, deepest="neck")
-    assert [name for name, _ in network.named_parameters() if "neck" in name]
 
 
 def test_each_tap_has_a_norm_of_its_own_that_makes_its_scale_irrelevant(generator):
@@ -193,16 +185,14 @@ def test_recomputing_blocks_keeps_less_and_gives_the_same_gradients(generator):
     ("arguments", "remedy"),
     [
         ({"out_channels": 0}, "out_channels=0"),
-        ({"deepest": "stem"}, "use 'block' or 'neck'"),
         (
             {"out_indices": (1, 2, 3)},
             "expected 4 ascending",
         ),
         ({"out_indices": (1, 2, 3, 12)}, "out_indices="),
         ({"out_indices": (3, 2, 5, 11)}, "ascending"),
-        ({"out_indices": (1, 2, 3, 4), "deepest": "neck"}, "end them with 11"),
     ],
-    ids=["no-class", "deepest", "too-few", "too-deep", "order", "neck"],
+    ids=["no-class", "too-few", "too-deep", "order"],
 )
 def test_what_does_not_fit_is_refused_with_the_remedy(arguments, remedy):
     with pytest.raises(ValueError, match=remedy):

@@ -10,7 +10,7 @@ import torch
 from sammed3d_backbone import encoder, sam
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
-from sammed3d_backbone.loading.checkpoint import ENCODER, read
+from sammed3d_backbone.loading.checkpoint import ENCODER, content_sha256, read
 from sammed3d_backbone.loading.registry import WEIGHTS, Weights
 from sammed3d_backbone.loading.variants import VARIANTS, DecoderSizes, Variant
 
@@ -157,10 +157,12 @@ def verdicts(capsys):
 
 
 def test_a_good_file_verifies(checkpoint, capsys):
+    loaded = content_sha256(sam("toy", weights=str(checkpoint)).state_dict())
     assert main(["verify", str(checkpoint)]) == 0
     assert verdicts(capsys) == [
         ["-", f"sha256 {sha256(checkpoint)}: no such file in the table"],
         ["ok", "all values of 189 tensors are finite"],
+        ["-", f"weights_sha256 {loaded} of the loaded network, in click lists"],
         ["ok", "the 189 tensors of the toy promptable network are there"],
     ]
 
@@ -189,7 +191,7 @@ def test_one_altered_value_in_a_converted_file_fails(tmp_path, checkpoint, capsy
     target.write_bytes(content)
     capsys.readouterr()
     assert main(["verify", str(target)]) == 1
-    assert ["WRONG", "content altered since written"] in verdicts(capsys)
+    assert [mark for mark, said in verdicts(capsys) if "content_sha256" in said] == ["WRONG"]
     assert main(["convert", str(target), str(tmp_path / "again.safetensors")]) == 2
     assert "content_sha256" in capsys.readouterr().err
     assert not (tmp_path / "again.safetensors").exists()

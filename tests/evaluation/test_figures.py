@@ -130,7 +130,8 @@ def test_features_are_drawn_on_the_grid_of_the_image(tmp_path, monkeypatch, rng,
         across, up = (n for i, n in enumerate(size) if i != number // 2)
         assert axis.images[0].get_array().shape[:2] == (up, across)
         letters = "".join(text.get_text() for text in axis.texts)
-        assert letters == ("PAIS", "LRIS", "LRPA")[number // 2]
+        assert letters == ("APIS", "RLIS", "RLPA")[number // 2]
+        assert axis.xaxis_inverted()
 
 
 def test_features_lie_where_their_affine_says(tmp_path, monkeypatch, generator):

@@ -27,6 +27,25 @@ def scan():
 
 
 @pytest.fixture
+def series(scan, tmp_path):
+    """The scan as a folder of DICOM, axial, its axes towards L, P, S."""
+    dicom_series = pytest.importorskip("dicom_series", reason="needs the extra dicom")
+    last_x, last_y, _ = np.array(scan.shape) - 1
+
+    def change(image, number):
+        stored = scan.array[::-1, ::-1, number].T.astype(np.uint16)
+        image.Rows, image.Columns = stored.shape
+        image.PixelSpacing = [scan.spacing_mm[1], scan.spacing_mm[0]]
+        x, y, z = (scan.affine @ (last_x, last_y, number, 1))[:3]
+        image.ImagePositionPatient = [-x, -y, z]
+        image.RescaleSlope, image.RescaleIntercept = 1, 0
+        image.PixelData = stored.tobytes()
+
+    dicom_series.write_series(tmp_path / "series", slices=scan.shape[2], change=change)
+    return tmp_path / "series"
+
+
+@pytest.fixture
 def session(lopsided, scan):
     """A session on the scan with its target buffer, axes RAS."""
     session = InteractiveSession(Predictor(lopsided, enforce_clicks=True), axes="RAS")

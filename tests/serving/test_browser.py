@@ -153,6 +153,7 @@ def test_objects_are_clicked_undone_and_saved(page, lopsided, scan, path, expect
         assert np.array_equal(shown(page, scan, 2), third)
         assert np.array_equal(shown(page, scan, 1), second)
 
+        assert page.locator("#save-dicom").is_hidden()
         labels = nib.load(saved(page, "#save-labels", tmp_path / "labels.nii.gz"))
         clicks = saved(page, "#save-clicks", tmp_path / "clicks.json")
     assert np.array_equal(labels.affine, nib.load(path).affine)
@@ -161,6 +162,61 @@ def test_objects_are_clicked_undone_and_saved(page, lopsided, scan, path, expect
     predictor.set_volume(path)
     predictor.load_clicks(clicks)
     assert predictor.objects == ["object 1", "spleen"]
+
+
+def test_clicks_are_marked_near_their_slices(page, lopsided, scan, path):
+    marks = page.locator("#marks span")
+
+    def count(query, expected):
+        sync_api.expect(page.locator(f"#marks {query}")).to_have_count(expected)
+
+    with live_server.serving(lopsided, OpenScan.load(path)) as address:
+        opened(page, address)
+        place(page, scan, INSIDE)
+        press(page, "p")
+        count(".positive.selected", 3)
+        axes = {"ArrowLeft", "ArrowDown", "PageUp"}
+        for axis in axes:  # leaves the two slices that are across, each of the three in turn
+            place(page, scan, INSIDE)
+            for key in axes - {axis}:
+                page.keyboard.press(f"Shift+{key}")
+            count("span", 1)
+            box = marks.bounding_box()
+            page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            assert np.allclose(page.evaluate("crosshair"), (scan.affine @ [*INSIDE, 1])[:3])
+        place(page, scan, FAR)
+        count("span", 0)
+        press(page, "n")
+        count(".negative.selected", 3)
+        page.keyboard.press("ArrowLeft")
+        count("span", 3)
+        page.keyboard.press("ArrowLeft")
+        count("span", 2)
+        page.keyboard.press("o")
+        count("span", 2)
+        count(".selected", 0)
+        press(page, "u")
+        count("span", 0)
+
+
+def test_a_dicom_series_is_saved_as_dicom_seg(page, lopsided, scan, series, tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
+    masks = [
+        predicted(lopsided, Volume.load(series), (oriented(scan, "LPS", voxel)[1], True))
+        for voxel in (INSIDE, OTHER)
+    ]
+    with live_server.serving(lopsided, OpenScan.load(series)) as address:
+        opened(page, address)
+        page.get_by_label("Name of object 1").fill("liver")
+        place(page, scan, INSIDE)
+        press(page, "p")
+        page.keyboard.press("o")
+        place(page, scan, OTHER)
+        press(page, "p")
+        path = saved(page, "#save-dicom", tmp_path / "seg.dcm")
+    seg = pydicom.dcmread(path)
+    assert [segment.SegmentLabel for segment in seg.SegmentSequence] == ["liver", "object 2"]
+    assert seg.pixel_array.sum() == np.any(masks, axis=0).sum()
 
 
 def test_a_stored_mask_is_corrected(page, lopsided, scan, path, expected, write_volume):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 
 import nibabel as nib
@@ -10,6 +11,7 @@ import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs nninteractive-client and the extra serve")
 live_server = pytest.importorskip("live_server", reason="needs the extra serve")
+pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
 
 from orientations import ORIENTATIONS, expected, oriented  # noqa: E402
 
@@ -286,8 +288,37 @@ def test_corrected_masks_and_equal_names_are_refused_in_click_lists(served, scan
 def test_malformed_prompts_are_refused(served, scan, body):
     with served(OpenScan(validate_volume(scan), "scan")) as http:
         opened(http)
-        for path in ("/page/prompts", "/page/labels", "/page/clicks"):
+        for path in ("/page/prompts", "/page/labels", "/page/clicks", "/page/dicom-seg"):
             assert http.post(path, content=body).status_code == 400
+
+
+def test_a_dicom_series_is_saved_as_segment_saves_it(served, lopsided, scan, series, tmp_path):
+    volume = Volume.load(series)
+    points = [oriented(scan, "LPS", voxel)[1] for voxel in (INSIDE, OTHER)]
+    liver, spleen = (expected(lopsided, volume, (point, True)) for point in points)
+    labels = np.where(spleen, 2, liver).astype(np.uint8)
+    names = {1: "liver", 2: "spleen"}
+    Volume(labels, volume.affine, volume.header).save(tmp_path / "own.dcm", names=names)
+    own = pydicom.dcmread(tmp_path / "own.dcm")
+    asked = prompts(scan, (1, INSIDE, True), (2, OTHER, True))
+    with served(OpenScan.load(series)) as http:
+        assert opened(http)["is_dicom"]
+        empty = http.post("/page/dicom-seg", json=prompts(scan))
+        assert (empty.status_code, "label" in empty.json()["detail"]) == (400, True)
+        reply = http.post("/page/dicom-seg", json=asked).raise_for_status()
+    saved = pydicom.dcmread(io.BytesIO(reply.content))
+    assert [segment.SegmentLabel for segment in saved.SegmentSequence] == ["liver", "spleen"]
+    assert saved.ReferencedSeriesSequence == own.ReferencedSeriesSequence
+    assert saved.PerFrameFunctionalGroupsSequence == own.PerFrameFunctionalGroupsSequence
+    assert np.array_equal(saved.pixel_array, own.pixel_array)
+
+
+def test_dicom_seg_needs_a_dicom_series(served, scan):
+    with served(OpenScan(validate_volume(scan), "scan")) as http:
+        assert not opened(http)["is_dicom"]
+        refused = http.post("/page/dicom-seg", json=prompts(scan, (1, INSIDE, True)))
+        assert refused.status_code == 400
+        assert "DICOM" in refused.json()["detail"]
 
 
 def test_the_key_guards_everything_but_the_files_that_all_pages_share(served, scan):

@@ -10,6 +10,8 @@ const PROGRESS_MS = 400;
 const RETRY_MS = 2_000;
 const REST_MS = 250; // in which the crosshair does not move
 const TEXTURE_DRAW = 7; // NiiVue's unit for the label map
+const THROUGH = [2, 1, 0]; // the axis that an axial, a coronal and a sagittal slice cuts
+const NEAR_VOXELS = 1.5; // of the shown slice, within which a click is marked
 
 const $ = (id) => document.getElementById(id);
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
@@ -264,6 +266,30 @@ function encodeAhead() {
     .finally(() => (encoding = undefined));
 }
 
+// Marks the clicks near the shown slices, those on the selected object above the others.
+function markClicks() {
+  const { crosshairPos } = viewer.scene;
+  const marks = [];
+  for (const { value, positive, point_mm } of clicks) {
+    const object = objects.find((one) => one.value === value);
+    for (const [kind, axis] of object.hidden ? [] : THROUGH.entries()) {
+      const place = viewer.mm2frac(point_mm, 0, true);
+      const voxels = (place[axis] - crosshairPos[axis]) * viewer.back.dimsRAS[axis + 1];
+      if (Math.abs(voxels) > NEAR_VOXELS) continue;
+      place[axis] = crosshairPos[axis];
+      const { pos } = viewer.frac2canvasPosWithTile(place, kind) ?? {};
+      if (!pos) continue;
+      const mark = document.createElement("span");
+      mark.className = positive ? "positive" : "negative";
+      mark.classList.toggle("selected", object === selected);
+      mark.style.color = object.colour;
+      [mark.style.left, mark.style.top] = pos.map((at) => `${at / viewer.uiData.dpr}px`);
+      marks.push(mark);
+    }
+  }
+  $("marks").replaceChildren(...marks);
+}
+
 // --- objects --------------------------------------------------------------------------------
 
 function addObject(value) {
@@ -338,6 +364,7 @@ function listObjects() {
     object.row.querySelector(".reset").disabled = !own.length;
     object.row.classList.toggle("selected", object === selected);
   }
+  markClicks();
   $("undo").disabled = !past.length;
   $("redo").disabled = !future.length;
 }
@@ -421,6 +448,7 @@ function connect() {
   $("contrast").onchange = (event) => setContrast(event.target.value);
   $("rendering").onchange = (event) => setRendering(event.target.checked);
   $("save-labels").onclick = () => save("page/labels", `${document.title}_labels.nii.gz`);
+  $("save-dicom").onclick = () => save("page/dicom-seg", `${document.title}_labels.dcm`);
   $("save-clicks").onclick = () => save("page/clicks", `${document.title}_clicks.json`);
   for (const type of ["keydown", "keyup"]) document.addEventListener(type, onKey, true);
   setInterval(() => sent ?? ask("page/progress").catch(() => undefined), HEARTBEAT_MS);
@@ -441,6 +469,7 @@ async function start() {
     crosshairWidthUnit: "percent",
     crosshairWidth: 0.3,
     isRadiologicalConvention: true, // the right of the body on the left of the screen
+    sagittalNoseLeft: true,
     isForceMouseClickToVoxelCenters: true,
     multiplanarLayout: MULTIPLANAR_TYPE.GRID,
   });
@@ -450,11 +479,17 @@ async function start() {
     centerButton: DRAG_MODE.pan,
   });
   viewer.onLocationChange = place;
+  const draw = viewer.drawScene.bind(viewer);
+  viewer.drawScene = () => {
+    draw();
+    markClicks();
+  };
   await viewer.attachToCanvas($("views"));
   setRendering(($("rendering").checked = hasGraphicsCard()));
   tell("Loading the scan.");
   await open();
   $("scan").textContent = document.title = server.name;
+  $("save-dicom").hidden = !server.is_dicom;
   const { shape, step, weights } = server;
   const nth = { 2: "2nd", 3: "3rd" }[step] ?? `${step}th`;
   const reduced = step > 1 ? ` (every ${nth} is shown)` : "";
