@@ -46,8 +46,6 @@ def run_benchmark(
     click_set: ClickSet,
     journal: Journal,
     tracks: Iterable[str],
-    *,
-    progress: bool = True,
 ) -> dict[str, str]:
     """Plays every target and track that is not in the journal yet.
 
@@ -56,7 +54,7 @@ def run_benchmark(
     """
     failed: dict[str, str] = {}
     player = Player(model)
-    bar = progress_bar(click_set.cases, desc="clicking", unit="case", shown=progress)
+    bar = progress_bar(click_set.cases, desc="clicking", unit="case")
     for case in bar:
         try:
             for target in click_set.targets(case):

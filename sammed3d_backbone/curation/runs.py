@@ -40,7 +40,6 @@ def curate(
     jobs: int = 1,
     backend: str = "loky",
     layout: Layout | None = None,
-    progress: bool = True,
 ) -> tuple[list[RawSet], list[Decision]]:
     """Curates all cases that are not done yet; returns the raw data sets and all decisions.
 
@@ -51,7 +50,6 @@ def curate(
         jobs: Number of workers; -1 for all cores.
         backend: See `parallel.workers`.
         layout: Layout of a single data set that does not describe itself.
-        progress: Whether to show a bar.
 
     Raises:
         FileNotFoundError: If there is no data set.
@@ -74,7 +72,7 @@ def curate(
                 for one in raw_set.cases
                 if read_case(one, folder) is None
             ]
-            bar = progress_bar(pending, desc="curating", unit="case", shown=progress)
+            bar = progress_bar(pending, desc="curating", unit="case")
             Parallel()(delayed(curate_case)(one, folder, rules) for one, folder in bar)
             decisions = [line for raw_set in raw_sets for line in _collect(raw_set, out)]
             write_text(

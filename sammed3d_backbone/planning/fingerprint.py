@@ -111,23 +111,20 @@ class Fingerprint:
         }
 
 
-def fingerprint(dataset: Dataset, *, jobs: int = 1, progress: bool = True) -> Fingerprint:
+def fingerprint(dataset: Dataset, *, jobs: int = 1) -> Fingerprint:
     """Opens every case once and measures it.
 
     Args:
         dataset: The data set.
         jobs: Number of cases measured at the same time, by joblib in threads unless
             `joblib.parallel_config` says otherwise.
-        progress: Whether to show a progress bar.
 
     Raises:
         DatasetError: If any case cannot be used; the message lists all reasons with their paths.
     """
     tasks = (joblib.delayed(_measured)(case, dataset) for case in dataset.cases)
     results = joblib.Parallel(n_jobs=jobs, prefer="threads", return_as="generator")(tasks)
-    bar = progress_bar(
-        results, desc="reading", unit="case", total=len(dataset.cases), shown=progress
-    )
+    bar = progress_bar(results, desc="reading", unit="case", total=len(dataset.cases))
     problems: list[str] = []
     found: list[CasePrint] = []
     for reasons, case in bar:

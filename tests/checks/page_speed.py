@@ -110,6 +110,8 @@ def draw(page: Page, address: str, point_mm: list[float], target: Path) -> None:
     x, y, z = point_mm
     for n in (0, 9, -9):
         click(page, [x + n, y, z])
+    click(page, [x, y - 30, z], "n")
+    page.evaluate(GO, point_mm)
     page.locator("#rendering").check()
     page.locator("#views").focus()
     page.wait_for_timeout(2000)

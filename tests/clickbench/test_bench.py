@@ -104,7 +104,7 @@ def test_a_case_that_cannot_be_read_costs_no_other(data, tmp_path):
     (data / "v1_seg.nii.gz").write_bytes(b"damaged")
     journal = Journal(tmp_path / "out", {"protocol": SHORT.name}, SHORT.steps)
     click_set = read_click_set(data)
-    failed = run_benchmark(Sphere(4.0), SHORT, click_set, journal, SHORT.tracks, progress=False)
+    failed = run_benchmark(Sphere(4.0), SHORT, click_set, journal, SHORT.tracks)
     assert failed.keys() == {"v1"}
     assert "v1_seg" in failed["v1"]
     assert {line["case"] for line in read_journal(tmp_path / "out")[1]} == {"v2"}

@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
             }
         )
     (folder / "raw/set/labels.json").write_text(json.dumps(entries))
-    found = curate(folder / "raw", folder / "out", PRESETS["default"], progress=False)
+    found = curate(folder / "raw", folder / "out", PRESETS["default"])
     report = write_curation_report(
         folder / "out", *found, PRESETS["default"], {"preset": "default"}
     )

@@ -33,7 +33,7 @@ def folder(raw):
 
 
 def run(folder, out, **workers):
-    return curate(folder, out, PRESETS["default"], progress=False, **workers)[1]
+    return curate(folder, out, PRESETS["default"], **workers)[1]
 
 
 def content(out):
@@ -70,7 +70,7 @@ def test_the_result_is_a_data_set_without_what_was_dropped(folder, tmp_path):
 def test_all_channels_of_a_case_come_along(nnunet, tmp_path, labels):
     out = tmp_path.parent / f"{tmp_path.name}-out"
     rules = CurationRules(source="a test", min_ml=0, min_side_mm=0)
-    curate(nnunet(), out, rules, progress=False)
+    curate(nnunet(), out, rules)
     dataset = read_dataset(out)
     assert dataset.channels == ("T1", "FLAIR")
     assert load_image(dataset.cases[0]).channels == 2
@@ -181,7 +181,7 @@ def test_files_that_change_during_the_run_are_noticed(folder, tmp_path, monkeypa
 def test_other_rules_want_another_folder(folder, tmp_path):
     run(folder, tmp_path / "out")
     with pytest.raises(ValueError, match=r"run\.json"):
-        curate(folder, tmp_path / "out", PRESETS["paper"], progress=False)
+        curate(folder, tmp_path / "out", PRESETS["paper"])
 
 
 def test_a_kill_in_the_first_save_is_no_other_file(folder, tmp_path):

@@ -31,7 +31,7 @@ def contents(folder):
 
 def test_each_scan_gets_the_labels_that_it_gets_alone(fine_tuned, scans, tmp_path):
     segmenter = Segmenter.from_pretrained(fine_tuned())
-    entries = segmenter.predict_folder(scans, tmp_path / "out", probabilities=True, progress=False)
+    entries = segmenter.predict_folder(scans, tmp_path / "out", probabilities=True)
     assert [entry["id"] for entry in entries] == ["a", "b", "c"]
     labels = Volume.load(tmp_path / "out/b.nii.gz").array
     assert np.array_equal(labels, segmenter.predict(Volume.load(scans / "b.nii.gz")).array)
@@ -44,27 +44,27 @@ def test_each_scan_gets_the_labels_that_it_gets_alone(fine_tuned, scans, tmp_pat
 
 def test_an_interrupted_run_resumes_to_the_same_files(fine_tuned, scans, tmp_path):
     segmenter = Segmenter.from_pretrained(fine_tuned())
-    segmenter.predict_folder(scans, tmp_path / "whole", progress=False)
-    segmenter.predict_folder(scans, tmp_path / "cut", progress=False)
+    segmenter.predict_folder(scans, tmp_path / "whole")
+    segmenter.predict_folder(scans, tmp_path / "cut")
     manifest = json.loads((tmp_path / "cut/manifest.json").read_text())
     manifest["cases"] = manifest["cases"][:1]
     (tmp_path / "cut/manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "cut/c.nii.gz").unlink()
     first = (tmp_path / "cut/a.nii.gz").stat().st_mtime_ns
-    segmenter.predict_folder(scans, tmp_path / "cut", progress=False)
+    segmenter.predict_folder(scans, tmp_path / "cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert (tmp_path / "cut/a.nii.gz").stat().st_mtime_ns == first
 
 
 def test_results_of_other_settings_are_kept_unless_overwritten(fine_tuned, scans, tmp_path):
     segmenter = Segmenter.from_pretrained(fine_tuned())
-    segmenter.predict_folder(scans, tmp_path / "out", progress=False)
+    segmenter.predict_folder(scans, tmp_path / "out")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        segmenter.predict_folder(scans, tmp_path / "out", nearest=True, progress=False)
-    segmenter.predict_folder(scans, tmp_path / "out", nearest=True, overwrite=True, progress=False)
+        segmenter.predict_folder(scans, tmp_path / "out", nearest=True)
+    segmenter.predict_folder(scans, tmp_path / "out", nearest=True, overwrite=True)
     (tmp_path / "out/manifest.json").unlink()
     with pytest.raises(FileExistsError, match="--overwrite"):
-        segmenter.predict_folder(scans, tmp_path / "out", progress=False)
+        segmenter.predict_folder(scans, tmp_path / "out")
 
 
 def test_results_never_lie_among_the_scans(fine_tuned, scans):
@@ -94,7 +94,7 @@ def test_channels_in_files_of_their_own_are_one_scan(fine_tuned, scans, tmp_path
     for channel, array in enumerate(both):
         Volume(array, AFFINE).save(scans / f"apart_{channel:04d}.nii.gz")
     assert [scan.id for scan in scans_in(scans)] == ["apart", "stacked"]
-    Segmenter.from_pretrained(path).predict_folder(scans, tmp_path / "out", progress=False)
+    Segmenter.from_pretrained(path).predict_folder(scans, tmp_path / "out")
     apart, stacked = (Volume.load(tmp_path / f"out/{n}.nii.gz") for n in ("apart", "stacked"))
     assert np.array_equal(apart.array, stacked.array)
 
@@ -106,7 +106,7 @@ def test_a_series_in_a_folder_of_its_own_is_a_scan(fine_tuned, scans, tmp_path):
     assert is_one_scan(scans / "series")
     assert not is_one_scan(scans)
     segmenter = Segmenter.from_pretrained(fine_tuned())
-    segmenter.predict_folder(scans, tmp_path / "out", progress=False)
+    segmenter.predict_folder(scans, tmp_path / "out")
     found, scan = Volume.load(tmp_path / "out/series.nii.gz"), Volume.load(scans / "series")
     assert found.shape == scan.shape
     assert np.allclose(found.affine, scan.affine, atol=1e-4)

@@ -69,7 +69,7 @@ def make_set(tmp_path):
 
 def looked_at(folder):
     """The fingerprint of a folder, and its findings as text."""
-    found = fingerprint(read_dataset(folder), progress=False)
+    found = fingerprint(read_dataset(folder))
     return found, [str(finding) for finding in find_suspicious(found, 5)]
 
 

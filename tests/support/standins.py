@@ -120,5 +120,5 @@ def made_set(folder):
 def played_into(out, model, data, rules=SHORT, /, **header):
     """Runs a protocol on a folder of volumes; resumes where `out` has results."""
     journal = Journal(out, {"protocol": rules.name, **header}, rules.steps)
-    run_benchmark(model, rules, read_click_set(data), journal, rules.tracks, progress=False)
+    run_benchmark(model, rules, read_click_set(data), journal, rules.tracks)
     return out

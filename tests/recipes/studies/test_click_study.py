@@ -74,7 +74,7 @@ def asked(monkeypatch):
         if len(seen) == seen.limit:
             raise KeyboardInterrupt
         seen.append(journal.folder.name)
-        real(model, rules, click_set, journal, tracks, progress=False)
+        real(model, rules, click_set, journal, tracks)
 
     monkeypatch.setattr(click_study, "run_benchmark", noted)
     return seen
