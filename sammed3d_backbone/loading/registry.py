@@ -203,7 +203,7 @@ _TINY = Weights(
     name="tiny",
     variant="tiny",
     filename="tiny.safetensors",
-    sha256="b97789d475c592a6ece9f687890dafc042a998e5acb646e9d8da7d2e6445cc02",
+    sha256="8ab7b3fd55b96d4560cea519c4cc093bf2d4a61c03252e50653c75a43298139d",
     licence=(
         "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
         "weights/tiny.md names"
