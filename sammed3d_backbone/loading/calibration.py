@@ -26,7 +26,10 @@ class DiceCalibration:
 
     def __str__(self) -> str:
         """One line."""
-        return f"{self.intercept:+g} {self.slope:+g} logit {self.per_click:+g} log clicks"
+        return (
+            f"logit = {self.intercept:g} {self.slope:+g} logit(predicted) "
+            f"{self.per_click:+g} log(clicks)"
+        )
 
     def expected(self, predicted_dice: float, clicks: int) -> float:
         """The Dice to expect after a number of clicks on the object; between 0 and 1."""

@@ -203,7 +203,7 @@ _TINY = Weights(
     name="tiny",
     variant="tiny",
     filename="tiny.safetensors",
-    sha256="8ab7b3fd55b96d4560cea519c4cc093bf2d4a61c03252e50653c75a43298139d",
+    sha256="e66ea4d89a755458f38a1569161a545881b74d6bb6e483924c700304a1ca85c7",
     licence=(
         "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
         "weights/tiny.md names"
@@ -211,6 +211,7 @@ _TINY = Weights(
     rel_pos="axial",
     point_pos="aligned",
     clicks="all",
+    dice_calibration=DiceCalibration(intercept=0.3947, slope=0.7613, per_click=0.1303),
     preprocessing=dataclasses.replace(
         SAM_MED3D, statistics="volume", crop_vox=(64, 64, 64), spacing_mm=(2.0, 2.0, 2.0)
     ),
