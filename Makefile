@@ -54,7 +54,8 @@ lowest:  ## the quick tests with the lowest versions that setup.cfg allows, in .
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) tests/support/lowest.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --constraint .venv-lowest/constraints.txt --editable '.[test]'
-	.venv-lowest/bin/python -m pytest $(WORKERS)
+	# Old packages use what their own dependencies have deprecated since.
+	.venv-lowest/bin/python -m pytest $(WORKERS) -W ignore::DeprecationWarning
 
 .PHONY: check
 check: $(INSTALLED)  ## lint, format, types, repeats, import directions, unused code

@@ -96,7 +96,7 @@ def main(data: str, case_id: str, name: str, out: Path) -> None:
             axes.plot(31.5, 31.5, "+", color="#00e5ff", markersize=12, markeredgewidth=2.5)
         axes.invert_xaxis()  # the patient's right on the left, as viewers show it
         for place_x, side in ((0.03, "R"), (0.93, "L")):
-            axes.text(place_x, 0.47, side, color="white", weight="bold", transform=axes.transAxes)
+            axes.text(place_x, 0.92, side, color="white", weight="bold", transform=axes.transAxes)
     figure.savefig(out, dpi=100)
 
 
