@@ -197,8 +197,8 @@ def _show(args: argparse.Namespace, port: int, name: str) -> None:
     print(
         f"weights {name} on {args.device}; modality {args.modality or 'not given'}\n"
         f"page        {address}\n"
-        f"remotely    ssh -L {port}:localhost:{port} {socket.gethostname()}\n"
-        "            there, then the same page\n"
+        f"elsewhere   ssh -L {port}:localhost:{port} {socket.gethostname()}\n"
+        "            typed there, opens the same page there\n"
         "Ctrl-C ends it.",
         flush=True,
     )
