@@ -1,7 +1,7 @@
 """The calibration of a predicted Dice, fitted on the scores of a click study.
 
 The study must have been played on patients that neither trained the weights nor report them
-(`click_calibration.yaml`), with the network's own predicted Dice.
+(`click_calibration.yaml`), with the confidence in place of a predicted Dice.
 """
 
 from __future__ import annotations

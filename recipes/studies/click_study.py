@@ -80,7 +80,7 @@ class Config:
     first: Literal["centre", "random"] = "centre"  # where the first click falls
     players: tuple[str, ...] = ("newest", "all", "untrained", "sphere")  # which of them play
     clicks: tuple[int, ...] = (1, 3, 5, 10)  # numbers of clicks that are reported; the last ends it
-    calibrated: bool = True  # predicted Dice; False: the network's own, to fit a calibration to
+    calibrated: bool = True  # predicted Dice; False: the confidence, to fit a calibration to
     out: str = "click_study"  # folder of the results, relative to recipes/studies/results
     threads: int = 0  # 0: all cores
     seed: int = 0  # seed of the random initialisation
@@ -324,8 +324,8 @@ def write_report(out: Path, clicks: Sequence[int]) -> None:
         + tables.markdown(click_table("difference", differences, clicks, "+"))
         + "\n## Classes\n\n"
         + tables.markdown(class_table(players, (clicks[0], clicks[-1])))
-        + "\n## Predicted Dice\n\nPredicted Dice of the window around the newest click against "
-        "the true Dice of the whole mask, all targets with the same weight. Errors are predicted "
+        + "\n## Predicted Dice\n\nPredicted Dice against the true one, all targets "
+        "with the same weight. Errors are predicted "
         f"minus true, in points. Groups: {BINS} of equal count by predicted Dice (predicted: true, "
         "in %); the error of groups is the mean absolute difference of the two.\n\n"
         + tables.markdown(pd.concat([pd.DataFrame(), *(shown[0] for shown in rated.values())]))

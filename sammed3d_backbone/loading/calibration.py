@@ -1,18 +1,20 @@
-"""Calibration of the Dice that a promptable network predicts for its own mask."""
+"""Calibration of the Dice that is predicted for a mask after clicks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-LEAST = 0.01  # predicted Dice below this, or above 1 minus this, counts as this
+LEAST = 0.01  # a confidence below this, or above 1 minus this, counts as this
 
 
 @dataclass(frozen=True)
 class DiceCalibration:
-    """The Dice to expect from the Dice that a network predicts, fitted on held-out patients.
+    """How the Dice to expect follows from a mask's confidence, fitted on held-out patients.
 
-    logit(expected) = intercept + slope * logit(predicted) + per_click * log(clicks)
+    logit(expected) = intercept + slope * logit(confidence) + per_click * log(clicks). The
+    confidence is the soft Dice of a mask with its own probabilities. It ranks masks better than
+    the estimate that SAM's decoders have an output for (`iou_predictions`), see the log of studies.
 
     Args:
         intercept: See above.
@@ -27,13 +29,13 @@ class DiceCalibration:
     def __str__(self) -> str:
         """One line."""
         return (
-            f"logit = {self.intercept:g} {self.slope:+g} logit(predicted) "
+            f"logit = {self.intercept:g} {self.slope:+g} logit(confidence) "
             f"{self.per_click:+g} log(clicks)"
         )
 
-    def expected(self, predicted_dice: float, clicks: int) -> float:
+    def expected(self, confidence: float, clicks: int) -> float:
         """The Dice to expect after a number of clicks on the object; between 0 and 1."""
-        value = min(max(predicted_dice, LEAST), 1 - LEAST)
+        value = min(max(confidence, LEAST), 1 - LEAST)
         logit = math.log(value / (1 - value))
         shifted = self.intercept + self.slope * logit + self.per_click * math.log(max(clicks, 1))
         return 1 / (1 + math.exp(-shifted))

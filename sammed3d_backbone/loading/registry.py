@@ -65,7 +65,7 @@ class Weights:
         rel_pos: Relative positions that the weights were trained with: "sammed3d" or "axial".
         point_pos: Position code of clicks that they were trained with: "swapped" or "aligned".
         clicks: What each step of an interaction was given in training, the "newest" click or "all".
-        dice_calibration: Makes the predicted Dice one to rely on; without it none is shown.
+        dice_calibration: How the predicted Dice follows from a mask; without it none is shown.
         unetr: The UNETR decoder that the file holds beside its encoder; None for none.
         preprocessing: How a scan becomes the network's input.
         pretraining: The published list of training sets.

@@ -106,8 +106,8 @@ class EmbeddingCache:
 
     def decode(
         self, windows: Windows, start: Triple, clicks: Sequence[WindowClick], prior: Tensor | None
-    ) -> tuple[Tensor, float]:
-        """One pass of prompt encoder and mask decoder: mask logits and predicted Dice.
+    ) -> Tensor:
+        """One pass of prompt encoder and mask decoder: mask logits.
 
         Args:
             windows: Windows of the volume.
@@ -127,8 +127,8 @@ class EmbeddingCache:
             points = (index.to(self.device), labels.to(self.device))
         mask_logits = None if prior is None else prior[None, None].to(encoding.embedding)
         with torch.inference_mode():
-            logits, predicted_dice = self.model.predict_masks(encoding, points, mask_logits)
-        return logits[0, 0].float().cpu(), float(predicted_dice)
+            logits, _ = self.model.predict_masks(encoding, points, mask_logits)
+        return logits[0, 0].float().cpu()
 
     def encoding(self, windows: Windows, start: Triple) -> Encoding:
         """An encoded window, from the cache where possible."""

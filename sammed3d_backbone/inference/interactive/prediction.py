@@ -25,9 +25,9 @@ class Prediction:
         clicks: Number of clicks on this object.
         clicks_agreed: Number of clicks with which the network's own mask agrees.
         windows: Number of windows in which the object was segmented.
-        predicted_dice: Dice to expect, from what the network predicts in the window around the
-            newest prompt and the calibration in the record of its weights; None without a
-            calibration (the released weights have none), or where that prompt lies in no window.
+        predicted_dice: Dice to expect, from the confidence of the network's own mask, the number of
+            clicks and the calibration in the record of the weights; None without a calibration
+            (the released weights have none).
         notes: Remarks on volume, weights and clicks that concern the trust in the mask.
         logits: The network's logits, for `probs`.
 

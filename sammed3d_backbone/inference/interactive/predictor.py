@@ -274,7 +274,7 @@ class Predictor:
             clicks=len(clicks),
             clicks_agreed=agreed,
             windows=len(state.windows),
-            predicted_dice=self._expected_dice(state, name, len(clicks)),
+            predicted_dice=self._expected_dice(state, len(clicks)),
             notes=notes,
             logits=field,
         )
@@ -416,13 +416,13 @@ class Predictor:
             "preprocessing": json.loads(json.dumps(self.preprocessing.to_dict())),
         }
 
-    def _expected_dice(self, state: ObjectState, name: str, clicks: int) -> float | None:
+    def _expected_dice(self, state: ObjectState, clicks: int) -> float | None:
         """The calibrated Dice; the calibration holds for clicks given as it was fitted with."""
         calibration = getattr(self._record, "dice_calibration", None)
         if calibration is None or self.clicks != (self._record.clicks or "newest"):
             return None
-        predicted = self._propagator().predicted_dice(state, self._prompts_on(name)[-1])
-        return None if predicted is None else calibration.expected(predicted, clicks)
+        expected: float = calibration.expected(state.confidence, clicks)
+        return expected
 
     def _field(self, state: ObjectState) -> LogitField:
         return LogitField(self._windows, {s: w.logits for s, w in state.windows.items()})

@@ -41,13 +41,11 @@ class WindowPrediction:
 
     Args:
         logits: (s, s, s), one per cell.
-        predicted_dice: Dice that the network predicts for it.
         clicks: Clicks of all passes so far.
         seed: First click where the window was opened by propagation; None for a user's prompt.
     """
 
     logits: Tensor
-    predicted_dice: float
     clicks: tuple[WindowClick, ...]
     seed: GridPoint | None = None
 
@@ -58,6 +56,20 @@ class ObjectState:
 
     windows: Mapping[Triple, WindowPrediction] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def confidence(self) -> float:
+        """Soft Dice of the mask with its own probabilities, over the cells of all windows.
+
+        1 where every probability is 0 or 1; 0 without any mask.
+        """
+        inside, total = 0.0, 0.0
+        for window in self.windows.values():
+            probs = window.logits.sigmoid()
+            mask = probs > 0.5
+            inside += float(probs[mask].sum())
+            total += float(probs.sum()) + int(mask.sum())
+        return 2 * inside / total if total else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,24 +99,6 @@ class WindowPropagator:
         if not self.follow:
             return ObjectState(roots)
         return self._followed(roots, found, clicks, prior)
-
-    def predicted_dice(self, state: ObjectState, newest: Prompt) -> float | None:
-        """The predicted Dice in the window around an object's newest prompt.
-
-        A negative click opens no window: of those that it lies in, the window whose middle is
-        nearest counts. None if it lies in none.
-        """
-        if isinstance(newest, MaskPrompt):
-            return state.windows[newest.window].predicted_dice
-        point = self.windows.grid_point(newest.point_vox)
-        middle = (self.windows.side_vox - 1) / 2
-        distance = {
-            start: max(abs(s + middle - p) for s, p in zip(start, point, strict=True))
-            for start in state.windows
-            if self.windows.inside(start, point) is not None
-        }
-        around = newest.window or min(distance, key=lambda start: distance[start], default=None)
-        return None if around is None else state.windows[around].predicted_dice
 
     def _after_click(
         self,
@@ -136,13 +130,13 @@ class WindowPropagator:
     ) -> WindowPrediction:
         """The prediction after one pass for each new click, or one without clicks."""
         if not new:
-            logits, predicted_dice = self.network.decode(self.windows, start, (), logits)
+            logits = self.network.decode(self.windows, start, (), logits)
         for click in new:
             clicks = (*clicks, click)
             given = clicks if self.clicks == "all" else (click,)
-            logits, predicted_dice = self.network.decode(self.windows, start, given, logits)
+            logits = self.network.decode(self.windows, start, given, logits)
         assert logits is not None  # there was a pass
-        return WindowPrediction(logits, predicted_dice, clicks, seed)
+        return WindowPrediction(logits, clicks, seed)
 
     def _open(
         self,

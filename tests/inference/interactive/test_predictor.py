@@ -13,6 +13,7 @@ from standin import StandIn, segment
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.inference.interactive.propagation import ObjectState, WindowPrediction
 from sammed3d_backbone.loading.calibration import DiceCalibration
 from sammed3d_backbone.loading.registry import Weights
 
@@ -295,61 +296,36 @@ def test_oblique_and_anisotropic_objects_keep_place_and_size(predictor, axes, de
 # --- predicted Dice ------------------------------------------------------------------------------
 
 
-class Counting(StandIn):
-    """Predicts a Dice of 0.01, 0.02, 0.03, ... in the order of its passes."""
-
-    pretrained_cfg = Weights(name="counting", dice_calibration=DiceCalibration())
-
-    def predict_masks(self, embedding, points=None, mask_logits=None):
-        """See `Sam3D`."""
-        logits, _ = super().predict_masks(embedding, points, mask_logits)
-        return logits, torch.full((1, 1), self.mask_decoder.passes / 100)
-
-
-def test_the_predicted_dice_is_that_of_the_window_around_the_newest_click():
-    bar = np.full((64, 64, 200), 50, np.int16)
-    bar[26:38, 24:40, 8:192] = 200
-    predictor = Predictor(Counting())
-    predictor.set_volume(bar, np.diag([1.5, 1.5, 1.5, 1.0]))
-    predictor.click((32, 32, 60))
-    found = predictor.predict()
-    assert found.windows > 3
-    assert found.predicted_dice == pytest.approx(0.01)  # its neighbours came later
-    predictor.click((32, 32, 180))
-    predictor.predict()
-    before = predictor._network.model.mask_decoder.passes
-    predictor.click((40, 32, 60), positive=False)
-    found = predictor.predict()
-    assert found.predicted_dice > before / 100
+def test_confidence_is_the_soft_dice_of_a_mask_with_its_probabilities():
+    probs = torch.tensor([0.9, 0.6, 0.4, 0.1])
+    window = WindowPrediction(probs.logit().reshape(2, 2, 1), ())
+    assert ObjectState({(0, 0, 0): window}).confidence == pytest.approx(2 * 1.5 / (2 + 2))
+    sure = WindowPrediction(torch.tensor([50.0, -50.0]).reshape(2, 1, 1), ())
+    both = ObjectState({(0, 0, 0): window, (0, 0, 2): sure})
+    assert both.confidence == pytest.approx(2 * 2.5 / (3 + 3))
+    nothing = WindowPrediction(torch.full((2, 1, 1), -9.0), ())
+    assert ObjectState({(0, 0, 0): nothing}).confidence == 0
 
 
-def test_there_is_no_predicted_dice_where_the_newest_click_lies_in_no_window(balls):
-    volume, *_ = balls
-    predictor = Predictor(Counting(), follow=False)
-    predictor.set_volume(volume)
-    predictor.click((22, 40, 36))
-    predictor.click((89, 40, 36), positive=False)
-    found = predictor.predict()
-    assert (found.windows, found.predicted_dice) == (1, None)
-    predictor.undo()
-    assert predictor.predict().predicted_dice == pytest.approx(0.01)
+def test_a_predicted_dice_is_calibrated_or_not_given(model, balls):
+    predicted = []
+    for calibration in (DiceCalibration(), DiceCalibration(1.0, 0.5, 2.0), None):
+        model.pretrained_cfg = Weights(name="ours", clicks="all", dice_calibration=calibration)
+        predictor = Predictor(model)
+        predictor.set_volume(balls[0])
+        predictor.click((22, 40, 36))
+        predictor.click((23, 40, 36))
+        predicted.append(predictor.predict().predicted_dice)
+    confidence, calibrated, absent = predicted
+    assert 0.01 < confidence < 0.99
+    odds = np.e * np.sqrt(confidence / (1 - confidence)) * 2**2
+    assert calibrated == pytest.approx(odds / (1 + odds))
+    assert absent is None
 
 
-def test_a_predicted_dice_is_calibrated_or_not_given(balls):
-    network = Counting()
-    network.pretrained_cfg = Weights(
-        name="ours", clicks="all", dice_calibration=DiceCalibration(1.0, 0.5, 2.0)
-    )
-    predictor = Predictor(network, follow=False)
-    predictor.set_volume(balls[0])
-    predictor.click((22, 40, 36))
-    predictor.click((23, 40, 36))
-    odds = np.e * np.sqrt(0.02 / 0.98) * 2**2
-    assert predictor.predict().predicted_dice == pytest.approx(odds / (1 + odds))
-    predictor.clicks = "newest"  # not as the calibration was fitted
-    assert predictor.predict().predicted_dice is None
-    network.pretrained_cfg = Weights(name="ours")
-    predictor = Predictor(network)
+def test_a_calibration_holds_for_clicks_given_as_it_was_fitted(model, balls):
+    model.pretrained_cfg = Weights(name="ours", clicks="all", dice_calibration=DiceCalibration())
+    predictor = Predictor(model, clicks="newest")
     predictor.set_volume(balls[0])
     predictor.click((22, 40, 36))
     assert predictor.predict().predicted_dice is None
