@@ -203,7 +203,7 @@ _TINY = Weights(
     name="tiny",
     variant="tiny",
     filename="tiny.safetensors",
-    sha256="e66ea4d89a755458f38a1569161a545881b74d6bb6e483924c700304a1ca85c7",
+    sha256="8502a56f0e345cb26872b558b110feb6eb9c85062413ceb153d4e5a3f426f9e9",
     licence=(
         "Apache-2.0; trained on scans under MIT, Apache-2.0, BSD-3-Clause and CC BY, whose authors "
         "weights/tiny.md names"
@@ -211,7 +211,7 @@ _TINY = Weights(
     rel_pos="axial",
     point_pos="aligned",
     clicks="all",
-    dice_calibration=DiceCalibration(intercept=0.3947, slope=0.7613, per_click=0.1303),
+    dice_calibration=DiceCalibration(intercept=-1.7848, slope=1.2282, per_click=0.1317),
     preprocessing=dataclasses.replace(
         SAM_MED3D, statistics="volume", crop_vox=(64, 64, 64), spacing_mm=(2.0, 2.0, 2.0)
     ),

@@ -418,8 +418,9 @@ class Predictor:
 
     def _expected_dice(self, state: ObjectState, clicks: int) -> float | None:
         """The calibrated Dice; the calibration holds for clicks given as it was fitted with."""
+        fitted_with = getattr(self._record, "clicks", None) or "newest"
         calibration = getattr(self._record, "dice_calibration", None)
-        if calibration is None or self.clicks != (self._record.clicks or "newest"):
+        if calibration is None or self.clicks != fitted_with:
             return None
         expected: float = calibration.expected(state.confidence, clicks)
         return expected
