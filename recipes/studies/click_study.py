@@ -427,7 +427,8 @@ def draw_figure(
     left.set_xticks([*found])
     left.set_ylim(bottom=0)
     left.set(xlabel="clicks", ylabel="Dice (%)", title="every class the same weight, 95 %")
-    own, groups = players.get(RATED[0]), rated[RATED[0]][1] if RATED[0] in rated else {}
+    shown = next(iter(rated), "")
+    own, groups = players.get(shown), rated[shown][1] if rated else {}
     for n, colour in zip(dict.fromkeys([*groups][:1] + [*groups][-1:]), SHADES, strict=False):
         dots = 100 * own.loc[own["step"] == n, ["predicted_dice", "dice"]]
         right.scatter(dots["predicted_dice"], dots["dice"], 9, colour, alpha=0.5, linewidth=0)
@@ -435,7 +436,7 @@ def draw_figure(
         label = f"{n} click{'s'[: n > 1]}"
         right.plot(means["predicted_dice"], means["dice"], "s-", color=colour, label=label)
     right.axline((0, 0), slope=1, color="black", linestyle=":", linewidth=1, label="equal")
-    right.set(xlabel="predicted Dice (%)", ylabel="true Dice (%)", title=f"{RATED[0]}: calibration")
+    right.set(xlabel="predicted Dice (%)", ylabel="true Dice (%)", title=f"{shown}: calibration")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
