@@ -320,7 +320,7 @@ def _run_features(args: argparse.Namespace) -> int:
     if args.png is not None:
         record = getattr(network, "pretrained_cfg", None)
         weights = "random initialisation" if record is None else Path(record.name).name
-        shown = {f"block {b}": found.maps[f"block_{b}"] for b in sorted(set(blocks))}
+        shown = {name: found.maps[name] for name in map("block_{}".format, sorted(set(blocks)))}
         title = f"{args.source.name} through {variant_of_command(args)}, {weights}"
         features_figure(
             args.png, scan.volume, shown, found.affine, title=title, overwrite=args.force

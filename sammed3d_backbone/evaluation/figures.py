@@ -210,7 +210,7 @@ def features_figure(
             background = values.swapaxes(0, 1)
             _show_slice(axes, background, window, plane, geometry.spacing_mm, view)
             axes.set_anchor("N")
-            _label(axes, row, plane, name)
+            _label(axes, row, plane, name.replace("_", " "))
     _save(figure, path, dpi=80, overwrite=overwrite)
 
 
