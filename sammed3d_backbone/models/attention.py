@@ -249,21 +249,30 @@ def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> T
     is_recorded = is_traced or torch.compiler.is_compiling()
     if q.device.type != "cpu" or is_recorded:
         return _softmax_product(q, k, v, lines)
+    # Neither the backward pass nor autocast, which skips such operations, may need the logits.
+    in_place = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     group = max(1, CACHED_LOGITS // (q.shape[1] * k.shape[1]))
     lines_of = itertools.repeat(None) if lines is None else lines.split(group)
     groups = zip(q.split(group), k.split(group), v.split(group), lines_of, strict=False)
-    return torch.cat([_softmax_product(*parts) for parts in groups])
+    return torch.cat([_softmax_product(*parts, in_place=in_place) for parts in groups])
 
 
-def _softmax_product(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> Tensor:
-    """One group's softmax attention; shapes as in `_attend_by_heads`."""
+def _softmax_product(
+    q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None, *, in_place: bool = False
+) -> Tensor:
+    """One group's softmax attention, without copies of the logits if `in_place`, to the same bits.
+
+    Shapes as in `_attend_by_heads`.
+    """
     if lines is None:
         logits = torch.bmm(q, k.mT)
     else:
         repeats = q.shape[1] // lines.shape[1]
         logits = lines[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2)  # (Z, N, K)
-        logits = torch.baddbmm(logits, q, k.mT)
-    return torch.bmm(logits.softmax(dim=-1), v)
+        add = logits.baddbmm_ if in_place else logits.baddbmm
+        logits = add(q, k.mT)
+    weights = torch.softmax(logits, dim=-1, out=logits) if in_place else logits.softmax(dim=-1)
+    return torch.bmm(weights, v)
 
 
 def _padding_logit(t: Tensor, u: Tensor, v: Tensor, grid: Grid) -> Tensor:
