@@ -114,6 +114,7 @@ def draw(page: Page, address: str, point_mm: list[float], target: Path) -> None:
     page.evaluate(GO, point_mm)
     page.locator("#rendering").check()
     page.locator("#views").focus()
+    page.evaluate("document.querySelector('aside').scrollTo(0, 0)")
     page.wait_for_timeout(2000)
     with Image.open(io.BytesIO(page.screenshot())) as picture:
         picture.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
