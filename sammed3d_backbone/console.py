@@ -8,12 +8,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 DEBUG_VARIABLE = "SAMMED3D_DEBUG"
@@ -79,14 +78,14 @@ def optional(output: object) -> Iterator[None]:
 
 
 def progress_bar(
-    items: Iterable[T] | None = None,
+    items: Iterable[Any] | None = None,
     *,
     desc: str,
     unit: str,
     total: int | None = None,
     initial: int = 0,
     shown: bool = True,
-) -> tqdm[T]:
+) -> tqdm[Any]:
     """A bar on standard error, or one line at the beginning if that is not a terminal."""
     from tqdm import tqdm
 

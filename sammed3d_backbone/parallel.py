@@ -48,7 +48,10 @@ def _client(address: str) -> contextlib.AbstractContextManager[object]:
             f"backend {DASK}{address} needs Dask; pip install 'sammed3d-backbone[cluster]'"
         ) from None
     try:
-        return Client(f"tcp://{address}", timeout=ANSWER_S, set_as_default=False)
+        client: contextlib.AbstractContextManager[object] = Client(
+            f"tcp://{address}", timeout=ANSWER_S, set_as_default=False
+        )
+        return client
     except (OSError, ValueError) as error:
         raise ConnectionError(
             f"no Dask scheduler answers at {address} ({error}); start `dask scheduler` and "

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = Parser(
+    parser: argparse.ArgumentParser = Parser(
         prog="sammed3d", description="SAM-Med3D as a backbone and as a promptable model."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
