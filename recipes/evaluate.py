@@ -12,6 +12,7 @@ Without --fold or --split, all cases of the data set are scored.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -24,14 +25,15 @@ import numpy as np
 import torch
 
 from sammed3d_backbone import console
-from sammed3d_backbone.cli.checks import add_workers
+from sammed3d_backbone.cli.checks import add_workers, require_free
+from sammed3d_backbone.data.checks import label_problems
 from sammed3d_backbone.data.datasets import Case, Dataset, read_fold
 from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.report import About, write_report, write_results
-from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, score_cases
+from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, read_scores, score_cases
 from sammed3d_backbone.files import locked
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import ByFiles, Segmenter
@@ -60,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--fold", type=int, help="score its validation cases; all cases without")
     parser.add_argument(
-        "--folds", type=int, default=5, help="number of random folds if there is no split"
+        "--folds", type=int, help="number of random folds if there is no split (default: 5)"
     )
     parser.add_argument(
         "--split", choices=("train", "val", "test"), help="score these cases of the published split"
@@ -80,11 +82,22 @@ def main() -> None:
         "--baseline", type=Path, help="scores.csv of the same cases to compare with"
     )
     parser.add_argument("--out", type=Path, help="default: evaluation/ beside the source")
+    parser.add_argument("--force", action="store_true", help="replace an earlier result in --out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add_workers(parser, meaning="processes that predict and score; -1: all cores")
     args = parser.parse_args()
+    unused = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(args).items()
+        if name not in ("source", "data", "baseline") and value != parser.get_default(name)
+    ]
 
     def body() -> None:
+        if args.data is None and unused:
+            raise ValueError(
+                f"{' '.join(unused)} without a data set, where the page of {args.source} is only "
+                "written again; name the data set, or leave them out"
+            )
         print(remake(Path(args.source), args.baseline) if args.data is None else evaluate(args))
 
     if code := console.run_program(body, "evaluate"):
@@ -99,28 +112,23 @@ def remake(run: Path, baseline: Path | None) -> Path:
 
 def evaluate(args: argparse.Namespace) -> Path:
     """Scores the cases and returns the page."""
+    for name in ("tolerance_mm", "grid_tolerance"):
+        if not 0 <= (value := getattr(args, name)) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g}; give a number of 0 or more")
+    if args.baseline is not None:
+        read_scores(args.baseline)  # before minutes of work
     dataset = open_dataset(args.data, args.layout, args.subjects)
     dataset = replace(dataset, grid_tolerance=args.grid_tolerance)
-    ids, split = [case.id for case in dataset.cases], "all cases"
-    if args.split is not None:
-        ids = [case.id for case in dataset.cases if case.split == args.split]
-        split = f"{args.split} of the split that came with the data"
-        if args.fold is not None or not ids:
-            raise ValueError(
-                f"--split {args.split} has {len(ids)} cases in {dataset.folder}; give a split that "
-                "came with the data, and no --fold beside it"
-            )
-    if args.fold is not None:
-        fold = read_fold(dataset, args.fold, folds=args.folds)
-        ids, split = list(fold.val), f"fold {args.fold} of {fold.rule}"
+    ids, split = chosen_cases(args, dataset)
     source = Path(args.source)
     if source.is_dir():
-        predict, origin = from_folder(source, ids)
+        predict, origin = from_folder(source, ids, dataset)
         default = source.parent / f"{source.name}_evaluation"
     else:
         predict, origin = from_model(args.source, args.device, dataset, ids)
         default = source.parent / "evaluation" if source.is_file() else Path("evaluation")
     out = args.out or default
+    require_free((out / "scores.csv",), (), force=args.force)
     failed: dict[str, str] = {}
     backend = args.backend or ("loky" if args.jobs != 1 else None)
     with locked(out), workers(backend, args.jobs):
@@ -132,35 +140,57 @@ def evaluate(args: argparse.Namespace) -> Path:
             failed=failed,
             tolerance_mm=args.tolerance_mm,
         )
-    if not scores:
-        raise ValueError(f"none of {len(ids)} cases has a score: {min(failed.items())}")
-    records = Run(source.parent).records() if source.is_file() else []
-    trained: dict[str, Any] = next((line for line in reversed(records) if "loss" in line), {})
-    about = About(
-        title=f"{source.name} on {dataset.name}, {split.partition(' of ')[0]}",
-        command="python recipes/evaluate.py " + shlex.join(sys.argv[1:]),
-        dataset={"name": dataset.name, "note": dataset.note, **dataset.about},
-        split=split,
-        tolerance_mm=args.tolerance_mm,
-        provenance=provenance(HERE),
-        failed=failed,
-        steps=trained.get("step"),
-        seconds=trained.get("seconds"),
-        cpu_seconds=trained.get("cpu_seconds"),
-        **origin,
-    )
-    summary = write_results(out, scores, dataset, about, records)
+        if not scores:
+            raise ValueError(f"none of {len(ids)} cases has a score: {min(failed.items())}")
+        records = Run(source.parent).records() if source.is_file() else []
+        trained: dict[str, Any] = next((line for line in reversed(records) if "loss" in line), {})
+        about = About(
+            title=f"{source.name} on {dataset.name}, {split.partition(' of ')[0]}",
+            command="python recipes/evaluate.py " + shlex.join(sys.argv[1:]),
+            dataset={"name": dataset.name, "note": dataset.note, **dataset.about},
+            split=split,
+            tolerance_mm=args.tolerance_mm,
+            provenance=provenance(HERE),
+            failed=failed,
+            steps=trained.get("step"),
+            seconds=trained.get("seconds"),
+            cpu_seconds=trained.get("cpu_seconds"),
+            **origin,
+        )
+        summary = write_results(out, scores, dataset, about, records)
     for name, dice in summary["dice"].items():
         print(f"Dice {name}: {dice}")
     print(f"mean Dice {summary['mean_dice']} over {summary['cases']} cases")
     page = write_report(out, baseline=args.baseline) if args.baseline else out / "report.html"
     if failed:
-        listed = "; ".join(f"{case}: {why}" for case, why in failed.items())
-        raise ValueError(f"{page} lacks {len(failed)} of {len(ids)} cases: {listed}")
+        listed = "".join(f"\n  {case}: {why}" for case, why in failed.items())
+        raise ValueError(f"{page} lacks {len(failed)} of {len(ids)} cases:{listed}")
     return page
 
 
-def from_folder(folder: Path, ids: list[str]) -> tuple[Predict, dict[str, Any]]:
+def chosen_cases(args: argparse.Namespace, dataset: Dataset) -> tuple[list[str], str]:
+    """The cases that the command line asks for, and what they are.
+
+    Raises:
+        ValueError: If there are none, or what was given excludes one another.
+    """
+    if args.folds is not None and args.fold is None:
+        raise ValueError("--folds without --fold scores all cases; say which fold")
+    if args.split is not None:
+        ids = [case.id for case in dataset.cases if case.split == args.split]
+        if args.fold is not None or not ids:
+            raise ValueError(
+                f"--split {args.split} has {len(ids)} cases in {dataset.folder}; give a split that "
+                "came with the data, and no --fold beside it"
+            )
+        return ids, f"{args.split} of the split that came with the data"
+    if args.fold is not None:
+        fold = read_fold(dataset, args.fold, folds=5 if args.folds is None else args.folds)
+        return list(fold.val), f"fold {args.fold} of {fold.rule}"
+    return [case.id for case in dataset.cases], "all cases"
+
+
+def from_folder(folder: Path, ids: list[str], dataset: Dataset) -> tuple[Predict, dict[str, Any]]:
     """Predictions of a folder, CASE.nii.gz or CASE.nii, and their description for the report.
 
     Raises:
@@ -179,7 +209,9 @@ def from_folder(folder: Path, ids: list[str]) -> tuple[Predict, dict[str, Any]]:
 
     def predict(case: Case) -> Volume:
         volume = Volume.load(paths[case.id])
-        return replace(volume, array=np.round(volume.array).astype(np.int16))
+        if problems := label_problems(paths[case.id], volume, dataset.labels):
+            raise ValueError(problems[0])
+        return replace(volume, array=volume.array.astype(np.int16))
 
     return predict, {"model": f"predictions in {folder}"}
 

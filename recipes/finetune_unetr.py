@@ -32,6 +32,7 @@ from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.evaluation.scores import summarise_scores
+from sammed3d_backbone.inference.card import MAX_OVERLAP
 from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.provenance import cores
 from sammed3d_backbone.training import engine, finetuning, optim
@@ -98,7 +99,9 @@ class Config:
     validate_every: PositiveInt = 250  # steps; ten lines of the log in between
     seed: int = 0
     # Prediction
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share that sliding windows overlap
+    overlap: Annotated[float, Field(ge=0, le=MAX_OVERLAP)] = (
+        0.5  # share that sliding windows overlap
+    )
     keep_largest_component: bool = False  # per class: for organs, not lesions
     # Machine
     cache: str | None = None  # folder that keeps prepared cases for the next start; None: memory
@@ -122,10 +125,12 @@ class Config:
                 f"freeze={self.freeze}, steps={self.steps}; give fewer steps, or freeze=encoder to "
                 "freeze it for good"
             )
-        if self.model == "basicunet" and (self.checkpointing or self.freeze):
+        if len({*self.flip_axes}) < len(self.flip_axes):
+            raise ValueError(f"flip_axes={list(self.flip_axes)}; name each axis once")
+        if self.model == "basicunet" and (self.checkpointing or self.freeze or self.weights):
             raise ValueError(
-                "model=basicunet has no encoder; leave out freeze= and checkpointing=, or take "
-                "model=unetr"
+                "model=basicunet has no encoder; leave out weights=, freeze= and checkpointing=, "
+                "or take model=unetr"
             )
 
 

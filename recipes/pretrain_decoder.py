@@ -51,7 +51,7 @@ from sammed3d_backbone.loading.registry import (
 from sammed3d_backbone.loading.unetr_decoder import LAST
 from sammed3d_backbone.pretraining.decoder_loss import AXES, decoder_loss
 from sammed3d_backbone.pretraining.object_crops import Curriculum, ObjectStream
-from sammed3d_backbone.provenance import library_versions, strip_directory
+from sammed3d_backbone.provenance import library_versions, settings_of_card
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.runs import Progress, State
@@ -200,10 +200,7 @@ def save_weights(
         status=f"{record.status}, its decoder by recipes/pretrain_decoder.py on {crops} crops",
     )
     training = {
-        "config": {
-            key: strip_directory(value) if isinstance(value, str) else value
-            for key, value in dataclasses.asdict(cfg).items()
-        },
+        "config": settings_of_card(dataclasses.asdict(cfg)),
         "cases": seen,
         "crops": crops,
         "versions": library_versions(),

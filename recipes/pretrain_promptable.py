@@ -68,7 +68,7 @@ from sammed3d_backbone.pretraining.object_crops import (
 )
 from sammed3d_backbone.pretraining.objective import Objective
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
-from sammed3d_backbone.provenance import cores, library_versions, strip_directory
+from sammed3d_backbone.provenance import cores, library_versions, settings_of_card, strip_directory
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.runs import Progress, Run, State, open_run
 
@@ -605,10 +605,7 @@ def save_weights(
     )
     objects = volumes * cfg.objects if "clicks" in cfg.objectives else 0
     training = {
-        "config": {
-            key: strip_directory(value) if isinstance(value, str) else value
-            for key, value in dataclasses.asdict(cfg).items()
-        },
+        "config": settings_of_card(dataclasses.asdict(cfg)),
         "cases": seen,
         "crops": volumes,
         "objects": objects,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from sammed3d_backbone.console import shortened
-from sammed3d_backbone.files import reading
+from sammed3d_backbone.files import read_text, reading
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -81,7 +81,7 @@ def load(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}; pass one of recipes/configs/*.yaml")
     with reading(path):
-        values = _read_yaml(path.read_text(encoding="utf-8"), str(path))
+        values = _read_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} is not a mapping of key: value lines; see recipes/configs/ for the form"

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 DEBUG_VARIABLE = "SAMMED3D_DEBUG"
 MAX_CHARACTERS = 500  # per line of a message, since messages repeat input of any length
 MAX_LINES = 100
+# White space but for plain spaces, control characters, and those that turn the direction of text.
+CONTROL = re.compile(r"[^\S \n]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 EXPECTED = (ValueError, OSError, FloatingPointError)  # what the package raises on purpose
 
 
@@ -35,8 +37,12 @@ def run_program(call: Callable[[], object], name: str) -> int:
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    output = _Plain(sys.stdout) if sys.stdout else None  # None if it is closed
     try:
-        code = call()
+        with contextlib.redirect_stdout(cast("TextIO", output)):
+            code = call()
+        if output:
+            output.flush()  # what cannot be written is an error, too
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         if os.environ.get(DEBUG_VARIABLE):
@@ -47,12 +53,17 @@ def run_program(call: Callable[[], object], name: str) -> int:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         text = reason(error)
-        if not isinstance(error, EXPECTED):
+        if isinstance(error, MemoryError):
+            text += "; the memory does not suffice for this input: give a smaller one"
+        elif not isinstance(error, EXPECTED):
             text += (
                 "; this was not foreseen: check the input, or set "
                 f"{DEBUG_VARIABLE}=1 and report the traceback"
             )
         _say(f"{name}: error: {text}")
+        if output:
+            with contextlib.suppress(OSError):
+                output.flush()
         return 2
 
 
@@ -96,9 +107,8 @@ def progress_bar(
 
 
 def shortened(text: str) -> str:
-    """A message with long and many lines cut, and control characters, which move cursors, shown."""
-    text = re.sub(r"[^\S \n]|[\x00-\x08\x0e-\x1f\x7f-\x9f]", lambda c: ascii(c[0])[1:-1], text)
-    lines = text.split("\n")
+    """A message with long and many lines cut, and control characters shown."""
+    lines = _shown(text).split("\n")
     cut = [
         line
         if len(line) <= MAX_CHARACTERS
@@ -109,6 +119,46 @@ def shortened(text: str) -> str:
     if len(lines) > MAX_LINES:
         cut.append(f"  ... and {len(lines) - MAX_LINES} more lines")
     return "\n".join(cut)
+
+
+class _Plain:
+    """A stream to which nothing is written that moves a cursor, colours or hides text.
+
+    Names come from files of others: classes, objects, cases, the metadata of weights. Once nobody
+    reads the stream, as after `| head`, nothing is written, and the program goes on with its work.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes the text with its control characters shown."""
+        with self._dropping():
+            self._stream.write(_shown(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes out what was printed."""
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Drops what cannot be written, which Python would try again at its end."""
+        try:
+            yield
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def _shown(text: str) -> str:
+    """Text whose control characters are written as escapes, but for the ends of lines."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _say(text: str) -> None:

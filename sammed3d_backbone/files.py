@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 LOCK = ".lock"  # in a folder that a process writes results into
@@ -24,8 +26,10 @@ MALFORMED = (
     AttributeError,
     OverflowError,
     RecursionError,
+    csv.Error,
 )
 MAX_NAME_BYTES = 200  # file systems allow 255; endings and temporary names need the rest
+MAX_TEXT_BYTES = 2**28  # of a file of text that is read at once
 
 
 @contextlib.contextmanager
@@ -47,7 +51,8 @@ def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
     path = Path(path)
     if not overwrite and path.exists():
         raise _exists(path)
-    draft = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    # A long name is cut in front, since file systems allow 255 bytes.
+    draft = path.with_name(f".{secrets.token_hex(4)}.{path.name[-50:]}")
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # tempfile's are 0o600
     try:
         yield draft
@@ -107,9 +112,15 @@ def locked(folder: Path) -> Iterator[None]:
             return
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes or replaces a text file in UTF-8, atomically."""
-    with atomic_path(path) as draft:
+def copy_file(source: Path, target: Path, *, overwrite: bool = True) -> None:
+    """Copies a file atomically; arguments and errors are those of `atomic_path`."""
+    with atomic_path(target, overwrite=overwrite) as draft:
+        shutil.copyfile(source, draft)
+
+
+def write_text(path: Path, text: str, *, overwrite: bool = True) -> None:
+    """Writes a text file in UTF-8; arguments and errors are those of `atomic_path`."""
+    with atomic_path(path, overwrite=overwrite) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
@@ -132,6 +143,26 @@ def require_file(path: Path) -> None:
         raise FileNotFoundError(f"no file at {path}; check the path")
     if not path.is_file():
         raise ValueError(f"{path} is a device, FIFO or socket; save its content as a file first")
+
+
+def read_text(path: Path) -> str:
+    """The content of a file of text in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        FileNotFoundError: If nothing has that name.
+        IsADirectoryError: If it is a folder.
+        ValueError: If it is not a regular file, not text, or too large to be what it should be.
+    """
+    require_file(path)
+    if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+        raise ValueError(
+            f"{path} has {size:,} bytes, and a file of text may have {MAX_TEXT_BYTES:,}; give "
+            "another file, or split it"
+        )
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it so") from None
 
 
 @contextlib.contextmanager
@@ -177,6 +208,13 @@ def file_name(text: str) -> str:
     if name == text and re.fullmatch(r"\w.{0,99}", text):
         return text
     return f"_{name.lstrip('._')[:40]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def without_folders(text: str, paths: Iterable[Path]) -> str:
+    """A message in which the folders of some files are left out, for results that are passed on."""
+    for folder in {path.parent for path in paths} - {Path()}:
+        text = text.replace(f"{folder}{os.sep}", "")
+    return text
 
 
 def plain_name(name: str, what: str = "name") -> str:

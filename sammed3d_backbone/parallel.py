@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import joblib
 
 DASK = "dask://"
+MAX_JOBS = 1024  # processes start at once, and each takes memory
 ANSWER_S = 10  # seconds in which a scheduler has to answer
 
 
@@ -22,11 +23,12 @@ def workers(backend: str | None, jobs: int) -> Iterator[None]:
         jobs: Number of workers; -1 for all cores. A cluster computes with all that it has.
 
     Raises:
-        ValueError: If joblib does not know the back end, or its package is missing.
+        ValueError: If there are too many workers, joblib does not know the back end, or its package
+            is missing.
         ConnectionError: If no scheduler answers.
     """
-    if jobs == 0:
-        raise ValueError("jobs is 0; give 1 or more, or -1 for all cores")
+    if jobs == 0 or jobs > MAX_JOBS:
+        raise ValueError(f"jobs is {jobs}; give 1 to {MAX_JOBS}, or -1 for all cores")
     if backend is None:
         yield
     elif backend.startswith(DASK):

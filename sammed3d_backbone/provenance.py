@@ -6,12 +6,14 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 LIBRARIES = ("torch", "monai", "timm", "accelerate", "numpy")
+PATH_KEYS = ("cache", "data", "layout", "sources", "subjects")  # also below a folder of data
 RESULTS = "recipes/studies/results"  # kept results, seen from a checkout's root
 
 
@@ -48,6 +50,17 @@ def strip_directory(text: str) -> str:
     path = Path(text)
     is_path = path.is_absolute() or text.startswith(("~", "./", "../")) or os.path.lexists(path)
     return path.name if is_path and len(path.parts) > 1 else text
+
+
+def settings_of_card(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a training as they travel with its network: files, but not their folders."""
+
+    def plain(key: str, value: object) -> object:
+        if isinstance(value, str):
+            return Path(value).name if key in PATH_KEYS else strip_directory(value)
+        return tuple(plain(key, each) for each in value) if isinstance(value, tuple) else value
+
+    return {key: plain(key, value) for key, value in settings.items()}
 
 
 def resident_bytes(entry: str) -> int:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -53,6 +54,11 @@ def test_a_lone_surrogate_can_be_said(capsys):
     assert "ud800" in capsys.readouterr().err
 
 
+def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
+    run_program(lambda: print("liver\x1b[2J\r\u202e", "\u00e9"), "program")
+    assert capsys.readouterr().out == "liver\\x1b[2J\\r\\u202e \u00e9\n"
+
+
 @pytest.mark.parametrize("name", ["na\u00efve", "\ud800"])
 def test_a_name_that_the_terminal_cannot_show_does_not_end_a_program(monkeypatch, name):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -72,3 +78,18 @@ def test_an_output_that_only_accompanies_a_result_costs_a_warning(caplog):
     assert "figure.png" in caplog.text
     with pytest.raises(KeyboardInterrupt), optional("figure.png"):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "said"), [("| true", 0, ""), ("> /dev/full", 2, "space")]
+)
+def test_output_that_nobody_takes_ends_no_program_with_a_traceback(target, code, said, root):
+    program = (
+        "import sys; from sammed3d_backbone.console import run_program; "
+        "sys.exit(run_program(lambda: [print('x' * 99) for _ in range(999)], 'program'))"
+    )
+    call = f'{sys.executable} -c "{program}" {target}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", call], capture_output=True, text=True, cwd=root)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert done.stderr.count("\n") <= 1

@@ -13,6 +13,7 @@ from sammed3d_backbone.files import (
     file_name,
     inside,
     locked,
+    read_text,
     require_file,
     write_json,
     write_text,
@@ -166,3 +167,19 @@ def test_what_has_no_end_is_not_read(tmp_path):
         require_file(tmp_path)
     with pytest.raises(FileNotFoundError):
         require_file(tmp_path / "nothing")
+
+
+def test_text_may_have_a_byte_order_mark_and_has_a_largest_size(tmp_path):
+    path = tmp_path / "text.json"
+    path.write_text("{}", encoding="utf-8-sig")
+    assert read_text(path) == "{}"
+    path.write_text("é", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"text\.json"):
+        read_text(path)
+    with path.open("wb") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    with pytest.raises(ValueError, match=r"text\.json"):
+        read_text(path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="fifo"):
+        read_text(tmp_path / "fifo")

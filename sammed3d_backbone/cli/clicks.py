@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sammed3d_backbone.cli.checks import require_unused
 from sammed3d_backbone.cli.prompts import add_network, chosen_network, variant_of_command
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
     from sammed3d_backbone.clickbench.protocol import PromptableModel
 
+OF_RUNS = (
+    *("layout", "subjects", "cases", "classes", "instances", "first", "out"),
+    *("check_determinism", "model"),
+)
+OF_NETWORKS = ("variant", "weights", "random", "clicks", "no_follow")
+METHODS = ("set_volume", "click", "predict", "reset")
 CHECKED_TARGETS = 3  # number that --check-determinism plays again
 
 
@@ -60,6 +67,10 @@ def add_clicks(commands: "Commands") -> None:
 
 def _run_clicks(args: argparse.Namespace) -> int:
     if args.compare:
+        unused = (*OF_RUNS, *OF_NETWORKS)
+        require_unused(args, unused, "--compare only reads what earlier runs wrote")
+        if args.data is not None:
+            raise ValueError(f"{args.data} is not played with --compare; leave out one of them")
         return _compare(*args.compare)
     if args.data is None:
         raise ValueError("no data set; name a folder, or two results with --compare")
@@ -69,7 +80,7 @@ def _run_clicks(args: argparse.Namespace) -> int:
     from sammed3d_backbone.clickbench.presets import rules_of
     from sammed3d_backbone.clickbench.report import write_click_report
     from sammed3d_backbone.clickbench.summary import summarise_clicks
-    from sammed3d_backbone.files import locked
+    from sammed3d_backbone.files import file_name, locked
     from sammed3d_backbone.provenance import provenance
 
     rules = rules_of(args.protocol)
@@ -92,7 +103,7 @@ def _run_clicks(args: argparse.Namespace) -> int:
         "subjects": "of the data set" if args.subjects is None else args.subjects.name,
         **{name: machine.pop(name) for name in ("commit", "python", "torch", "monai", "numpy")},
     }
-    folder = args.out or Path(f"clicks-{click_set.name}-{rules.name.replace('/', '-')}")
+    folder = args.out or Path(f"clicks-{file_name(click_set.name)}-{rules.name.replace('/', '-')}")
     with locked(folder):
         journal = Journal(folder, header, rules.steps)
         failed = run_benchmark(model, rules, click_set, journal, tracks)
@@ -103,8 +114,8 @@ def _run_clicks(args: argparse.Namespace) -> int:
         print(line)
     print(report)
     if failed:
-        listed = "; ".join(f"{case}: {why}" for case, why in failed.items())
-        raise ValueError(f"{report} lacks {len(failed)} cases: {listed}")
+        listed = "".join(f"\n  {case}: {why}" for case, why in failed.items())
+        raise ValueError(f"{report} lacks {len(failed)} cases:{listed}")
     if args.check_determinism:
         found = first_difference(model, rules, click_set, folder, CHECKED_TARGETS)
         print(f"played twice: {found or 'no difference'}")
@@ -116,6 +127,7 @@ def _model(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel, di
     """The model to be tested, and its entries of the header."""
     if args.model is None:
         return _predictor(args, dataset)
+    require_unused(args, OF_NETWORKS, f"it is for the package's networks, not for {args.model}")
     module, _, name = args.model.partition(":")
     try:
         model: PromptableModel = getattr(importlib.import_module(module), name)()
@@ -124,6 +136,11 @@ def _model(args: argparse.Namespace, dataset: str) -> "tuple[PromptableModel, di
             f"--model {args.model} cannot be made ({error}); give MODULE:NAME of a class or "
             "function that Python can import and that needs no arguments"
         ) from None
+    if missing := [each for each in METHODS if not callable(getattr(model, each, None))]:
+        raise ValueError(
+            f"--model {args.model} is a {type(model).__name__} without {', '.join(missing)}; see "
+            "clickbench.protocol.PromptableModel"
+        )
     return model, {"model": args.model}
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli.checks import add_workers, on_device, require_free
+from sammed3d_backbone.cli.checks import add_workers, on_device, require_free, require_unused
 from sammed3d_backbone.cli.prompts import add_scan, dicom_options
 
 if TYPE_CHECKING:
@@ -66,11 +66,7 @@ def _segmenter(args: argparse.Namespace) -> "Segmenter":
 
 
 def _predict_folder(args: argparse.Namespace) -> int:
-    if given := [value for value in dicom_options(args).values() if value is not None]:
-        raise ValueError(
-            f"--series or --slice-tolerance {given[0]} is for one scan, and {args.source} holds "
-            "several; give one of them"
-        )
+    require_unused(args, ("series", "slice_tolerance"), f"{args.source} holds several scans")
     segmenter = _segmenter(args)
     entries = segmenter.predict_folder(
         args.source,
@@ -94,6 +90,8 @@ def _predict_one(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.formats import require_writable
     from sammed3d_backbone.data.volume import Volume
 
+    unused = ("probabilities", "backend")
+    require_unused(args, unused, f"{args.source} is one scan, not a folder of scans")
     require_free((args.target,), (args.source, args.model), force=args.force)
     volume = Volume.load(args.source, **dicom_options(args))
     require_writable(args.target, volume.header)  # before minutes of work
@@ -179,7 +177,7 @@ def add_push(commands: "Commands") -> None:
 def _run_push(args: argparse.Namespace) -> int:
     import json
 
-    from sammed3d_backbone.files import reading
+    from sammed3d_backbone.files import read_text, reading
     from sammed3d_backbone.inference.hub import model_card, require_repo_id
     from sammed3d_backbone.inference.segmenter import Segmenter
 
@@ -193,7 +191,7 @@ def _run_push(args: argparse.Namespace) -> int:
         path = own if own.is_file() else None
     if path is not None:
         with reading(path):
-            scores = json.loads(path.read_text(encoding="utf-8"))
+            scores = json.loads(read_text(path))
     if args.dry_run:
         print(model_card(segmenter.card, args.repo_id, scores=scores, licence=args.licence))
         print(f"dry run: nothing uploaded to {args.repo_id}")

@@ -5,13 +5,18 @@ import contextlib
 import importlib
 import io
 import re
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sammed3d_backbone.cli.checks import add_workers, require_free
+from sammed3d_backbone.cli.checks import (
+    add_workers,
+    positive,
+    positive_int,
+    require_free,
+    require_unused,
+)
 
 if TYPE_CHECKING:
     from sammed3d_backbone.cli import Commands
@@ -56,7 +61,9 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=_gib, metavar="12GB", help="default: what is free here")
     parser.add_argument("--precision", choices=("no", "bf16"), help="default: bf16 on a GPU")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help="default: by number of subjects")
+    length.add_argument(
+        "--steps", type=positive_int, metavar="N", help="default: by number of subjects"
+    )
     length.add_argument(
         "--hours", type=_hours, metavar="H", help="for a fold: steps by the speed measured here"
     )
@@ -67,9 +74,9 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 def _gib(text: str) -> float:
     """``12GB`` -> 12.0."""
     match = re.fullmatch(r"([\d.]+)\s*([a-z]*)", text.lower())
-    if match is None or match[2] not in GIB or not float(match[1]) > 0:
+    if match is None or match[2] not in GIB:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 12GB or 800MB")
-    return float(match[1]) * GIB[match[2]]
+    return positive(match[1]) * GIB[match[2]]
 
 
 def _hours(text: str) -> float:
@@ -141,7 +148,8 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
         steps, why = _steps_in(draft, args.hours, found, folds)
         machine = from_machine(found, data, memory, steps, precision, why)
     text = plan_text(path.name, found, findings, data, [*files, *machine])
-    write_text(path, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text, overwrite=args.force)
     write_plan_page(page, found, findings, [*data, *machine])
     for finding in findings:
         print(f"check: {finding}")
@@ -210,11 +218,8 @@ def _run_train(args: argparse.Namespace) -> int:
 
     plan = Path(args.plan)
     if plan.suffix in (".yaml", ".yml"):
-        if given := [f"--{name}" for name in OF_PLANS if getattr(args, name)]:
-            raise ValueError(
-                f"{' '.join(given)} with {plan}, which is a plan already; give key=value, or plan "
-                "again: sammed3d plan FOLDER"
-            )
+        reason = f"{plan} is a plan already; give key=value, or plan again: sammed3d plan FOLDER"
+        require_unused(args, OF_PLANS, reason)
     else:
         print(f"{plan} is not a plan: planning first")
         plan = _write_plan(args, args.plan, None)
@@ -236,6 +241,8 @@ def add_recipe(commands: "Commands") -> None:
 
 
 def _run_copy(args: argparse.Namespace) -> int:
+    from sammed3d_backbone.files import copy_file
+
     folder = Path(str(importlib.import_module(RECIPES).__file__)).parent
     known = {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
     if args.name not in known:
@@ -243,6 +250,6 @@ def _run_copy(args: argparse.Namespace) -> int:
     target = Path(known[args.name].name)
     if target.exists():
         raise FileExistsError(f"{target} exists; move it away, or copy into another folder")
-    shutil.copyfile(known[args.name], target)
+    copy_file(known[args.name], target, overwrite=False)
     print(f"{target}\nrun: python {target} PLAN.yaml")
     return 0

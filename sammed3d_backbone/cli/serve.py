@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sammed3d_backbone.cli.checks import positive
 from sammed3d_backbone.cli.prompts import add_network, add_scan, chosen_network, dicom_options
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ def add_serve(commands: "Commands") -> None:
         "axial series from DICOM (default), RAS for NIfTI in napari",
     )
     images.add_argument(
-        "--max-image-gb", type=float, default=4, metavar="GB", help="largest image; 4 when left out"
+        "--max-image-gb",
+        type=positive,
+        default=4,
+        metavar="GB",
+        help="largest image; 4 when left out",
     )
     add_network(parser)
     _add_server(parser)
@@ -93,7 +98,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--idle-minutes",
-        type=float,
+        type=positive,
         default=240,
         metavar="M",
         help="without work, after which a session ends; 240 when left out",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sammed3d_backbone.cli.checks import require_free
+from sammed3d_backbone.cli.checks import require_free, require_unused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,10 +114,13 @@ def _run_convert(args: argparse.Namespace) -> int:
     from sammed3d_backbone.loading.checkpoint import write
     from sammed3d_backbone.loading.fitting import require_finite
     from sammed3d_backbone.loading.registry import to_metadata
+    from sammed3d_backbone.provenance import strip_directory
 
-    require_free((args.target,), (), force=args.force)  # before reading hundreds of megabytes
+    # Before hundreds of megabytes are read.
+    require_free((args.target,), (args.source,), force=args.force)
     record, tensors, metadata = opened_weights(args.source)
     require_finite(tensors, args.source)
+    record = dataclasses.replace(record, name=strip_directory(record.name))
     facts = {key: value for key, value in metadata.items() if key != "content_sha256"}
     entries = {
         **facts,
@@ -161,6 +164,7 @@ def _run_verify(args: argparse.Namespace) -> int:
         findings.append((intact, f"content_sha256 {digest} of the stored tensors: {state}"))
     findings.append(_finite_finding(tensors))
     if CARD_KEY in metadata:
+        require_unused(args, ("variant",), f"{args.file} is a fine-tuned model, whose card says it")
         findings.append(_model_finding(args.file))
     elif is_2d(tensors):
         findings.append(_2d_finding(tensors, args.variant or record.variant, args.file))

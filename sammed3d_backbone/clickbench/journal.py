@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import file_name, inside, reading, write_text
+from sammed3d_backbone.files import file_name, inside, read_text, reading, write_text
 
 FORMAT = 1  # version of the file; others are refused
 Line = dict[str, Any]
@@ -107,7 +107,7 @@ def _read(path: Path) -> list[Line]:
     """The lines of a file; one cut off by a kill is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = read_text(path).splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

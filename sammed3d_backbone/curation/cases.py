@@ -37,7 +37,14 @@ from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.nifti import SUFFIXES
 from sammed3d_backbone.data.preparation import load_image, numbered
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import UNWRITABLE, inside, reading, write_json
+from sammed3d_backbone.files import (
+    UNWRITABLE,
+    inside,
+    read_text,
+    reading,
+    without_folders,
+    write_json,
+)
 
 RECORD = "decisions.json"
 OWN_FILES = re.compile(r".*\.nii(\.gz)?|.*decisions\.json")  # temporary names among them
@@ -57,7 +64,8 @@ def curate_case(raw: LabelledCase, folder: Path, rules: CurationRules) -> None:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise  # of the disk, not of the case
         _remove_case(staging / "masks")
-        refused = {"verdict": "refused", "why": [reason(error)], "steps": {}}
+        why = without_folders(reason(error), (*raw.case.images, *raw.case.label_files))
+        refused = {"verdict": "refused", "why": [why], "steps": {}}
         decisions = [{"class": None, "raw_class": None, "mask": None, **refused}]
     images = []
     if any(decision["mask"] for decision in decisions):
@@ -77,7 +85,7 @@ def read_case(raw: LabelledCase, folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with reading(path):
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(read_text(path))
         return record if record["made_of"] == _made_of(raw) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ class CurationRules:
     max_background: float | None = None  # share of the volume's voxels
     max_parts: int = 5  # the largest ones; all others are islands
     max_island_share: float | None = None  # larger shares of a mask are not removed
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_side_mm < math.inf:
+            raise ValueError(f"min_side_mm={self.min_side_mm:g}; give a number of 0 or more")
 
     def small(self, extent: Extent) -> str:
         """The reason to drop a mask for its size; empty if there is none."""

@@ -15,7 +15,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json, read_table
+from sammed3d_backbone.data.datasets import (
+    Case,
+    Dataset,
+    DatasetError,
+    class_names,
+    read_json,
+    read_table,
+)
 from sammed3d_backbone.data.nifti import SUFFIXES
 
 DESCRIPTION = "dataset_description.json"
@@ -125,7 +132,7 @@ def _images(start: Path) -> dict[str, Path]:
 def _names(pipeline: Path, problems: list[str]) -> dict[int, str]:
     """Value in the files -> class, from the dseg.tsv of the derivative; all of them must agree."""
     tables = sorted(pipeline.rglob("*dseg.tsv"))
-    read = [_table(path) for path in tables]
+    read = [_table(path, problems) for path in tables]
     if not tables or not read[0]:
         problems.append(
             f"no names for the labels: write {pipeline / 'dseg.tsv'} with the columns index and "
@@ -140,10 +147,24 @@ def _names(pipeline: Path, problems: list[str]) -> dict[int, str]:
     return read[0]
 
 
-def _table(path: Path) -> dict[int, str]:
+def _whole(text: str) -> int:
+    """A whole number, which a table may hold as 17.0.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not (value := float(text)).is_integer():
+        raise ValueError(f"{text} is not a whole number")
+    return int(value)
+
+
+def _table(path: Path, problems: list[str]) -> dict[int, str]:
     """The names of one table; without background, empty if it is not of the form."""
     try:
-        named = {int(row["index"]): row["name"] for row in read_table(path)}
-    except (KeyError, TypeError, ValueError):
+        pairs = [(_whole(row["index"]), row["name"]) for row in read_table(path)]
+    except (KeyError, TypeError, ValueError, OverflowError):
         return {}
+    found: list[str] = []
+    named = class_names(pairs, found)
+    problems += [f"{path}: {problem}" for problem in found]
     return {value: named[value] for value in sorted(named) if value}

@@ -10,13 +10,19 @@ import csv
 import hashlib
 import io
 import json
+import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
-from sammed3d_backbone.files import plain_name, reading
+from sammed3d_backbone.files import plain_name, read_text, reading
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
 
 
 class DatasetError(ValueError):
@@ -130,7 +136,7 @@ def read_folds(dataset: Dataset, *, folds: int = 5, seed: int = 0) -> list[Fold]
         DatasetError: If splits.json does not fit the cases, or there are too few cases to split.
     """
     path = dataset.folder / "splits.json"
-    if path.is_file():
+    if os.path.lexists(path):  # a link to nothing is an error, too
         with reading(path):
             return _read_splits(dataset, path)
     if any(case.split for case in dataset.cases):
@@ -170,6 +176,33 @@ def subject_name(case: str, value: object, problems: list[str]) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         problems.append(f"{case} has the subject {value!r}; give a name or a number")
     return str(value)
+
+
+def class_names(pairs: Iterable[tuple[object, object]], problems: list[str]) -> dict[int, str]:
+    """Value -> name of the classes, background among them, as every description declares them.
+
+    Args:
+        pairs: Values and names as they were found.
+        problems: Gets a line for each value or name that cannot be used, or would win over another.
+    """
+    names: dict[int, str] = {}
+    for value, name in pairs:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            problems.append(f"label {name!r}: {value!r} is not a whole number of 0 or more")
+        elif not isinstance(name, str) or not name.strip():
+            problems.append(f"label value {value} has the name {name!r}; give it one")
+        elif value in names:
+            problems.append(f"labels {names[value]!r} and {name!r} both have value {value}")
+        else:
+            names[value] = name
+    if twice := sorted(name for name, n in Counter(names.values()).items() if n > 1):
+        problems.append(f"labels {twice} have several values; give one value per class")
+    for value, name in names.items():
+        if (name.lower() == "background") > (value == 0):
+            problems.append(f'the label "background" has value {value}; it must be 0')
+    if names.get(0, "background").lower() != "background":
+        logger.warning("label value 0 is called %r and is taken as background", names[0])
+    return names
 
 
 def few_subjects(dataset: Dataset, ids: Sequence[str], labels: int, seed: int) -> tuple[str, ...]:
@@ -213,8 +246,7 @@ def require_whole_masks(dataset: Dataset) -> None:
 def read_json(path: Path) -> object:
     """The content of a JSON file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        content: object = json.loads(text, object_pairs_hook=_unique)
+        content: object = json.loads(read_text(path), object_pairs_hook=_unique)
         return content
     except RecursionError:
         raise DatasetError(
@@ -230,7 +262,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     A file that is not text, or not a table, has none.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+        text = read_text(path) if path.is_file() else ""
         head = text.partition("\n")[0]
         delimiter = next((mark for mark in "\t;" if mark in head), ",")
         return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))

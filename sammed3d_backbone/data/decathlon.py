@@ -6,12 +6,18 @@ whether channels share a file. They are distinguished by their content, not by a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError, read_json, subject_name
+from sammed3d_backbone.data.datasets import (
+    Case,
+    Dataset,
+    DatasetError,
+    class_names,
+    read_json,
+    subject_name,
+)
 from sammed3d_backbone.data.nifti import SUFFIXES
 
 DESCRIPTION = "dataset.json"
@@ -38,11 +44,8 @@ def read_decathlon(folder: Path, problems: list[str]) -> Dataset:
         cases = _found_cases(folder, info.get("file_ending", ".nii.gz"), channels, problems)
     declared = info.get("numTraining")
     found = sum(case.split in ("", "train") for case in cases)
-    if (
-        isinstance(declared, int)
-        and declared not in (found, len(cases))
-        and len(problems) == before
-    ):
+    counts = (None, found, len(cases), str(found), str(len(cases)))
+    if declared not in counts and len(problems) == before:
         problems.append(
             f'"numTraining" is {declared}, but there are {found} cases; add the missing ones, or '
             "correct it"
@@ -85,9 +88,7 @@ def _labels(info: Mapping[str, Any], problems: list[str]) -> Labels:
         regions = _regions(given, problems)
         others = {name: given[name] for name in ("background", "ignore") if name in given}
         given = {**others, **_parts(regions)}
-    labels = _names(given, problems)
-    if twice := sorted(name for name, n in Counter(labels.values()).items() if n > 1):
-        problems.append(f"labels {twice} have several values; give one value per class")
+    labels = class_names(map(_value_and_name, given.items()), problems)
     if len(problems) == before and sorted(labels) != list(range(len(labels))):
         problems.append(f"label values {sorted(labels)} have gaps; number them 0, 1, 2, ...")
     has_ignore = "ignore" in labels.values()
@@ -96,23 +97,10 @@ def _labels(info: Mapping[str, Any], problems: list[str]) -> Labels:
     return dict(sorted(labels.items())), regions, has_ignore
 
 
-def _names(given: Mapping[str, Any], problems: list[str]) -> dict[int, str]:
-    """Value -> name, from both forms."""
-    labels: dict[int, str] = {}
-    for key, value in given.items():
-        if isinstance(value, int) and not isinstance(value, bool):
-            number, name = value, str(key)
-        elif isinstance(value, str) and str(key).isdigit():
-            number, name = int(key), value
-        else:
-            problems.append(f"label {key!r}: {value!r} is not a number; give one value per class")
-            continue
-        if number in labels:
-            problems.append(f"labels {labels[number]!r} and {name!r} both have value {number}")
-        if name.lower() == "background" and number != 0:
-            problems.append(f'the label "background" has value {number}; it must be 0')
-        labels[number] = name
-    return labels
+def _value_and_name(entry: tuple[str, object]) -> tuple[object, object]:
+    """Value and name of an entry of either form."""
+    key, value = entry
+    return (int(key), value) if isinstance(value, str) and key.isdecimal() else (value, key)
 
 
 def _regions(given: Mapping[str, Any], problems: list[str]) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sammed3d_backbone.data import bids, decathlon
-from sammed3d_backbone.data.datasets import Dataset, DatasetError, with_subjects
+from sammed3d_backbone.data.datasets import SPLITS, Dataset, DatasetError, with_subjects
 from sammed3d_backbone.data.layouts import Layout, read_described, read_layout
 from sammed3d_backbone.files import reading
 
@@ -94,10 +94,13 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
             dataset = DESCRIPTIONS[found](folder, problems, **choice)
     if not dataset.cases and not problems:
         problems.append("no labelled cases; put them into imagesTr and labelsTr")
+    has_splits = any(case.split for case in dataset.cases)
     for case in dataset.cases:
         if strange := [n for n in (*(case.annotated or ()), *case.truncated) if n != str(n)]:
             problems.append(f"{case.id}: {strange} are not names of classes; correct them")
             continue
+        if case.split not in SPLITS and (case.split or has_splits):
+            problems.append(f"{case.id} has split {case.split!r}; give {', '.join(SPLITS)}")
         problems += [
             f"{path} is missing; copy it or remove {case.id}"
             for path in (*case.images, *case.label_files)

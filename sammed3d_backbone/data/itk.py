@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from sammed3d_backbone.data.limits import require_size
+from sammed3d_backbone.files import inside, require_file
 
+HEADER_BYTES = 2**16  # a MetaImage's header is shorter
 SIGNS = np.array([-1.0, -1.0, 1.0])  # ITK's world is left, posterior, superior
 
 
@@ -23,6 +26,7 @@ def read_itk(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     Raises:
         ValueError: If ITK cannot read it, or it is not 3-D.
     """
+    _require_data_files(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -42,6 +46,20 @@ def read_itk(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     affine[:3, 3] = np.array(image.GetOrigin()) * SIGNS
     array = array.astype(np.float32, copy=False)  # (Z, Y, X) or (Z, Y, X, C)
     return array.T, affine
+
+
+def _require_data_files(path: Path) -> None:
+    """Refuses a MetaImage whose voxels lie elsewhere than in regular files beside its header."""
+    if path.suffix not in (".mha", ".mhd"):
+        return
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES).decode(errors="replace")
+    named = re.search(r"^\s*ElementDataFile\s*=\s*(.*?)\s*$", head, re.MULTILINE)
+    names = [] if named is None or named[1].upper() == "LOCAL" else [named[1]]
+    if named is not None and named[1].upper().startswith("LIST"):
+        names = [line.strip() for line in head[named.end() :].splitlines() if line.strip()]
+    for name in names:
+        require_file(inside(path.parent, name))
 
 
 def write_itk(path: Path, array: NDArray[Any], affine: NDArray[np.float64]) -> None:

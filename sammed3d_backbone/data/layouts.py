@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sammed3d_backbone import config
-from sammed3d_backbone.data.datasets import Case, Dataset, read_table
+from sammed3d_backbone.data.datasets import Case, Dataset, class_names, read_table
 
-SPLITS = ("train", "val")
+SPLITS = ("train", "val")  # what {split} stands for
+PLACEHOLDERS = ("case", "class", "split")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Layout:
             raise ValueError(
                 f"{missing[0]!r} has no {{case}}; put {{case}} where the id of a case stands"
             )
+        named = {name for pattern in patterns for name in re.findall(r"\{(\w*)\}", pattern)}
+        if unknown := sorted(named - {*PLACEHOLDERS}):
+            raise ValueError(f"{{{unknown[0]}}} means nothing; there are {', '.join(PLACEHOLDERS)}")
         if len(self.images) not in (1, len(self.channels)):
             raise ValueError(
                 f"{len(self.images)} patterns in images for {len(self.channels)} channels; give "
@@ -119,7 +123,7 @@ def read_described(folder: Path, layout: Layout, problems: list[str]) -> Dataset
     return Dataset(
         name=layout.name,
         folder=folder,
-        labels=dict(enumerate(("background", *layout.classes))),
+        labels=class_names(enumerate(("background", *layout.classes)), problems),
         channels=layout.channels,
         cases=tuple(cases),
         note=layout.note,
@@ -184,4 +188,8 @@ def _split_table(folder: Path, layout: Layout, problems: list[str]) -> dict[str,
     if not rows or not {"image_id", "split"} <= set(rows[0]):
         problems.append(f"{path} lacks the columns image_id and split; copy it again")
         return {}
-    return {row["image_id"]: row["split"] for row in rows}
+    splits: dict[str, str] = {}
+    for row in rows:
+        if splits.setdefault(row["image_id"], row["split"]) != row["split"]:
+            problems.append(f"{path}: {row['image_id']} has two splits; keep one")
+    return splits

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from sammed3d_backbone.data.datasets import Case, DatasetError, LabelledCase, read_json
+from sammed3d_backbone.data.datasets import (
+    Case,
+    DatasetError,
+    LabelledCase,
+    class_names,
+    read_json,
+)
 
 DESCRIPTION = "labels.json"
+MAX_VALUE = 2**16 - 1  # of a label; lists are made with an entry for every value up to the largest
 
 
 def read_singles(folder: Path) -> tuple[LabelledCase, ...]:
@@ -18,9 +26,10 @@ def read_singles(folder: Path) -> tuple[LabelledCase, ...]:
     """
     path = folder / DESCRIPTION
     entries = read_json(path)
+    problems: list[str] = []
     try:
         times = Counter(entry["image"] for entry in entries)  # type: ignore[attr-defined]
-        return tuple(
+        found = tuple(
             LabelledCase(
                 case=Case(
                     # An image that is labelled twice does not name its cases.
@@ -30,7 +39,7 @@ def read_singles(folder: Path) -> tuple[LabelledCase, ...]:
                     images=(folder / entry["image"],),
                     label=folder / entry["label"],
                 ),
-                labels={int(value): str(name) for value, name in entry["labels"].items()},
+                labels=_labels(entry, problems),
                 modality=str(entry.get("modality", "")),
                 mask=str(entry.get("mask", "")),
             )
@@ -41,3 +50,15 @@ def read_singles(folder: Path) -> tuple[LabelledCase, ...]:
             f"{path} cannot be used:",
             [f'{error!r}; give a list of {{"image":, "label":, "labels": {{"1": name}}}}'],
         ) from None
+    if problems:
+        raise DatasetError(f"{path} cannot be used:", problems)
+    return found
+
+
+def _labels(entry: dict[str, Any], problems: list[str]) -> dict[int, str]:
+    """Value -> class of one volume, without background."""
+    found: list[str] = []
+    names = class_names(((int(value), name) for value, name in entry["labels"].items()), found)
+    found += [f"label value {value} is above {MAX_VALUE}" for value in names if value > MAX_VALUE]
+    problems += [f"{entry['label']}: {problem}" for problem in found]
+    return {value: name for value, name in names.items() if value}

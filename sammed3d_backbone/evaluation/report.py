@@ -32,7 +32,7 @@ from sammed3d_backbone.evaluation.scores import (
     read_scores,
     write_scores,
 )
-from sammed3d_backbone.files import inside
+from sammed3d_backbone.files import inside, read_text, reading
 
 LEGEND = (
     " ".join(f"{metric.title}: {metric.meaning}." for metric in METRICS.values())
@@ -121,8 +121,10 @@ def write_report(
     """
     scores = read_scores(folder / "scores.csv")
     known = {entry.name for entry in dataclasses.fields(About)}
-    written = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
-    about = About(**{key: value for key, value in written.items() if key in known})
+    path = folder / "scores.json"
+    with reading(path):
+        written = json.loads(read_text(path))
+        about = About(**{key: value for key, value in written.items() if key in known})
     names = list(dict.fromkeys(score.name for score in scores))
     classes = class_table(scores, names)
     whole = [score for score in scores if not score.truncated]

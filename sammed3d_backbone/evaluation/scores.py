@@ -26,7 +26,7 @@ from sammed3d_backbone.data.preparation import annotated_classes, load_label
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.metrics import METRICS, mean_of_known
 from sammed3d_backbone.evaluation.statistics import Interval, bootstrap_interval
-from sammed3d_backbone.files import inside, reading, write_json, write_text
+from sammed3d_backbone.files import inside, read_text, reading, write_json, write_text
 
 COLUMNS = ("case", "subject", "class", *METRICS, "annotated", "truncated")
 TOLERANCE_MM = 2.0
@@ -266,25 +266,24 @@ def read_scores(path: Path) -> list[Score]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no scores at {path}; score the cases with recipes/evaluate.py")
-    with path.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
+    table = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    with reading(path):
         if not set(COLUMNS) <= set(table.fieldnames or ()):
             raise ValueError(
                 f"{path} has no columns {', '.join(COLUMNS)}; score the cases again with "
                 "recipes/evaluate.py"
             )
-        with reading(path):
-            return [
-                Score(
-                    case=row["case"],
-                    subject=row["subject"],
-                    name=row["class"],
-                    values={metric: float(row[metric] or "nan") for metric in METRICS},
-                    annotated=row["annotated"] == "yes",
-                    truncated=row["truncated"] == "yes",
-                )
-                for row in table
-            ]
+        return [
+            Score(
+                case=row["case"],
+                subject=row["subject"],
+                name=row["class"],
+                values={metric: float(row[metric] or "nan") for metric in METRICS},
+                annotated=row["annotated"] == "yes",
+                truncated=row["truncated"] == "yes",
+            )
+            for row in table
+        ]
 
 
 def _boxes(

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sammed3d_backbone.data.datasets import class_names
 from sammed3d_backbone.data.preprocessing import Preprocessing
 
 CARD_FORMAT = 2
+MAX_OVERLAP = 0.95  # of windows along an axis; with it, a voxel lies in 8,000 of them
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Card:
         labels: Class value -> name, including the background.
         channels: Names of the input channels, in order.
         preprocessing: Preprocessing of a scan; `crop_vox` is the sliding window.
-        overlap: Fraction by which neighbouring windows overlap, in [0, 1).
+        overlap: Fraction by which neighbouring windows overlap, from 0 to `MAX_OVERLAP`.
         shared: Whether each channel passes through the encoder separately; see
             adapters/channels.py.
         bottleneck: Width of the bottleneck adapters in the encoder, 0 for none; see
@@ -52,6 +54,16 @@ class Card:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic)
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        names = class_names(self.labels.items(), problems)
+        if sorted(names) != [*range(len(self.labels))] or not names:
+            problems.append(f"the values are {sorted(names)} instead of 0, 1, 2, ...")
+        if problems:
+            raise ValueError(f"labels={dict(self.labels)}: {problems[0]}")
+        if not 0 <= self.overlap <= MAX_OVERLAP:
+            raise ValueError(f"overlap={self.overlap:g}; give a number from 0 to {MAX_OVERLAP:g}")
 
     def __str__(self) -> str:
         """The fields that a user needs, as lines of `field: value`."""

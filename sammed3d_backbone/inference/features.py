@@ -15,6 +15,7 @@ from sammed3d_backbone.adapters.contract import Encoder
 from sammed3d_backbone.console import progress_bar
 from sammed3d_backbone.data.preprocessing import Modality, Preprocessing
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.loading.fitting import require_finite_output
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,8 @@ def token_maps(
             device="cpu",
         )
     assert isinstance(found, dict)  # as `maps_of` returns one
+    for part in found.values():
+        require_finite_output(part)
     # Tokens that lie in padding alone are left out.
     first = [-start // patch for start in geometry.box_start]
     last = [

@@ -25,7 +25,15 @@ from sammed3d_backbone.data.formats import NRRD_SUFFIXES
 from sammed3d_backbone.data.nifti import SUFFIXES
 from sammed3d_backbone.data.preparation import load_channels
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import atomic_path, file_name, inside, reading, write_json
+from sammed3d_backbone.files import (
+    atomic_path,
+    file_name,
+    inside,
+    read_text,
+    reading,
+    without_folders,
+    write_json,
+)
 from sammed3d_backbone.loading.hub import sha256_of
 from sammed3d_backbone.parallel import workers
 from sammed3d_backbone.provenance import library_versions, resident_bytes
@@ -190,7 +198,7 @@ def _entry(scan: ScanFiles, began: float, saved: Callable[[], str]) -> dict[str,
         entry["files"] = scan.hashes()
         entry |= {"output": f"{scan.id}.nii.gz", "sha256": saved()}
     except FAILURES as error:
-        entry["error"] = str(error) or type(error).__name__
+        entry["error"] = without_folders(str(error), scan.paths) or type(error).__name__
     entry["seconds"] = round(time.monotonic() - began, 2)
     entry["peak_memory_mb"] = round(resident_bytes("VmHWM") / 1e6)
     return entry
@@ -236,7 +244,7 @@ def _finished(
             )
         return {}
     with reading(path):
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = json.loads(read_text(path))
         if any(earlier.get(key) != value for key, value in about.items()):
             raise FileExistsError(
                 f"{path} is of another model or other settings; choose another folder, or pass "

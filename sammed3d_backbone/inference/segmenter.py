@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tempfile
@@ -25,7 +26,7 @@ from sammed3d_backbone.adapters.registry import adapter
 from sammed3d_backbone.data.preprocessing import Modality
 from sammed3d_backbone.data.regions import keep_largest_component
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.files import locked, reading, write_text
+from sammed3d_backbone.files import locked, read_text, reading, write_text
 from sammed3d_backbone.inference.averages import Ensemble, mirrored
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.folder import predict_scans, scans_in
@@ -39,6 +40,8 @@ from sammed3d_backbone.loading.opening import CARD_KEY, MODEL_ENCODER
 from sammed3d_backbone.loading.stored_sizes import encoder_like
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 from sammed3d_backbone.provenance import strip_directory
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 FOLDS = "fold_*.safetensors"  # the models of an ensemble, in one folder
@@ -119,6 +122,8 @@ class Segmenter:
         with reading(path):
             card = Card.from_json(metadata[CARD_KEY] if config is None else config)
             model = build_network(card, tensors)
+            if config is not None and CARD_KEY in metadata:
+                _say_differences(path, card, Card.from_json(metadata[CARD_KEY]))
         for name, own in model.state_dict().items():
             if own.is_floating_point() and name in tensors:
                 require_float(name, tensors[name], str(source))
@@ -134,7 +139,10 @@ class Segmenter:
     @property
     def flip_axes(self) -> tuple[int, ...]:
         """The axes along which the training mirrored, 0 left-right, 1 back-front, 2 feet-head."""
-        return tuple(self.card.training.get("config", {}).get("flip_axes", ()))
+        axes = tuple(self.card.training.get("config", {}).get("flip_axes", ()))
+        if not {*axes} <= {0, 1, 2}:
+            raise ValueError(f"the card's flip_axes {axes} are not among 0, 1, 2; copy it again")
+        return axes
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file with the card in its metadata; replaces an existing file.
@@ -467,16 +475,23 @@ def _files(source: str | os.PathLike[str], weights_file: str) -> tuple[Path, str
     text, path = os.fspath(source), Path(source).expanduser()
     if path.is_dir():
         config = path / CONFIG_FILE
-        card = config.read_text(encoding="utf-8") if config.is_file() else None
+        card = read_text(config) if config.exists() else None
         return locate(path, weights_file)[1], card
     if path.exists() or path.suffix in WEIGHTS_SUFFIXES or not _REPOSITORY.fullmatch(text):
         return locate(source)[1], None
     repository = f"hf-hub:{text.removeprefix('hf-hub:')}"
     tensors = locate(repository, weights_file)[1]
     try:
-        return tensors, locate(repository, CONFIG_FILE)[1].read_text(encoding="utf-8")
+        return tensors, read_text(locate(repository, CONFIG_FILE)[1])
     except FileNotFoundError:  # a repository with one file, whose metadata is the card
         return tensors, None
+
+
+def _say_differences(path: Path, card: Card, own: Card) -> None:
+    """Says in which fields a changed `config.json` wins over the card that the tensors carry."""
+    one, other = card.to_dict(), own.to_dict()
+    if changed := [key for key in one if one[key] != other[key]]:
+        logger.warning("%s: %s of config.json, not of the file", path, ", ".join(changed))
 
 
 def _build_encoder(card: Card, stored: Mapping[str, Tensor]) -> ImageEncoder3D:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Triple
+from sammed3d_backbone.loading.fitting import require_finite_output
 
 BATCH = 2  # windows; no more than two rows of windows are in one
 
@@ -54,6 +55,7 @@ def sliding_planes(
     for number in range(0, len(places), BATCH):
         chosen = places[number : number + BATCH]
         logits = network(torch.stack([image[(slice(None), *place)] for place in chosen]))
+        require_finite_output(logits)
         logits *= weights
         if number == 0:
             total = image.new_zeros(logits.shape[1], depth, y, z)

@@ -10,7 +10,7 @@ import threading
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import safetensors
 import safetensors.torch
@@ -248,10 +248,20 @@ def _facts(content: Mapping[object, object]) -> dict[str, str]:
     facts = {}
     for key, value in content.items():
         if isinstance(value, _Inert) and isinstance(value.state, Mapping):
-            facts[str(key)] = json.dumps(value.state, default=lambda _: "not read", sort_keys=True)
+            state = _without_folders(value.state)
+            facts[str(key)] = json.dumps(state, default=lambda _: "not read", sort_keys=True)
         elif isinstance(value, (str, int, float)):
-            facts[str(key)] = str(value)
+            facts[str(key)] = str(_without_folders(value))
     return facts
+
+
+def _without_folders(value: object) -> object:
+    """Plain values with the names of files, but not of the folders that they lay in."""
+    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
+        return PurePath(value).name
+    if isinstance(value, Mapping):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    return [*map(_without_folders, value)] if isinstance(value, list | tuple) else value
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

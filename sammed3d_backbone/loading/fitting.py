@@ -162,6 +162,19 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         )
 
 
+def require_finite_output(output: Tensor) -> None:
+    """Checks what a network has computed; finite weights may give infinite or undefined outputs.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+    """
+    if not bool(torch.isfinite(output).all()):
+        raise ValueError(
+            "the network's outputs are not finite (NaN or infinity), so its weights are damaged, "
+            "or too large for its number format; copy the file again, or use float32"
+        )
+
+
 def require_float(name: str, tensor: Tensor, source: str) -> None:
     """Checks that a tensor has a floating-point type of at least 16 bits.
 

@@ -72,6 +72,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         checked_axes(self.axes)
+        key = self.api_key or ""
+        if not (key.isascii() and key.isprintable()):  # clients could not send it
+            raise ValueError("the API key may hold letters, digits and marks of ASCII only")
         for name in ("max_sessions", "max_windows", "max_image_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")

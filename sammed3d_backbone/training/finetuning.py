@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.preprocessing import DEFAULT, SAM_MED3D, Preprocessing
 from sammed3d_backbone.evaluation.report import About, write_results
 from sammed3d_backbone.evaluation.scores import read_scores, score_cases, summarise_scores
-from sammed3d_backbone.files import atomic_path
+from sammed3d_backbone.files import copy_file
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import (
     Segmenter,
@@ -37,7 +36,13 @@ from sammed3d_backbone.loading.hub import needs_download, resolve
 from sammed3d_backbone.loading.inflation import DepthFilter
 from sammed3d_backbone.loading.opening import CARD_KEY
 from sammed3d_backbone.loading.registry import DEFAULT_WEIGHTS, from_metadata
-from sammed3d_backbone.provenance import command_line, library_versions, provenance, strip_directory
+from sammed3d_backbone.provenance import (
+    command_line,
+    library_versions,
+    provenance,
+    settings_of_card,
+    strip_directory,
+)
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.runs import Progress, Run, open_run, runs_folder
 
@@ -88,6 +93,9 @@ def make_card(
     if dataset.regions:
         say(f"regions: {dataset.about['regions']}; trained and scored, written as single values")
     has_encoder = settings["model"] != "basicunet"
+    asked = {"feature_size": settings["feature_size"]}
+    if asked["feature_size"] and not (has_encoder and accepted_options(settings["model"], **asked)):
+        raise ValueError(f"model={settings['model']} has no feature_size; leave out feature_size=")
     whole = not settings["scratch"] and settings["transfer"] == "whole"
     encoder = {
         "variant": settings["variant"],
@@ -109,10 +117,7 @@ def make_card(
         overlap=settings["overlap"],
         keep_largest_component=settings["keep_largest_component"],
         training={
-            "config": {
-                key: strip_directory(value) if isinstance(value, str) else value
-                for key, value in settings.items()
-            },
+            "config": settings_of_card(settings),
             "dataset": {"name": dataset.name, "note": dataset.note, **dataset.about},
         },
         versions=library_versions(),
@@ -408,9 +413,8 @@ def report_folds(
         scores += read_scores(run / "results/scores.csv")
         written.append(json.loads((run / "results/scores.json").read_text(encoding="utf-8")))
         for path in (run / "results/predictions").iterdir():
-            shutil.copyfile(path, results / "predictions" / path.name)
-        with atomic_path(ensemble / f"{run.name}.safetensors") as draft:
-            shutil.copyfile(run / "last.safetensors", draft)
+            copy_file(path, results / "predictions" / path.name)
+        copy_file(run / "last.safetensors", ensemble / f"{run.name}.safetensors")
     known = {field.name for field in dataclasses.fields(About)}
     about = replace(
         About(**{key: value for key, value in written[0].items() if key in known}),

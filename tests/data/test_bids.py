@@ -89,6 +89,14 @@ def test_labels_without_names_are_refused(bids, content):
         read_dataset(bids)
 
 
+@pytest.mark.parametrize("row", ["17\tother", "18\tleft", "-1\tother", "18\t"])
+def test_a_row_that_would_win_over_another_is_refused(bids, row):
+    path = bids / DERIVATIVE / "dseg.tsv"
+    path.write_text(f"index\tname\n17\tleft\n53\tright\n{row}\n")
+    with pytest.raises(DatasetError, match=r"dseg\.tsv: "):
+        read_dataset(bids)
+
+
 def test_tables_that_disagree_are_refused(bids):
     own = bids / DERIVATIVE / "sub-02/anat/sub-02_dseg.tsv"
     own.write_text("index\tname\n17\tright\n53\tleft\n")

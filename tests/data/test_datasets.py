@@ -6,8 +6,57 @@ from dataclasses import replace
 
 import pytest
 
-from sammed3d_backbone.data.datasets import DatasetError, few_subjects, read_fold, with_subjects
+from sammed3d_backbone.data.datasets import (
+    DatasetError,
+    class_names,
+    few_subjects,
+    read_fold,
+    with_subjects,
+)
 from sammed3d_backbone.data.folders import read_dataset
+
+
+@pytest.mark.parametrize(
+    ("pairs", "named"),
+    [
+        ([(0, "background"), (1, "head"), (1, "tail")], "'head' and 'tail'"),
+        ([(1, "head"), (2, "head")], "head"),
+        ([(1, "background")], "background"),
+        ([(-1, "head")], "-1"),
+        ([(True, "head")], "True"),
+        ([(1.0, "head")], "1.0"),
+        ([(1, " ")], "value 1"),
+        ([(1, None)], "None"),
+    ],
+)
+def test_no_name_or_value_of_a_class_wins_over_another(pairs, named):
+    problems = []
+    class_names(pairs, problems)
+    assert named in problems[0]
+
+
+def test_a_name_of_value_0_that_is_not_background_is_said(caplog):
+    problems = []
+    assert class_names([(0, "head"), (1, "tail")], problems) == {0: "head", 1: "tail"}
+    assert problems == []
+    assert "head" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["valid", "TRAIN", ""])
+def test_a_case_of_an_unknown_split_is_not_left_out_unsaid(nnunet, split):
+    folder = nnunet()
+    entries = {
+        path.name.removesuffix(".nii.gz"): {
+            "images": [f"imagesTr/{path.name.removesuffix('.nii.gz')}_0000.nii.gz"],
+            "label": f"labelsTr/{path.name}",
+            "split": "train" if number else split,
+        }
+        for number, path in enumerate(sorted((folder / "labelsTr").iterdir()))
+    }
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**info, "dataset": entries}))
+    with pytest.raises(DatasetError, match=f"case_0 has split '{split}'"):
+        read_dataset(folder)
 
 
 def test_given_splits_are_taken(decathlon):

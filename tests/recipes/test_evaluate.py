@@ -95,6 +95,11 @@ def test_the_weights_a_model_began_with_are_named(model, began, said):
         (["{model}", "/nowhere"], "pass data=FOLDER"),
         (["{tmp}/none.safetensors", "{data}"], "none.safetensors"),
         (["{tmp}"], r"score the cases with recipes/evaluate.py"),
+        (["{tmp}", "--fold", "0", "--out", "{tmp}/out"], "--fold --out"),
+        (["{tmp}", "{data}", "--folds", "3"], "--folds"),
+        (["{tmp}", "{data}", "--tolerance-mm", "nan"], "--tolerance-mm"),
+        (["{tmp}", "{data}", "--grid-tolerance", "-1"], "--grid-tolerance"),
+        (["{tmp}", "{data}", "--baseline", "{tmp}/none.csv"], "none.csv"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -112,6 +117,21 @@ def test_what_cannot_be_done_is_one_line(
         command(*(argument.format(**places) for argument in arguments))
     assert stopped.value.code == 2
     assert remedy in capsys.readouterr().err
+
+
+def test_predictions_that_hold_no_labels_are_not_rounded_to_some(
+    toy_data, tmp_path, command, capsys
+):
+    strange = {"case_0": 65537, "case_1": 0.6, "case_2": float("nan"), "case_3": 1e30}
+    for path in (toy_data / "labelsTr").iterdir():
+        label = Volume.load(path)
+        label.array[0, 0, 0] = strange.get(path.name.removesuffix(".nii.gz"), 0)
+        label.save(tmp_path / "predictions" / path.name)
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path / "predictions", toy_data, "--out", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert all(f"{case}.nii.gz" in said for case in strange)
+    assert json.loads((tmp_path / "out/scores.json").read_text())["cases"] == 2
 
 
 LAYOUT = """

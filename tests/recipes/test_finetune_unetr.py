@@ -346,9 +346,10 @@ def test_what_an_earlier_model_was_trained_on_stays_known(small, model_of_toys, 
 
 
 def test_a_card_names_files_but_not_the_folders_they_lie_in(small, toy_data, tiny_weights):
-    cfg = Config(**small | {"scratch": False, "weights": tiny_weights})
+    cfg = Config(**small | {"scratch": False, "weights": tiny_weights, "cache": "ward/kept"})
     _, card = made(cfg, make_card(cfg, read_dataset(toy_data)))
     assert card.training["config"]["data"] == toy_data.name
+    assert card.training["config"]["cache"] == "kept"  # not there yet, so only the key says path
     assert "tiny.safetensors" in json.dumps(card.to_dict())
     for folder in (toy_data.parent, Path(tiny_weights).parent):
         assert str(folder) not in json.dumps(card.to_dict())
@@ -470,6 +471,7 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         ({"freeze": 9, "steps": 9}, "freeze"),
         ({"model": "basicunet", "freeze": "encoder"}, "basicunet"),
         ({"model": "basicunet", "checkpointing": True}, "basicunet"),
+        ({"model": "basicunet", "weights": "tiny"}, "basicunet"),
         ({"model": "basicunet", "channels": "shared"}, "basicunet"),
         ({"model": "basicunet", "peft": "lora"}, "basicunet"),
         ({"peft": "lora", "peft_size": 0}, "peft_size"),
@@ -477,6 +479,7 @@ def test_every_configuration_is_read_and_its_sizes_fit_its_network(path):
         ({"peft": "bottleneck", "scratch": True}, "scratch"),
         ({"peft": "lora", "init": "MODEL"}, "init"),
         ({"flip_axes": (3,)}, "flip_axes"),
+        ({"flip_axes": (0, 0)}, "flip_axes"),
         ({"part": "others"}, "num_subjects"),
     ],
     ids=str,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sammed3d_backbone.data.volume import Volume
+from sammed3d_backbone.files import read_text
 
 CLICKS_FORMAT = "sammed3d-clicks/2"
 LARGEST = 1e9  # of a coordinate
@@ -50,7 +51,7 @@ class ClickList:
         if not path.is_file():
             raise FileNotFoundError(f"no click list at {path}; check the path")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("clicks"), list):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sammed3d_backbone.data.geometry import Triple
 from sammed3d_backbone.inference.interactive.windows import Windows
 from sammed3d_backbone.loading.checkpoint import CheckpointError, content_sha256, read, write
+from sammed3d_backbone.loading.fitting import require_finite_output
 from sammed3d_backbone.models.sam import Encoding
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class EmbeddingCache:
         mask_logits = None if prior is None else prior[None, None].to(encoding.embedding)
         with torch.inference_mode():
             logits, _ = self.model.predict_masks(encoding, points, mask_logits)
+        require_finite_output(logits)
         return logits[0, 0].float().cpu()
 
     def encoding(self, windows: Windows, start: Triple) -> Encoding:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import site
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import nibabel as nib
@@ -56,6 +57,16 @@ def test_1_a_class_named_like_a_path(here):
     assert new == {"out", "out2"}
 
 
+def test_1_a_data_set_named_like_a_path(here):
+    Path("deep/er/cwd").mkdir(parents=True)
+    os.chdir("deep/er/cwd")
+    nnunet("raw", n=1, name="a/../../../evil")
+    before = {*here.rglob("*")}
+    assert cli("clicks", "raw", "--variant", "tiny", "--first", "centre", "--cases", 1)[0] == 0
+    new = {*here.rglob("*")} - before
+    assert len({path.relative_to(here).parts[3] for path in new}) == 1
+
+
 # 2. Models and files that are damaged but finite in form
 
 
@@ -71,6 +82,38 @@ def test_2_one_damaged_model_of_an_ensemble(fine_tuned):
         save_file(tensors, "folds/fold_1.safetensors", metadata=opened.metadata())
     code, said = cli("predict", "folds", ball(), "out.nii.gz")
     assert (code, "fold_1" in said, Path("out.nii.gz").exists()) == (2, True, False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": {"1": "a", "2": "b", "3": "c"}},
+        {"labels": {"0": "background", "1": "a", "5": "b"}},
+        {"labels": {"0": "background", "1": "a", "2": "a"}},
+        {"overlap": 0.99999},
+        {"overlap": -1},
+    ],
+    ids=str,
+)
+def test_2_a_card_of_another_network(fine_tuned, changes):
+    Segmenter.from_pretrained(fine_tuned()).save_pretrained("model")
+    card = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(card | changes))
+    code, said = cli("predict", "model", ball(), "out.nii.gz")
+    assert (code, next(iter(changes)) in said) == (2, True)
+
+
+def test_2_finite_weights_with_infinite_outputs(fine_tuned):
+    tensors = {name: t * 1e30 for name, t in load_file(fine_tuned()).items()}
+    Segmenter.from_pretrained("model.safetensors").save_pretrained("model")
+    save_file(tensors, "model/model.safetensors")
+    code, said = cli("predict", "model", ball(), "out.nii.gz")
+    assert (code, "finite" in said, Path("out.nii.gz").exists()) == (2, True, False)
+    save_file({name: t * 1e30 for name, t in load_file(TINY).items()}, "tiny.safetensors")
+    given = ["--point", "20,20,20", "--weights", "tiny.safetensors"]
+    assert segment("scan.nii.gz", "out.nii.gz", *given)[0] == 2
+    arguments = ["f.safetensors", "--weights", "tiny.safetensors", "--variant", "tiny"]
+    assert cli("features", "scan.nii.gz", *arguments)[0] == 2
 
 
 def test_2_weights_with_a_flipped_bit():
@@ -129,6 +172,20 @@ def test_4_a_spacing_that_makes_a_small_scan_large():
     assert (code, "GiB" in said) == (2, True)
 
 
+def test_4_text_of_a_tebibyte():
+    for name in ("c.json", "c.yaml"):
+        with Path(name).open("wb") as file:
+            file.truncate(2**40)  # takes no room on the disk
+    folder = nnunet("data")
+    for said in (
+        segment(ball(), "out.nii.gz", "--points", "c.json"),
+        cli("plan", folder, "--subjects", "c.json"),
+        cli("curate", folder, "out", "--layout", "c.yaml"),
+        cli("train", "c.yaml"),
+    ):
+        assert (said[0], "c.json" in said[1] or "c.yaml" in said[1]) == (2, True), said
+
+
 # 5. Silently dropped or reinterpreted input
 
 
@@ -143,6 +200,41 @@ def test_5_weights_that_another_key_would_replace(fine_tuned):
     assert (code, "init" in said, "weights" in said) == (2, True, True)
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [{"1": "head", "01": "tail"}, {"1": "head", "2": "head"}, {"1": "head", "2": None}],
+)
+def test_5_two_names_for_one_value_of_a_single_volume(labels):
+    nifti("raw/a.nii.gz", image(0))
+    nifti("raw/label.nii.gz", label())
+    entry = {"image": "a.nii.gz", "label": "label.nii.gz", "labels": labels}
+    Path("raw/labels.json").write_text(json.dumps([entry]))
+    code, said = cli("curate", "raw", "out")
+    assert (code, "label.nii.gz" in said) == (2, True)
+
+
+def test_5_mirror_images_of_a_model_that_was_trained_without_them(fine_tuned):
+    code, said = cli("predict", fine_tuned(), ball(), "out.nii.gz", "--mirror")
+    assert (code, "--mirror" in said) == (0, True)
+
+
+def test_5_a_width_that_the_decoder_does_not_have():
+    code, said = tune(nnunet("data"), "--dry-run", model="linear", feature_size=8)
+    assert (code, "feature_size" in said) == (2, True)
+
+
+def test_5_options_that_would_be_ignored(fine_tuned):
+    model, folder = fine_tuned(), nnunet("data")
+    for option, arguments in (
+        ("--probabilities", ("predict", model, ball(), "out.nii.gz", "--probabilities")),
+        ("--weights", ("clicks", folder, "--model", "os:getcwd", "--weights", "tiny")),
+        ("--cases", ("clicks", "--compare", "a", "b", "--cases", 0)),
+        ("--steps", ("train", "x.plan.yaml", "--steps", 0)),
+    ):
+        code, said = cli(*arguments)
+        assert (code, option in said) == (2, True), said
+
+
 # 6. Loops without end and hangs
 
 
@@ -152,6 +244,27 @@ def test_6_a_scan_that_is_a_fifo():
     for name in ("v.nii", "v.nrrd"):
         code, said = segment(name, "out.nii.gz", "--point", "1,1,1")
         assert (code, name in said) == (2, True)
+
+
+@pytest.mark.parametrize("written", ["x.raw", "LIST\nx.raw", "../here/x.raw", "/dev/zero"])
+def test_6_a_header_that_names_a_fifo_for_its_voxels(written):
+    os.mkfifo("x.raw")
+    header = "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_FLOAT\n"
+    for name in ("v.mhd", "v.mha"):
+        Path(name).write_text(f"{header}ElementDataFile = {written}\n")
+        code, said = segment(name, "out.nii.gz", "--point", "1,1,1")
+        assert (code, Path(written.split()[-1]).name in said) == (2, True)
+
+
+def test_6_a_list_of_folds_or_of_scores_that_is_a_fifo(fine_tuned):
+    folder = nnunet("data")
+    os.mkfifo(folder / "splits.json")
+    os.mkfifo("scores.json")
+    for code, said in (
+        tune(folder, "--dry-run"),
+        cli("push", fine_tuned(), "me/x", "--dry-run", "--scores", "scores.json"),
+    ):
+        assert (code, "FIFO" in said) == (2, True), said
 
 
 def test_6_folders_that_hold_themselves():
@@ -174,6 +287,16 @@ def test_7_an_output_below_a_file(fine_tuned, monkeypatch):
     model = fine_tuned()
     assert cli("predict", model, ball(), "scan.nii.gz/out.nii.gz")[0] == 2
     assert cli("export", model, "scan.nii.gz/out.pt2")[0] == 2
+
+
+def test_7_names_that_are_nearly_too_long_and_a_plan_in_a_new_folder(fine_tuned):
+    model, long = fine_tuned(), "x" * 245
+    assert cli("predict", model, ball(), f"{long}.nii.gz")[0] == 0
+    assert cli("predict", model, "scan.nii.gz", f"{long}xxxx.nii.gz")[0] == 2
+    others = ["--save-clicks", f"{long}.json", "--png", f"{long}.png"]
+    assert segment("scan.nii.gz", "out.nii.gz", "--point", "20,20,20", *others)[0] == 0
+    plan = ["--modality", "mr", "--steps", 20, "--out", "new/x.plan.yaml"]
+    assert cli("plan", nnunet("data"), *plan)[0] == 0
 
 
 def test_7_one_bad_scan_of_a_folder(fine_tuned):
@@ -213,6 +336,16 @@ def test_8_an_output_that_appears_meanwhile(fine_tuned, monkeypatch):
     assert Path("out.nii.gz").read_text() == "another's"
 
 
+def test_8_results_that_are_there_are_not_replaced_unasked(monkeypatch):
+    folder = nnunet("data").absolute()
+    for i in range(6):
+        nifti(f"pred/case_{i}.nii.gz", label())
+    assert score(monkeypatch, "pred", folder, "--out", "ev")[0] is None
+    code, said = score(monkeypatch, "pred", folder, "--out", "ev")
+    assert (code, "ev/scores.csv" in said) == (2, True)
+    assert score(monkeypatch, "pred", folder, "--out", "ev", "--force")[0] is None
+
+
 # 9. Tracebacks for users
 
 
@@ -250,13 +383,33 @@ def test_10_exported_files_name_no_folder_of_this_machine(fine_tuned, name):
         assert folder.encode() not in content, folder
 
 
+def test_10_converted_weights_name_no_folders(here):
+    Path("hospital").mkdir()
+    given = {"work_dir": f"{here}/hospital/x", "data_paths": ["~/ward/a", "../ward/b"]}
+    content = {"state_dict": load_file(TINY), "args": Namespace(**given), "of": f"{here}/x"}
+    torch.save(content, "hospital/w.pth")
+    assert cli("convert", here / "hospital/w.pth", "out.safetensors")[0] == 0
+    written = Path("out.safetensors").read_bytes()
+    assert b"data_paths" in written
+    for word in (b"hospital", b"ward", str(here).encode()):
+        assert word not in written
+
+
 def test_10_a_manifest_names_files_and_no_folders(fine_tuned, here):
     Path("secret").mkdir()
     shutil.move(fine_tuned(), "secret/m.safetensors")
     nifti("private/s.nii.gz", image(0))
     model = here / "secret/m.safetensors"
     assert cli("predict", model, here / "private", "out")[0] == 0
+    Path("private/t.nii.gz").write_bytes(b"no scan")
+    assert cli("predict", model, here / "private", "out")[0] == 1
+    nnunet("hospital/raw", n=1)
+    Path("hospital/raw/imagesTr/case_0_0000.nii.gz").write_bytes(b"no scan")
+    assert cli("curate", here / "hospital/raw", "curated")[0] == 0
+    for path in Path("curated").rglob("*.json*"):
+        assert "hospital" not in path.read_text() or path.name == "summary.json", path
     written = Path("out/manifest.json").read_text()
+    assert "t.nii.gz" in written
     assert "m.safetensors" in written
     assert "secret" not in written
     assert "private" not in written
