@@ -28,7 +28,7 @@ def workers(backend: str | None, jobs: int) -> Iterator[None]:
         ConnectionError: If no scheduler answers.
     """
     if jobs == 0 or jobs > MAX_JOBS:
-        raise ValueError(f"jobs is {jobs}; give 1 to {MAX_JOBS}, or -1 for all cores")
+        raise ValueError(f"jobs is {jobs}; give 1 or more, at most {MAX_JOBS}, or -1 for all cores")
     if backend is None:
         yield
     elif backend.startswith(DASK):
