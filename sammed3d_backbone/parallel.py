@@ -27,8 +27,10 @@ def workers(backend: str | None, jobs: int) -> Iterator[None]:
             is missing.
         ConnectionError: If no scheduler answers.
     """
-    if jobs == 0 or jobs > MAX_JOBS:
-        raise ValueError(f"jobs is {jobs}; give 1 or more, at most {MAX_JOBS}, or -1 for all cores")
+    if jobs == 0:
+        raise ValueError("jobs is 0; give 1 or more, or -1 for all cores")
+    if jobs > MAX_JOBS:
+        raise ValueError(f"jobs is {jobs}; give at most {MAX_JOBS}")
     if backend is None:
         yield
     elif backend.startswith(DASK):
