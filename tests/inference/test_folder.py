@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from dicom_series import write_series
 
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.volume import Volume
@@ -102,6 +101,9 @@ def test_channels_in_files_of_their_own_are_one_scan(fine_tuned, scans, tmp_path
 def test_a_series_in_a_folder_of_its_own_is_a_scan(fine_tuned, scans, tmp_path):
     for path in scans.iterdir():
         path.unlink()
+    pytest.importorskip("pydicom", reason="needs the extra dicom")
+    from dicom_series import write_series
+
     write_series(scans / "series")
     assert is_one_scan(scans / "series")
     assert not is_one_scan(scans)

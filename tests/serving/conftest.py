@@ -29,7 +29,9 @@ def scan():
 @pytest.fixture
 def series(scan, tmp_path):
     """The scan as a folder of DICOM, axial, its axes towards L, P, S."""
-    dicom_series = pytest.importorskip("dicom_series", reason="needs the extra dicom")
+    pytest.importorskip("pydicom", reason="needs the extra dicom")
+    import dicom_series
+
     last_x, last_y, _ = np.array(scan.shape) - 1
 
     def change(image, number):

@@ -11,7 +11,6 @@ import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs nninteractive-client and the extra serve")
 live_server = pytest.importorskip("live_server", reason="needs the extra serve")
-pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
 
 from orientations import ORIENTATIONS, expected, oriented  # noqa: E402
 
@@ -293,6 +292,7 @@ def test_malformed_prompts_are_refused(served, scan, body):
 
 
 def test_a_dicom_series_is_saved_as_segment_saves_it(served, lopsided, scan, series, tmp_path):
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
     volume = Volume.load(series)
     points = [oriented(scan, "LPS", voxel)[1] for voxel in (INSIDE, OTHER)]
     liver, spleen = (expected(lopsided, volume, (point, True)) for point in points)
