@@ -20,7 +20,7 @@ class MonaiViT(ViT):
         super().__init__(in_chans, img_size, 8, 48, mlp_dim=96, num_layers=6, num_heads=4)
         self.in_chans, self.img_size = in_chans, img_size
         for block in self.blocks:  # built for cross-attention, which this network has not
-            block.norm_cross_attn = torch.nn.Identity()
+            block.cross_attn = block.norm_cross_attn = torch.nn.Identity()
 
     @property
     def depth(self):

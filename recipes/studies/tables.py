@@ -75,7 +75,9 @@ def add(folder: Path, run: Mapping[str, Any], **tables: pd.DataFrame) -> None:
         kept = read(folder, name)
         kept = kept[kept["run"] != run["run"]]
         rows = rows.assign(run=run["run"])
-        whole = pd.concat([kept, rows] if len(kept) else [rows], ignore_index=True)
+        # Objects, since pandas 2 warns of the type of columns that are empty in one part.
+        parts = [part.astype(object) for part in (kept, rows)]
+        whole = pd.concat(parts, ignore_index=True).infer_objects()
         first = ["run", *whole.columns.drop("run")]
         write_text(folder / f"{name}.csv", whole[first].to_csv(index=False, lineterminator="\n"))
 

@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
     report = write_curation_report(
         folder / "out", *found, PRESETS["default"], {"preset": "default"}
     )
-    return folder / "out", found[1], report.read_text()
+    return folder / "out", found[1], report.read_text(encoding="utf-8")
 
 
 def test_masks_are_counted_by_verdict_and_step(finished):
