@@ -194,7 +194,7 @@ def _folds(found: Fingerprint, folds: int) -> list[Finding]:
 
 
 def _scales(found: Fingerprint) -> list[Finding]:
-    tops = [abs(case.inside[0][-1]) for case in found.cases]
+    tops = [abs(case.inside[0][-1]) for case in found.labelled]
     low, high = min(tops), max(tops)
     line = f"intensities inside labels reach {low:.3g} in one case and {high:.3g} in another"
     return [Finding(line)] if high > SCALE_FACTOR * max(low, 1e-6) else []

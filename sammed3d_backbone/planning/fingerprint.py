@@ -63,7 +63,7 @@ class CasePrint:
         low: Lowest value of each channel.
         high: Highest value of each channel.
         negative: Share of voxels below 0, of each channel.
-        inside: `PERCENTILES` of each channel, over labelled voxels.
+        inside: `PERCENTILES` of each channel, over labelled voxels; empty if there are none.
         structures: Annotated classes that have voxels.
     """
 
@@ -85,6 +85,11 @@ class Fingerprint:
 
     dataset: Dataset
     cases: tuple[CasePrint, ...]
+
+    @cached_property
+    def labelled(self) -> tuple[CasePrint, ...]:
+        """The cases with a labelled voxel, which healthy controls do not have."""
+        return tuple(case for case in self.cases if case.inside)
 
     @cached_property
     def spacing_mm(self) -> TripleMm:
@@ -132,7 +137,11 @@ def fingerprint(dataset: Dataset, *, jobs: int = 1) -> Fingerprint:
         found += [] if case is None else [case]
     if problems:
         raise DatasetError(f"{dataset.folder} cannot be planned for:", problems)
-    return Fingerprint(dataset, tuple(found))
+    made = Fingerprint(dataset, tuple(found))
+    if not made.labelled:
+        problem = "no case has a labelled voxel"
+        raise DatasetError(f"{dataset.folder} cannot be planned for:", [problem])
+    return made
 
 
 def _measured(case: Case, dataset: Dataset) -> tuple[list[str], CasePrint | None]:
@@ -162,6 +171,7 @@ def _measured(case: Case, dataset: Dataset) -> tuple[list[str], CasePrint | None
                 float(v) for v in np.percentile(values[:: -(-values.size // SAMPLED)], PERCENTILES)
             )
             for values in inside
+            if values.size
         ),
         structures={n: s for n, s in _structures(label, geometry, dataset).items() if n in known},
     )

@@ -80,7 +80,7 @@ def _histograms(found: Fingerprint) -> Figure:
     volumes.set_title("volume of a class, ml; line: median", fontsize=10)
     for channel, name in enumerate(found.dataset.channels):
         low, middle, high = np.array(
-            sorted((case.inside[channel][1:4] for case in found.cases), key=lambda p: p[1])
+            sorted((case.inside[channel][1:4] for case in found.labelled), key=lambda p: p[1])
         ).T
         place = np.arange(len(middle))
         colour = COLOURS[(4 + channel) % len(COLOURS)]

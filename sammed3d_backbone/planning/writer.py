@@ -60,7 +60,7 @@ def summary(found: Fingerprint) -> list[str]:
             f"inside labels, {name}: median intensity {np.median(middles):.4g}, "
             f"from {min(middles):.4g} to {max(middles):.4g} by case"
             for channel, name in enumerate(dataset.channels)
-            for middles in [[case.inside[channel][2] for case in cases]]
+            for middles in [[case.inside[channel][2] for case in found.labelled]]
         ),
     ]
     for name, ml in found.median(lambda structure: structure.ml).items():

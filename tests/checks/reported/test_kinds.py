@@ -438,6 +438,17 @@ def test_11_labels_of_other_types_and_byte_orders():
     assert len(read_dataset(folder).cases) == 6
 
 
+def test_11_a_plan_for_patients_and_healthy_controls():
+    folder = nnunet("data")
+    for i in range(2):
+        nifti(folder / f"labelsTr/case_{i}.nii.gz", 0 * label())
+    assert cli("plan", folder, "--modality", "mr", "--out", "a.plan.yaml")[0] == 0
+    for i in range(6):
+        nifti(folder / f"labelsTr/case_{i}.nii.gz", 0 * label())
+    code, said = cli("plan", folder, "--modality", "mr", "--out", "b.plan.yaml")
+    assert (code, "labelled voxel" in said) == (2, True)
+
+
 # 12. Contracts with other libraries
 
 
