@@ -268,9 +268,11 @@ def _softmax_product(
         logits = torch.bmm(q, k.mT)
     else:
         repeats = q.shape[1] // lines.shape[1]
-        logits = lines[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2)  # (Z, N, K)
-        add = logits.baddbmm_ if in_place else logits.baddbmm
-        logits = add(q, k.mT)
+        spread = lines[:, :, None].expand(-1, -1, repeats, -1)
+        if in_place:  # into memory of its own, which a view of the lines would not be
+            spread = spread.clone(memory_format=torch.contiguous_format)
+        logits = spread.flatten(1, 2)  # (Z, N, K)
+        logits = (logits.baddbmm_ if in_place else logits.baddbmm)(q, k.mT)
     weights = torch.softmax(logits, dim=-1, out=logits) if in_place else logits.softmax(dim=-1)
     return torch.bmm(weights, v)
 

@@ -27,8 +27,6 @@ TINY = ["serve", "--variant", "tiny", "--random", "--port", "0"]
         (["--axes", "LLS"], "axes"),
         (["--max-sessions", "0"], "max_sessions"),
         (["--max-windows", "0"], "max_windows"),
-        (["--max-image-gb", "0"], "max_image_bytes"),
-        (["--idle-minutes", "0"], "time-outs"),
         (["--device", "cuda:99"], "--device"),
         (["--port", "70000"], "port"),
     ],
@@ -37,6 +35,15 @@ def test_refusals_are_one_line(capsys, arguments, token):
     assert main([*TINY, *arguments]) == 2
     error = capsys.readouterr().err
     assert token in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argument", ["--max-image-gb", "--idle-minutes"])
+def test_a_measure_is_above_0(capsys, argument):
+    with pytest.raises(SystemExit, match="2"):
+        main([*TINY, argument, "0"])
+    error = capsys.readouterr().err
+    assert argument in error
     assert error.count("\n") == 1
 
 
