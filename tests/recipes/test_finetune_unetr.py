@@ -107,11 +107,11 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": "basicunet", "crop_vox": 32},
+        {"model": "basicunet", "crop_vox": 32, "feature_size": None},
         {"rel_pos": "axial"},
         {"model": "flexible_unet", "pyramid": "multi_level"},
         {"model": "segresnet", "checkpointing": True},
-        {"model": "linear_head"},
+        {"model": "linear_head", "feature_size": None},
         {"model": "expanding_head"},
     ],
     ids=["basicunet", "axial", "flexible_unet", "segresnet", "linear", "expanding"],
