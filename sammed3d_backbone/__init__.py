@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sammed3d_backbone.adapters.class_prompts import class_prompts
     from sammed3d_backbone.adapters.flexible_unet import flexible_unet
     from sammed3d_backbone.adapters.pyramid import pyramid
     from sammed3d_backbone.adapters.segresnet import segresnet
@@ -24,6 +25,7 @@ __all__ = [
     "Predictor",
     "Segmenter",
     "Volume",
+    "class_prompts",
     "encoder",
     "flexible_unet",
     "list_variants",
@@ -38,6 +40,7 @@ _HOMES = {
     "Predictor": "inference.interactive.predictor",
     "Segmenter": "inference.segmenter",
     "Volume": "data.volume",
+    "class_prompts": "adapters.class_prompts",
     "encoder": "loading.factory",
     "flexible_unet": "adapters.flexible_unet",
     "list_variants": "loading.variants",

@@ -4,7 +4,7 @@ The base class holds an encoder of the contract as `encoder`, so that its tensor
 names in every file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from sammed3d_backbone.adapters.contract import Encoder
 class EncoderNetwork(nn.Module):
     """An encoder without its unread parts; derived networks add a decoder.
 
-    The encoder loses the blocks behind the last index and its neck, so that every trainable
-    parameter gets a gradient, which multi-process training needs.
+    The encoder loses the blocks behind the last index and, unless the network reads its map, the
+    neck, so that every trainable parameter gets a gradient, which multi-process training needs.
     """
 
-    def __init__(self, encoder: Encoder, out_indices: Sequence[int]) -> None:
+    def __init__(
+        self, encoder: Encoder, out_indices: Sequence[int], *, keep_neck: bool = False
+    ) -> None:
         super().__init__()
-        encoder.prune_intermediate_layers(out_indices, prune_norm=True)
+        encoder.prune_intermediate_layers(out_indices, prune_norm=not keep_neck)
         self.encoder = encoder
         self.out_indices = tuple(out_indices)
         self.grad_checkpointing = False
@@ -41,7 +43,7 @@ class EncoderNetwork(nn.Module):
         """The encoder's depth groups under this network's names; the decoder follows them."""
         return groups_under_encoder(self.encoder, coarse)
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """Runs a block of the decoder, with gradient checkpointing if that is enabled."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(block, *inputs, use_reentrant=False)

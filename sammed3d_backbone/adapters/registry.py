@@ -14,6 +14,7 @@ from torch import nn
 
 ADAPTERS = {
     "unetr": "unetr",
+    "class_prompts": "class_prompts",
     "flexible_unet": "flexible_unet",
     "segresnet": "segresnet",
     "linear_head": "heads",

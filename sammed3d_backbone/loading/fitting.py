@@ -76,9 +76,20 @@ class LoadReport:
             f"unexpected: {abbreviated(self.unexpected)}",
             f"not used by this network: {unused or 'none'}",
         ]
-        rows += [f"reshaped: {change}" for change in self.reshaped] or ["reshaped: none"]
-        rows += [f"adapted: {change}" for change in self.adapted] or ["adapted: none"]
+        for title, changes in (("reshaped", self.reshaped), ("adapted", self.adapted)):
+            rows += [f"{title}: {line}" for line in _alike_together(changes)] or [f"{title}: none"]
         return "\n".join(rows)
+
+
+def _alike_together(changes: Sequence[Change]) -> list[str]:
+    """A line for each kind of change, with the tensors that it befell."""
+    kinds: dict[Change, list[str]] = {}
+    for change in changes:
+        kinds.setdefault(dataclasses.replace(change, name=""), []).append(change.name)
+    return [
+        str(dataclasses.replace(kind, name=abbreviated(names, limit=1)))
+        for kind, names in kinds.items()
+    ]
 
 
 def fit(

@@ -14,16 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sammed3d_backbone.loading.checkpoint import OTHER_PARTS, UNETR, CheckpointError, abbreviated
-from sammed3d_backbone.loading.factory import encoder
-from sammed3d_backbone.loading.fitting import Change, LoadReport, Shape, fit, part_of
-from sammed3d_backbone.loading.opening import (
-    CARD_KEY,
-    MODEL_ENCODER,
-    OpenedWeights,
-    open_weights,
-    variant_for,
-)
+from sammed3d_backbone.loading.checkpoint import UNETR, CheckpointError, abbreviated
+from sammed3d_backbone.loading.fitting import LoadReport, Shape, fit, part_of
+from sammed3d_backbone.loading.networks import filled_encoder, joined_report
+from sammed3d_backbone.loading.opening import CARD_KEY, MODEL_ENCODER, OpenedWeights, open_weights
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
 logger = logging.getLogger(__name__)
@@ -47,20 +41,9 @@ def fill_unetr(network: nn.Module, weights: str | os.PathLike[str]) -> LoadRepor
         ValueError: If the network's encoder is not one of this package.
         CheckpointError: If the file does not fit the network.
     """
-    parts: Any = network
-    own: Any = getattr(parts.encoder, "encoder", parts.encoder)  # a SharedEncoder holds one
-    if not isinstance(own, ImageEncoder3D):
-        raise ValueError(
-            f"weights={weights}: the encoder is a {type(own).__name__}, and weights fill those of "
-            "encoder(...); leave out weights="
-        )
     opened = open_weights(weights)
-    record = own.pretrained_cfg
-    if record is None or record.name != opened.record.name:
-        _fill_encoder(own, weights)
-    report: LoadReport = own.load_report
-    prefix = "encoder.encoder." if own is not parts.encoder else "encoder."
-    return _joined(_fill_decoder(network, own, opened), report, prefix, own)
+    own = filled_encoder(network, opened, weights)
+    return joined_report(network, own, _fill_decoder(network, own, opened))
 
 
 def stored_feature_size(weights: str | os.PathLike[str]) -> int | None:
@@ -78,31 +61,6 @@ def _decoder_of(opened: OpenedWeights) -> dict[str, Tensor]:
     else:
         mine = part_of(opened.tensors, UNETR)
     return {name: tensor for name, tensor in mine.items() if not name.startswith(LAST)}
-
-
-def _fill_encoder(own: ImageEncoder3D, weights: str | os.PathLike[str]) -> None:
-    """Loads weights into an encoder that exists; what it lacks was pruned by its network."""
-    variant = variant_for(weights)
-    filled = encoder(
-        variant,
-        weights=weights,
-        in_chans=own.in_chans,
-        img_size=own.img_size,
-        patch_size=own.patch_size,
-        rel_pos=own.rel_pos,
-        channel_gains=own.channel_gains,
-    )
-    state, wanted = filled.state_dict(), own.state_dict()
-    wrong = [
-        name for name, t in wanted.items() if name not in state or state[name].shape != t.shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{weights} does not fit the encoder of the network in {abbreviated(wrong)}; build it "
-            f"on encoder({variant!r}, weights=...)"
-        )
-    own.load_state_dict({name: state[name] for name in wanted})
-    own.pretrained_cfg, own.load_report = filled.pretrained_cfg, filled.load_report
 
 
 def _fill_decoder(network: nn.Module, own: ImageEncoder3D, opened: OpenedWeights) -> LoadReport:
@@ -162,33 +120,3 @@ def _require_same_decoder(
             f"the UNETR decoder in {source} was built with other options: {abbreviated(differing)} "
             "are in one of the two only; build the network with the defaults of unetr"
         )
-
-
-def _joined(
-    decoder: LoadReport, own: LoadReport, prefix: str, pruned: ImageEncoder3D
-) -> LoadReport:
-    """The report of the whole network, by its own names; what was pruned is not used."""
-    parts = {_part(name) for name in pruned.state_dict()}
-
-    def renamed(changes: tuple[Change, ...]) -> tuple[Change, ...]:
-        return tuple(dataclasses.replace(c, name=f"{prefix}{c.name}") for c in changes)
-
-    return dataclasses.replace(
-        own,
-        matched=(
-            *(f"{prefix}{name}" for name in own.matched if _part(name) in parts),
-            *decoder.matched,
-        ),
-        missing=(*(f"{prefix}{name}" for name in own.missing), *decoder.missing),
-        unused=(
-            *(f"{prefix}{name}" for name in own.matched if _part(name) not in parts),
-            *(name for name in own.unused if name.startswith(OTHER_PARTS)),
-        ),
-        reshaped=renamed(own.reshaped),
-        adapted=(*renamed(own.adapted), *decoder.adapted),
-    )
-
-
-def _part(name: str) -> str:
-    """The block or layer of the encoder that a tensor belongs to; trained parts may lie in it."""
-    return ".".join(name.split(".")[:2])

@@ -48,7 +48,7 @@ class HighResolution(nn.Module):
         self.middle = _mixer(middle)
         self.middle_up = nn.ConvTranspose3d(middle, fine, 2, stride=2)
         self.fine = _mixer(fine)
-        self.to_point = nn.Linear(middle + fine, embed_dim)
+        self.to_point: nn.Module = nn.Linear(middle + fine, embed_dim)
 
     def forward(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         shallow = self.stem(image)

@@ -77,7 +77,7 @@ class MaskDecoder3D(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(embed_dim, embed_dim, embed_dim // 8) for _ in range(MASK_TOKENS)
         )
-        self.iou_prediction_head = MLP(embed_dim, iou_head_hidden_dim, MASK_TOKENS)
+        self.iou_prediction_head: nn.Module = MLP(embed_dim, iou_head_hidden_dim, MASK_TOKENS)
         self.high_resolution = high_resolution
 
     def forward(
@@ -114,6 +114,16 @@ class MaskDecoder3D(nn.Module):
         logits = torch.bmm(upscaled.flatten(1, 5), kernels).unflatten(1, upscaled.shape[1:6])
         quality: Tensor = self.iou_prediction_head(tokens[:, 0])
         return sorted_into_volume(logits), quality[:, list(chosen)]
+
+    def keep_single_mask(self) -> None:
+        """Drops what only alternatives, the predicted quality and clicks read.
+
+        Then every parameter gets a gradient from the single mask; the quality is meaningless.
+        """
+        self.output_hypernetworks_mlps = self.output_hypernetworks_mlps[:1]
+        self.iou_prediction_head = nn.Identity()
+        if self.high_resolution is not None:
+            self.high_resolution.to_point = nn.Identity()
 
     def at_points(self, maps: tuple[Tensor, ...], points: Points, img_size: Grid) -> Tensor:
         """The share of the high-resolution maps in the embedded clicks, which is added to them.

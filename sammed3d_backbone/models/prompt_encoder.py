@@ -31,6 +31,7 @@ class FourierCode(nn.Module):
 
     def __init__(self, embed_dim: int, point_pos: PointPos) -> None:
         super().__init__()
+        self.point_pos: PointPos = point_pos
         # Faithful: released codes repeat their sines, so a third of the channels is redundant;
         # pinned by `test_the_released_code_is_sine_cosine_and_the_same_sine_again`.
         self.waves = (torch.sin, torch.cos, torch.sin)[: 3 if point_pos == "swapped" else 2]
@@ -47,6 +48,27 @@ class FourierCode(nn.Module):
         # Spelled out, since autocast would round the factors of a matrix product.
         phase = ((2 * place - 1).unsqueeze(-1) * frequencies).sum(-2) * (2 * math.pi)
         return torch.cat([wave(phase) for wave in self.waves], dim=-1)
+
+
+def image_token_code(code: FourierCode, grid: Grid) -> Tensor:
+    """The position code of every image token.
+
+    Args:
+        code: The position code of places.
+        grid: Image tokens per axis.
+
+    Shapes:
+        returns: (1, F, x, y, z).
+    """
+    matrix = code.positional_encoding_gaussian_matrix
+    axes = [(torch.arange(n, dtype=matrix.dtype, device=matrix.device) + 0.5) / n for n in grid]
+    centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (x, y, z, 3)
+    if code.point_pos == "swapped":
+        # Faithful: token (i, j, k) carries the code of a point at (j, i, k); pinned by
+        # `test_released_image_tokens_have_axes_0_and_1_swapped_against_points`.
+        centres = centres[..., [1, 0, 2]]
+    embedded: Tensor = code(centres)
+    return embedded.movedim(-1, 0).unsqueeze(0)
 
 
 class PromptEncoder3D(nn.Module):
@@ -150,17 +172,7 @@ class PromptEncoder3D(nn.Module):
         Shapes:
             returns: (1, F, x, y, z).
         """
-        matrix = self.pe_layer.positional_encoding_gaussian_matrix
-        axes = [
-            (torch.arange(n, dtype=matrix.dtype, device=matrix.device) + 0.5) / n for n in self.grid
-        ]
-        centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (x, y, z, 3)
-        if self.point_pos == "swapped":
-            # Faithful: token (i, j, k) carries the code of a point at (j, i, k); pinned by
-            # `test_released_image_tokens_have_axes_0_and_1_swapped_against_points`.
-            centres = centres[..., [1, 0, 2]]
-        code: Tensor = self.pe_layer(centres)
-        return code.movedim(-1, 0).unsqueeze(0)  # (1, F, x, y, z)
+        return image_token_code(self.pe_layer, self.grid)
 
     def _embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:
         """Tokens (P, N + 1, F) of points."""

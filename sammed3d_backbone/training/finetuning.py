@@ -108,6 +108,7 @@ def make_card(
         adapter=accepted_options(
             settings["model"],
             feature_size=settings["feature_size"] or (whole and feature_size) or FEATURE_SIZE,
+            variant=settings["variant"],
         )
         if has_encoder
         else {},

@@ -60,6 +60,7 @@ def test_a_model_verifies_and_an_altered_one_does_not(model, capsys):
         ("segresnet", {"feature_size": 4, "kind": "conv_stem"}),
         ("linear_head", {}),
         ("expanding_head", {"feature_size": 4}),
+        ("class_prompts", {"variant": "tiny"}),
     ],
 )
 def test_every_decoder_predicts_from_its_card_alone(network, adapter, fine_tuned, scan, tmp_path):

@@ -71,10 +71,20 @@ class Threshold(nn.Module):
         {"network": "segresnet", "adapter": {"feature_size": 4, "kind": "conv_stem"}},
         {"network": "linear_head", "adapter": {}},
         {"network": "expanding_head"},
+        {"network": "class_prompts", "adapter": {"variant": "tiny"}},
         BASIC,
         {"preprocessing": replace(PREPROCESSING, spacing_mm=None)},
     ],
-    ids=["unetr", "flexible_unet", "segresnet", "linear_head", "expanding_head", "basic", "native"],
+    ids=[
+        "unetr",
+        "flexible_unet",
+        "segresnet",
+        "linear_head",
+        "expanding_head",
+        "class_prompts",
+        "basic",
+        "native",
+    ],
 )
 def test_a_network_comes_back_with_its_card(tmp_path, changes, generator):
     torch.manual_seed(1)

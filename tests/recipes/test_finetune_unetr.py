@@ -113,8 +113,9 @@ def test_a_run_leaves_scores_predictions_networks_and_a_figure(small, runs, toy_
         {"model": "segresnet", "checkpointing": True},
         {"model": "linear_head", "feature_size": None},
         {"model": "expanding_head"},
+        {"model": "class_prompts", "feature_size": None},
     ],
-    ids=["basicunet", "axial", "flexible_unet", "segresnet", "linear", "expanding"],
+    ids=["basicunet", "axial", "flexible_unet", "segresnet", "linear", "expanding", "prompts"],
 )
 def test_every_arm_of_the_comparison_is_the_same_script(small, runs, changes):
     assert fine_tune(ArmConfig(**small | {"steps": 2} | changes))["cases"] == 2
