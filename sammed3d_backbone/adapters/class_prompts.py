@@ -107,13 +107,13 @@ class ClassPrompts(EncoderNetwork):
         classes = len(self.prompts)
         x, y, z = embedding.shape[2:]
         masks, _ = self.mask_decoder(
-            embedding.repeat_interleave(classes, dim=0),
+            embedding.unsqueeze(1).expand(-1, classes, -1, -1, -1, -1).flatten(0, 1),
             image_token_code(self.position_code, (x, y, z)),
-            self.prompts.repeat(len(volume), 1, 1),
+            self.prompts.expand(volume.shape[0], -1, -1, -1).flatten(0, 1),
             self.dense_prompt.expand(1, -1, x, y, z),
             maps=maps,
         )
-        return masks.view(len(volume), classes, *masks.shape[2:]) + self.bias.view(-1, 1, 1, 1)
+        return masks.view(volume.shape[0], classes, *masks.shape[2:]) + self.bias.view(-1, 1, 1, 1)
 
 
 class_prompts = ClassPrompts  # the public name, as in the registry

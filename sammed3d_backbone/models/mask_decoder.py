@@ -94,11 +94,11 @@ class MaskDecoder3D(nn.Module):
                 f"{len(maps)} maps for a mask decoder with high_resolution="
                 f"{self.high_resolution is not None}; decode what `Sam3D.encode` returned"
             )
-        prompts = len(sparse_prompt_embeddings)
+        prompts = sparse_prompt_embeddings.shape[0]  # `len` would fix it in an export
         for name, given in (("images", image_embeddings), ("dense", dense_prompt_embeddings)):
-            if len(given) not in (1, prompts):
+            if given.shape[0] not in (1, prompts):
                 raise ValueError(
-                    f"{len(given)} {name} embeddings for {prompts} sets of points; give one for "
+                    f"{given.shape[0]} {name} embeddings for {prompts} sets of points; give one for "
                     "all of them, or one each"
                 )
         image = (image_embeddings + dense_prompt_embeddings).expand(prompts, -1, -1, -1, -1)
@@ -167,7 +167,7 @@ def _halved(tokens: Tensor, convolution: nn.Module) -> Tensor:
 
 def _plus(tokens: Tensor, of_images: Tensor) -> Tensor:
     """Adds values of B images, (B, ...), to P / B consecutive prompts each, (P, ...)."""
-    images = len(of_images)
+    images = of_images.shape[0]
     both: Tensor = tokens.unflatten(0, (images, -1)) + of_images.unsqueeze(1)
     return both.flatten(0, 1)
 

@@ -57,12 +57,15 @@ def test_an_exported_encoder_gives_its_numbers_at_any_batch(tmp_path, suffix, re
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    "changes", [{}, {"network": "class_prompts", "adapter": {"variant": "tiny"}}]
+)
 def test_a_fine_tuned_model_is_exported_with_its_preprocessing(
-    tmp_path, fine_tuned, capsys, suffix
+    tmp_path, fine_tuned, capsys, changes, suffix
 ):
     needs_onnx(suffix)
     path = tmp_path / f"m{suffix}"
-    assert main(["export", fine_tuned(), str(path)]) == 0
+    assert main(["export", fine_tuned(**changes), str(path)]) == 0
     assert "16, 16, 16" in capsys.readouterr().out
     if suffix == ".onnx":
         import onnxruntime
