@@ -2,10 +2,12 @@
 
     python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml
     python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml --report
+    python recipes/studies/transfer_study.py recipes/studies/transfer_study.yaml --block 1
 
 The YAML file holds the fields of `Study`. The same command resumes a study that was stopped and
-skips the runs that have results; `--report` only rewrites table and figure. With `rates`, every arm
-first tries each learning rate on a fold that is not reported, and takes the best.
+skips the runs that have results; `--report` only rewrites table and figure, `--block` makes the
+runs of one block of the grid, for another machine or checkout. With `rates`, every arm first tries
+each learning rate on a fold that is not reported, and takes the best.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +90,21 @@ def read_study(path: Path) -> Study:
     return study
 
 
-def main(study: Study, *, report: bool = False) -> None:
-    """Makes the runs that are missing, then table and figure."""
+def main(study: Study, *, report: bool = False, block: int | None = None) -> None:
+    """Makes the runs that are missing, then table and figure.
+
+    Args:
+        study: The study.
+        report: Make no runs.
+        block: The block of the grid to make the runs of, counted from 0; None: all.
+
+    Raises:
+        ValueError: If there is no such block.
+    """
+    if block is not None:
+        if not 0 <= block < len(study.grid):
+            raise ValueError(f"--block {block}: the grid has the blocks 0 to {len(study.grid) - 1}")
+        study = replace(study, grid=[study.grid[block]])
     out = HERE / "results" / study.out
     for run in () if report else in_order(study):
         settings = settings_of(run, study, out)
@@ -356,9 +371,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("study", type=Path, help="YAML file with the fields of Study")
     parser.add_argument("--report", action="store_true", help="rewrite table and figure only")
+    parser.add_argument("--block", type=int, metavar="N", help="the runs of this block alone")
     args = parser.parse_args()
     sys.exit(
         console.run_program(
-            lambda: main(read_study(args.study), report=args.report), "transfer_study"
+            lambda: main(read_study(args.study), report=args.report, block=args.block),
+            "transfer_study",
         )
     )

@@ -98,8 +98,8 @@ class MaskDecoder3D(nn.Module):
         for name, given in (("images", image_embeddings), ("dense", dense_prompt_embeddings)):
             if given.shape[0] not in (1, prompts):
                 raise ValueError(
-                    f"{given.shape[0]} {name} embeddings for {prompts} sets of points; give one for "
-                    "all of them, or one each"
+                    f"{given.shape[0]} {name} embeddings for {prompts} sets of points; give one "
+                    "for all of them, or one each"
                 )
         image = (image_embeddings + dense_prompt_embeddings).expand(prompts, -1, -1, -1, -1)
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + 4, F)

@@ -221,3 +221,11 @@ def test_weights_of_another_study_are_found_where_runs_lie(study, runs):
     assert settings["weights"] == "other/last.safetensors"  # the same on every machine
     wanted = recipe_config(run, settings, study)
     assert wanted.weights == str(runs / "other/last.safetensors")
+
+
+def test_a_block_of_the_grid_is_made_alone(study, trained):
+    both = replace(study, grid=[*study.grid, {**study.grid[0], "draws": 1, "labels": 3}])
+    main(both, block=1)
+    assert [cfg.num_subjects for cfg in trained] == [3, 3]
+    with pytest.raises(ValueError, match="--block"):
+        main(both, block=2)
