@@ -30,6 +30,7 @@ PUBLIC = {
     "mask_prompt",  # a mask to begin with
     "invert",  # Geometry's way back for values that are no labels
     "initialize_from_trained_model_folder",  # scripts written for nnInteractive call it
+    *("on_train_epoch_start", "on_train_epoch_end", "on_epoch_end"),  # nnU-Net's loop calls them
 }
 
 # A part is a module or a folder directly inside the package. It may import itself and these parts;

@@ -1,0 +1,1 @@
+"""nnU-Net and other peers beside the planned recipe, at equal CPU time."""
