@@ -92,6 +92,11 @@ class Fingerprint:
         return tuple(case for case in self.cases if case.inside)
 
     @cached_property
+    def subjects(self) -> set[str]:
+        """The people of the cases."""
+        return {case.case.subject for case in self.cases}
+
+    @cached_property
     def spacing_mm(self) -> TripleMm:
         """The median spacing along the three directions."""
         return _triple(np.median([case.spacing_mm for case in self.cases], axis=0))

@@ -20,7 +20,6 @@ from sammed3d_backbone.loading.variants import variant
 from sammed3d_backbone.planning.findings import one_sided
 from sammed3d_backbone.planning.fingerprint import DIRECTIONS, Fingerprint, Structure
 
-MODEL = "segresnet"
 MIN_THICK_VOX = 8  # of the thinnest class
 MIN_CROP_VOX = 32
 RARE = 0.005  # share of a crop's volume
@@ -28,6 +27,7 @@ APART = 0.25  # of the mean side of two classes, from which on they lie in an or
 IN_ONE_PIECE = 0.95  # share of a structure in its largest component, and of the cases
 CROPS_PER_STEP = 2
 FEW_SUBJECTS = 16
+MOST_PROMPTS = 16  # classes; each costs a pass of the mask decoder
 SHORT, LONG = 2400, 5000  # steps
 STOPS = 4  # validations in a run
 HURRIED = 1000  # steps up to which the higher learning rate is taken
@@ -112,11 +112,9 @@ def from_data(found: Fingerprint, size: str, modality: Modality | None, folds: i
     return [
         Choice("folds", folds, "used where the folder has neither splits.json nor a split"),
         Choice("fold", 0, "fold=all trains all, one after another, and an ensemble"),
-        Choice("model", MODEL, "1.1 Dice points above unetr at equal time (decoder_study)"),
+        choose_model(found),
         Choice("variant", size, f"its weights, {default_weights(size)}, are the start"),
-        Choice(
-            "scratch", False, "the weights of the former tiny were level with scratch or better"
-        ),
+        Choice("scratch", False, "weights were level with random initialisation or better"),
         Choice("freeze", 0, "the former tiny, frozen, was 0.8 Dice points below a trained one"),
         spacing,
         choose_intensity(found, expected, modality),
@@ -131,6 +129,17 @@ def from_data(found: Fingerprint, size: str, modality: Modality | None, folds: i
         choose_flips(found),
         choose_components(found),
     ]
+
+
+def choose_model(found: Fingerprint) -> Choice:
+    """The decoder whose weights help where labels are few, else the best from random ones."""
+    subjects, classes = len(found.subjects), len(found.dataset.classes)
+    if subjects <= FEW_SUBJECTS and classes <= MOST_PROMPTS:
+        why = "its decoder has weights, too: far ahead with 4 and 8 subjects (transfer_abdomen)"
+        return Choice("model", "class_prompts", why)
+    reason = f"{subjects} subjects" if subjects > FEW_SUBJECTS else f"{classes} classes"
+    why = f"{reason}, so more than {FEW_SUBJECTS}; 1.1 Dice points above unetr (decoder_study)"
+    return Choice("model", "segresnet", why)
 
 
 def choose_spacing(found: Fingerprint, expected: Preprocessing) -> Choice:
@@ -245,13 +254,13 @@ def from_machine(
         ValueError: If not even one recomputed crop fits into the memory.
     """
     chosen = {choice.key: choice.value for choice in data}
-    subjects = len({case.case.subject for case in found.cases})
     if steps is None:
-        steps = SHORT if subjects <= FEW_SUBJECTS else LONG
+        steps = SHORT if len(found.subjects) <= FEW_SUBJECTS else LONG
         why_steps = f"{SHORT} for up to {FEW_SUBJECTS} subjects, else {LONG}; --hours or --steps"
     if chosen["variant"] == "tiny":
-        lr = 3e-3 if steps <= HURRIED else 1e-3
-        why_lr = f"3e-3 up to {HURRIED} steps, where it was better (transfer_study); 1e-3 beyond"
+        fast = 2e-3 if chosen["model"] == "class_prompts" else 3e-3
+        lr = fast if steps <= HURRIED else 1e-3
+        why_lr = f"{fast:g} up to {HURRIED} steps, where it was better (studies); 0.001 beyond"
     else:
         lr, why_lr = 3e-4, "the recipe's; the released weights were not measured here"
     ways = [(2, 1, False), (1, 2, False), (2, 1, True), (1, 2, True)]

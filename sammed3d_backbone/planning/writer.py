@@ -47,7 +47,7 @@ def plan_text(
 def summary(found: Fingerprint) -> list[str]:
     """The main figures of a fingerprint, a line each."""
     cases, dataset = found.cases, found.dataset
-    subjects = len({case.case.subject for case in cases})
+    subjects = len(found.subjects)
     shapes = np.array([case.shape for case in cases])
     orientations = Counter(case.orientation for case in cases)
     lines = [

@@ -1,6 +1,7 @@
 """sammed3d plan: what is found in a folder, what is chosen, and a configuration that runs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sammed3d_backbone.planning.findings import find_suspicious
 from sammed3d_backbone.planning.fingerprint import fingerprint
 from sammed3d_backbone.planning.rules import (
     choose_flips,
+    choose_model,
     choose_spacing,
     find_modality,
     from_data,
@@ -75,6 +77,18 @@ def looked_at(folder):
 
 def test_a_plain_set_has_nothing_suspicious(make_set):
     assert looked_at(make_set())[1] == []
+
+
+def test_the_decoder_with_weights_is_for_few_subjects_and_classes(make_set):
+    found = looked_at(make_set())[0]
+    crowd = [
+        replace(c, case=replace(c.case, subject=f"{n}")) for n, c in enumerate(found.cases * 3)
+    ]
+    many = {**found.dataset.labels, **{n: f"class_{n}" for n in range(3, 20)}}
+    assert choose_model(found).value == "class_prompts"
+    assert choose_model(replace(found, cases=tuple(crowd))).value == "segresnet"
+    crowded = replace(found, dataset=replace(found.dataset, labels=many))
+    assert choose_model(crowded).value == "segresnet"
 
 
 def without(value):
