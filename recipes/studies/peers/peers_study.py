@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,18 +224,15 @@ def run_nnunet(
     cost = once(place.arm / "measured.json", lambda: ask("measure", MEASURED))
     steps = iterations_in(study.budget_cpu_seconds, cost["step_cpu_seconds"])
     trained = once(place.arm / "trained.json", train)
-    predictions = place.arm / "predictions"
-    final = (place.test_images, predictions, "checkpoint_final.pth", "--mirror")
-    predicted = once(place.arm / "predicted.json", lambda: ask("predict", *final))
-    scores = scored(predictions, place)
-    compare(scores, ask("evaluate", place.folder / RAW / "labelsTs", predictions), place.dataset)
     curve = []
-    for stop in trained["curve"]:
-        target = place.arm / Path(stop["checkpoint"]).stem
-        given = (place.test_images, target, stop["checkpoint"])
-        once(target.with_suffix(".json"), lambda given=given: ask("predict", *given))
-        summary = summarise_scores(scored(target, place), [*place.dataset.targets])
-        curve.append((stop["cpu_seconds"], summary["mean_dice"]))
+    for stop in trained["curve"]:  # the last is the end
+        predictions = place.arm / Path(stop["checkpoint"]).stem
+        words = ("predict", place.test_images, predictions, stop["checkpoint"])
+        predicted = once(predictions.with_suffix(".json"), partial(ask, *words))
+        scores = scored(predictions, place)
+        dice = summarise_scores(scores, [*place.dataset.targets])["mean_dice"]
+        curve.append((stop["cpu_seconds"], dice))
+    compare(scores, ask("evaluate", place.folder / RAW / "labelsTs", predictions), place.dataset)
     row = {
         "iterations": trained["iterations"],
         "cpu_seconds": trained["cpu_seconds"],
@@ -417,7 +415,7 @@ def write_report(out: Path, study: Study) -> None:
         "differences to nnU-Net in the same draws and cases, in points. Level at: the CPU seconds "
         "after which an arm's validation Dice is that of nnU-Net at its end, of all. Cost: CPU "
         "seconds of training, peak memory in MB, millions of parameters, CPU seconds per predicted "
-        "case. nnU-Net predicts with its mirroring, except for the curve.\n\n"
+        "case. No arm mirrors when it predicts.\n\n"
         + tables.markdown(main_table(runs, scores, study))
         + "\n"
         + "\n".join(verdicts(runs, study))

@@ -3,7 +3,7 @@
     nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=... PYTHON trainer.py plan 1
     ... PYTHON trainer.py measure 10
     ... PYTHON trainer.py train 1200 SEED
-    ... PYTHON trainer.py predict IN OUT checkpoint_final.pth --mirror
+    ... PYTHON trainer.py predict IN OUT checkpoint_final.pth
     ... PYTHON trainer.py evaluate REFERENCE PREDICTIONS
 
 Needs nnU-Net and nothing of ours. Everything runs in one process on one CPU thread; each command
@@ -33,8 +33,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 NUMBER, NAME = 1, "Dataset001_Peers"  # the one data set of the folders
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
-EPOCHS = 40  # in which the learning rate falls; nnU-Net's 1,000 are of 250 iterations
-STOPS = 4  # checkpoints that are kept for the curve, the last one included
+EPOCHS = 40  # about, in which the learning rate falls; nnU-Net's 1,000 are of 250 iterations
+STOPS = 2  # checkpoints for the curve, the last one included; to predict one can take as long
 SKIPPED = 2  # iterations that are not measured: memory is allocated in them
 
 
@@ -47,8 +47,8 @@ def cpu_seconds() -> float:
 class PeersTrainer(nnUNetTrainer):  # type: ignore[misc]
     """nnU-Net's own training with another number of iterations, whose CPU time is measured.
 
-    The learning rate falls to its end in `EPOCHS` epochs. Training counts with its crops and their
-    augmentation; the one validation batch per epoch does not, and tells nothing.
+    The learning rate falls to its end in about `EPOCHS` epochs. The time is that of training with
+    its crops and augmentation; the one validation batch per epoch is not in it, and tells nothing.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class PeersTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.num_val_iterations_per_epoch = 1
         self.trained_cpu = 0.0
         self.step_cpu: list[float] = []
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[dict[str, Any]] = []
         self.logger.plot_progress_png = lambda *_: None  # a second of matplotlib per epoch
 
     def set_iterations(self, iterations: int) -> None:
         """Trains for at most so many iterations, in whole epochs."""
-        self.num_epochs = min(EPOCHS, iterations)
-        self.num_iterations_per_epoch = iterations // self.num_epochs
+        self.num_iterations_per_epoch = max(1, round(iterations / EPOCHS))
+        self.num_epochs = iterations // self.num_iterations_per_epoch
 
     def on_train_epoch_start(self) -> None:
         """Starts the clock."""
@@ -93,13 +93,17 @@ class PeersTrainer(nnUNetTrainer):  # type: ignore[misc]
     def on_epoch_end(self) -> None:
         """Keeps a checkpoint at each stop of the curve."""
         done = self.current_epoch + 1
-        stops = {max(1, self.num_epochs * n // STOPS) for n in range(1, STOPS + 1)}
+        stops = {max(1, self.num_epochs * n // STOPS) for n in range(1, STOPS)}
         super().on_epoch_end()
-        if done in stops and not self.disable_checkpointing:
-            name = f"checkpoint_stop{done}.pth"
-            self.save_checkpoint(str(Path(self.output_folder) / name))
-            at = {"iteration": len(self.step_cpu), "cpu_seconds": self.trained_cpu}
-            self.curve.append({**at, "checkpoint": name})
+        if done in stops:
+            self.keep(f"checkpoint_epoch{done}.pth")
+        if done == self.num_epochs:
+            self.keep("checkpoint_final.pth")
+
+    def keep(self, name: str) -> None:
+        """Writes a checkpoint, and notes it for the curve."""
+        self.save_checkpoint(str(Path(self.output_folder) / name))
+        self.curve.append({"checkpoint": name, "cpu_seconds": self.trained_cpu})
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes a checkpoint, except "best": it is chosen by a single batch of training cases."""
@@ -152,12 +156,15 @@ def train(iterations: int, seed: int) -> dict[str, Any]:
     }
 
 
-def predict(source: Path, target: Path, checkpoint: str, *, mirror: bool) -> dict[str, Any]:
-    """Predicts every scan of a folder, with the time of reading and writing, case by case."""
+def predict(source: Path, target: Path, checkpoint: str) -> dict[str, Any]:
+    """Predicts every scan of a folder without mirroring, case by case.
+
+    The time is that of the cases, with reading and writing.
+    """
     torch.set_num_threads(1)
     model = Path(nnUNet_results) / NAME
     predictor = nnUNetPredictor(
-        use_mirroring=mirror,
+        use_mirroring=False,
         perform_everything_on_device=False,
         device=torch.device("cpu"),
         allow_tqdm=False,
@@ -196,8 +203,7 @@ def main() -> None:
     elif command == "train":
         figures = train(int(words[0]), int(words[1]))
     elif command == "predict":
-        source, target, checkpoint, *rest = words
-        figures = predict(Path(source), Path(target), checkpoint, mirror="--mirror" in rest)
+        figures = predict(Path(words[0]), Path(words[1]), words[2])
     elif command == "evaluate":
         figures = evaluate(Path(words[0]), Path(words[1]))
     else:
