@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from monai.transforms import (
 from pydantic import Field, NonNegativeInt, PositiveInt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.cases import read_click_set
@@ -79,6 +79,17 @@ Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 SYNTHETIC = "synthetic"  # the source that needs no files
 SCORED_CLICKS = (1, 3, 5)
 OTHER_FIGURES = {"patch_error", "nearest_same"}  # figures of the other objectives
+DECODER = ("prompt_encoder", "mask_decoder")  # parts that take the rate of the decoder
+
+
+class ScoredCrops(Protocol):
+    """Crops of a validation, by number."""
+
+    sources: Sequence[Any]  # with a name each
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -123,10 +134,9 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
-class Config(Pretraining):
-    """Arguments of the recipe."""
+class Interactive(Pretraining):
+    """Arguments of all training by clicks."""
 
-    variant: str = "tiny"
     weights: str | None = None  # a name or file of whole promptable networks; None: random
     decoder_warmup_steps: int = 0  # steps of `warm_up_decoder` before the training
     rel_pos: Literal["sammed3d", "axial"] | None = None  # None: the variant's, the weights'
@@ -140,12 +150,6 @@ class Config(Pretraining):
     clicks: Literal["newest", "all"] = "newest"  # clicks that a step is given
     balance: Fraction = 0.5  # 1: an object's voxels weigh as much as all others; 0: as one each
     quality_weight: float = 0.1  # weight of the predicted Dice in the loss
-    objectives: tuple[Literal["clicks", "dense", "reconstruction", "contrast"], ...] = ("clicks",)
-    dense_weight: float = 1.0  # weight relative to the clicks
-    hidden_share: Fraction = 0.6  # share of patches that are hidden for reconstruction
-    reconstruction_weight: float = 1.0  # weight relative to the clicks
-    contrast_weight: float = 1.0  # weight relative to the clicks
-    curriculum_steps: int = 0  # steps from the first to the last of these; 0: last from the start
     optimizer: Literal["adamw", "muon"] = "adamw"
     decoder_lr: Positive = 1.0  # factor on lr for prompt encoder and mask decoder
     compiled: bool = False  # compile the encoder with torch.compile
@@ -161,6 +165,19 @@ class Config(Pretraining):
             )
 
 
+@dataclass(frozen=True)
+class Config(Interactive):
+    """Arguments of the recipe."""
+
+    variant: str = "tiny"
+    objectives: tuple[Literal["clicks", "dense", "reconstruction", "contrast"], ...] = ("clicks",)
+    dense_weight: float = 1.0  # weight relative to the clicks
+    hidden_share: Fraction = 0.6  # share of patches that are hidden for reconstruction
+    reconstruction_weight: float = 1.0  # weight relative to the clicks
+    contrast_weight: float = 1.0  # weight relative to the clicks
+    curriculum_steps: int = 0  # steps from the first to the last of these; 0: last from the start
+
+
 # Arguments that may change when a run is resumed, since no result depends on them.
 FREE = ("threads", "workers", "cpu", "save_every_s")
 
@@ -168,38 +185,10 @@ FREE = ("threads", "workers", "cpu", "save_every_s")
 def main(cfg: Config) -> dict[str, float]:
     """Trains or resumes; returns the scores of the last validation."""
     accelerator, schedule, run = begin(cfg)
-    say = accelerator.print
-    network = make_network(cfg, warm_up=not run.checkpoints, say=say)
+    network = make_network(cfg, cfg.variant, warm_up=not run.checkpoints, say=accelerator.print)
     side_vox = network.img_size[0]
     before = trained_before(cfg.weights)
     training, validation, seen = open_sources(cfg, before)
-    scales = {
-        "image_encoder": 1.0,
-        "prompt_encoder": cfg.decoder_lr,
-        "mask_decoder": cfg.decoder_lr,
-        "reconstruction": 1.0,
-        "contrast": 1.0,
-        "dense": 1.0,
-    }
-    objective = make_objective(cfg, network)
-    parts = nn.ModuleDict(dict(network.named_children()))
-    # Always in this order, since checkpoints number the optimiser's parameters.
-    for name in ("reconstruction", "contrast", "dense"):
-        if (part := getattr(objective, name)) is not None:
-            parts[name] = part
-    optimizer = optim.part_scaled(parts, scales, weight_decay=cfg.weight_decay, name=cfg.optimizer)
-    say(optim.describe(parts, optimizer, cfg.lr))
-    ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
-    progress = Progress(accelerator.num_processes, step=cfg.first_step)
-    means = engine.Means(accelerator)
-
-    def step(model: nn.Module, batch: engine.Batch) -> Tensor:
-        loss, figures = model(batch)
-        means.note(figures)
-        total: Tensor = loss
-        return total
-
-    patches = math.prod(network.image_encoder.grid)
     per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
     stream = ObjectStream(
         training,
@@ -211,36 +200,37 @@ def main(cfg: Config) -> dict[str, float]:
         samples=cfg.steps * per_step,
         seed=(cfg.seed, 0),
         augment=augmentation(cfg.flips),
-        patches=patches,
+        patches=math.prod(network.image_encoder.grid),
         classes=len(cfg.dense_classes),
         contrast_share=cfg.random_contrast,
         plan=InteractionPlan(cfg.graded, cfg.without_point),
         per_step=per_step,
     )
-    scored = scored_stream(cfg, validation, network)
 
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    ema.to(accelerator.device)
+    def mine(crops: int) -> dict[str, Any]:
+        return training_of(cfg, seen, crops, before, with_clicks="clicks" in cfg.objectives)
 
-    def save(path: Path, crops: int) -> None:
-        save_weights(path, ema.module.network, cfg, seen, crops, before)
-
-    return train(
+    return train_objective(
         cfg,
         accelerator,
         schedule,
         run,
-        State(model, optimizer, ema, progress),
+        make_objective(cfg, network),
         stream,
-        step,
-        means,
-        lambda: validate(accelerator, ema.module, scored, cfg.clicks),
-        save,
+        scored_stream(cfg, validation, network),
+        lambda path, averaged, crops: save_weights(
+            path, averaged, cfg, cfg.variant, seen, crops, mine(crops)
+        ),
     )
 
 
-def begin(cfg: Pretraining) -> tuple[Accelerator, engine.Schedule, Run]:
-    """The accelerator, the numbers of the run, and its folder; says the configuration."""
+def begin(cfg: Pretraining, free: Sequence[str] = FREE) -> tuple[Accelerator, engine.Schedule, Run]:
+    """The accelerator, the numbers of the run, and its folder; says the configuration.
+
+    Args:
+        cfg: Configuration of the run.
+        free: Keys that may change when it is resumed.
+    """
     accelerator = engine.make_accelerator(
         accumulate=cfg.accumulate, mixed_precision=cfg.mixed_precision, cpu=cfg.cpu
     )
@@ -258,9 +248,65 @@ def begin(cfg: Pretraining) -> tuple[Accelerator, engine.Schedule, Run]:
         first_step=cfg.first_step,
         decay_steps=cfg.decay_steps,
     )
-    run = open_run(cfg.name, cfg, free=FREE, writes=accelerator.is_main_process, say=say)
-    say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *FREE))}")
+    run = open_run(cfg.name, cfg, free=free, writes=accelerator.is_main_process, say=say)
+    say(f"{config.dump(cfg)}config digest: {config.digest(cfg, leave_out=('name', *free))}")
     return accelerator, schedule, run
+
+
+def train_objective(
+    cfg: Interactive,
+    accelerator: Accelerator,
+    schedule: engine.Schedule,
+    run: Run,
+    objective: Objective,
+    stream: Dataset[dict[str, Tensor]],
+    scored: ScoredCrops,
+    save: Callable[[Path, Sam3D, int], None],
+) -> dict[str, float]:
+    """Trains a network by the losses of an objective, or resumes; see `train`.
+
+    Args:
+        cfg: Configuration of the run.
+        accelerator: The one that `begin` returned, as are `schedule` and `run`.
+        schedule: The numbers of the run.
+        run: Its folder.
+        objective: The losses, with the network.
+        stream: Crops by number.
+        scored: Crops for the validation.
+        save: Writes the averaged network to a path, given the number of crops so far.
+    """
+    parts = nn.ModuleDict(dict(objective.network.named_children()))
+    # Always in this order, since checkpoints number the optimiser's parameters.
+    for name in ("reconstruction", "contrast", "dense", "imitation"):
+        if (part := getattr(objective, name)) is not None:
+            parts[name] = part
+    scales = {name: cfg.decoder_lr if name in DECODER else 1.0 for name in parts}
+    optimizer = optim.part_scaled(parts, scales, weight_decay=cfg.weight_decay, name=cfg.optimizer)
+    accelerator.print(optim.describe(parts, optimizer, cfg.lr))
+    ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
+    means = engine.Means(accelerator)
+
+    def step(model: nn.Module, batch: engine.Batch) -> Tensor:
+        loss, figures = model(batch)
+        means.note(figures)
+        total: Tensor = loss
+        return total
+
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    ema.to(accelerator.device)
+    averaged: Any = ema.module
+    return train(
+        cfg,
+        accelerator,
+        schedule,
+        run,
+        State(model, optimizer, ema, Progress(accelerator.num_processes, step=cfg.first_step)),
+        stream,
+        step,
+        means,
+        lambda: validate(accelerator, averaged, scored, cfg.clicks),
+        lambda path, crops: save(path, averaged.network, crops),
+    )
 
 
 def train(
@@ -269,7 +315,7 @@ def train(
     schedule: engine.Schedule,
     run: Run,
     state: State,
-    stream: ObjectStream,
+    stream: Dataset[dict[str, Tensor]],
     step: engine.Step,
     means: engine.Means,
     validate: Callable[[], dict[str, float]],
@@ -295,7 +341,7 @@ def train(
     with run.begun(cfg):
         accelerator.wait_for_everyone()
         run.resume(accelerator, state)
-        rest = Subset(stream, range(progress.step * per_step, len(stream)))
+        rest = Subset(stream, range(progress.step * per_step, cfg.steps * per_step))
         loader = accelerator.prepare(DataLoader(rest, cfg.batch, num_workers=cfg.workers))
         batches = iter(loader)
         scores: dict[str, float] = {}
@@ -319,11 +365,13 @@ def train(
         return scores
 
 
-def make_network(cfg: Config, *, warm_up: bool, say: Callable[[str], object]) -> Sam3D:
+def make_network(
+    cfg: Interactive, variant: str, *, warm_up: bool, say: Callable[[str], object]
+) -> Sam3D:
     """The network that the training starts from."""
     torch.manual_seed(cfg.seed)
     network = sam(
-        cfg.variant,
+        variant,
         pretrained=cfg.weights is not None,
         weights=cfg.weights,
         img_size=cfg.img_size,
@@ -341,7 +389,7 @@ def make_network(cfg: Config, *, warm_up: bool, say: Callable[[str], object]) ->
 
 
 def scored_stream(
-    cfg: Config, apart: Sequence[Source], network: Sam3D, *, part: int = 1
+    cfg: Interactive, apart: Sequence[Source], network: Sam3D, *, part: int = 1
 ) -> ObjectStream:
     """The crops of held-out cases on which a network is scored.
 
@@ -364,18 +412,22 @@ def scored_stream(
     )
 
 
-def make_objective(cfg: Config, network: Sam3D) -> Objective:
-    """The losses that the configuration names."""
-    image_encoder = network.image_encoder
-    interaction = Interaction(
+def make_interaction(cfg: Interactive, network: Sam3D) -> Interaction:
+    """The loss of clicks."""
+    return Interaction(
         network,
         clicks=cfg.clicks,
         deep_share=cfg.deep_share,
         balance=cfg.balance,
         quality_weight=cfg.quality_weight,
     )
+
+
+def make_objective(cfg: Config, network: Sam3D) -> Objective:
+    """The losses that the configuration names."""
+    image_encoder = network.image_encoder
     return Objective(
-        interaction,
+        make_interaction(cfg, network),
         with_clicks="clicks" in cfg.objectives,
         reconstruction=(
             Reconstruction(image_encoder, cfg.hidden_share)
@@ -422,20 +474,36 @@ def open_sources(
             seen[SYNTHETIC] = []
             continue
         name, mine, apart = choose_cases(cfg, source)
-        if known := {entry.case.id for entry in apart} & cases_before(before, name):
-            raise ValueError(
-                f"{min(known)} of {name} is held out for validation, but the weights were trained "
-                "on it; give seed=, val_cases= and held_out_folds= of their run"
-            )
-        for cases, sources, zoom, stretch in (
-            (mine, training, cfg.zoom, cfg.stretch),
-            (apart, scored, 1.0, 1.0),
-        ):
-            scans = [_scan_of(entry, cfg.dense_classes) for entry in cases]
-            if scans:
-                sources.append(ScanSource(name, scans, cfg.spacing_mm, zoom=zoom, stretch=stretch))
+        require_unseen(name, apart, before)
+        if mine:
+            training.append(scan_source(cfg, name, mine, cfg.zoom, cfg.stretch))
+        if apart:
+            scored.append(scan_source(cfg, name, apart))
         seen[name] = [entry.case.id for entry in mine]
     return training, scored, seen
+
+
+def require_unseen(
+    name: str, apart: Sequence[LabelledCase], before: Mapping[str, Any] | None
+) -> None:
+    """Refuses to score cases that an earlier stage was trained on."""
+    if known := {entry.case.id for entry in apart} & cases_before(before, name):
+        raise ValueError(
+            f"{min(known)} of {name} is held out for validation, but the weights were trained "
+            "on it; give seed=, val_cases= and held_out_folds= of their run"
+        )
+
+
+def scan_source(
+    cfg: Pretraining,
+    name: str,
+    cases: Sequence[LabelledCase],
+    zoom: float = 1.0,
+    stretch: float = 1.0,
+) -> ScanSource:
+    """Cases, opened, as a source of crops."""
+    scans = [_scan_of(entry, cfg.dense_classes) for entry in cases]
+    return ScanSource(name, scans, cfg.spacing_mm, zoom=zoom, stretch=stretch)
 
 
 def _scan_of(entry: LabelledCase, dense_classes: Sequence[str]) -> LabelledScan:
@@ -467,11 +535,12 @@ def _scan_of(entry: LabelledCase, dense_classes: Sequence[str]) -> LabelledScan:
 
 
 def cases_before(before: Mapping[str, Any] | None, name: str) -> set[str]:
-    """The cases of a data set that any earlier stage was trained on."""
-    found: set[str] = set()
-    while before is not None:
-        found.update(before.get("cases", {}).get(name, ()))
-        before = before.get("before")
+    """The cases of a data set that any earlier stage was trained on, or its teacher."""
+    if before is None:
+        return set()
+    found = {*before.get("cases", {}).get(name, ())}
+    for earlier in (before.get("before"), before.get("teacher", {}).get("training")):
+        found |= cases_before(earlier, name)
     return found
 
 
@@ -482,8 +551,7 @@ def choose_cases(
 
     Folders with a labels.json are used for training only. Subjects are never on both sides.
     """
-    below = Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / source
-    folder = below if below.is_dir() else Path(source).expanduser()
+    folder = folder_of(source)
     found = read_click_set(folder)
     banned = {name.lower() for name in cfg.exclude}
     if hit := {found.name.lower(), *source.lower().split("/")} & banned:
@@ -506,6 +574,12 @@ def choose_cases(
     )
 
 
+def folder_of(source: str) -> Path:
+    """The folder of a source, a path or a name below SAMMED3D_DATA."""
+    below = Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / source
+    return below if below.is_dir() else Path(source).expanduser()
+
+
 def augmentation(flips: Sequence[float] = (0.5, 0.5, 0.5)) -> Compose:
     """Random changes that keep the meaning of the labels."""
     return Compose(
@@ -525,7 +599,7 @@ def augmentation(flips: Sequence[float] = (0.5, 0.5, 0.5)) -> Compose:
 def validate(
     accelerator: Accelerator,
     objective: Objective,
-    crops: ObjectStream,
+    crops: ScoredCrops,
     clicks: Literal["newest", "all"],
 ) -> dict[str, float]:
     """Mean Dice after the scored clicks on fixed crops, in all and by source.
@@ -562,10 +636,14 @@ def validate(
 def save_weights(
     path: Path,
     network: Sam3D,
-    cfg: Config,
+    cfg: Interactive,
+    variant: str,
     seen: Mapping[str, list[str]],
     volumes: int,
-    before: Mapping[str, Any] | None,
+    training: Mapping[str, Any],
+    *,
+    recipe: str = "pretrain_promptable",
+    teacher: Weights | None = None,
 ) -> None:
     """Writes the network as weights that `sam` and `encoder` load, with a complete record.
 
@@ -575,20 +653,25 @@ def save_weights(
         path: File to write.
         network: The network.
         cfg: Configuration of the run.
+        variant: Its size.
         seen: Ids of the training cases by data set.
         volumes: Number of training crops.
-        before: Training record of the initial weights.
+        training: Result of `training_of`.
+        recipe: Name of the script that trained it.
+        teacher: Record of the weights that the network was distilled from; None for none.
     """
-    start: Weights | None = network.pretrained_cfg
-    stages = {entry.name: entry.stages for entry in (start and start.pretraining) or ()}
+    sources: list[Weights] = [w for w in (network.pretrained_cfg, teacher) if w is not None]
+    stages = {entry.name: entry.stages for w in sources for entry in w.pretraining or ()}
     stage = 1 + max((max(numbers) for numbers in stages.values()), default=0)
     for name in seen:
         stages[name] = (*stages.get(name, ()), stage)
+    undisclosed = [w.undisclosed_sets for w in sources]
     x, y, z = network.img_size
     record = Weights(
         name=cfg.name,
-        variant=cfg.variant,
+        variant=variant,
         filename=path.name,
+        licence=None if teacher is None else teacher.licence,
         rel_pos=network.image_encoder.rel_pos,
         point_pos=network.prompt_encoder.point_pos,
         clicks=cfg.clicks,
@@ -599,25 +682,50 @@ def save_weights(
             crop_vox=(x, y, z),
         ),
         pretraining=tuple(PretrainingSet(name, numbers) for name, numbers in stages.items()),
-        held_out=cfg.exclude if start is None else start.held_out,
-        undisclosed_sets=0 if start is None else start.undisclosed_sets,
-        status=f"trained by recipes/pretrain_promptable.py on {volumes} crops",
+        held_out=tuple(
+            name
+            for name in (sources[0].held_out if sources else cfg.exclude)
+            if all(name in w.held_out for w in sources)
+        ),
+        undisclosed_sets=None if None in undisclosed else max(undisclosed, default=0),
+        distilled_from=None if teacher is None else f"{teacher.name} (sha256 {teacher.sha256})",
+        citation=None if teacher is None else teacher.citation,
+        status=f"trained by recipes/{recipe}.py on {volumes} crops",
     )
-    objects = volumes * cfg.objects if "clicks" in cfg.objectives else 0
-    training = {
+    entries = {**to_metadata(record), "training": json.dumps(training)}
+    write(path, network.state_dict(), entries, overwrite=True)
+
+
+def training_of(
+    cfg: Interactive,
+    seen: Mapping[str, list[str]],
+    volumes: int,
+    before: Mapping[str, Any] | None,
+    *,
+    with_clicks: bool = True,
+) -> dict[str, Any]:
+    """The training record of a network: settings, cases, numbers of crops and clicks.
+
+    Args:
+        cfg: Configuration of the run.
+        seen: Ids of the training cases by data set.
+        volumes: Number of training crops.
+        before: Training record of the initial weights.
+        with_clicks: Whether it was trained by clicks.
+    """
+    objects = volumes * cfg.objects if with_clicks else 0
+    return {
         "config": settings_of_card(dataclasses.asdict(cfg)),
         "cases": seen,
         "crops": volumes,
         "objects": objects,
         "most_clicks": objects * cfg.interactions,
         "initial_weights": (
-            "random initialisation" if start is None else strip_directory(start.name)
+            "random initialisation" if cfg.weights is None else strip_directory(cfg.weights)
         ),
         "before": before,
         "versions": library_versions(),
     }
-    entries = {**to_metadata(record), "training": json.dumps(training)}
-    write(path, network.state_dict(), entries, overwrite=True)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def parts(network: Sam3D, crop: dict[str, Tensor], precision: str) -> dict[str, 
 def whole_step(crop: dict[str, Tensor]) -> dict[str, float]:
     """CPU seconds of a step of the configuration: its crops, losses and optimiser."""
     cfg = config.load(pretrain_promptable.Config, CONFIG, [])
-    network = pretrain_promptable.make_network(cfg, warm_up=False, say=print)
+    network = pretrain_promptable.make_network(cfg, cfg.variant, warm_up=False, say=print)
     objective = pretrain_promptable.make_objective(cfg, network)
     repeats = -(-cfg.objects // OBJECTS)
     batch = {key: torch.cat([value] * cfg.batch) for key, value in crop.items()}

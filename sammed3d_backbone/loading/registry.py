@@ -71,6 +71,7 @@ class Weights:
         pretraining: The published list of training sets.
         held_out: Sets that the source says were kept out of training.
         undisclosed_sets: Number of further training sets whose names are not public.
+        distilled_from: Name and sha256 of the teacher whose answers it was trained on.
         citation: Reference to cite when using them.
         status: Whether this project trained, opened or only lists the file.
     """
@@ -91,6 +92,7 @@ class Weights:
     pretraining: tuple[PretrainingSet, ...] | None = field(default=None, repr=False)
     held_out: tuple[str, ...] = field(default=(), repr=False)
     undisclosed_sets: int | None = None
+    distilled_from: str | None = None
     citation: str | None = field(default=None, repr=False)
     status: str = "not in the table"
 
@@ -101,6 +103,7 @@ class Weights:
             later = sum(max(entry.stages) > 1 for entry in self.pretraining)
             rows["pretraining"] = f"{len(self.pretraining)} named sets, {later} beyond stage 1"
         rows["unetr"] = self.unetr or "none in the file"
+        rows["distilled_from"] = self.distilled_from or "no teacher"
         rows["held_out"] = ", ".join(self.held_out) or None
         del rows["preprocessing"]
         rows |= self.preprocessing.to_dict() if self.preprocessing else {"preprocessing": None}

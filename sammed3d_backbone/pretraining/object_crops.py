@@ -231,7 +231,7 @@ class ScanSource:
         self.spacing_mm = spacing_mm
         self.zoom = zoom
         self.stretch = stretch
-        self._objects = [_objects(scan.labels) for scan in scans]
+        self._objects = [object_voxels(scan.labels) for scan in scans]
 
     def draw(
         self,
@@ -243,21 +243,63 @@ class ScanSource:
         """See `Source`."""
         which = int(rng.integers(len(self.scans)))
         scan = self.scans[which]
-        factors = self.zoom ** rng.uniform(-1, 1) * self.stretch ** rng.uniform(-1, 1, 3)
-        x, y, z = (
-            max(float(factor) * self.spacing_mm, own * FINEST)
-            for factor, own in zip(factors, scan.spacing_mm, strict=True)
+        cube = draw_cube(
+            rng,
+            self._objects[which],
+            scan.spacing_mm,
+            side_vox,
+            self.spacing_mm,
+            smallest_vox=smallest_vox,
+            zoom=self.zoom,
+            stretch=self.stretch,
         )
-        voxel_share = math.prod(scan.spacing_mm) / (x * y * z)
-        objects = self._objects[which]
-        fitting = [places for n, places in objects if n * voxel_share >= smallest_vox]
-        places = (fitting or [places for _, places in objects])[
-            int(rng.integers(len(fitting or objects)))
-        ]
-        centre = places[int(rng.integers(len(places)))]
-        # Off the centre, so that the position in the crop does not reveal the object.
-        reach = side_vox / 4 * np.array([x, y, z]) / scan.spacing_mm
-        return scan.crop(centre + rng.uniform(-reach, reach), side_vox, (x, y, z))
+        return scan.crop(cube.middle_vox, side_vox, cube.spacing_mm)
+
+
+class Cube(NamedTuple):
+    """The place of a crop in a scan."""
+
+    middle_vox: NDArray[np.float64]  # in voxels of the scan
+    spacing_mm: TripleMm
+
+
+def draw_cube(
+    rng: np.random.Generator,
+    objects: Sequence[tuple[int, NDArray[np.int64]]],
+    own_mm: TripleMm,
+    side_vox: int,
+    spacing_mm: float,
+    *,
+    smallest_vox: int,
+    zoom: float,
+    stretch: float,
+) -> Cube:
+    """A crop around an object, off its centre.
+
+    Args:
+        rng: Source of all random numbers.
+        objects: Result of `object_voxels`; at least one.
+        own_mm: Spacing of the scan.
+        side_vox: Side of the crop.
+        spacing_mm: See `ScanSource`, as are `zoom` and `stretch`.
+        smallest_vox: Size that the object should have at the crop's spacing.
+        zoom: Largest factor on the spacing.
+        stretch: The same for each axis separately.
+    """
+    factors = zoom ** rng.uniform(-1, 1) * stretch ** rng.uniform(-1, 1, 3)
+    x, y, z = (
+        max(float(factor) * spacing_mm, own * FINEST)
+        for factor, own in zip(factors, own_mm, strict=True)
+    )
+    voxel_share = math.prod(own_mm) / (x * y * z)
+    fitting = [places for n, places in objects if n * voxel_share >= smallest_vox]
+    places = (fitting or [places for _, places in objects])[
+        int(rng.integers(len(fitting or objects)))
+    ]
+    centre = places[int(rng.integers(len(places)))]
+    # Off the centre, so that the position in the crop does not reveal the object.
+    reach = side_vox / 4 * np.array([x, y, z]) / own_mm
+    return Cube(centre + rng.uniform(-reach, reach), (x, y, z))
 
 
 class ObjectStream(Dataset[dict[str, Tensor]]):
@@ -427,8 +469,12 @@ def _classes_of(labels: Tensor, classes: Classes) -> Tensor:
     return table[labels.long()]
 
 
-def _objects(labels: Tensor, most: int = 1024) -> list[tuple[int, NDArray[np.int64]]]:
-    """Size of each object, and up to `most` of its voxels, evenly spaced, (N, 3)."""
+def object_voxels(labels: Tensor, most: int = 1024) -> list[tuple[int, NDArray[np.int64]]]:
+    """Size of each object, and up to `most` of its voxels, evenly spaced, (N, 3).
+
+    Shapes:
+        labels: (1, X, Y, Z) integers, 0 for no object.
+    """
     found = []
     for value in torch.unique(labels).tolist():
         if value:

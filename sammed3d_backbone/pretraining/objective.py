@@ -2,7 +2,8 @@
 
 Input: a batch of `object_crops.ObjectStream`. Output: the loss and figures for the log, by one
 forward pass, so that wrappers which average gradients over processes see all of it. The parts are
-optional: clicks, dense labels, contrast, which share one pass of the encoder, and reconstruction.
+optional: clicks, dense labels, contrast, a teacher's embedding, which share one pass of the
+encoder, and reconstruction.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.click_loss import Interaction
 from sammed3d_backbone.pretraining.contrast import Contrast
 from sammed3d_backbone.pretraining.dense_labels import DenseLabels
+from sammed3d_backbone.pretraining.imitation import Imitation
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
 
 
@@ -28,13 +30,16 @@ class Objective(nn.Module):
         reconstruction: Loss of hidden patches; None for none.
         contrast: Contrastive loss of places; None for none.
         dense: Loss of dense labels, which needs high-resolution maps; None for none.
+        imitation: Loss of a teacher's embedding; None for none.
         reconstruction_weight: Weight of the reconstruction loss; the click loss has 1.
         contrast_weight: Weight of the contrastive loss.
         dense_weight: Weight of the dense loss.
+        imitation_weight: Weight of the loss of the embedding.
 
     Shapes:
         batch: ``image``, ``objects``, ``draws``, ``plan``, ``hidden``, ``labels``, ``places``,
-            ``classes`` and ``known`` as the stream has them, with B in front.
+            ``classes`` and ``known`` as the stream has them, with B in front, each only for the
+            losses that need it; ``embedding`` as `teacher.AnswerStream` has it.
         returns: a scalar, and scalars by name.
 
     Raises:
@@ -49,9 +54,11 @@ class Objective(nn.Module):
         reconstruction: Reconstruction | None = None,
         contrast: Contrast | None = None,
         dense: DenseLabels | None = None,
+        imitation: Imitation | None = None,
         reconstruction_weight: float = 1.0,
         contrast_weight: float = 1.0,
         dense_weight: float = 1.0,
+        imitation_weight: float = 1.0,
     ) -> None:
         super().__init__()
         if not with_clicks and reconstruction is None and contrast is None and dense is None:
@@ -63,9 +70,11 @@ class Objective(nn.Module):
         self.reconstruction = reconstruction
         self.contrast = contrast
         self.dense = dense
+        self.imitation = imitation
         self.reconstruction_weight = reconstruction_weight
         self.contrast_weight = contrast_weight
         self.dense_weight = dense_weight
+        self.imitation_weight = imitation_weight
         if not with_clicks:
             # Without a gradient, wrappers that average over processes would wait for them.
             self.network.prompt_encoder.requires_grad_(False)
@@ -103,4 +112,8 @@ class Objective(nn.Module):
             unlike, agreement = self.dense(encoding, batch["classes"], batch["known"])
             figures = {**figures, "dense_loss": unlike.detach(), "dense_dice": agreement}
             loss = loss + self.dense_weight * unlike
+        if self.imitation is not None:
+            apart = self.imitation(encoding.embedding, batch["embedding"])
+            figures = {**figures, "embedding_error": apart.detach()}
+            loss = loss + self.imitation_weight * apart
         return loss, figures
