@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -382,6 +383,7 @@ def answers_of(
         "precision": cfg.mixed_precision,
     }
     paths: list[Path] = []
+    start = time.process_time()
     bar = console.progress_bar(
         source.scans, desc=f"teacher on {name}", unit="scan", shown=accelerator.is_main_process
     )
@@ -394,7 +396,10 @@ def answers_of(
             answer_scan(cfg, entry, digest, {n: mine[n] for n in missing}, student, teacher)
     accelerator.wait_for_everyone()
     found = tuple(path for path in paths if objects_in(path))
-    accelerator.print(f"{name}: {len(found)} of {len(paths)} crops have objects; in {folder}")
+    seconds = time.process_time() - start
+    accelerator.print(
+        f"{name}: {len(found)} of {len(paths)} crops have objects, {seconds:.0f} CPU s; in {folder}"
+    )
     if not found:
         raise ValueError(f"no crop of {name} has an object; lower stability= or smallest_vox=")
     return Answers(name, found)

@@ -259,7 +259,7 @@ class ScanSource:
 class Cube(NamedTuple):
     """The place of a crop in a scan."""
 
-    middle_vox: NDArray[np.float64]  # in voxels of the scan
+    middle_vox: Sequence[float]  # in voxels of the scan
     spacing_mm: TripleMm
 
 
@@ -299,7 +299,8 @@ def draw_cube(
     centre = places[int(rng.integers(len(places)))]
     # Off the centre, so that the position in the crop does not reveal the object.
     reach = side_vox / 4 * np.array([x, y, z]) / own_mm
-    return Cube(centre + rng.uniform(-reach, reach), (x, y, z))
+    middle: list[float] = (centre + rng.uniform(-reach, reach)).tolist()
+    return Cube(middle, (x, y, z))
 
 
 class ObjectStream(Dataset[dict[str, Tensor]]):

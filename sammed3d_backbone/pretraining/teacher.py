@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from sammed3d_backbone.pretraining.object_crops import (
     random_contrast,
 )
 
-Indices = Sequence[NDArray[np.float64]]  # continuous indices along each axis
+Indices = Sequence[NDArray[Any]]  # continuous indices along each axis
 CELLS_PER_TOKEN = 4
 LARGEST_SHARE = 0.5  # of a crop that a mask may fill
 MARGIN = 1.0  # logits between which a stable mask hardly changes
@@ -158,10 +158,10 @@ class RawScan:
         return _sampled(window, indices) * inside, inside
 
     def cut_labels(self, crop: CropPlace, field: FieldOfView) -> Tensor:
-        """The labels with the largest linear share in a network's voxels, int16."""
+        """The labels with the largest linear share in a network's voxels, uint8 or int16."""
         indices = self._indices(crop, field)
         if self.labels is None:
-            return torch.zeros((field.side_vox,) * 3, dtype=torch.int16)
+            return torch.zeros((field.side_vox,) * 3, dtype=torch.uint8)
         inside = _within(indices, self.labels.shape)
         window, indices = _windowed(self.labels, indices)
         best = torch.zeros(inside.shape)
@@ -170,7 +170,8 @@ class RawScan:
             share = _sampled((window == value).float(), indices)
             found[share > best] = value
             best = torch.maximum(best, share)
-        return found * inside
+        found = found * inside
+        return found if int(found.max()) > 255 else found.to(torch.uint8)
 
     def _indices(self, crop: CropPlace, field: FieldOfView) -> Indices:
         """A network's voxels in the scan's grid."""
@@ -210,7 +211,7 @@ class Answer(NamedTuple):
 
     Shapes:
         image: (S, S, S) float16, normalised.
-        labels: (S, S, S) int16, 0 for no object.
+        labels: (S, S, S) uint8 or int16, 0 for no object.
         embedding: (T, x, y, z) float16, the teacher's.
         logits: (K, s, s, s) float16, its masks.
         points: (K, 3) int16, the click of each mask, in voxels of the image.
@@ -272,7 +273,7 @@ def draw_places(
         )
         signs = np.where(rng.random(3) < variation.flips, -1.0, 1.0)
         factors = signs * np.array(spacing_mm) / student.spacing_mm
-        places.append(CropPlace(middle.tolist(), factors.tolist()))
+        places.append(CropPlace(middle, factors.tolist()))
     return places
 
 
@@ -297,7 +298,8 @@ def answer_crop(
     image = scan.normalise(raw, student.preprocessing)
     body = inside & (image > _air_level(image)) & teacher.field.covers(student, student.side_vox)
     found = body.nonzero()
-    chosen = rng.integers(len(found), size=teacher.clicks) if len(found) else []
+    number = teacher.clicks if len(found) else 0
+    chosen = rng.integers(max(1, len(found)), size=number)
     points = found[chosen].reshape(-1, 3)  # (K, 3)
     embedding, logits = _answers(scan, place, student, teacher, points)
     logits = logits.half()
@@ -515,7 +517,7 @@ class AnswerStream(Dataset[dict[str, Tensor]]):
 def _large(labels: Tensor, smallest_vox: int) -> NDArray[np.int64]:
     """The values of labels with at least so many voxels."""
     counts = np.bincount(labels.numpy().ravel())
-    values = np.flatnonzero(counts >= max(1, smallest_vox))
+    values: NDArray[np.int64] = np.flatnonzero(counts >= max(1, smallest_vox))
     return values[values != 0]
 
 
