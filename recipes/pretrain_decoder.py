@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from sammed3d_backbone.recipes.pretrain_promptable import (
     train,
     trained_before,
 )
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sammed3d_backbone import config, console, encoder, unetr
@@ -54,7 +53,6 @@ from sammed3d_backbone.pretraining.object_crops import Curriculum, ObjectStream
 from sammed3d_backbone.provenance import library_versions, settings_of_card
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.freezing import set_frozen
-from sammed3d_backbone.training.runs import Progress, State
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -85,7 +83,6 @@ def main(cfg: Config) -> dict[str, float]:
     network = network.to(memory_format=torch.channels_last_3d)  # convolutions are faster so
     optimizer = optim.layer_decayed(network, weight_decay=cfg.weight_decay)
     accelerator.print(optim.describe(network, optimizer, cfg.lr))
-    ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
     means = engine.Means(accelerator)
 
     # Crops
@@ -132,20 +129,18 @@ def main(cfg: Config) -> dict[str, float]:
         means.note(figures)
         return loss
 
-    model, optimizer = accelerator.prepare(network, optimizer)
-    ema.to(accelerator.device)
-    averaged: Any = ema.module
     return train(
         cfg,
         accelerator,
         schedule,
         run,
-        State(model, optimizer, ema, Progress(accelerator.num_processes, step=cfg.first_step)),
+        network,
+        optimizer,
         stream,
         step,
         means,
-        lambda: validate(accelerator, averaged, scored, cfg.dense_classes),
-        lambda path, crops: save_weights(path, averaged, cfg, seen, crops),
+        lambda averaged: validate(accelerator, averaged, scored, cfg.dense_classes),
+        lambda path, averaged, crops: save_weights(path, averaged, cfg, seen, crops),
     )
 
 

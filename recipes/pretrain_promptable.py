@@ -39,6 +39,7 @@ from monai.transforms import (
 from pydantic import Field, NonNegativeInt, PositiveInt
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from sammed3d_backbone import config, console, sam
@@ -283,7 +284,6 @@ def train_objective(
     scales = {name: cfg.decoder_lr if name in DECODER else 1.0 for name in parts}
     optimizer = optim.part_scaled(parts, scales, weight_decay=cfg.weight_decay, name=cfg.optimizer)
     accelerator.print(optim.describe(parts, optimizer, cfg.lr))
-    ema = ModelEmaV3(objective, decay=cfg.ema_decay, use_warmup=True)
     means = engine.Means(accelerator)
 
     def step(model: nn.Module, batch: engine.Batch) -> Tensor:
@@ -292,20 +292,18 @@ def train_objective(
         total: Tensor = loss
         return total
 
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    ema.to(accelerator.device)
-    averaged: Any = ema.module
     return train(
         cfg,
         accelerator,
         schedule,
         run,
-        State(model, optimizer, ema, Progress(accelerator.num_processes, step=cfg.first_step)),
+        objective,
+        optimizer,
         stream,
         step,
         means,
-        lambda: validate(accelerator, averaged, scored, cfg.clicks),
-        lambda path, crops: save(path, averaged.network, crops),
+        lambda averaged: validate(accelerator, averaged, scored, cfg.clicks),
+        lambda path, averaged, crops: save(path, averaged.network, crops),
     )
 
 
@@ -314,12 +312,13 @@ def train(
     accelerator: Accelerator,
     schedule: engine.Schedule,
     run: Run,
-    state: State,
+    network: nn.Module,
+    optimizer: Optimizer,
     stream: Dataset[dict[str, Tensor]],
     step: engine.Step,
     means: engine.Means,
-    validate: Callable[[], dict[str, float]],
-    save: Callable[[Path, int], None],
+    validate: Callable[[Any], dict[str, float]],
+    save: Callable[[Path, Any, int], None],
 ) -> dict[str, float]:
     """The loop: trains or resumes, and at every stop validates, saves and draws.
 
@@ -328,14 +327,19 @@ def train(
         accelerator: The one that `begin` returned, as are `schedule` and `run`.
         schedule: The numbers of the run.
         run: Its folder.
-        state: Is trained.
+        network: Is trained, with everything else that has weights.
+        optimizer: Of its weights.
         stream: Crops by number.
         step: Loss of a batch.
         means: Figures that `step` notes.
-        validate: Scores the averaged weights; has an entry ``mean_dice``.
-        save: Writes the averaged weights to a path, given the number of crops so far.
+        validate: Scores the network with averaged weights; has an entry ``mean_dice``.
+        save: Writes it to a path, given the number of crops so far.
     """
-    progress = state.progress
+    ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    ema.to(accelerator.device)
+    progress = Progress(accelerator.num_processes, step=cfg.first_step)
+    state = State(model, optimizer, ema, progress)
     per_step = cfg.batch * cfg.accumulate * accelerator.num_processes
     # Not before data and weights are there: what fails earlier leaves nothing.
     with run.begun(cfg):
@@ -353,12 +357,12 @@ def train(
                 steps = schedule.next_stop(progress.step) - progress.step
                 some = islice(batches, steps * cfg.accumulate)
                 engine.train(accelerator, step, state, some, run, schedule, bar, means.taken)
-                scores = validate()
+                scores = validate(ema.module)
                 bar.write(f"step {progress.step}: {scores}")
                 run.record(step=progress.step, **scores)
                 progress.scored(scores["mean_dice"])
                 if accelerator.is_main_process:
-                    save(run.folder / "last.safetensors", progress.step * per_step)
+                    save(run.folder / "last.safetensors", ema.module, progress.step * per_step)
                     with console.optional(run.folder / "curve.png"):
                         draw_training_curve(run.folder / "curve.png", run.records())
                 run.save(accelerator, state)

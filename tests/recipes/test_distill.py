@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from sammed3d_backbone.recipes import distill
 from sammed3d_backbone.recipes.distill import Config, main
 
-from sammed3d_backbone import Predictor, Volume, sam
+from sammed3d_backbone import Predictor, Volume, config, sam
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.registry import PretrainingSet, Weights, to_metadata
@@ -182,3 +184,23 @@ def test_cases_that_the_teacher_was_trained_on_are_not_scored(small, teacher, to
     write(teacher, tensors, metadata | {"training": training}, overwrite=True)
     with pytest.raises(ValueError, match="val_cases="):
         main(small)
+
+
+@pytest.mark.slow
+def test_the_command_distils_on_synthetic_volumes(small, runs, teacher, tmp_path):
+    path = tmp_path / "synthetic.yaml"
+    path.write_text(config.dump(replace(small, sources=("synthetic",), crops=3, cache=None)))
+    done = subprocess.run(
+        [sys.executable, distill.__file__, path, "name=command", f"cache={tmp_path / 'answers'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 crops have objects" in done.stdout
+    assert len(list((tmp_path / "answers").glob("*.safetensors"))) == 3
+    sam("nano", weights=runs / "command/last.safetensors")
+    refused = subprocess.run(
+        [sys.executable, distill.__file__, path, "teacher=turbi"], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "turbi" in refused.stderr.splitlines()[-1]
