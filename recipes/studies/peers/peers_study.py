@@ -60,6 +60,10 @@ BASELINE = "nnunet"
 # Arm -> what it has on top of its plan; the last is no key but the name of another network.
 RECIPE_ARMS = {"tiny": (), "scratch": ("scratch=true",), "segresnet": ("segresnet",)}
 PYTHON_VARIABLE = "NNUNET_PYTHON"
+SEEN = (
+    "The pretraining of `tiny` saw masks of these organs of `headneck_ct` in other patients, some "
+    "of those trained on here among them, but not in folds 0 and 1, which are tested on.\n\n"
+)
 SPENT_SHARE = 0.97  # of the budget: a measurement of a few iterations is not exact
 AGREED = 1e-6  # Dice by which our scorer may differ from nnU-Net's
 MEASURED = 14  # iterations before a run, from which the number in the budget follows
@@ -264,8 +268,8 @@ def run_recipe(
         other = "segresnet" in extra
         return execute([*own, "train"] if other else [sammed3d, "train"], log, tail=[final, *given])
 
-    draft, final = place.arm / "draft.yaml", place.arm / "plan.yaml"
-    once(place.arm / "draft.json", lambda: plan(draft))
+    draft, final = place.folder / "draft.yaml", place.arm / "plan.yaml"  # one for all arms
+    once(place.folder / "draft.json", lambda: plan(draft))
     measure = [*own, "measure", draft, MEASURED, *given]
     cost = once(place.arm / "measured.json", lambda: execute(measure, log))
     steps = iterations_in(study.budget_cpu_seconds, cost["step_cpu_seconds"])
@@ -419,10 +423,8 @@ def write_report(out: Path, study: Study) -> None:
         + tables.markdown(main_table(runs, scores, study))
         + "\n"
         + "\n".join(verdicts(runs, study))
-        + "\n\nThe pretraining of `tiny` saw masks of these organs of `headneck_ct` in other "
-        "patients, some of those trained on here among them, but not folds 0 and 1, which are "
-        "tested on.\n\n## By class\n\nDice of the structures that lie wholly in the "
-        "volume.\n\n"
+        + f"\n\n{SEEN if 'headneck_ct' in {*runs['task']} else ''}## By class\n\n"
+        + "Dice of the structures that lie wholly in the volume.\n\n"
         + tables.markdown(class_table(whole, BASELINE))
         + "\n## Plans and starts\n\n"
         + tables.markdown(starts[columns].astype(str))
