@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from pydantic import Field, PositiveInt
 from sammed3d_backbone.recipes.pretrain_promptable import (
@@ -86,6 +87,7 @@ from sammed3d_backbone.provenance import strip_directory
 from sammed3d_backbone.training.runs import runs_folder
 
 CACHE = "teacher_answers"  # folder below SAMMED3D_RUNS
+VARIANCE_CROPS = 32  # of which the variance of the teacher's channels is taken
 FORMAT = 1  # version of the files; part of their names
 
 
@@ -206,12 +208,14 @@ def main(cfg: Config) -> dict[str, float]:
             smallest_vox=cfg.smallest_vox[1],
         )
     )
+    some = torch.stack([stream[n]["embedding"] for n in range(min(VARIANCE_CROPS, len(stream)))])
     objective = Objective(
         make_interaction(cfg, network),
         imitation=Imitation(
             network.image_encoder.out_chans,
             teacher.network.image_encoder.out_chans,
             teacher.field.covers(student, student.tokens),
+            float(some.transpose(0, 1).flatten(1).var(1).mean()),
         ),
         imitation_weight=cfg.embedding_weight,
     )
