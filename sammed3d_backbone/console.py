@@ -42,7 +42,7 @@ def run_program(call: Callable[[], object], name: str) -> int:
         with contextlib.redirect_stdout(cast("TextIO", output)):
             code = call()
         if output:
-            output.flush()  # what cannot be written is an error, too
+            output.flush()  # a full disk is an error, too
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         if os.environ.get(DEBUG_VARIABLE):
@@ -54,10 +54,10 @@ def run_program(call: Callable[[], object], name: str) -> int:
             raise
         text = reason(error)
         if isinstance(error, MemoryError):
-            text += "; the memory does not suffice for this input: give a smaller one"
+            text += "; there is not enough memory for this input: give a smaller one"
         elif not isinstance(error, EXPECTED):
             text += (
-                "; this was not foreseen: check the input, or set "
+                "; this error was not expected: check the input, or set "
                 f"{DEBUG_VARIABLE}=1 and report the traceback"
             )
         _say(f"{name}: error: {text}")
@@ -77,14 +77,14 @@ def reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def optional(output: object) -> Iterator[None]:
-    """Turns whatever keeps an output that only accompanies a result from being made into a warning.
+    """Turns an error while an optional output is made into a warning, so that the result is kept.
 
     Args:
         output: The file, for the warning.
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001 (whatever it is, the result stays)
+    except Exception as error:  # noqa: BLE001 (the result is kept in any case)
         logger.warning("%s is not written: %s", output, reason(error))
 
 
@@ -122,10 +122,11 @@ def shortened(text: str) -> str:
 
 
 class _Plain:
-    """A stream to which nothing is written that moves a cursor, colours or hides text.
+    """A stream that shows control characters instead of sending them to the terminal.
 
-    Names come from files of others: classes, objects, cases, the metadata of weights. Once nobody
-    reads the stream, as after `| head`, nothing is written, and the program goes on with its work.
+    Names of classes, objects and cases, and the metadata of weights, come from other people's files
+    and could move the cursor, change colours or hide text. Once nobody reads the stream, as after
+    `| head`, output is discarded, and the program still finishes.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -133,22 +134,24 @@ class _Plain:
 
     def write(self, text: str) -> int:
         """Writes the text with its control characters shown."""
-        with self._dropping():
+        with self._discarding():
             self._stream.write(_shown(text))
         return len(text)
 
     def flush(self) -> None:
         """Writes out what was printed."""
-        with self._dropping():
+        with self._discarding():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _dropping(self) -> Iterator[None]:
-        """Drops what cannot be written, which Python would try again at its end."""
+    def _discarding(self) -> Iterator[None]:
+        """Discards what cannot be written, or Python would try to write it again at exit."""
         try:
             yield
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
             if not isinstance(error, BrokenPipeError):
                 raise
 

@@ -2,8 +2,10 @@
 
 import io
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,16 @@ def test_messages_are_cut():
 def test_a_lone_surrogate_can_be_said(capsys):
     assert run_program(raising(ValueError("\ud800")), "program") == 2
     assert "ud800" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_costs_no_open_file(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        before = len([*Path("/dev/fd").iterdir()])
+        assert run_program(lambda: print("text"), "program") == 0
+        assert len([*Path("/dev/fd").iterdir()]) == before
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):

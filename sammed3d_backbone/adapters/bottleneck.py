@@ -29,8 +29,8 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        narrow = self.down(self.norm(x)).movedim(-1, 1)  # (B, W, x, y, z)
-        mixed = F.gelu(self.conv(narrow)).movedim(1, -1)  # (B, x, y, z, W)
+        narrow = self.down(self.norm(x)).movedim(4, 1)  # (B, W, x, y, z)
+        mixed = F.gelu(self.conv(narrow)).movedim(1, 4)  # (B, x, y, z, W)
         out: Tensor = x + self.up(mixed)
         return out
 

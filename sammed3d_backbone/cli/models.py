@@ -44,7 +44,7 @@ def add_predict(commands: "Commands") -> None:
     parser.add_argument(
         "--force", "--overwrite", action="store_true", help="replace OUT, or results in it"
     )
-    add_workers(parser, meaning="folders only: processes that predict (default: 1); -1: all cores")
+    add_workers(parser, None, "folders only: processes that predict (default: 1); -1: all cores")
     parser.set_defaults(run=_run_predict)
 
 
@@ -76,7 +76,7 @@ def _predict_folder(args: argparse.Namespace) -> int:
         mirror=args.mirror,
         probabilities=args.probabilities,
         overwrite=args.force,
-        jobs=args.jobs,
+        jobs=1 if args.jobs is None else args.jobs,
         backend=args.backend,
     )
     failed = [entry["id"] for entry in entries if entry["error"] is not None]
@@ -90,7 +90,7 @@ def _predict_one(args: argparse.Namespace) -> int:
     from sammed3d_backbone.data.formats import require_writable
     from sammed3d_backbone.data.volume import Volume
 
-    unused = ("probabilities", "backend")
+    unused = ("probabilities", "jobs", "backend")
     require_unused(args, unused, f"{args.source} is one scan, not a folder of scans")
     require_free((args.target,), (args.source, args.model), force=args.force)
     volume = Volume.load(args.source, **dicom_options(args))

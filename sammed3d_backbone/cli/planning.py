@@ -116,7 +116,7 @@ def _write_plan(args: argparse.Namespace, folder: str, out: Path | None) -> Path
         raise ValueError(f"--out {path} lies in the folder that is only read; choose another")
     page = path.with_suffix(".html")
     require_free((path, page), (place,), force=args.force)
-    jobs = args.jobs or cores()
+    jobs = cores() if args.jobs is None else args.jobs
     with workers(args.backend, jobs):
         found = fingerprint(dataset, jobs=jobs)
     subjects = len({case.subject for case in dataset.cases})

@@ -152,7 +152,7 @@ def _clicks(
 ) -> "tuple[ClickList | None, list[dict[str, Any]]]":
     """The click list of a file, and the points of the command line; all lie in the scan."""
     from sammed3d_backbone.inference.interactive.click_io import ClickList
-    from sammed3d_backbone.inference.interactive.prompts import OBJECT
+    from sammed3d_backbone.inference.interactive.prompts import OBJECT, object_name
 
     unit = "point_mm" if args.mm else "point_vox"
     name, clicks, unused = OBJECT, [], ""
@@ -160,7 +160,7 @@ def _clicks(
         if kind == "object":
             if unused:
                 break
-            name = unused = value
+            name = unused = object_name(value)
         else:
             unused = ""
             voxel = scan.voxel(**{unit: value})

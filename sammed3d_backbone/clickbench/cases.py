@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
+from sammed3d_backbone.data.checks import label_problems, pair_problems
 from sammed3d_backbone.data.datasets import (
     Case,
     DatasetError,
@@ -28,7 +28,7 @@ from sammed3d_backbone.data.folders import open_dataset
 from sammed3d_backbone.data.limits import require_bytes
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.preprocessing import Modality, modality_of
-from sammed3d_backbone.data.regions import Mask
+from sammed3d_backbone.data.regions import Mask, values_of
 from sammed3d_backbone.data.singles import DESCRIPTION, read_singles
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import require_file

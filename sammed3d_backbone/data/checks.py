@@ -6,14 +6,12 @@ import logging
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
-from numpy.typing import NDArray
 
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
-from sammed3d_backbone.data.regions import corner_voxels
+from sammed3d_backbone.data.regions import corner_voxels, values_of
 from sammed3d_backbone.data.volume import Volume
 
 logger = logging.getLogger(__name__)
@@ -86,10 +84,3 @@ def shift_mm(volume: Volume, other: Volume) -> float:
     """The largest distance between corners of two volumes of one shape, along a world axis."""
     corners = corner_voxels(volume.shape)
     return float(np.abs(corners @ volume.affine.T - corners @ other.affine.T).max())
-
-
-def values_of(array: NDArray[Any]) -> NDArray[Any]:
-    """The different values of a label volume, sorted; fast where neighbours are alike."""
-    flat = array.ravel(order="K")  # in the order of memory: NIfTI is read in Fortran's order
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    return np.unique(flat[[0, *changes]])

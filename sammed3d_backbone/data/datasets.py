@@ -195,7 +195,9 @@ def class_names(pairs: Iterable[tuple[object, object]], problems: list[str]) -> 
             problems.append(f"labels {names[value]!r} and {name!r} both have value {value}")
         else:
             names[value] = name
-    if twice := sorted(name for name, n in Counter(names.values()).items() if n > 1):
+    if twice := sorted(
+        name for name, n in Counter(map(str.strip, names.values())).items() if n > 1
+    ):
         problems.append(f"labels {twice} have several values; give one value per class")
     for value, name in names.items():
         if (name.lower() == "background") > (value == 0):

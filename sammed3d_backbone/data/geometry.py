@@ -17,6 +17,7 @@ and the way back ends on the stored shape of the input, so its affine is kept an
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsInt
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sammed3d_backbone.data.limits import require_size
+from sammed3d_backbone.data.regions import values_of
 
 SLAB_PLANES = 4  # planes of a volume that are computed at a time
 Triple = tuple[int, int, int]
@@ -185,7 +187,9 @@ class Geometry:
         """Integer labels on the resampled grid: the class with the largest linear share.
 
         Only the eight voxels around a new one have a share in it, so the number of classes does not
-        matter; and where these are alike, which is nearly everywhere, nothing is compared.
+        matter; and where these are alike, which is nearly everywhere, nothing is compared. A class
+        that has the largest share nowhere takes the voxels nearest to its own, unless they are all
+        that another class has.
 
         Shapes:
             labels: (X, Y, Z) integers on the input grid.
@@ -211,6 +215,14 @@ class Geometry:
                 torch.stack([corner[is_mixed] for corner in corners]),
                 torch.stack([a * b * c for a, b, c in sides]),
             )
+        present = {*values_of(result.numpy()).tolist()}
+        for value in sorted({*values_of(x.numpy()).tolist()} - present):
+            tried = result.clone()
+            for voxel in (x == value).nonzero().tolist():
+                near = itertools.starmap(_nearest, zip(voxel, x.shape, tried.shape, strict=True))
+                tried[tuple(near)] = value
+            if present < {*values_of(tried.numpy()).tolist()}:  # no other class is lost for it
+                result, present = tried, present | {value}
         return result[None]
 
     def to_box(self, resampled: Tensor, fill: float | Tensor = 0.0) -> Tensor:
@@ -449,6 +461,13 @@ def _neighbours(size: int, new_size: int) -> tuple[Tensor, Tensor, Tensor]:
     place = place.clamp(0, size - 1)
     low = place.long().clamp(max=max(size - 2, 0))
     return low, (low + 1).clamp(max=size - 1), (place - low).float()
+
+
+def _nearest(index: int, size: int, new_size: int) -> slice:
+    """The new voxels along an axis whose nearest voxel is this one, or else the one around it."""
+    first, end = (math.ceil(i * new_size / size - 0.5) for i in (index, index + 1))
+    around = int((index + 0.5) * new_size / size)
+    return slice(first, end) if first < end else slice(around, around + 1)
 
 
 def _heaviest(values: Tensor, weights: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def scans_in(folder: Path) -> list[ScanFiles]:
     is a DICOM series.
 
     Raises:
-        ValueError: If there is no scan, or two have one id.
+        ValueError: If there is no scan, two have one id, or a channel is missing.
     """
     stems: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -89,14 +89,24 @@ def scans_in(folder: Path) -> list[ScanFiles]:
         if stem in stems:
             raise ValueError(f"{stems[stem]} and {path} would both be {stem}; rename one")
         stems[stem] = path
-    grouped: dict[str, list[Path]] = {}
+    grouped: dict[str, dict[int, Path]] = {}
     for stem, path in stems.items():
         channel = CHANNEL.fullmatch(stem)
-        is_channel = channel is not None and f"{channel[1]}_0000" in stems
-        grouped.setdefault(channel[1] if channel and is_channel else stem, []).append(path)
+        name, number = stem, 0
+        if channel and f"{channel[1]}_0000" in stems:
+            name, number = channel[1], int(channel[2])
+        if number in (channels := grouped.setdefault(name, {})):
+            raise ValueError(f"{channels[number]} and {path} would both be {name}; rename one")
+        channels[number] = path
+    for name, channels in grouped.items():
+        if [*channels] != [*range(len(channels))]:
+            raise ValueError(
+                f"{folder}: {name} has the channels {[*channels]}; number them 0000, 0001, ... "
+                "without gaps"
+            )
     if not grouped:
         raise ValueError(f"{folder} holds no {', '.join(IMAGES)} and no folder; give a scan")
-    return [ScanFiles(name, tuple(paths)) for name, paths in sorted(grouped.items())]
+    return [ScanFiles(name, tuple(paths.values())) for name, paths in sorted(grouped.items())]
 
 
 def predict_scans(

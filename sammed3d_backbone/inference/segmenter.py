@@ -121,6 +121,7 @@ class Segmenter:
             )
         with reading(path):
             card = Card.from_json(metadata[CARD_KEY] if config is None else config)
+            _require_size(card, tensors)
             model = build_network(card, tensors)
             if config is not None and CARD_KEY in metadata:
                 _say_differences(path, card, Card.from_json(metadata[CARD_KEY]))
@@ -407,6 +408,22 @@ def build_network(card: Card, tensors: Mapping[str, Tensor] | None = None) -> nn
     build = adapter(card.network)
     backbone = wrap_encoder(_build_encoder(card, part_of(tensors or {}, MODEL_ENCODER)), card)
     return build(backbone, len(card.labels), **card.adapter)
+
+
+def _require_size(card: Card, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses a card of a larger network than the tensors fill, before its memory is allocated.
+
+    Raises:
+        ValueError: If the numbers of values differ.
+    """
+    with torch.device("meta"):
+        wanted = build_network(card, tensors).state_dict()
+    counts = [sum(t.numel() for t in each.values()) for each in (wanted, tensors)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"the card describes a network of {counts[0]} values, the file has {counts[1]}; copy "
+            "both again"
+        )
 
 
 def wrap_encoder(backbone: ImageEncoder3D, card: Card) -> Encoder:

@@ -125,27 +125,36 @@ class Attention(nn.Module):
             x: (B, x, y, z, E), real tokens only; an extent below S means padding behind it.
             returns: the same.
         """
-        batch, *extents, _ = x.shape
-        grid = (extents[0], extents[1], extents[2])
+        grid = (x.shape[1], x.shape[2], x.shape[3])
         pad_q, pad_v = self._padding(x) if self._is_padded(grid) else (None, None)
-        qkv = self.qkv(x.flatten(1, 3))  # (B, N, 3 * E)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, A, N, C)
-        q, k, v = qkv.flatten(1, 2).unbind(0)  # (B * A, N, C)
+        q, k, v = self._projected(x.flatten(1, 3))  # (B * A, N, C)
         terms = self._axial(q, grid) if self.rel_pos == "axial" else self._sammed3d(q, pad_q, grid)
         if pad_v is not None:
             k, v = F.pad(k, (0, 0, 0, 1)), torch.cat([v, pad_v], dim=1)  # (Z, N + 1, C)
         # Terms that differ between queries join the matrix product as extra columns, whose keys are
         # indicators.
         q = torch.cat([q, terms.queries], dim=-1)
-        k = torch.cat([k * self.scale, terms.keys.expand(k.shape[0], -1, -1)], dim=-1)
+        # A sum, since PyTorch's legacy ONNX exporter would keep the batch of an expanded tensor.
+        k = F.pad(k * self.scale, (0, terms.keys.shape[1])) + F.pad(terms.keys, (k.shape[2], 0))
         out = _attend_by_heads(q, k, v, terms.lines)  # (Z, N, C)
-        out = out.unflatten(0, (batch, self.num_heads)).transpose(1, 2).flatten(2)  # (B, N, E)
+        out = out.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2)  # (B, N, E)
         projected: Tensor = self.proj(out).unflatten(1, grid)
         return projected
 
     def _is_padded(self, grid: Grid) -> bool:
         """Whether padded positions take part in a window with these real extents."""
         return self.rel_pos == "sammed3d" and min(grid) < (self.window_size or grid[0])
+
+    def _projected(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head.
+
+        Shapes:
+            tokens: (B, N, E).
+            returns: (B * A, N, C) three times.
+        """
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, A, C)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
+        return q, k, v
 
     def _padding(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The query and the value that all padded positions share, by head.
@@ -157,9 +166,8 @@ class Attention(nn.Module):
             x: (B, x, y, z, E).
             returns: (B * A, 1, C) twice.
         """
-        nothing = self.qkv(x.new_zeros(1, x.shape[-1]))  # (1, 3 * E)
-        heads = nothing.view(3, self.num_heads, 1, -1)
-        q, _, v = heads.repeat(1, x.shape[0], 1, 1).unbind(0)
+        # A product, since PyTorch's legacy ONNX exporter would keep the batch of new zeros.
+        q, _, v = self._projected(x.detach()[:, 0, 0, :1] * 0)
         return q, v
 
     def _sammed3d(self, q: Tensor, pad_q: Tensor | None, grid: Grid) -> "Terms":
@@ -174,26 +182,27 @@ class Attention(nn.Module):
         """
         x, y, z = grid
         side = self.window_size or x
-        rel_d = _relative_rows(self.rel_pos_d, x, side)  # (x, S, C)
-        rel_h = _relative_rows(self.rel_pos_h, y, side)  # (y, S, C)
-        rel_w = _relative_rows(self.rel_pos_w, side, side)  # (S, S, C)
+        rel_d = _relative_rows(self.rel_pos_d, x, side).transpose(1, 2)  # (x, C, S)
+        rel_h = _relative_rows(self.rel_pos_h, y, side).transpose(1, 2)  # (y, C, S)
+        rel_w = _relative_rows(self.rel_pos_w, side, side).transpose(1, 2)  # (S, C, S)
         q = q.contiguous()  # two views of it follow
-        t = torch.matmul(q.unflatten(1, (x, y * z)), rel_d.mT).flatten(1, 2)  # (Z, N, S)
+        t = torch.matmul(q.unflatten(1, (x, y * z)), rel_d).flatten(1, 2)  # (Z, N, S)
         lines = q.unflatten(1, (x * y, z))  # (Z, x * y, z, C)
         if pad_q is not None and z < side:
             pads = pad_q[:, None].expand(-1, x * y, side - z, -1)
             lines = torch.cat([lines, pads], dim=2)  # (Z, x * y, S, C)
-        u = torch.matmul(lines.unflatten(1, (x, y)), rel_h.mT).flatten(1, 2)  # (Z, x * y, S, S)
-        v = torch.matmul(lines.flatten(0, 1).transpose(0, 1), rel_w.mT)  # (S, Z * x * y, S)
+        u = torch.matmul(lines.unflatten(1, (x, y)), rel_h).flatten(1, 2)  # (Z, x * y, S, S)
+        v = torch.matmul(lines.flatten(0, 1).transpose(0, 1), rel_w)  # (S, Z * x * y, S)
         v = v.transpose(0, 1).unflatten(0, (-1, x * y))  # (Z, x * y, S, S)
         lines_bias = (u[:, :, :x, None, :z] + v[:, :, None, :y, :z]).flatten(2)  # (Z, x * y, N)
         keys = torch.eye(z, dtype=q.dtype, device=q.device).repeat(x * y, 1)  # (N, z)
         if pad_q is None:
             return Terms(t, keys, lines_bias)
         extra = _padding_logit(t.unflatten(1, (x * y, z)), u, v, grid).flatten(1)  # (Z, N)
+        last = F.pad(keys.new_ones(1, 1), (z, 0))  # (1, z + 1)
         return Terms(
             queries=torch.cat([t[..., :z], extra[..., None]], dim=-1),  # (Z, N, z + 1)
-            keys=torch.block_diag(keys, keys.new_ones(1, 1)),  # (N + 1, z + 1)
+            keys=torch.cat([F.pad(keys, (0, 1)), last]),  # (N + 1, z + 1)
             lines=F.pad(lines_bias, (0, 1)),  # (Z, x * y, N + 1)
         )
 
@@ -265,14 +274,14 @@ def _softmax_product(
     Shapes as in `_attend_by_heads`.
     """
     if lines is None:
-        logits = torch.bmm(q, k.mT)
+        logits = torch.bmm(q, k.transpose(1, 2))
     else:
         repeats = q.shape[1] // lines.shape[1]
         spread = lines[:, :, None].expand(-1, -1, repeats, -1)
         if in_place:  # into memory of its own, which a view of the lines would not be
             spread = spread.clone(memory_format=torch.contiguous_format)
         logits = spread.flatten(1, 2)  # (Z, N, K)
-        logits = (logits.baddbmm_ if in_place else logits.baddbmm)(q, k.mT)
+        logits = (logits.baddbmm_ if in_place else logits.baddbmm)(q, k.transpose(1, 2))
     weights = torch.softmax(logits, dim=-1, out=logits) if in_place else logits.softmax(dim=-1)
     return torch.bmm(weights, v)
 

@@ -77,7 +77,7 @@ class HighResolution(nn.Module):
             sides = place.new_tensor(values.shape[2:])
             cell = (place * sides).long().clamp(min=0)
             x, y, z = cell.minimum(sides.long() - 1).unbind(-1)  # (P, N)
-            found.append(values.movedim(1, -1)[image_of.unsqueeze(1), x, y, z])  # (P, N, C)
+            found.append(values.movedim(1, 4)[image_of.unsqueeze(1), x, y, z])  # (P, N, C)
         tokens: Tensor = self.to_point(torch.cat(found, dim=-1))
         return tokens
 

@@ -33,7 +33,7 @@ class PatchConv(nn.Conv3d):
         p = self.kernel_size[0]
         patches = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, p))
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, x, y, z, C * p**3)
-        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
+        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(4, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.proj(x)
-        return tokens.movedim(1, -1)
+        return tokens.movedim(1, 4)
 
 
 class Block(nn.Module):
@@ -263,11 +263,11 @@ class ImageEncoder3D(nn.Module):
             else:
                 x = block(x)
             if i in wanted:
-                tokens = x.movedim(-1, 1)  # (B, E, x, y, z)
+                tokens = x.movedim(4, 1)  # (B, E, x, y, z)
                 maps.append(self.neck(tokens) if norm else tokens)
         if intermediates_only:
             return maps
-        return self.neck(x.movedim(-1, 1)), maps
+        return self.neck(x.movedim(4, 1)), maps
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Makes the encoder take volumes of another size.

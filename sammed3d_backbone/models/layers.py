@@ -23,9 +23,10 @@ class LayerNorm3d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.movedim(1, -1)  # (B, X, Y, Z, C)
+        last = x.ndim - 1  # PyTorch's legacy ONNX exporter gets an axis of -1 wrong
+        x = x.movedim(1, last)  # (B, X, Y, Z, C)
         x = F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
-        return x.movedim(-1, 1)  # (B, C, X, Y, Z)
+        return x.movedim(last, 1)  # (B, C, X, Y, Z)
 
 
 class MLPBlock(nn.Module):

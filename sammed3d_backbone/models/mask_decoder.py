@@ -105,7 +105,7 @@ class MaskDecoder3D(nn.Module):
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + 4, F)
         tokens = torch.cat([own.expand(prompts, -1, -1), sparse_prompt_embeddings], dim=1)
         tokens, image = self.transformer(image, image_pe, tokens)
-        upscaled = self._upscaled(image.movedim(1, -1), maps)  # (P, x, y, z, 8, 8, F / 8)
+        upscaled = self._upscaled(image.movedim(1, 4), maps)  # (P, x, y, z, 8, 8, F / 8)
         chosen = range(1, MASK_TOKENS) if multimask_output else range(1)
         # The mask tokens stand behind the quality token.
         kernels = torch.stack(
@@ -150,7 +150,7 @@ class MaskDecoder3D(nn.Module):
         middle = _halved(tokens, first)  # (P, x, y, z, 8, F / 4)
         if maps:
             middle = _plus(middle, HighResolution.parts(maps[0], 1))
-        fine = _halved(act(norm(middle.movedim(-1, 1)).movedim(1, -1)), second)
+        fine = _halved(act(norm(middle.movedim(5, 1)).movedim(1, 5)), second)
         if maps:
             fine = _plus(fine, HighResolution.parts(maps[1], 2))
         out: Tensor = last_act(fine)

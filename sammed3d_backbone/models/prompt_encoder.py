@@ -68,7 +68,7 @@ def image_token_code(code: FourierCode, grid: Grid) -> Tensor:
         # `test_released_image_tokens_have_axes_0_and_1_swapped_against_points`.
         centres = centres[..., [1, 0, 2]]
     embedded: Tensor = code(centres)
-    return embedded.movedim(-1, 0).unsqueeze(0)
+    return embedded.movedim(3, 0).unsqueeze(0)
 
 
 class PromptEncoder3D(nn.Module):

@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from sammed3d_backbone.data.checks import pair_problems, values_of
+from sammed3d_backbone.data.checks import pair_problems
 from sammed3d_backbone.data.dicom import DicomSeries
 from sammed3d_backbone.data.dicom_seg import write_dicom_seg
 from sammed3d_backbone.data.geometry import Geometry, Triple
 from sammed3d_backbone.data.preprocessing import Modality
-from sammed3d_backbone.data.regions import bounding_box
+from sammed3d_backbone.data.regions import bounding_box, values_of
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.interactive import Predictor
 from sammed3d_backbone.inference.interactive.click_io import ClickList, volume_sha256

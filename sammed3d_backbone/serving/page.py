@@ -207,8 +207,9 @@ class Page:
 
         def work(session: LabellingSession, body: bytes) -> Response:
             asked = message_of(body, PagePrompts)
-            if len(set(asked.names.values())) < len(asked.names):
-                raise RefusedError(400, "two objects have one name; rename one of them")
+            names = {name.strip() for name in asked.names.values()}
+            if "" in names or len(names) < len(asked.names):
+                raise RefusedError(400, "an object has no name, or that of another; rename it")
             self._update(session, asked)
             listed = session.click_list(asked.names).to_json()
             return Response(listed, media_type="application/json")

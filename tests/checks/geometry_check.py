@@ -118,11 +118,16 @@ def _through_a_file(case: Case) -> float:
 
 
 def _way_in(case: Case, geometry: Geometry, rng: np.random.Generator) -> float:
-    """How far the shares of the chosen classes lie below the largest ones."""
+    """How far the shares of the chosen classes lie below the largest ones.
+
+    But for classes that have the largest share nowhere, which take voxels in spite of that.
+    """
     labels = rng.integers(0, 4, case.shape)
     shares = geometry.resample((labels == np.arange(4).reshape(-1, 1, 1, 1)).astype(np.float32))
-    chosen = shares.gather(0, geometry.resample_labels(labels).long())
-    return _largest((shares.max(0).values - chosen[0]).numpy())
+    taken = geometry.resample_labels(labels).long()
+    chosen = shares.gather(0, taken)
+    has_largest = torch.isin(taken[0], shares.argmax(0).unique())
+    return _largest(((shares.max(0).values - chosen[0]) * has_largest).numpy())
 
 
 def _nested_labels(case: Case, rng: np.random.Generator) -> float:

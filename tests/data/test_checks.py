@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, ornt_transform
 
-from sammed3d_backbone.data.checks import label_problems, pair_problems, values_of
+from sammed3d_backbone.data.checks import label_problems, pair_problems
 from sammed3d_backbone.data.volume import Volume
 
 LABEL = Path("somewhere/label.nii.gz")
@@ -89,10 +89,3 @@ def test_one_place_in_two_orders_of_voxels_does_not_ask_for_another_affine(axes)
     assert axes in problem
     assert "RAS" in problem
     assert "correct" not in problem
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint8])
-def test_the_values_of_a_volume_are_found(dtype, rng):
-    array = rng.integers(0, 7, (5, 6, 7)).astype(dtype)
-    array[0, 0, 0] = 255
-    assert np.array_equal(values_of(array), np.unique(array))

@@ -6,6 +6,7 @@ import nibabel.orientations as orientations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,20 @@ def test_resampled_labels_take_the_class_with_the_largest_share():
     labels[1:3] = 300
     geometry = Geometry.plan((4, 1, 1), np.eye(4), (0.5, 1.0, 1.0))
     assert geometry.resample_labels(labels).flatten().tolist() == [0, 0, 300, 300, 300, 300, 0, 0]
+
+
+@pytest.mark.parametrize(("own", "other"), [(3.0, 1.5), (3.0, 2.0), (1.0, 3.0), (1.0, 1.5)])
+def test_a_class_of_one_voxel_is_not_lost(own, other, rng):
+    for voxel in rng.integers(1, 4, (20, 3)).tolist():
+        labels = np.zeros((8, 8, 8), np.uint8)
+        labels[5:8, 5:8, 5:8] = 1
+        labels[tuple(voxel)] = 2
+        geometry = Geometry.plan(labels.shape, np.diag([own, own, own, 1]), (other,) * 3)
+        seen = geometry.resample_labels(labels)
+        assert set(seen.unique().tolist()) == {0, 1, 2}
+        if own == 2 * other:
+            back = geometry.invert_labels(F.one_hot(seen[0].long()).movedim(-1, 0).float())
+            assert back[tuple(voxel)] == 2
 
 
 def test_a_box_pads_with_one_value_per_channel_and_crops():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sammed3d_backbone.data.regions import bounding_box
+from sammed3d_backbone.data.regions import bounding_box, values_of
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -20,3 +20,10 @@ def test_the_bounding_box_holds_all_voxels_and_no_smaller_one_does(rng, order):
 
 def test_an_empty_mask_has_no_bounding_box():
     assert bounding_box(np.zeros((3, 4, 5), dtype=bool)) is None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint8])
+def test_the_values_of_a_volume_are_found(dtype, rng):
+    array = rng.integers(0, 7, (5, 6, 7)).astype(dtype)
+    array[0, 0, 0] = 255
+    assert np.array_equal(values_of(array), np.unique(array))

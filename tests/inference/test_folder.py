@@ -98,6 +98,16 @@ def test_channels_in_files_of_their_own_are_one_scan(fine_tuned, scans, tmp_path
     assert np.array_equal(apart.array, stacked.array)
 
 
+@pytest.mark.parametrize(
+    "names", [("a_0000", "a_0002"), ("a_0000", "a"), ("b_0000", "a_0000", "a_0001", "a_0003")]
+)
+def test_channels_with_a_gap_or_two_meanings_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path / f"{name}.nii.gz").touch()
+    with pytest.raises(ValueError, match=r"a has|both be a"):
+        scans_in(tmp_path)
+
+
 def test_a_series_in_a_folder_of_its_own_is_a_scan(fine_tuned, scans, tmp_path):
     for path in scans.iterdir():
         path.unlink()

@@ -180,6 +180,12 @@ def test_less_memory_takes_smaller_steps_and_too_little_is_refused(make_set):
         chosen(0.5)
 
 
+def test_no_workers_are_not_all_cores(make_set, tmp_path, capsys):
+    given = ["plan", str(make_set()), "--jobs", "0", "--out", str(tmp_path / "x.plan.yaml")]
+    assert main(given) == 2
+    assert "jobs" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_folder_is_planned_for_before_training(make_set, tmp_path, monkeypatch, capsys):
     folder = make_set()

@@ -91,6 +91,7 @@ CLICKS = [
     Row("a word for the sign", {"point_vox": (1, 2, 3), "positive": "no"}, "positive", TypeError),
     Row("a number for the sign", {"point_vox": (1, 2, 3), "positive": 1}, "positive", TypeError),
     Row("an object without a name", {"point_vox": (1, 2, 3), "object": None}, "object", TypeError),
+    Row("an object with an empty name", {"point_vox": (1, 2, 3), "object": " "}, "object"),
     Row("words", {"point_vox": ("a", "b", "c")}, "point_vox", TypeError),
     Row("before the first voxel", {"point_vox": (-1, 2, 3)}, "point_vox"),
     Row("behind the last voxel", {"point_vox": (90, 2, 3)}, "point_vox"),
@@ -188,6 +189,7 @@ POINT = "in.nii.gz out.nii.gz --point 22,40,36"
 COMMANDS = [
     Row("nothing clicked", "in.nii.gz out.nii.gz", "--point"),
     Row("a negative point only", "in.nii.gz out.nii.gz --negative 1,2,3", "'object'"),
+    Row("an object without a name", "in.nii.gz out.nii.gz --object= --point 22,40,36", "object"),
     Row("a point outside", "in.nii.gz out.nii.gz --point 90,2,3", "point_vox"),
     Row("a point outside in mm", "in.nii.gz out.nii.gz --mm --point=-9,0,0", "point_mm"),
     Row("two numbers", "in.nii.gz out.nii.gz --point 1,2", "--point"),

@@ -17,6 +17,7 @@ import numpy as np
 
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import read_text
+from sammed3d_backbone.inference.interactive.prompts import OBJECT, object_name
 
 CLICKS_FORMAT = "sammed3d-clicks/2"
 LARGEST = 1e9  # of a coordinate
@@ -73,6 +74,10 @@ class ClickList:
                     f"{path}, click {number}: {click!r}; expected an object with "
                     f"{', '.join(f'{key} ({kind.__name__})' for key, kind in CLICK_TYPES.items())}"
                 )
+            try:
+                object_name(click.get("object", OBJECT))
+            except ValueError as error:
+                raise ValueError(f"{path}, click {number}: {error}") from None
         return cls(**{**content, "clicks": tuple(content["clicks"])})
 
     def to_json(self) -> str:

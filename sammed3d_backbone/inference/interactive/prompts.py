@@ -57,11 +57,14 @@ def object_name(name: object) -> str:
 
     Raises:
         TypeError: If it is neither text nor a whole number.
+        ValueError: If it is empty.
     """
     if isinstance(name, int | np.integer) and not isinstance(name, bool):
         return str(int(name))
     if not isinstance(name, str):
         raise TypeError(f"object={name!r}: expected text or a whole number")
+    if not name.strip():
+        raise ValueError(f"object={name!r} is empty; give the object a name")
     return name
 
 

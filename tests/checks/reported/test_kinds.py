@@ -172,6 +172,21 @@ def test_4_a_spacing_that_makes_a_small_scan_large():
     assert (code, "GiB" in said) == (2, True)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"encoder": {"img_size": 100_000}}, {"adapter": {"feature_size": 10_000_000}}],
+    ids=str,
+)
+def test_4_a_card_of_a_network_that_fits_no_memory(fine_tuned, changes):
+    Segmenter.from_pretrained(fine_tuned()).save_pretrained("model")
+    card = json.loads(Path("model/config.json").read_text())
+    for key, value in changes.items():
+        card[key] |= value
+    Path("model/config.json").write_text(json.dumps(card))
+    code, said = cli("predict", "model", ball(), "out.nii.gz")
+    assert (code, "values" in said) == (2, True)
+
+
 def test_4_text_of_a_tebibyte():
     for name in ("c.json", "c.yaml"):
         with Path(name).open("wb") as file:
@@ -202,7 +217,12 @@ def test_5_weights_that_another_key_would_replace(fine_tuned):
 
 @pytest.mark.parametrize(
     "labels",
-    [{"1": "head", "01": "tail"}, {"1": "head", "2": "head"}, {"1": "head", "2": None}],
+    [
+        {"1": "head", "01": "tail"},
+        {"1": "head", "2": "head"},
+        {"1": "head", "2": "head "},
+        {"1": "head", "2": None},
+    ],
 )
 def test_5_two_names_for_one_value_of_a_single_volume(labels):
     nifti("raw/a.nii.gz", image(0))
@@ -227,6 +247,7 @@ def test_5_options_that_would_be_ignored(fine_tuned):
     model, folder = fine_tuned(), nnunet("data")
     for option, arguments in (
         ("--probabilities", ("predict", model, ball(), "out.nii.gz", "--probabilities")),
+        ("--jobs", ("predict", model, "scan.nii.gz", "out.nii.gz", "--jobs", 2)),
         ("--weights", ("clicks", folder, "--model", "os:getcwd", "--weights", "tiny")),
         ("--cases", ("clicks", "--compare", "a", "b", "--cases", 0)),
         ("--steps", ("train", "x.plan.yaml", "--steps", 0)),

@@ -78,6 +78,11 @@ REFUSED = {
         ValueError,
         "object",
     ),
+    "empty name": (
+        lambda p: edited(p, clicks=[{"point_vox": [1, 2, 3], "object": ""}]),
+        ValueError,
+        "click 1: object",
+    ),
     "outside": (lambda p: edited(p, clicks=[{"point_vox": [1, 2, 300]}]), ValueError, "point_vox"),
     "other settings": (lambda p: edited(p, settings={"follow": False}), ValueError, "follow"),
 }
