@@ -184,7 +184,7 @@ def test_4_a_card_of_a_network_that_fits_no_memory(fine_tuned, changes):
         card[key] |= value
     Path("model/config.json").write_text(json.dumps(card))
     code, said = cli("predict", "model", ball(), "out.nii.gz")
-    assert (code, "values" in said) == (2, True)
+    assert (code, "card" in said, "memory" in said) == (2, True, False)
 
 
 def test_4_text_of_a_tebibyte():
