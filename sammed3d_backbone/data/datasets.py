@@ -248,7 +248,7 @@ def require_whole_masks(dataset: Dataset) -> None:
 def read_json(path: Path) -> object:
     """The content of a JSON file."""
     try:
-        content: object = json.loads(read_text(path), object_pairs_hook=_unique)
+        content: object = json.loads(read_text(path), object_pairs_hook=unique_keys)
         return content
     except RecursionError:
         raise DatasetError(
@@ -272,7 +272,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return []
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """The object of its pairs, of which JSON itself would keep the last of one key."""
     if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
         raise ValueError(f"the key {twice[0]!r} occurs twice")

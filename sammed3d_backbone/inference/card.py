@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sammed3d_backbone.data.datasets import class_names
+from sammed3d_backbone.data.datasets import class_names, unique_keys
 from sammed3d_backbone.data.preprocessing import Preprocessing
 
 CARD_FORMAT = 2
@@ -109,7 +109,7 @@ class Card:
                 lacks a field that is needed to build the network.
         """
         try:
-            values = dict(json.loads(text))
+            values = dict(json.loads(text, object_pairs_hook=unique_keys))
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a card of a fine-tuned model: {error}; copy it again") from None
         if (found := values.pop("format", None)) != CARD_FORMAT:

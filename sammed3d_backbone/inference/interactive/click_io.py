@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sammed3d_backbone.data.datasets import unique_keys
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.files import read_text
 from sammed3d_backbone.inference.interactive.prompts import OBJECT, object_name
@@ -52,7 +53,7 @@ class ClickList:
         if not path.is_file():
             raise FileNotFoundError(f"no click list at {path}; check the path")
         try:
-            content = json.loads(read_text(path))
+            content = json.loads(read_text(path), object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("clicks"), list):

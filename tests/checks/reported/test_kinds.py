@@ -210,6 +210,14 @@ def test_5_a_key_of_a_configuration_that_occurs_twice():
         config.load(finetune_unetr.Config, Path("c.yaml"))
 
 
+def test_5_a_key_of_a_card_that_occurs_twice(fine_tuned):
+    Segmenter.from_pretrained(fine_tuned()).save_pretrained("model")
+    card = Path("model/config.json").read_text().rstrip()
+    Path("model/config.json").write_text(card[:-1] + ', "overlap": 0}')
+    code, said = cli("predict", "model", ball(), "out.nii.gz")
+    assert (code, "overlap" in said) == (2, True)
+
+
 def test_5_weights_that_another_key_would_replace(fine_tuned):
     code, said = tune(nnunet("data"), init=fine_tuned(), weights="tiny", scratch=False)
     assert (code, "init" in said, "weights" in said) == (2, True, True)

@@ -65,6 +65,11 @@ REFUSED = {
     "no file": (lambda p: p.with_name("no.json"), FileNotFoundError, "no.json"),
     "no JSON": (lambda p: [p.write_text("{,"), p][1], ValueError, "JSON"),
     "other JSON": (lambda p: [p.write_text("[1]"), p][1], ValueError, "clicks"),
+    "a key twice": (
+        lambda p: [p.write_text('{"clicks": [], "clicks": []}'), p][1],
+        ValueError,
+        "clicks",
+    ),
     "newer": (lambda p: edited(p, format="x/2"), ValueError, "format"),
     "unknown entry": (lambda p: edited(p, boxes=[]), ValueError, "boxes"),
     "unknown part": (lambda p: edited(p, clicks=[{"xyz": 1}]), ValueError, "click 1"),
