@@ -113,7 +113,8 @@ class ClassPrompts(EncoderNetwork):
             self.dense_prompt.expand(1, -1, x, y, z),
             maps=maps,
         )
-        return masks.view(volume.shape[0], classes, *masks.shape[2:]) + self.bias.view(-1, 1, 1, 1)
+        by_class: Tensor = masks.view(volume.shape[0], classes, *masks.shape[2:])
+        return by_class + self.bias.view(-1, 1, 1, 1)
 
 
 class_prompts = ClassPrompts  # the public name, as in the registry

@@ -67,7 +67,7 @@ def init_weights(network: Sam3D) -> None:
     for norm in (*neck[-1:], *(layer.norm4 for layer in decoder.transformer.layers)):
         nn.init.constant_(norm.get_parameter("weight"), QUIET)
     if decoder.high_resolution is not None:
-        nn.init.zeros_(decoder.high_resolution.to_point.weight)
+        nn.init.zeros_(decoder.high_resolution.to_point.get_parameter("weight"))
     for kind in network.prompt_encoder.point_embeddings:
         nn.init.normal_(kind.get_parameter("weight"), std=0.02)
 

@@ -517,8 +517,9 @@ class AnswerStream(Dataset[dict[str, Tensor]]):
 def _large(labels: Tensor, smallest_vox: int) -> NDArray[np.int64]:
     """The values of labels with at least so many voxels."""
     counts = np.bincount(labels.numpy().ravel())
+    counts[:1] = 0  # no object
     values: NDArray[np.int64] = np.flatnonzero(counts >= max(1, smallest_vox))
-    return values[values != 0]
+    return values
 
 
 def _air_level(image: Tensor) -> float:
