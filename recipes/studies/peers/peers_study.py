@@ -75,11 +75,12 @@ class Study:
     """A study, as its YAML file states it."""
 
     out: str  # folder of the results, relative to recipes/studies/results
-    tasks: Mapping[str, Mapping[str, Any]]  # name -> data, subjects, test_subjects, classes
+    # Name -> data, subjects, test_subjects, classes, and nnunet_gb: target of nnU-Net's planner,
+    # from which its patch follows.
+    tasks: Mapping[str, Mapping[str, Any]]
     # Runs, the most informative first: task, labels (number of subjects, or all), draw, arms.
     grid: Sequence[Mapping[str, Any]]
     budget_cpu_seconds: float = 1800.0
-    nnunet_memory_gb: float = 0.25  # target of nnU-Net's planner, from which its patch follows
     counted_iterations: int = 1000  # of nnU-Net, below which a data set does not count
 
 
@@ -167,8 +168,10 @@ def main(study: Study, *, nnunet: str | None = None, report: bool = False) -> No
 
 def settings_of(run: Planned, study: Study) -> dict[str, Any]:
     """What a run's results depend on."""
-    own = {"memory_gb": study.nnunet_memory_gb} if run.arm == BASELINE else {}
-    return {**study.tasks[run.task], "budget": study.budget_cpu_seconds, **own}
+    given = {**study.tasks[run.task], "budget": study.budget_cpu_seconds}
+    if run.arm != BASELINE:
+        given.pop("nnunet_gb")
+    return given
 
 
 def iterations_in(budget: float, step_cpu_seconds: float) -> int:
@@ -182,7 +185,7 @@ def prepare(run: Planned, study: Study) -> Place:
     folder = runs_folder() / name
     if not (folder / "all/dataset.json").is_file():
         given = {"name": name, "data": run.task, **study.tasks[run.task]}
-        classes = given.pop("classes", ())
+        classes, _ = given.pop("classes", ()), given.pop("nnunet_gb")
         number = None if run.labels == "all" else run.labels
         given |= {"fold": run.draw, "seed": run.draw, "num_subjects": number}
         cfg = config.build(ArmConfig, given)
@@ -224,7 +227,7 @@ def run_nnunet(
         shutil.rmtree(place.arm / "results", ignore_errors=True)  # one that was stopped
         return ask("train", steps, run.draw)
 
-    plan = once(place.arm / "plan.json", lambda: ask("plan", study.nnunet_memory_gb))
+    plan = once(place.arm / "plan.json", lambda: ask("plan", study.tasks[run.task]["nnunet_gb"]))
     cost = once(place.arm / "measured.json", lambda: ask("measure", MEASURED))
     steps = iterations_in(study.budget_cpu_seconds, cost["step_cpu_seconds"])
     trained = once(place.arm / "trained.json", train)

@@ -46,7 +46,14 @@ def study(tmp_path, toy_data):
     """Two arms on boxes, of which nnU-Net's comes first."""
     return Study(
         out=str(tmp_path / "study"),
-        tasks={"boxes": {"data": str(toy_data), "test_subjects": 2, "classes": ["back"]}},
+        tasks={
+            "boxes": {
+                "nnunet_gb": 0.2,
+                "data": str(toy_data),
+                "test_subjects": 2,
+                "classes": ["back"],
+            }
+        },
         grid=[{"task": "boxes", "labels": 2, "draw": 0, "arms": ["nnunet", "tiny"]}],
     )
 
