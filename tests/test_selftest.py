@@ -44,7 +44,7 @@ def axial_positions(network):
 
 
 def unswapped_axes(network):
-    network.prompt_encoder.point_pos = "aligned"
+    network.prompt_encoder.pe_layer.point_pos = "aligned"
 
 
 def residual_in_the_first_layer(network):

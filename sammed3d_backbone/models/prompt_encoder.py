@@ -109,9 +109,8 @@ class PromptEncoder3D(nn.Module):
         super().__init__()
         if point_pos not in ("swapped", "aligned"):
             raise ValueError(f"point_pos={point_pos!r} is unknown; use 'swapped' or 'aligned'")
-        self.point_pos: PointPos = point_pos
-        self.set_input_size(img_size, grid)
         self.pe_layer = FourierCode(embed_dim, point_pos)
+        self.set_input_size(img_size, grid)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(2))
         self.not_a_point_embed = nn.Embedding(1, embed_dim)
         self.mask_downscaling = nn.Sequential(
@@ -124,6 +123,11 @@ class PromptEncoder3D(nn.Module):
             nn.Conv3d(mask_in_chans, embed_dim, kernel_size=1),
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
+
+    @property
+    def point_pos(self) -> PointPos:
+        """Position code of clicks."""
+        return self.pe_layer.point_pos
 
     @property
     def mask_size(self) -> Grid:
