@@ -71,6 +71,24 @@ def is_one_scan(source: Path) -> bool:
     )
 
 
+def _stems(folder: Path) -> dict[str, Path]:
+    """Name without its ending -> path, of all files and folders that hold scans."""
+    stems: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        ending = next((s for s in IMAGES if path.name.endswith(s)), None)
+        if ending is None and not path.is_dir():
+            if path.name.lower().endswith(IMAGES):
+                raise ValueError(f"{path} is not read; write the ending in lower case")
+            continue
+        stem = file_name(path.name.removesuffix(ending or ""))
+        if stem in stems:
+            raise ValueError(f"{stems[stem]} and {path} would both be {stem}; rename one")
+        stems[stem] = path
+    return stems
+
+
 def scans_in(folder: Path) -> list[ScanFiles]:
     """The scans of a folder, sorted by id.
 
@@ -78,17 +96,10 @@ def scans_in(folder: Path) -> list[ScanFiles]:
     is a DICOM series.
 
     Raises:
-        ValueError: If there is no scan, two have one id, or a channel is missing.
+        ValueError: If there is no scan, two have one id, a channel is missing, or an ending is in
+            upper case.
     """
-    stems: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        ending = next((s for s in IMAGES if path.name.endswith(s)), None)
-        if path.name.startswith(".") or (ending is None and not path.is_dir()):
-            continue
-        stem = file_name(path.name.removesuffix(ending or ""))
-        if stem in stems:
-            raise ValueError(f"{stems[stem]} and {path} would both be {stem}; rename one")
-        stems[stem] = path
+    stems = _stems(folder)
     grouped: dict[str, dict[int, Path]] = {}
     for stem, path in stems.items():
         channel = CHANNEL.fullmatch(stem)

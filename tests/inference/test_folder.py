@@ -108,6 +108,12 @@ def test_channels_with_a_gap_or_two_meanings_are_refused(tmp_path, names):
         scans_in(tmp_path)
 
 
+def test_an_ending_in_upper_case_is_not_passed_over(scans):
+    (scans / "late.NII.GZ").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"late\.NII\.GZ"):
+        scans_in(scans)
+
+
 def test_a_series_in_a_folder_of_its_own_is_a_scan(fine_tuned, scans, tmp_path):
     for path in scans.iterdir():
         path.unlink()
