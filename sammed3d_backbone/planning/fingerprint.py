@@ -93,7 +93,7 @@ class Fingerprint:
 
     @cached_property
     def subjects(self) -> set[str]:
-        """The people of the cases."""
+        """The subjects of the cases."""
         return {case.case.subject for case in self.cases}
 
     @cached_property
