@@ -66,22 +66,18 @@ from sammed3d_backbone.loading.hub import locate, sha256_of
 from sammed3d_backbone.loading.opening import variant_for
 from sammed3d_backbone.loading.registry import Weights
 from sammed3d_backbone.models.sam import Sam3D
+from sammed3d_backbone.pretraining.answers import Answers, AnswerStream, objects_in, write_answer
 from sammed3d_backbone.pretraining.imitation import Imitation
 from sammed3d_backbone.pretraining.object_crops import InteractionPlan, Source, SyntheticSource
 from sammed3d_backbone.pretraining.objective import Objective
 from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
-from sammed3d_backbone.pretraining.teacher import (
-    Answers,
-    AnswerStream,
+from sammed3d_backbone.pretraining.teacher import Teacher, answer_crop
+from sammed3d_backbone.pretraining.views import (
     CropPlace,
     FieldOfView,
     RawScan,
-    Teacher,
     Variation,
-    answer_crop,
     draw_places,
-    objects_in,
-    write_answer,
 )
 from sammed3d_backbone.provenance import strip_directory
 from sammed3d_backbone.training.runs import runs_folder
