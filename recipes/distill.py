@@ -68,8 +68,9 @@ from sammed3d_backbone.loading.registry import Weights
 from sammed3d_backbone.models.sam import Sam3D
 from sammed3d_backbone.pretraining.answers import Answers, AnswerStream, objects_in, write_answer
 from sammed3d_backbone.pretraining.imitation import Imitation
-from sammed3d_backbone.pretraining.object_crops import InteractionPlan, Source, SyntheticSource
+from sammed3d_backbone.pretraining.object_crops import Source, SyntheticSource
 from sammed3d_backbone.pretraining.objective import Objective
+from sammed3d_backbone.pretraining.sample_stream import InteractionPlan
 from sammed3d_backbone.pretraining.synthetic import Synthesis, synthetic_sample
 from sammed3d_backbone.pretraining.teacher import Teacher, answer_crop
 from sammed3d_backbone.pretraining.views import (

@@ -59,7 +59,6 @@ from sammed3d_backbone.pretraining.dense_labels import DenseLabels
 from sammed3d_backbone.pretraining.init import init_weights, warm_up_decoder
 from sammed3d_backbone.pretraining.object_crops import (
     Curriculum,
-    InteractionPlan,
     LabelledScan,
     ObjectStream,
     ScanSource,
@@ -69,6 +68,7 @@ from sammed3d_backbone.pretraining.object_crops import (
 )
 from sammed3d_backbone.pretraining.objective import Objective
 from sammed3d_backbone.pretraining.reconstruction import Reconstruction
+from sammed3d_backbone.pretraining.sample_stream import InteractionPlan
 from sammed3d_backbone.provenance import cores, library_versions, settings_of_card, strip_directory
 from sammed3d_backbone.training import engine, optim
 from sammed3d_backbone.training.runs import Progress, Run, State, open_run

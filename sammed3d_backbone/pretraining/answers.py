@@ -5,8 +5,7 @@ The teacher runs once per crop, whatever the number of epochs and students. Lett
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from sammed3d_backbone.data.crops import Augmentation
 from sammed3d_backbone.files import atomic_path
-from sammed3d_backbone.pretraining.object_crops import InteractionPlan, random_contrast
+from sammed3d_backbone.pretraining.sample_stream import SampleStream, random_contrast
 from sammed3d_backbone.pretraining.teacher import Answer, masks_of
 
 
@@ -52,86 +49,36 @@ class Answers:
     paths: tuple[Path, ...]
 
 
-class AnswerStream(Dataset[dict[str, Tensor]]):
-    """Training samples made of a teacher's answers, by number.
+@dataclass(eq=False, repr=False)
+class AnswerStream(SampleStream[Answers]):
+    """Training samples made of a teacher's answers; `augment` must not move the image.
 
     Shapes:
-        returns: ``image``, ``objects``, ``draws``, ``plan`` and ``source`` as `ObjectStream` has
-            them, and ``embedding`` (T, x, y, z) float32. Objects are the teacher's masks, and
-            labels.
+        returns: What `SampleStream` has, objects being the teacher's masks, and labels;
+            ``embedding`` (T, x, y, z) float32.
+
+    Args:
+        smallest_vox: Smallest size of a labelled object.
+        label_share: Share of the objects that are labels, where a crop has both.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Answers],
-        shares: Sequence[float],
-        *,
-        objects: int,
-        steps: int,
-        samples: int,
-        seed: tuple[int, ...],
-        smallest_vox: int,
-        label_share: float = 0.0,
-        augment: Augmentation | None = None,
-        contrast_share: float = 0.0,
-        plan: InteractionPlan | None = None,
-        per_step: int = 1,
-    ) -> None:
-        """All samples of a run; arguments that are not listed are those of `ObjectStream`.
+    _: KW_ONLY
+    smallest_vox: int
+    label_share: float = 0.0
 
-        Args:
-            sources: Each with at least one file.
-            shares: Relative frequency of each source.
-            objects: Number of objects of a sample.
-            steps: Number of steps of an interaction.
-            samples: Number of samples of the whole run.
-            seed: Seed of the run.
-            smallest_vox: Smallest size of a labelled object.
-            label_share: Share of the objects that are labels, where a crop has both.
-            augment: Changes the student's image only; must not move it.
-            contrast_share: Share of crops whose contrast is randomised for the student.
-            plan: Steps that have a loss; None for all.
-            per_step: Samples of an optimiser step.
-        """
-        self.sources = sources
-        self.shares = np.array(shares) / sum(shares)
-        self.objects = objects
-        self.steps = steps
-        self.samples = samples
-        self.seed = seed
-        self.smallest_vox = smallest_vox
-        self.label_share = label_share
-        self.augment = augment
-        self.contrast_share = contrast_share
-        self.plan = plan or InteractionPlan()
-        self.per_step = per_step
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((*self.seed, number))
-        which = int(rng.choice(len(self.sources), p=self.shares))
-        paths = self.sources[which].paths
-        answer = Answer(**load_file(paths[int(rng.integers(len(paths)))]))
-        image, labels = answer.image.float()[None], answer.labels
+    def sample(self, rng: np.random.Generator, source: Answers, number: int) -> dict[str, Tensor]:
+        """See `SampleStream`."""
+        answer = Answer(**load_file(source.paths[int(rng.integers(len(source.paths)))]))
+        image, labels = answer.image.float()[None], answer.labels[None]
         objects = self._objects(rng, answer)
         if rng.random() < self.contrast_share:
-            image = random_contrast(rng, image, labels[None])
-        if self.augment is not None:
-            self.augment.set_random_state(seed=int(rng.integers(2**32)))
-            changed = self.augment({"image": image, "label": labels[None]})
-            image = changed["image"].as_subclass(Tensor)
+            image = random_contrast(rng, image, labels)
+        image, _ = self.augmented(rng, image, labels)
         return {
-            "image": image.float().contiguous(),
+            "image": image,
             "objects": objects,
-            "draws": torch.from_numpy(rng.random((self.steps, self.objects, 3), np.float32)),
-            "plan": torch.tensor(
-                self.plan.draw(self.steps, (*self.seed, 1 << 40, number // self.per_step)),
-                dtype=torch.uint8,
-            ),
+            **self.interaction(rng, number),
             "embedding": answer.embedding.float(),
-            "source": torch.tensor(which),
         }
 
     def _objects(self, rng: np.random.Generator, answer: Answer) -> Tensor:

@@ -1,31 +1,27 @@
 """Labelled volumes of many kinds -> numbered crops, each with objects that can be clicked.
 
 `ScanSource` cuts crops out of real volumes at a random spacing, `SyntheticSource` generates
-volumes; `ObjectStream` mixes such sources and picks the objects. As in `crops`, sample number n of
-a run is a pure function of (seed, n), the random numbers of its clicks included, so that neither a
-kill nor another number of processes changes what is seen.
+volumes; `ObjectStream` mixes such sources and picks the objects.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sammed3d_backbone.data.checks import pair_problems
-from sammed3d_backbone.data.crops import Augmentation
 from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.intensity import normalise
 from sammed3d_backbone.data.preparation import load_image, load_label
-from sammed3d_backbone.pretraining.click_loss import GRADED, WITHOUT_POINT
+from sammed3d_backbone.pretraining.sample_stream import SampleStream, random_contrast
 from sammed3d_backbone.pretraining.synthetic import (
     Synthesis,
     render_labels,
@@ -74,39 +70,6 @@ class Curriculum:
             for first, last in (self.smallest_vox, self.structures)
         )
         return smallest, structures
-
-
-@dataclass(frozen=True)
-class InteractionPlan:
-    """Draws the steps of an interaction that have a loss, for every optimiser step.
-
-    These are the first step, one of the next three, and later ones with equal probability, so that
-    all numbers of clicks are trained while few steps of each interaction need a gradient.
-
-    Args:
-        graded: Number of steps with a loss; None for all.
-        without_point: Probability that a step but the first has no new click.
-    """
-
-    graded: int | None = None
-    without_point: float = 0.0
-
-    def draw(self, steps: int, seed: Sequence[int]) -> list[int]:
-        """Sums of `GRADED` and `WITHOUT_POINT` for each step, the same for the same seed."""
-        rng = np.random.default_rng(seed)
-        graded = set(range(steps))
-        if self.graded is not None and self.graded < steps:
-            graded = {0}
-            if self.graded > 1:
-                graded.add(int(rng.integers(1, min(4, steps))))
-            rest = list(range(max(graded) + 1, steps))
-            rest = rest if len(rest) >= self.graded - len(graded) else [*{*range(steps)} - graded]
-            graded |= {*rng.permutation(rest)[: self.graded - len(graded)].tolist()}
-        is_without = rng.random(steps) < self.without_point
-        return [
-            GRADED * (step in graded) + WITHOUT_POINT * (step > 0 and bool(is_without[step]))
-            for step in range(steps)
-        ]
 
 
 class Source(Protocol):
@@ -303,86 +266,32 @@ def draw_cube(
     return Cube(middle, (x, y, z))
 
 
-class ObjectStream(Dataset[dict[str, Tensor]]):
-    """Training samples of a run, by number.
+@dataclass(eq=False, repr=False)
+class ObjectStream(SampleStream[Source]):
+    """Training samples with labelled objects; `contrast_share` is a share of the real crops.
 
     Shapes:
-        returns: ``image`` (1, S, S, S) float32; ``objects`` (P, S, S, S) bool, none of them empty;
-            ``draws`` (N, P, 3) float32 from 0 to 1, for the clicks of N steps; ``plan`` (N,) uint8,
-            see `InteractionPlan`; ``hidden`` (T,) from 0 to 1, for T patches that may be hidden;
-            ``labels`` (S, S, S) int16 and ``places`` (8 T,) from 0 to 1, for the contrastive loss;
-            ``classes`` (S, S, S) uint8 and ``known`` (K,) bool for K classes; ``source`` the number
-            of the source.
+        returns: What `SampleStream` has; ``hidden`` (T,) from 0 to 1, for T patches that may be
+            hidden; ``labels`` (S, S, S) int16 and ``places`` (8 T,) from 0 to 1, for the
+            contrastive loss; ``classes`` (S, S, S) uint8 and ``known`` (K,) bool for K classes.
+
+    Args:
+        side_vox: Side of the crops.
+        curriculum: Difficulty by sample number.
+        patches: Number T of the patches of a crop.
+        classes: Number K of the classes.
+        rendered_share: Share of real crops that are rendered from their labels.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        shares: Sequence[float],
-        side_vox: int,
-        curriculum: Curriculum,
-        *,
-        objects: int,
-        steps: int,
-        samples: int,
-        seed: tuple[int, ...],
-        augment: Augmentation | None = None,
-        patches: int = 0,
-        classes: int = 0,
-        contrast_share: float = 0.0,
-        rendered_share: float = 0.0,
-        plan: InteractionPlan | None = None,
-        per_step: int = 1,
-    ) -> None:
-        """All samples of a run.
+    side_vox: int
+    curriculum: Curriculum
+    _: KW_ONLY
+    patches: int = 0
+    classes: int = 0
+    rendered_share: float = 0.0
 
-        Args:
-            sources: Sources that are mixed.
-            shares: Relative frequency of each source.
-            side_vox: Side of the crops.
-            curriculum: Difficulty by sample number.
-            objects: Number P; where a crop holds fewer, they come several times.
-            steps: Number N of steps of an interaction.
-            samples: Number of samples of the whole run.
-            seed: Seed of the run; streams with other seeds give other samples.
-            augment: Applied to every crop, as ``image`` and ``label``.
-            patches: Number T of the patches of a crop.
-            classes: Number K of the classes.
-            plan: Steps that have a loss; None for all.
-            per_step: Samples of an optimiser step; they share one plan.
-            contrast_share: Share of real crops whose contrast is randomised.
-            rendered_share: Share of real crops that are rendered from their labels.
-
-        Raises:
-            ValueError: If there is not one positive share for every source.
-        """
-        if len(shares) != len(sources) or not all(share > 0 for share in shares):
-            raise ValueError(
-                f"{len(sources)} sources with shares={list(shares)}; give each one a share above 0"
-            )
-        self.sources = sources
-        self.shares = np.array(shares) / sum(shares)
-        self.side_vox = side_vox
-        self.curriculum = curriculum
-        self.objects = objects
-        self.steps = steps
-        self.samples = samples
-        self.seed = seed
-        self.augment = augment
-        self.patches = patches
-        self.classes = classes
-        self.contrast_share = contrast_share
-        self.rendered_share = rendered_share
-        self.plan = plan or InteractionPlan()
-        self.per_step = per_step
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((*self.seed, number))
-        which = int(rng.choice(len(self.sources), p=self.shares))
-        source = self.sources[which]
+    def sample(self, rng: np.random.Generator, source: Source, number: int) -> dict[str, Tensor]:
+        """See `SampleStream`."""
         crop, values = self._crop_with_objects(rng, source, number)
         image, labels = crop.image, crop.labels
         chosen = np.resize(rng.permutation(values), self.objects)
@@ -391,26 +300,17 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
             image = random_contrast(rng, image, labels)
         elif draw < self.contrast_share + self.rendered_share:
             image = render_labels(rng, image, labels)
-        if self.augment is not None:
-            self.augment.set_random_state(seed=int(rng.integers(2**32)))
-            changed = self.augment({"image": image, "label": labels})
-            # MONAI gives its own subclass of tensors, which would slow down all that follows.
-            image, labels = (changed[key].as_subclass(Tensor) for key in ("image", "label"))
+        image, labels = self.augmented(rng, image, labels)
         numbers = torch.arange(1, 1 + self.classes).tolist()
         return {
-            "image": image.float().contiguous(),
+            "image": image,
             "objects": torch.stack([labels[0] == value for value in chosen.tolist()]),
-            "draws": torch.from_numpy(rng.random((self.steps, self.objects, 3), np.float32)),
-            "plan": torch.tensor(
-                self.plan.draw(self.steps, (*self.seed, 1 << 40, number // self.per_step)),
-                dtype=torch.uint8,
-            ),
+            **self.interaction(rng, number),
             "hidden": torch.from_numpy(rng.random(self.patches, np.float32)),
             "labels": labels[0].to(torch.int16),
             "places": torch.from_numpy(rng.random(PARTS_OF_PATCH * self.patches, np.float32)),
             "classes": _classes_of(labels[0], crop.classes),
             "known": torch.tensor([number in crop.known for number in numbers], dtype=torch.bool),
-            "source": torch.tensor(which),
         }
 
     def _crop_with_objects(
@@ -437,29 +337,6 @@ class ObjectStream(Dataset[dict[str, Tensor]]):
                 "source out"
             )
         return fallback
-
-
-def random_contrast(rng: np.random.Generator, image: Tensor, labels: Tensor) -> Tensor:
-    """Contrast randomisation: maps the intensities of a scan at random, partly by label.
-
-    All intensities pass one random piecewise linear curve, which need not be monotonic, and each
-    label gets an offset with probability 0.5; mean and deviation stay as they are.
-
-    Shapes:
-        image: (1, S, S, S) float32.
-        labels: (1, S, S, S) integers.
-        returns: (1, S, S, S) float32.
-    """
-    values = image.numpy()
-    low, high = float(values.min()), float(values.max())
-    knots = np.sort(rng.uniform(low, high, 6))
-    levels = rng.normal(0, 1, 8)
-    changed = np.interp(values, [low, *knots, high + 1e-3], levels).astype(np.float32)
-    offsets = rng.normal(0, 0.7, 1 + int(labels.max())) * (rng.random(1 + int(labels.max())) < 0.5)
-    offsets[0] = 0
-    changed = changed + offsets.astype(np.float32)[labels.numpy()]
-    scale = float(values.std()) / max(float(changed.std()), 1e-3)
-    return torch.from_numpy((changed - changed.mean()) * np.float32(scale) + values.mean())
 
 
 def _classes_of(labels: Tensor, classes: Classes) -> Tensor:

@@ -10,16 +10,13 @@ from torch import Tensor
 
 from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.pretraining.click_loss import GRADED, WITHOUT_POINT
 from sammed3d_backbone.pretraining.object_crops import (
     Crop,
     Curriculum,
-    InteractionPlan,
     LabelledScan,
     ObjectStream,
     ScanSource,
     SyntheticSource,
-    random_contrast,
     read_scan,
 )
 
@@ -111,21 +108,6 @@ def test_every_source_needs_a_share(shares):
         stream(shares=shares)
 
 
-def test_plans_depend_on_the_optimiser_step_and_teach_every_number_of_clicks():
-    plan = InteractionPlan(graded=3, without_point=0.2)
-    drawn = [plan.draw(10, (0, step)) for step in range(300)]
-    assert drawn == [plan.draw(10, (0, step)) for step in range(300)]
-    graded = [[n for n, step in enumerate(steps) if step & GRADED] for steps in drawn]
-    assert {len(steps) for steps in graded} == {3}
-    assert all(steps[0] == 0 and steps[1] <= 3 for steps in graded)
-    assert {n for steps in graded for n in steps} == set(range(10))
-    share = np.mean([[bool(step & WITHOUT_POINT) for step in steps] for steps in drawn], axis=0)
-    assert share[0] == 0
-    assert share[1:].mean() == pytest.approx(0.2, abs=0.03)
-    assert InteractionPlan().draw(3, (0,)) == [GRADED] * 3
-    assert InteractionPlan(graded=2).draw(2, (0,)) == [GRADED] * 2
-
-
 def test_voxels_have_the_numbers_of_their_classes_in_every_augmentation():
     scan = replace(scan_of_two(), classes={2: 1}, known=frozenset({1}))
     flipped = RandFlipd(["image", "label"], prob=1.0, spatial_axis=0)
@@ -145,16 +127,6 @@ def test_voxels_have_the_numbers_of_their_classes_in_every_augmentation():
         for sample in (samples[number] for number in range(4)):
             assert torch.equal(sample["classes"] == 1, sample["labels"] == 2)
             assert sample["known"].tolist() == [True, False]
-
-
-def test_random_contrast_changes_intensities_and_keeps_their_scale():
-    scan = scan_of_two()
-    image = scan.image + 0.1 * torch.randn(scan.image.shape)
-    changed = random_contrast(np.random.default_rng(0), image, scan.labels)
-    assert changed.shape == image.shape
-    assert not torch.allclose(changed, image, atol=0.1)
-    assert float(changed.mean()) == pytest.approx(float(image.mean()), abs=1e-3)
-    assert float(changed.std()) == pytest.approx(float(image.std()), rel=1e-2)
 
 
 @pytest.mark.parametrize("spacing_mm", [1.0, 2.0])
