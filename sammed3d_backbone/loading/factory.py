@@ -181,6 +181,18 @@ def sam(
         sizes = {**vars(decoder), "point_pos": point_pos or decoder.point_pos}
         return Sam3D.around(image_encoder, **sizes)
     opened = open_weights(weights, weights_file, variant=variant, call="sam")
+    return sam_of(opened, variant, img_size=img_size, rel_pos=rel_pos, point_pos=point_pos)
+
+
+def sam_of(
+    opened: OpenedWeights,
+    variant: str,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    rel_pos: RelPos | None = None,
+    point_pos: PointPos | None = None,
+) -> Sam3D:
+    """The network of weights that were read; arguments and errors are those of `sam`."""
     require_all_parts(opened)
     rel_pos = rel_pos or stored_rel_pos(opened.record, variant)
     require_fit(opened, variant, rel_pos, "sam")

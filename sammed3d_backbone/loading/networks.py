@@ -1,17 +1,20 @@
-"""The encoder inside a network, filled from the file that also fills the network's decoder."""
+"""A network of encoder and decoder filled from one file, all but what belongs to the classes."""
 
 import dataclasses
+import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sammed3d_backbone.loading.checkpoint import OTHER_PARTS, CheckpointError, abbreviated
 from sammed3d_backbone.loading.factory import encoder
-from sammed3d_backbone.loading.fitting import Change, LoadReport
-from sammed3d_backbone.loading.opening import OpenedWeights, variant_for
+from sammed3d_backbone.loading.fitting import Change, LoadReport, Shape, fit
+from sammed3d_backbone.loading.opening import MODEL_ENCODER, OpenedWeights, variant_in
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
+
+logger = logging.getLogger(__name__)
 
 
 def filled_encoder(
@@ -34,13 +37,56 @@ def filled_encoder(
         )
     record = own.pretrained_cfg
     if record is None or record.name != opened.record.name:
-        _fill_encoder(own, weights)
+        _fill_encoder(own, variant_in(opened), weights)
     return own
 
 
-def _fill_encoder(own: ImageEncoder3D, weights: str | os.PathLike[str]) -> None:
+def fill_decoder(
+    network: nn.Module,
+    own: ImageEncoder3D,
+    opened: OpenedWeights,
+    stored: Mapping[str, Tensor],
+    *,
+    kind: str,
+    kernels: tuple[str, ...],
+    fresh: tuple[str, ...],
+    used: tuple[str, ...] = (),
+) -> LoadReport:
+    """Fills a network beside `own`, its filled encoder; the report is that of the whole network.
+
+    `stored` has the names of the network, and is empty if the file holds no `kind`. The `kernels`
+    read the volume and follow the encoder's rule for input channels. Names that begin with one of
+    `fresh` belong to the classes and stay as they are; `used` are the beginnings of names in the
+    file that `stored` was computed from.
+    """
+    shapes = decoder_shapes(network, fresh)
+    missing = tuple(name for name in network.state_dict() if name.startswith(fresh))
+    if not stored:
+        logger.warning("%s holds no %s: the encoder alone is pretrained", opened.record.name, kind)
+        return _joined(network, own, LoadReport(missing=(*shapes, *missing)), ())
+    state, report = fit(
+        {name: tensor for name, tensor in stored.items() if name in shapes},
+        shapes,
+        channel_kernels=kernels,
+        channel_gains=None if own.in_chans == 1 else own.channel_gains,
+        source=str(opened.path),
+    )
+    network.load_state_dict(state, strict=False)  # `fit` has checked that these are all
+    names = {name for name in opened.tensors if name in shapes or name.startswith(used)}
+    return _joined(network, own, dataclasses.replace(report, missing=missing), names)
+
+
+def decoder_shapes(network: nn.Module, fresh: tuple[str, ...]) -> dict[str, Shape]:
+    """Shapes of the tensors beside the encoder whose names do not begin with one of `fresh`."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in network.state_dict().items()
+        if not name.startswith((MODEL_ENCODER, *fresh))
+    }
+
+
+def _fill_encoder(own: ImageEncoder3D, variant: str, weights: str | os.PathLike[str]) -> None:
     """Loads weights into an encoder that exists; what it lacks was pruned by its network."""
-    variant = variant_for(weights)
     filled = encoder(
         variant,
         weights=weights,
@@ -63,17 +109,10 @@ def _fill_encoder(own: ImageEncoder3D, weights: str | os.PathLike[str]) -> None:
     own.pretrained_cfg, own.load_report = filled.pretrained_cfg, filled.load_report
 
 
-def joined_report(
-    network: nn.Module, own: ImageEncoder3D, decoder: LoadReport, used: Collection[str] = ()
+def _joined(
+    network: nn.Module, own: ImageEncoder3D, decoder: LoadReport, used: Collection[str]
 ) -> LoadReport:
-    """The report of a whole network, by its own names; what was pruned is not used.
-
-    Args:
-        network: The network.
-        own: Its encoder, with the report of its own loading.
-        decoder: The report of the other parts.
-        used: Names of the file's tensors that they were filled from.
-    """
+    """The reports of encoder and decoder as one, by the network's names; the pruned is not used."""
     report: LoadReport = own.load_report
     prefix = "encoder." if network.get_submodule("encoder") is own else "encoder.encoder."
     parts = {_part(name) for name in own.state_dict()}

@@ -68,11 +68,15 @@ def variant_for(weights: str | os.PathLike[str] | None) -> str:
     if weights is None:
         return DEFAULT_VARIANT
     record, path = resolve(weights)
-    found = record.variant
-    if found is None and path is not None:
-        tensors, metadata = read(path)
-        card = json.loads(metadata.get(CARD_KEY, "{}"))
-        found = card.get("encoder", {}).get("variant") or variant_of(tensors)
+    if record.variant is None and path is not None:
+        return variant_in(OpenedWeights(record, path, *read(path)))
+    return record.variant or DEFAULT_VARIANT
+
+
+def variant_in(opened: OpenedWeights) -> str:
+    """The variant of weights that were read, see `variant_for`."""
+    card = json.loads(opened.metadata.get(CARD_KEY, "{}")).get("encoder", {})
+    found: str | None = opened.record.variant or card.get("variant") or variant_of(opened.tensors)
     return found or DEFAULT_VARIANT
 
 

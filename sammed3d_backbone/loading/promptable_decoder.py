@@ -5,9 +5,7 @@ decoder in it, the encoder alone is filled. The prompts belong to the classes, s
 near those of the file.
 """
 
-import dataclasses
 import json
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,18 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sammed3d_backbone.loading.checkpoint import OTHER_PARTS
-from sammed3d_backbone.loading.factory import sam
-from sammed3d_backbone.loading.fitting import LoadReport, fit
-from sammed3d_backbone.loading.networks import filled_encoder, joined_report
-from sammed3d_backbone.loading.opening import (
-    CARD_KEY,
-    MODEL_ENCODER,
-    OpenedWeights,
-    open_weights,
-    variant_for,
-)
-
-logger = logging.getLogger(__name__)
+from sammed3d_backbone.loading.factory import sam_of
+from sammed3d_backbone.loading.fitting import LoadReport
+from sammed3d_backbone.loading.networks import fill_decoder, filled_encoder
+from sammed3d_backbone.loading.opening import CARD_KEY, OpenedWeights, open_weights, variant_in
 
 OF_CLASSES = ("prompts", "bias")
 KERNEL = "high_resolution.stem.0.weight"  # reads the volume
@@ -50,29 +40,21 @@ def fill_class_prompts(network: nn.Module, weights: str | os.PathLike[str]) -> L
     """
     opened = open_weights(weights)
     own = filled_encoder(network, opened, weights)
-    shapes = {
-        name: tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if not name.startswith((MODEL_ENCODER, *OF_CLASSES))
-    }
-    stored, prompt = _of_model(opened) or _of_promptable(opened, weights) or ({}, None)
-    if prompt is None:
-        logger.warning(
-            "%s holds no mask decoder: the encoder alone is pretrained", opened.record.name
-        )
-        return joined_report(network, own, LoadReport(missing=(*shapes, *OF_CLASSES)))
-    state, report = fit(
-        {name: tensor for name, tensor in stored.items() if name in shapes},
-        shapes,
-        channel_kernels=(KERNEL,),
-        channel_gains=None if own.in_chans == 1 else own.channel_gains,
-        source=str(opened.path),
+    stored, prompt = _of_model(opened) or _of_promptable(opened) or ({}, None)
+    report = fill_decoder(
+        network,
+        own,
+        opened,
+        stored,
+        kind="mask decoder",
+        kernels=(KERNEL,),
+        fresh=OF_CLASSES,
+        used=("prompt_encoder.",),
     )
-    network.load_state_dict(state, strict=False)  # `fit` has checked that these are all
-    with torch.no_grad():
-        network.get_parameter("prompts").add_(prompt)
-    used = {name for name in opened.tensors if name in shapes or name.startswith("prompt_encoder.")}
-    return joined_report(network, own, dataclasses.replace(report, missing=OF_CLASSES), used)
+    if prompt is not None:
+        with torch.no_grad():
+            network.get_parameter("prompts").add_(prompt)
+    return report
 
 
 def _of_model(opened: OpenedWeights) -> tuple[Mapping[str, Tensor], Tensor] | None:
@@ -82,16 +64,14 @@ def _of_model(opened: OpenedWeights) -> tuple[Mapping[str, Tensor], Tensor] | No
     return opened.tensors, opened.tensors["prompts"].float().mean(0)
 
 
-def _of_promptable(
-    opened: OpenedWeights, weights: str | os.PathLike[str]
-) -> tuple[Mapping[str, Tensor], Tensor] | None:
+def _of_promptable(opened: OpenedWeights) -> tuple[Mapping[str, Tensor], Tensor] | None:
     """The tensors of promptable weights by the names of `ClassPrompts`, and a click's embedding.
 
     None for files without prompt encoder and mask decoder.
     """
     if not any(name.startswith(OTHER_PARTS) for name in opened.tensors):
         return None
-    promptable = sam(variant_for(weights), weights=weights)
+    promptable = sam_of(opened, variant_in(opened))
     code: Any = promptable.prompt_encoder
     tensors = dict(promptable.mask_decoder.state_dict(prefix="mask_decoder."))
     tensors["position_code.positional_encoding_gaussian_matrix"] = code.get_buffer(FREQUENCIES)

@@ -5,9 +5,7 @@ decoder in it, the encoder alone is filled. The last convolution belongs to the 
 training and stays as it was initialised.
 """
 
-import dataclasses
 import json
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sammed3d_backbone.loading.checkpoint import UNETR, CheckpointError, abbreviated
-from sammed3d_backbone.loading.fitting import LoadReport, Shape, fit, part_of
-from sammed3d_backbone.loading.networks import filled_encoder, joined_report
+from sammed3d_backbone.loading.fitting import LoadReport, part_of
+from sammed3d_backbone.loading.networks import decoder_shapes, fill_decoder, filled_encoder
 from sammed3d_backbone.loading.opening import CARD_KEY, MODEL_ENCODER, OpenedWeights, open_weights
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
-
-logger = logging.getLogger(__name__)
 
 LAST = "out."  # the convolution of the classes
 # The kernels that read the volume: of the block at full resolution and of its shortcut.
@@ -43,7 +39,12 @@ def fill_unetr(network: nn.Module, weights: str | os.PathLike[str]) -> LoadRepor
     """
     opened = open_weights(weights)
     own = filled_encoder(network, opened, weights)
-    return joined_report(network, own, _fill_decoder(network, own, opened))
+    stored = _decoder_of(opened)
+    if stored:
+        _require_same_decoder(network, own, opened, stored)
+    return fill_decoder(
+        network, own, opened, stored, kind="decoder of a UNETR", kernels=KERNELS, fresh=(LAST,)
+    )
 
 
 def stored_feature_size(weights: str | os.PathLike[str]) -> int | None:
@@ -63,42 +64,14 @@ def _decoder_of(opened: OpenedWeights) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in mine.items() if not name.startswith(LAST)}
 
 
-def _fill_decoder(network: nn.Module, own: ImageEncoder3D, opened: OpenedWeights) -> LoadReport:
-    """Loads the decoder; the report has the tensors of the decoder only."""
-    shapes = {
-        name: tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if not name.startswith(MODEL_ENCODER)
-    }
-    last = tuple(name for name in shapes if name.startswith(LAST))
-    shapes = {name: shape for name, shape in shapes.items() if name not in last}
-    stored = _decoder_of(opened)
-    if not stored:
-        logger.warning(
-            "%s holds no decoder of a UNETR: the encoder alone is pretrained", opened.record.name
-        )
-        return LoadReport(missing=(*shapes, *last))
-    _require_same_decoder(network, own, opened, stored, shapes)
-    state, report = fit(
-        stored,
-        shapes,
-        channel_kernels=KERNELS,
-        channel_gains=None if own.in_chans == 1 else own.channel_gains,
-        source=str(opened.path),
-    )
-    network.load_state_dict(state, strict=False)  # `fit` has checked that these are all
-    return dataclasses.replace(report, missing=last)
-
-
 def _require_same_decoder(
     network: nn.Module,
     own: ImageEncoder3D,
     opened: OpenedWeights,
     stored: Mapping[str, Tensor],
-    shapes: Mapping[str, Shape],
 ) -> None:
     """Refuses another decoder than the stored one, and names the fitting argument."""
-    source = opened.record.name
+    source, shapes = opened.record.name, decoder_shapes(network, (LAST,))
     stages = len({name.split(".")[1] for name in stored if name.startswith("ups.")})
     found = {
         "feature_size": (shapes[KERNELS[0]][0], stored[KERNELS[0]].shape[0]),
