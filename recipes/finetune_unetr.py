@@ -96,6 +96,7 @@ class Config:
     warmup_steps: NonNegativeInt = 50
     mixed_precision: Literal["no", "bf16"] = "no"
     checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+    compiled: bool = False  # torch.compile: minutes at the start, then faster steps
     validate_every: PositiveInt = 250  # steps; ten lines of the log in between
     seed: int = 0
     # Prediction

@@ -23,12 +23,7 @@ from sammed3d_backbone.evaluation.report import About, write_results
 from sammed3d_backbone.evaluation.scores import read_scores, score_cases, summarise_scores
 from sammed3d_backbone.files import copy_file
 from sammed3d_backbone.inference.card import Card
-from sammed3d_backbone.inference.segmenter import (
-    Segmenter,
-    build_network,
-    init_from_checkpoint,
-    wrap_encoder,
-)
+from sammed3d_backbone.inference.segmenter import Segmenter, build_network, wrap_encoder
 from sammed3d_backbone.loading.checkpoint import read
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
 from sammed3d_backbone.loading.factory import encoder
@@ -43,6 +38,7 @@ from sammed3d_backbone.provenance import (
     settings_of_card,
     strip_directory,
 )
+from sammed3d_backbone.training.compilation import compile_in_place
 from sammed3d_backbone.training.freezing import set_frozen
 from sammed3d_backbone.training.runs import Progress, Run, open_run, runs_folder
 
@@ -231,6 +227,8 @@ def start_network(
     network, card = build(card, dataset.name, **given)
     if start["checkpointing"]:
         network.set_grad_checkpointing()
+    if start["compiled"]:
+        compile_in_place(network)
     if start["freeze"] == "encoder":
         set_frozen(network.encoder, True)
     card = record_start(card, network, fold, init=start["init"])
@@ -269,6 +267,50 @@ def record_start(card: Card, network: nn.Module, fold: Fold, *, init: str | None
         seen.update(trained_on)
     card = _with_start(card, start)
     return replace(card, training={**card.training, "cases": sorted(seen)})
+
+
+def init_from_checkpoint(
+    model: nn.Module, card: Card, source: str, val: Collection[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Copies all values of a fine-tuned model into a network of the same classes and sizes.
+
+    Args:
+        model: Network to fill.
+        card: Card of that network.
+        source: Fine-tuned model, as for `Segmenter.from_pretrained`.
+        val: Validation cases, which the fine-tuned model must not have been trained on.
+
+    Returns:
+        Provenance of the values, for the report; and the cases that they were trained on.
+
+    Raises:
+        ValueError: If the model has other classes or sizes, or was trained on cases of `val`.
+    """
+    earlier = Segmenter.from_pretrained(source)
+    if dict(earlier.card.labels) != dict(card.labels):
+        raise ValueError(
+            f"init={source} has labels {earlier.card.labels}, the data have {card.labels}; pass it "
+            "as weights= to load its encoder only"
+        )
+    cases = tuple(earlier.card.training.get("cases", ()))
+    if seen := {*cases} & {*val}:
+        raise ValueError(
+            f"init={source} was trained on {len(seen)} of the validation cases, for example "
+            f"{min(seen)}; choose the fold that it was trained on"
+        )
+    try:
+        model.load_state_dict(earlier.model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"init={source} has other sizes ({str(error).splitlines()[1].strip()}); give the "
+            "variant=, img_size= and feature_size= that it was trained with"
+        ) from None
+    before = earlier.card.training.get("start", {})
+    name = strip_directory(source)
+    return {
+        "weights": f"all values of the fine-tuned {name}",
+        "data_overlap": before.get("data_overlap", f"unknown: {name} does not say"),
+    }, cases
 
 
 def _with_start(card: Card, start: Mapping[str, Any]) -> Card:

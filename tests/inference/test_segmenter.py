@@ -1,6 +1,7 @@
 """A fine-tuned network and all it needs <-> one file; a volume in, labels out."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import hub_server
@@ -14,7 +15,7 @@ from sammed3d_backbone.adapters.unetr import unetr
 from sammed3d_backbone.data.preprocessing import Preprocessing
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.inference.card import Card
-from sammed3d_backbone.inference.segmenter import Segmenter, build_network
+from sammed3d_backbone.inference.segmenter import ByFiles, Segmenter, build_network
 from sammed3d_backbone.loading.checkpoint import read, write
 from sammed3d_backbone.loading.factory import encoder
 from sammed3d_backbone.loading.opening import CARD_KEY
@@ -195,6 +196,17 @@ def test_islands_are_left_out_where_only_the_largest_component_is_kept(keep_larg
     found = segmenter.predict(Volume(array, np.eye(4))).array
     assert found[:11, :11, :11].sum() == 6**3 + 1
     assert found.sum() - found[:11, :11, :11].sum() == islands
+
+
+def test_half_precision_is_near_and_goes_along_to_workers(segmenter, rng, tmp_path):
+    segmenter.save(tmp_path / "model.safetensors")
+    image = torch.from_numpy(rng.normal(size=(1, 20, 18, 16)).astype(np.float32))
+    half = replace(Segmenter.from_pretrained(tmp_path / "model.safetensors"), precision="bf16")
+    expected = segmenter.logits(image)
+    sent = pickle.loads(pickle.dumps(ByFiles(half))).segmenter  # noqa: S301
+    for found in (half.logits(image), sent.logits(image)):
+        assert found.dtype == torch.float32
+        assert 1e-5 < (found - expected).norm() / expected.norm() < 0.03
 
 
 def test_several_channels_are_asked_for_by_name(segmenter):

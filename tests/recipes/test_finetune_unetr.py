@@ -24,17 +24,14 @@ from sammed3d_backbone.data.crops import CropStream
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.preparation import prepare_cases
 from sammed3d_backbone.data.volume import Volume
-from sammed3d_backbone.inference.segmenter import (
-    Segmenter,
-    init_from_checkpoint,
-)
+from sammed3d_backbone.inference.segmenter import Segmenter
 from sammed3d_backbone.loading.checkpoint import write
 from sammed3d_backbone.loading.registry import WEIGHTS, Weights, to_metadata
 from sammed3d_backbone.loading.variants import VARIANTS
-from sammed3d_backbone.training import finetuning
+from sammed3d_backbone.training import engine, finetuning
 from sammed3d_backbone.training.augmentation import augmentation
 from sammed3d_backbone.training.engine import Schedule
-from sammed3d_backbone.training.finetuning import make_card
+from sammed3d_backbone.training.finetuning import init_from_checkpoint, make_card
 from sammed3d_backbone.training.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +185,9 @@ def test_pretrained_weights_bring_layer_decay_and_a_smaller_rate(
 
     monkeypatch.setattr(finetune_unetr.optim, "layer_decayed", spy)
     monkeypatch.setattr(
-        finetune_unetr.engine, "Schedule", lambda **given: seen.update(given) or Schedule(**given)
+        finetune_unetr.engine,
+        "Schedule",
+        lambda **given: seen.update(given) or Schedule(**given),
     )
     weights = {} if changes.get("scratch", True) else {"weights": tiny_weights}
     main(Config(**small | {"steps": 2} | changes | weights), dry_run=True)
@@ -518,3 +517,28 @@ def test_all_folds_score_every_case_once_and_leave_an_ensemble(small, runs):
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("last.safetensors")}
     assert train(cfg) == summary  # nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("last.safetensors")} == before
+
+
+@pytest.mark.slow
+def test_compiled_training_resumes_to_the_numbers_of_plain_training(small, runs, monkeypatch):
+    """Tensors in another memory format go through checkpoints, averages and files."""
+
+    def losses(name):
+        lines = (runs / name / "metrics.jsonl").read_text().splitlines()
+        return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+    main(Config(**small))
+    compiled = Config(**{**small, "name": "compiled", "compiled": True})
+
+    def stop(meter, state):
+        if meter.progress.step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.Meter, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main(compiled)
+    main(compiled)
+    assert losses("compiled") == pytest.approx(losses("toy")[2:], rel=1e-3)
+    plain, made = (load_file(runs / name / "last.safetensors") for name in ("toy", "compiled"))
+    assert all(torch.allclose(made[name], value, atol=1e-3) for name, value in plain.items())
