@@ -74,8 +74,8 @@ def volume() -> Tensor:
 
 
 def forward(network: nn.Module, x: Tensor) -> None:
-    """One forward pass without gradients."""
-    with torch.no_grad():
+    """One forward pass as predictions make it."""
+    with torch.inference_mode():
         network(x)
 
 

@@ -258,8 +258,9 @@ def _attend_by_heads(q: Tensor, k: Tensor, v: Tensor, lines: Tensor | None) -> T
     is_recorded = is_traced or torch.compiler.is_compiling()
     if q.device.type != "cpu" or is_recorded:
         return _softmax_product(q, k, v, lines)
-    # Neither the backward pass nor autocast, which skips such operations, may need the logits.
-    in_place = not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    # Gradients need the logits; autocast and torch.vmap, in use without inference mode, have no
+    # softmax into given memory.
+    in_place = torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
     group = max(1, CACHED_LOGITS // (q.shape[1] * k.shape[1]))
     lines_of = itertools.repeat(None) if lines is None else lines.split(group)
     groups = zip(q.split(group), k.split(group), v.split(group), lines_of, strict=False)

@@ -88,7 +88,7 @@ def test_the_released_size_equals_the_reference_in_float32(generator):
         seed=5,
     )
     volume = torch.randn(1, 1, 128, 128, 128, generator=generator)
-    with torch.no_grad():
+    with torch.inference_mode():
         assert relative_error(ours(volume), reference(volume)) < 5e-6
 
 
@@ -356,6 +356,17 @@ def test_the_compiled_encoder_equals_the_eager_one_forward_and_backward(generato
         results.append([out.detach(), encoder.pos_embed.grad, encoder.blocks[0].attn.qkv.bias.grad])
     for eager, other in zip(*results, strict=True):
         assert relative_error(other, eager) < 1e-4
+
+
+@pytest.mark.parametrize("rel_pos", ["sammed3d", "axial"])
+def test_inference_mode_and_vmap_give_the_numbers_of_a_plain_call(generator, volume, rel_pos):
+    """Inference computes attention in place."""
+    encoder = make(generator, rel_pos=rel_pos)
+    expected = encoder(volume)
+    with torch.inference_mode():
+        assert torch.equal(encoder(volume), expected)
+    with torch.no_grad():
+        assert relative_error(torch.vmap(encoder)(volume[None])[0], expected) < 1e-6
 
 
 def test_stochastic_depth_acts_in_training_and_not_in_evaluation(generator, volume):
