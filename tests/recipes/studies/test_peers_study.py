@@ -14,6 +14,7 @@ from boxes import write_boxes
 from sammed3d_backbone.recipes.studies import tables
 from sammed3d_backbone.recipes.studies.peers import peers_study, recipe_arm
 from sammed3d_backbone.recipes.studies.peers.conversion import RAW, convert
+from sammed3d_backbone.recipes.studies.peers.peers_report import verdicts
 from sammed3d_backbone.recipes.studies.peers.peers_study import (
     Place,
     Planned,
@@ -28,7 +29,6 @@ from sammed3d_backbone.recipes.studies.peers.peers_study import (
     prepare,
     read_study,
     scored,
-    verdicts,
 )
 
 from sammed3d_backbone.data.datasets import Fold, read_fold
@@ -196,7 +196,9 @@ def test_the_table_has_the_difference_to_nnunet_and_says_what_does_not_count(stu
     assert "does not count, 900 iterations" in text
     assert (out / "figure.png").is_file()
     runs = tables.read(out, "runs").assign(iterations=1000)
-    assert "- boxes, 2 subjects: counts, 1,000 iterations" in verdicts(runs, study)
+    assert "- boxes, 2 subjects: counts, 1,000 iterations" in verdicts(
+        runs, study.counted_iterations
+    )
 
 
 def test_a_finished_stage_is_not_repeated(tmp_path):
