@@ -39,7 +39,7 @@ class Objective(nn.Module):
     Shapes:
         batch: ``image``, ``objects``, ``draws``, ``plan``, ``hidden``, ``labels``, ``places``,
             ``classes`` and ``known`` as the stream has them, with B in front, each only for the
-            losses that need it; ``embedding`` as `teacher.AnswerStream` has it.
+            losses that need it; ``embedding`` as `answers.AnswerStream` has it.
         returns: a scalar, and scalars by name.
 
     Raises:
