@@ -328,7 +328,7 @@ def train(
         schedule: The numbers of the run.
         run: Its folder.
         network: Is trained, with everything else that has weights.
-        optimizer: Of its weights.
+        optimizer: The optimiser of its weights.
         stream: Crops by number.
         step: Loss of a batch.
         means: Figures that `step` notes.

@@ -28,7 +28,7 @@ PUBLIC = {
     "linear_head",  # by name, in adapters/registry.py
     "num_features",  # for timm
     "mask_prompt",  # a mask to begin with
-    "invert",  # Geometry's way back for values that are no labels
+    "invert",  # Geometry's way back for values other than labels
     "initialize_from_trained_model_folder",  # scripts written for nnInteractive call it
     *("on_train_epoch_start", "on_train_epoch_end", "on_epoch_end"),  # nnU-Net's loop calls them
 }

@@ -56,7 +56,7 @@ class Segmenter:
         model: Maps (B, C, X, Y, Z) to class logits (B, K, X, Y, Z).
         card: Describes the model and its input.
         files: The safetensors files that it was loaded from.
-        precision: In which the network computes. "bf16" is faster where the hardware computes in
+        precision: The number format of the network. "bf16" is faster where the hardware computes in
             it, and changes single voxels; sums of windows and probabilities stay in float32.
 
     Example:

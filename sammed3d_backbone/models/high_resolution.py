@@ -62,7 +62,7 @@ class HighResolution(nn.Module):
         """Prompt tokens from the values of the maps at the clicks.
 
         Args:
-            maps: As `forward` returned them, of B images with P / B consecutive prompts each.
+            maps: What `forward` returned, of B images with P / B consecutive prompts each.
             points: Voxel indices in the image.
             img_size: Sides of the image in voxels.
 

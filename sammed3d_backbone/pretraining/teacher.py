@@ -56,7 +56,7 @@ class Teacher:
     """A frozen network, and what of its answers is kept.
 
     Args:
-        network: In evaluation mode.
+        network: The teacher, in evaluation mode.
         field: Its input.
         clicks: Number of clicks on a crop, each for a mask of its own.
         stability: Least overlap of a mask at a logit of `MARGIN` with that at minus `MARGIN`, as in

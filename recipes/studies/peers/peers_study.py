@@ -49,7 +49,7 @@ from sammed3d_backbone.training.runs import Run, runs_folder
 
 HERE = Path(__file__).parent
 TRAINER = HERE / "nnunet/trainer.py"
-# Arm -> what it has on top of its plan; the last is no key but the name of another network.
+# Arm -> what is added to its plan; "segresnet" is not a key of the plan but another network.
 RECIPE_ARMS = {"tiny": (), "scratch": ("scratch=true",), "segresnet": ("segresnet",)}
 PYTHON_VARIABLE = "NNUNET_PYTHON"
 SPENT_SHARE = 0.97  # of the budget: a measurement of a few iterations is not exact
