@@ -67,6 +67,18 @@ def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iter
         draft.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, if need be with those above it.
+
+    Raises:
+        NotADirectoryError: If a file has its name or that of a folder above it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"{path} is a file or lies below one; give a folder") from None
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -85,10 +97,11 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         FileExistsError: If another process holds the folder.
+        NotADirectoryError: See `make_folder`.
     """
     import fcntl  # not on Windows
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / LOCK
     while True:
         with path.open("a+", encoding="utf-8") as file:

@@ -67,7 +67,7 @@ class ScanFiles:
 def is_one_scan(source: Path) -> bool:
     """Whether a path is a file, or a folder of DICOM files and nothing else."""
     return not source.is_dir() or not any(
-        path.is_dir() or path.name.endswith(IMAGES) for path in source.iterdir()
+        path.is_dir() or path.name.lower().endswith(IMAGES) for path in source.iterdir()
     )
 
 
@@ -82,7 +82,7 @@ def _stems(folder: Path) -> dict[str, Path]:
             if path.name.lower().endswith(IMAGES):
                 raise ValueError(f"{path} is not read; write the ending in lower case")
             continue
-        stem = file_name(path.name.removesuffix(ending or ""))
+        stem = path.name.removesuffix(ending or "")
         if stem in stems:
             raise ValueError(f"{stems[stem]} and {path} would both be {stem}; rename one")
         stems[stem] = path
@@ -106,6 +106,7 @@ def scans_in(folder: Path) -> list[ScanFiles]:
         name, number = stem, 0
         if channel and f"{channel[1]}_0000" in stems:
             name, number = channel[1], int(channel[2])
+        name = file_name(name)
         if number in (channels := grouped.setdefault(name, {})):
             raise ValueError(f"{channels[number]} and {path} would both be {name}; rename one")
         channels[number] = path
@@ -253,8 +254,8 @@ def _finished(
     """The entries of an earlier run whose outputs are there.
 
     Raises:
-        FileExistsError: If there are outputs of another model, of other settings or of unknown
-            origin.
+        FileExistsError: If there are outputs of another model, of other settings, of a scan that
+            has changed since, or of unknown origin.
     """
     path = target / MANIFEST
     names = {f"{scan.id}.nii.gz" for scan in scans}
@@ -271,8 +272,17 @@ def _finished(
                 f"{path} is of another model or other settings; choose another folder, or pass "
                 "--overwrite"
             )
-        return {
+        endings = (".nii.gz", ".npz") if about["settings"]["probabilities"] else (".nii.gz",)
+        done = {
             entry["id"]: entry
             for entry in earlier["cases"]
-            if entry["error"] is None and inside(target, entry["output"]).is_file()
+            if entry["error"] is None
+            and all(inside(target, entry["id"], ending).is_file() for ending in endings)
         }
+        for scan in scans:
+            if scan.id in done and scan.hashes() != done[scan.id]["files"]:
+                raise FileExistsError(
+                    f"{target / scan.id}.nii.gz is of another scan than {scan.paths[0]}, which has "
+                    "changed since; choose another folder, or pass --overwrite"
+                )
+        return done

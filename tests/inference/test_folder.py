@@ -154,3 +154,48 @@ def test_mirroring_along_an_axis_makes_the_result_mirror_with_the_scan(fine_tune
     plain, turned = (segmenter.logits(x, mirror=True) for x in (image, image.flip(1)))
     assert torch.allclose(plain, turned.flip(1), atol=1e-4)
     assert not torch.allclose(segmenter.logits(image), plain, atol=1e-4)
+
+
+def test_a_scan_that_has_changed_since_is_not_taken_for_done(fine_tuned, scans, tmp_path):
+    segmenter = Segmenter.from_pretrained(fine_tuned())
+    segmenter.predict_folder(scans, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    image = Volume.load(scans / "b.nii.gz")
+    Volume(image.array[::-1].copy(), AFFINE).save(scans / "b.nii.gz")
+    with pytest.raises(FileExistsError, match=r"b\.nii\.gz"):
+        segmenter.predict_folder(scans, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    segmenter.predict_folder(scans, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out")["b.nii.gz"] != before["b.nii.gz"]
+
+
+def test_probabilities_that_were_removed_are_written_again(fine_tuned, scans, tmp_path):
+    segmenter = Segmenter.from_pretrained(fine_tuned())
+    segmenter.predict_folder(scans, tmp_path / "out", probabilities=True)
+    (tmp_path / "out/a.npz").unlink()
+    segmenter.predict_folder(scans, tmp_path / "out", probabilities=True)
+    assert (tmp_path / "out/a.npz").is_file()
+
+
+def test_channels_of_a_case_whose_name_has_a_space_are_one_scan(scans):
+    for path in sorted(scans.iterdir()):
+        path.rename(scans / f"case 1_{ord(path.name[0]) - 97:04d}.nii.gz")
+    (scan,) = scans_in(scans)
+    assert [path.name[-8] for path in scan.paths] == ["0", "1", "2"]
+    assert scan.id.startswith("_case_1-")
+
+
+def test_a_folder_of_results_that_is_a_file_is_refused(fine_tuned, scans, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    segmenter = Segmenter.from_pretrained(fine_tuned())
+    for target in (tmp_path / "out", tmp_path / "out/deeper"):
+        with pytest.raises(NotADirectoryError, match="give a folder"):
+            segmenter.predict_folder(scans, target)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_folder_of_names_in_capitals_says_so(fine_tuned, scans, tmp_path, capsys):
+    for path in sorted(scans.iterdir()):
+        path.rename(scans / path.name.upper())
+    assert main(["predict", fine_tuned(), str(scans), str(tmp_path / "out")]) == 2
+    assert "lower case" in capsys.readouterr().err
