@@ -25,7 +25,7 @@ DESCRIPTIONS = {
 
 
 def find_dataset(data: str, layout: Layout | None = None) -> Path:
-    """The folder of a data set: as given, or of that name below SAMMED3D_DATA.
+    """The folder of a data set: as given if it exists, else of that name below SAMMED3D_DATA.
 
     Args:
         data: Path or name.
@@ -35,7 +35,7 @@ def find_dataset(data: str, layout: Layout | None = None) -> Path:
         FileNotFoundError: If there is no such folder, or it lacks a description.
     """
     places = [Path(data).expanduser()]
-    if not places[0].is_absolute():
+    if not places[0].is_absolute() and not places[0].is_dir():
         places.append(Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / data)
     for place in places:
         if layout is not None and place.is_dir():

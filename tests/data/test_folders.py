@@ -55,3 +55,14 @@ def test_a_data_set_that_is_nowhere_says_where_it_was_looked_for(monkeypatch, tm
     monkeypatch.setenv("SAMMED3D_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no_such_set.*set SAMMED3D_DATA"):
         find_dataset("no_such_set")
+
+
+def test_a_folder_that_exists_is_not_replaced_by_a_data_set_of_that_name(
+    decathlon, monkeypatch, tmp_path
+):
+    folder = decathlon()
+    monkeypatch.setenv("SAMMED3D_DATA", str(folder.parent))
+    (tmp_path / "here" / folder.name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileNotFoundError, match=r"dataset\.json"):
+        find_dataset(folder.name)
