@@ -35,6 +35,7 @@ from sammed3d_backbone.recipes.pretrain_promptable import (
     Interactive,
     ScoredCrops,
     augmentation,
+    banned_names,
     begin,
     choose_cases,
     folder_of,
@@ -136,6 +137,7 @@ class ScanEntry:
     id: str
     files: tuple[Path, ...]
     open: Callable[[], RawScan]
+    modality: str = ""
     is_synthetic: bool = False
 
     def sha256(self) -> str:
@@ -278,14 +280,22 @@ def open_data(
             training.append(Scans(name, scans, share))
             validation += [scan_source(cfg, name, held_out)] if held_out else []
         else:
-            scans = [scan_of_files(scan, cfg.modality) for scan in scans_in(folder)]
+            banned = banned_names(cfg, source, folder.name)
+            found = [scan for scan in scans_in(folder) if scan.id.lower() not in banned]
+            scans = [scan_of_files(scan, cfg.modality) for scan in found]
             scans.sort(key=lambda scan: sha256_text(f"{cfg.seed}:{scan.id}"))
             plain.append(Scans(folder.name, scans, share))
+    if not plain and cfg.modality is not None:
+        raise ValueError(
+            f"modality={cfg.modality} is of scans without labels, and a data set names its own; "
+            "leave it out"
+        )
     apart: list[Scans] = []
     for each in plain:
-        if not validation and len(each.scans) < 2:
+        if len(each.scans) < (1 if validation else 2):
             raise ValueError(
-                f"{each.name} holds one scan; give two or more, as one is for validation"
+                f"{each.name} holds {len(each.scans)} scans; give two or more, as one is for "
+                "validation"
             )
         number = 0 if validation else max(1, min(cfg.val_cases, len(each.scans) // 2))
         training.append(replace(each, scans=each.scans[number:]))
@@ -319,7 +329,8 @@ def scan_of_case(entry: LabelledCase, *, labels: bool) -> ScanEntry:
             raise DatasetError(f"{case.id} cannot be used:", problems)
         return RawScan.of(image, label, modality_of(entry.modality))
 
-    return ScanEntry(case.id, (*case.images, *(case.label_files if labels else ())), open_scan)
+    files = (*case.images, *(case.label_files if labels else ()))
+    return ScanEntry(case.id, files, open_scan, modality_of(entry.modality) or "")
 
 
 def scan_of_files(scan: ScanFiles, modality: Modality | None) -> ScanEntry:
@@ -330,7 +341,10 @@ def scan_of_files(scan: ScanFiles, modality: Modality | None) -> ScanEntry:
         for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
     )
     return ScanEntry(
-        scan.id, files, lambda: RawScan.of(load_channels(scan.paths), modality=modality)
+        scan.id,
+        files,
+        lambda: RawScan.of(load_channels(scan.paths), modality=modality),
+        modality or "",
     )
 
 
@@ -390,7 +404,9 @@ def answers_of(
     )
     for turn, entry in enumerate(bar):
         digest = sha256_text(json.dumps([settings, entry.sha256()], default=str))
-        mine = [folder / f"{digest[:32]}-{n}.safetensors" for n in range(number)]
+        # The modality decides how intensities are treated; crops do not depend on it.
+        named = sha256_text(digest + entry.modality) if entry.modality else digest
+        mine = [folder / f"{named[:32]}-{n}.safetensors" for n in range(number)]
         paths += mine
         missing = [n for n, path in enumerate(mine) if objects_in(path) is None]
         if missing and turn % accelerator.num_processes == accelerator.process_index:

@@ -131,7 +131,7 @@ class Pretraining:
     workers: NonNegativeInt = 0  # processes that prepare samples
     threads: NonNegativeInt = 0  # CPU threads per process; 0: all cores, shared by the processes
     cpu: bool = False  # use the CPU even if there is a GPU
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
@@ -557,11 +557,7 @@ def choose_cases(
     """
     folder = folder_of(source)
     found = read_click_set(folder)
-    banned = {name.lower() for name in cfg.exclude}
-    if hit := {found.name.lower(), *source.lower().split("/")} & banned:
-        raise ValueError(
-            f"{source} is refused, since exclude= names {min(hit)}; leave it out of sources="
-        )
+    banned = banned_names(cfg, source, found.name)
     cases = [c for c in found.cases if not {c.case.id.lower(), c.case.subject.lower()} & banned]
     if (folder / DESCRIPTION).is_file():
         return found.name, cases, []
@@ -578,10 +574,25 @@ def choose_cases(
     )
 
 
+def banned_names(cfg: Pretraining, source: str, name: str) -> set[str]:
+    """Names in small letters of the cases and subjects to leave out.
+
+    Raises:
+        ValueError: If the source itself, whose data set has that name, is to be refused.
+    """
+    banned = {each.lower() for each in cfg.exclude}
+    if hit := {name.lower(), *source.lower().split("/")} & banned:
+        raise ValueError(
+            f"{source} is refused, since exclude= names {min(hit)}; leave it out of sources="
+        )
+    return banned
+
+
 def folder_of(source: str) -> Path:
     """The folder of a source, a path or a name below SAMMED3D_DATA."""
+    given = Path(source).expanduser().absolute()
     below = Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / source
-    return below if below.is_dir() else Path(source).expanduser()
+    return below if below.is_dir() and not given.is_dir() else given
 
 
 def augmentation(flips: Sequence[float] = (0.5, 0.5, 0.5)) -> Compose:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sammed3d_backbone.files import atomic_path
+from sammed3d_backbone.files import atomic_path, make_folder
 from sammed3d_backbone.pretraining.sample_stream import SampleStream, random_contrast
 from sammed3d_backbone.pretraining.teacher import Answer, masks_of
 
@@ -24,8 +24,15 @@ def write_answer(path: Path, answer: Answer, smallest_vox: int) -> None:
     """Writes the file of a crop; it is complete or not there.
 
     Its metadata say how many objects it holds: masks, and labels of at least `smallest_vox` voxels.
+
+    Raises:
+        ValueError: If a value is not finite.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_finite(answer):
+        raise ValueError(
+            "the teacher's outputs are NaN or infinite; use another teacher=, or mixed_precision=no"
+        )
+    make_folder(path.parent)
     number = len(answer.logits) + len(_large(answer.labels, smallest_vox))
     tensors = {name: tensor.contiguous() for name, tensor in answer._asdict().items()}
     with atomic_path(path) as draft:
@@ -36,9 +43,27 @@ def objects_in(path: Path) -> int | None:
     """The number of objects in the file of a crop; None if it is missing or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return int((file.metadata() or {})["objects"])
+            is_whole = {*file.keys()} == {*Answer._fields}
+            return int((file.metadata() or {})["objects"]) if is_whole else None
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
+
+
+def read_answer(path: Path) -> Answer:
+    """The answer in the file of a crop.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        answer = Answer(**load_file(path))
+        if not _is_finite(answer):
+            raise ValueError("it holds NaN or infinity")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, so that the teacher answers again"
+        ) from None
+    return answer
 
 
 @dataclass(frozen=True)
@@ -68,7 +93,7 @@ class AnswerStream(SampleStream[Answers]):
 
     def sample(self, rng: np.random.Generator, source: Answers, number: int) -> dict[str, Tensor]:
         """See `SampleStream`."""
-        answer = Answer(**load_file(source.paths[int(rng.integers(len(source.paths)))]))
+        answer = read_answer(source.paths[int(rng.integers(len(source.paths)))])
         image, labels = answer.image.float()[None], answer.labels[None]
         objects = self._objects(rng, answer)
         if rng.random() < self.contrast_share:
@@ -94,6 +119,10 @@ class AnswerStream(SampleStream[Answers]):
             return torch.stack(labelled)
         masks = masks_of(answer.logits[np.resize(numbers, rest)], len(answer.image))
         return torch.cat([torch.stack(labelled), masks]) if labelled else masks
+
+
+def _is_finite(answer: Answer) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in answer)
 
 
 def _large(labels: Tensor, smallest_vox: int) -> NDArray[np.int64]:

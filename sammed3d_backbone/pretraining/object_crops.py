@@ -20,6 +20,7 @@ from sammed3d_backbone.data.checks import pair_problems
 from sammed3d_backbone.data.datasets import Case, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, TripleMm
 from sammed3d_backbone.data.intensity import normalise
+from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.pretraining.sample_stream import SampleStream, random_contrast
 from sammed3d_backbone.pretraining.synthetic import (
@@ -149,11 +150,17 @@ def read_scan(
         known: Classes that are annotated in this case.
 
     Raises:
-        DatasetError: If image and label do not lie on one grid.
+        DatasetError: If image and label do not lie on one grid, a voxel is not finite, or all are
+            alike.
         ValueError: If a file cannot be read.
     """
     image, label = load_image(case), load_label(case)
-    if problems := pair_problems(case.label, label, case.images[0], image):
+    problems = pair_problems(case.label, label, case.images[0], image)
+    try:
+        value_range(image.array)
+    except ValueError as error:
+        problems.append(f"{case.images[0]}: {error}")
+    if problems:
         raise DatasetError(f"{case.id} cannot be used:", problems)
     geometry = Geometry.plan(image.shape, image.affine)
     normalised = normalise(geometry.resample(image.array), intensity)
@@ -172,10 +179,13 @@ class ScanSource:
 
     Args:
         name: Name of the source.
-        scans: At least one, each with an object.
+        scans: Those without an object, such as healthy controls, are left out.
         spacing_mm: Spacing of the crops, in the middle of its range.
         zoom: Largest factor on it, and one over the smallest; no crop is finer than `FINEST`.
         stretch: The same for each axis separately.
+
+    Raises:
+        ValueError: If no scan has an object.
     """
 
     is_real = True
@@ -190,11 +200,13 @@ class ScanSource:
         stretch: float = 1.0,
     ) -> None:
         self.name = name
-        self.scans = scans
         self.spacing_mm = spacing_mm
         self.zoom = zoom
         self.stretch = stretch
-        self._objects = [object_voxels(scan.labels) for scan in scans]
+        found = [(scan, object_voxels(scan.labels)) for scan in scans]
+        self._scans = [(scan, objects) for scan, objects in found if objects]
+        if not self._scans:
+            raise ValueError(f"no label of {len(scans)} cases of {name} has a voxel; add cases")
 
     def draw(
         self,
@@ -204,11 +216,10 @@ class ScanSource:
         structures: int,  # noqa: ARG002 (a scan has those that it has)
     ) -> Crop:
         """See `Source`."""
-        which = int(rng.integers(len(self.scans)))
-        scan = self.scans[which]
+        scan, objects = self._scans[int(rng.integers(len(self._scans)))]
         cube = draw_cube(
             rng,
-            self._objects[which],
+            objects,
             scan.spacing_mm,
             side_vox,
             self.spacing_mm,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Geometry, TripleMm, interpolate_axis
 from sammed3d_backbone.data.intensity import IntensityScale, measure_scale, normalise
+from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.preprocessing import Modality, Preprocessing
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.models.sam import Sam3D
@@ -112,10 +113,11 @@ class RawScan:
         """A scan and its labels, which lie on one grid.
 
         Raises:
-            ValueError: If it has several channels.
+            ValueError: If it has several channels, a voxel is not finite, or all are alike.
         """
         if image.channels != 1:
             raise ValueError(f"{image.channels} channels, and a promptable network takes one")
+        value_range(image.array)
         geometry = Geometry.plan(image.shape, image.affine)
         return cls(
             geometry.resample(image.array)[0],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sammed3d_backbone.pretraining.answers import Answers, AnswerStream, objects_in, write_answer
 from sammed3d_backbone.pretraining.teacher import Answer
@@ -64,3 +65,37 @@ def test_samples_are_functions_of_their_number(stored):
     one, two = stream(stored(), contrast_share=0.5), stream(stored(), contrast_share=0.5)
     two[2]
     assert all(torch.equal(tensor, two[1][name]) for name, tensor in one[1].items())
+
+
+def test_a_file_that_lacks_a_tensor_is_made_again(stored):
+    path = stored()
+    tensors = load_file(path)
+    del tensors["logits"]
+    save_file(tensors, path, {"objects": "4"})
+    assert objects_in(path) is None
+
+
+@pytest.mark.parametrize("part", ["image", "embedding", "logits"])
+def test_a_file_with_values_that_are_not_finite_is_named(stored, part):
+    path = stored()
+    tensors = load_file(path)
+    tensors[part][0, 0, 0] = float("nan")
+    save_file(tensors, path, {"objects": "4"})
+    with pytest.raises(ValueError, match=path.name):
+        stream(path)[0]
+
+
+def test_answers_that_are_not_finite_are_not_kept(stored):
+    path = stored()
+    answer = Answer(**load_file(path))
+    path.unlink()
+    with pytest.raises(ValueError, match="teacher="):
+        write_answer(path, answer._replace(embedding=answer.embedding / 0), smallest_vox=10)
+    assert not path.exists()
+
+
+def test_a_file_that_is_cut_while_it_is_in_use_is_named(stored):
+    path = stored()
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=path.name):
+        stream(path)[0]

@@ -165,3 +165,12 @@ def test_a_scan_is_read_with_its_labels_spacing_and_orientation(tmp_path):
     Volume(labels, np.eye(4)).save(tmp_path / "label.nii.gz")
     with pytest.raises(DatasetError, match="one cannot be used"):
         read_scan(case, "zscore_positive")
+
+
+def test_scans_without_an_object_are_left_out():
+    healthy = replace(scan_of_two(), labels=torch.zeros(1, 40, 36, 20, dtype=torch.uint8))
+    both = [ScanSource("boxes", [healthy, scan_of_two()], 1.0)]
+    alone = [ScanSource("boxes", [scan_of_two()], 1.0)]
+    assert all(torch.equal(stream(both)[n]["image"], stream(alone)[n]["image"]) for n in range(3))
+    with pytest.raises(ValueError, match="boxes"):
+        ScanSource("boxes", [healthy], 1.0)

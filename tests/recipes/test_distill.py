@@ -204,3 +204,50 @@ def test_the_command_distils_on_synthetic_volumes(small, runs, teacher, tmp_path
     )
     assert refused.returncode == 2
     assert "turbi" in refused.stderr.splitlines()[-1]
+
+
+def test_cases_and_folders_that_are_excluded_are_not_used(small, runs, scans):
+    small = replace(small, sources=(), data=str(scans), val_cases=1)
+    names = sorted(path.name.split(".")[0] for path in scans.iterdir())
+    main(replace(small, exclude=(names[0].upper(),)))
+    with safe_open(runs / "toy/last.safetensors", "pt") as file:
+        used = json.loads(file.metadata()["training"])["cases"]["scans"]
+    assert len(used) == 1
+    assert names[0] not in used
+    with pytest.raises(ValueError, match="exclude="):
+        main(replace(small, name="other", exclude=("Scans",)))
+    with pytest.raises(ValueError, match="two or more"):
+        main(replace(small, name="other", exclude=tuple(names[:2])))
+
+
+def test_another_modality_asks_the_teacher_again(small, runs, scans, tmp_path):
+    small = replace(small, sources=(), data=str(scans), val_cases=1, cache=str(tmp_path / "cache"))
+    main(small)
+    number = len(list((tmp_path / "cache").iterdir()))
+    main(replace(small, name="ct", modality="ct"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * number
+
+
+def test_a_modality_beside_a_data_set_is_refused(small):
+    with pytest.raises(ValueError, match="modality="):
+        main(replace(small, modality="ct"))
+
+
+def test_a_folder_that_is_given_is_used_before_a_data_set_of_its_name(
+    small, runs, scans, toy_data, monkeypatch
+):
+    monkeypatch.setenv("SAMMED3D_DATA", str(toy_data.parent))
+    scans.rename(scans.with_name(toy_data.name))
+    monkeypatch.chdir(scans.parent)
+    scores = main(replace(small, sources=(), data=toy_data.name, val_cases=1))
+    assert f"dice_1_{toy_data.name}" in scores
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scan_with_voxels_that_are_not_finite_is_named(small, scans, value):
+    for path in scans.iterdir():
+        scan = Volume.load(path)
+        scan.array[3, 3, 3] = value
+        Volume(scan.array, scan.affine).save(path)
+    with pytest.raises(ValueError, match="non-finite"):
+        main(replace(small, sources=(), data=str(scans), val_cases=1))
