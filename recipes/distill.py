@@ -38,7 +38,6 @@ from sammed3d_backbone.recipes.pretrain_promptable import (
     banned_names,
     begin,
     choose_cases,
-    folder_of,
     make_interaction,
     make_network,
     require_unseen,
@@ -54,6 +53,7 @@ from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.cases import read_click_set
 from sammed3d_backbone.data.checks import pair_problems
 from sammed3d_backbone.data.datasets import DatasetError, LabelledCase
+from sammed3d_backbone.data.folders import folder_of
 from sammed3d_backbone.data.geometry import TripleMm
 from sammed3d_backbone.data.preparation import load_channels, load_image, load_label
 from sammed3d_backbone.data.preprocessing import (

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from sammed3d_backbone import config, console, sam
 from sammed3d_backbone.clickbench.cases import read_click_set
 from sammed3d_backbone.data.datasets import LabelledCase, few_subjects, read_fold
-from sammed3d_backbone.data.folders import DATA_VARIABLE, DEFAULT_DATA, read_dataset
+from sammed3d_backbone.data.folders import folder_of, read_dataset
 from sammed3d_backbone.data.preprocessing import SAM_MED3D, modality_of
 from sammed3d_backbone.data.singles import DESCRIPTION
 from sammed3d_backbone.loading.checkpoint import read, write
@@ -586,13 +585,6 @@ def banned_names(cfg: Pretraining, source: str, name: str) -> set[str]:
             f"{source} is refused, since exclude= names {min(hit)}; leave it out of sources="
         )
     return banned
-
-
-def folder_of(source: str) -> Path:
-    """The folder of a source, a path or a name below SAMMED3D_DATA."""
-    given = Path(source).expanduser().absolute()
-    below = Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / source
-    return below if below.is_dir() and not given.is_dir() else given
 
 
 def augmentation(flips: Sequence[float] = (0.5, 0.5, 0.5)) -> Compose:

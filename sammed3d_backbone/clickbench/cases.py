@@ -24,7 +24,7 @@ from sammed3d_backbone.data.datasets import (
     LabelledCase,
     require_whole_masks,
 )
-from sammed3d_backbone.data.folders import open_dataset
+from sammed3d_backbone.data.folders import folder_of, open_dataset
 from sammed3d_backbone.data.limits import require_bytes
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.preprocessing import Modality, modality_of
@@ -153,7 +153,7 @@ def read_click_set(
         DatasetError: If what describes them is not usable.
         ValueError: If subjects are given for a labels.json or npz files.
     """
-    folder = Path(data).expanduser()
+    folder = folder_of(str(data))
     if layout is None:
         archives = sorted(folder.glob("*.npz"))
         plain = _singles(folder) if (folder / DESCRIPTION).is_file() else _archives(archives)

@@ -36,7 +36,7 @@ def find_dataset(data: str, layout: Layout | None = None) -> Path:
     """
     places = [Path(data).expanduser()]
     if not places[0].is_absolute() and not places[0].is_dir():
-        places.append(Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / data)
+        places.append(_below_data(data))
     for place in places:
         if layout is not None and place.is_dir():
             return place.absolute()  # for workers with another current folder
@@ -47,6 +47,17 @@ def find_dataset(data: str, layout: Layout | None = None) -> Path:
         f"no {sought} in {' or '.join(map(str, places))}; pass data=FOLDER (Decathlon, nnU-Net raw "
         f"or BIDS; layout=FILE for another), or set {DATA_VARIABLE} to the folder that holds {data}"
     )
+
+
+def folder_of(source: str) -> Path:
+    """The folder of that path, or of that name below SAMMED3D_DATA; it need not exist."""
+    given = Path(source).expanduser().absolute()
+    below = _below_data(source)
+    return below if below.is_dir() and not given.is_dir() else given
+
+
+def _below_data(name: str) -> Path:
+    return Path(os.environ.get(DATA_VARIABLE, DEFAULT_DATA)).expanduser() / name
 
 
 def open_dataset(

@@ -115,6 +115,11 @@ def test_several_channels_are_refused(data):
         targets(read_click_set(data))
 
 
+def test_a_labels_json_is_found_by_its_name_below_the_data_folder(data, monkeypatch):
+    monkeypatch.setenv("SAMMED3D_DATA", str(data.parent))
+    assert read_click_set(data.name).cases == read_click_set(data).cases
+
+
 def test_a_labels_json_of_another_kind_is_refused(data):
     (data / "labels.json").write_text('[{"image": "v1.nii.gz"}]')
     with pytest.raises(DatasetError, match="give a list of"):
