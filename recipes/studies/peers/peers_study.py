@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,14 +218,11 @@ def run_nnunet(
     cost = once(place.arm / "measured.json", lambda: ask("measure", MEASURED))
     steps = iterations_in(study.budget_cpu_seconds, cost["step_cpu_seconds"])
     trained = once(place.arm / "trained.json", train)
-    curve = []
-    for stop in trained["curve"]:  # the last is the end
-        predictions = place.arm / Path(stop["checkpoint"]).stem
-        words = ("predict", place.test_images, predictions, stop["checkpoint"])
-        predicted = once(predictions.with_suffix(".json"), partial(ask, *words))
-        scores = scored(predictions, place)
-        dice = summarise_scores(scores, [*place.dataset.targets])["mean_dice"]
-        curve.append((stop["cpu_seconds"], dice))
+    predictions = place.arm / "predictions"
+    words = ("predict", place.test_images, predictions)
+    predicted = once(place.arm / "predicted.json", lambda: ask(*words))
+    scores = scored(predictions, place)
+    dice = summarise_scores(scores, [*place.dataset.targets])["mean_dice"]
     compare(scores, ask("evaluate", place.folder / RAW / "labelsTs", predictions), place.dataset)
     row = {
         "iterations": trained["iterations"],
@@ -236,7 +232,8 @@ def run_nnunet(
         "start": "nnU-Net: random initialisation",
         "seen": "No pretraining.",
     }
-    return row | _costs(cost, trained, predicted, curve), write(scores, place)
+    end = [(trained["cpu_seconds"], dice)]
+    return row | _costs(cost, trained, predicted, end), write(scores, place)
 
 
 def run_recipe(

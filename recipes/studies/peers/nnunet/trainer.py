@@ -3,7 +3,7 @@
     nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=... PYTHON trainer.py plan 1
     ... PYTHON trainer.py measure 10
     ... PYTHON trainer.py train 1200 SEED
-    ... PYTHON trainer.py predict IN OUT checkpoint_final.pth
+    ... PYTHON trainer.py predict IN OUT
     ... PYTHON trainer.py evaluate REFERENCE PREDICTIONS
 
 Needs nnU-Net and nothing of ours. Everything runs in one process on one CPU thread; each command
@@ -34,7 +34,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 NUMBER, NAME = 1, "Dataset001_Peers"  # the one data set of the folders
 CONFIGURATION, PLANS = "3d_fullres", "nnUNetPlans"
 EPOCHS = 40  # about, in which the learning rate falls; nnU-Net's 1,000 are of 250 iterations
-STOPS = 2  # checkpoints for the curve, the last one included; to predict one can take as long
+CHECKPOINT = "checkpoint_final.pth"
 SKIPPED = 2  # iterations that are not measured: memory is allocated in them
 
 
@@ -64,7 +64,6 @@ class PeersTrainer(nnUNetTrainer):  # type: ignore[misc]
         self.num_val_iterations_per_epoch = 1
         self.trained_cpu = 0.0
         self.step_cpu: list[float] = []
-        self.curve: list[dict[str, Any]] = []
         self.logger.plot_progress_png = lambda *_: None  # a second of matplotlib per epoch
 
     def set_iterations(self, iterations: int) -> None:
@@ -89,21 +88,6 @@ class PeersTrainer(nnUNetTrainer):  # type: ignore[misc]
         """Stops the clock."""
         self.trained_cpu += cpu_seconds() - self._began
         super().on_train_epoch_end(train_outputs)
-
-    def on_epoch_end(self) -> None:
-        """Keeps a checkpoint at each stop of the curve."""
-        done = self.current_epoch + 1
-        stops = {max(1, self.num_epochs * n // STOPS) for n in range(1, STOPS)}
-        super().on_epoch_end()
-        if done in stops:
-            self.keep(f"checkpoint_epoch{done}.pth")
-        if done == self.num_epochs:
-            self.keep("checkpoint_final.pth")
-
-    def keep(self, name: str) -> None:
-        """Writes a checkpoint, and notes it for the curve."""
-        self.save_checkpoint(str(Path(self.output_folder) / name))
-        self.curve.append({"checkpoint": name, "cpu_seconds": self.trained_cpu})
 
     def save_checkpoint(self, filename: str) -> None:
         """Writes a checkpoint, except "best": it is chosen by a single batch of training cases."""
@@ -144,7 +128,7 @@ def measure(iterations: int) -> dict[str, Any]:
 
 
 def train(iterations: int, seed: int) -> dict[str, Any]:
-    """Trains, and returns cost and curve."""
+    """Trains, and returns the cost."""
     trainer = trained(iterations, seed)
     return {
         "iterations": len(trainer.step_cpu),
@@ -152,11 +136,10 @@ def train(iterations: int, seed: int) -> dict[str, Any]:
         "learning_rate_end": trainer.optimizer.param_groups[0]["lr"],
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "folder": str(trainer.output_folder_base),
-        "curve": trainer.curve,
     }
 
 
-def predict(source: Path, target: Path, checkpoint: str) -> dict[str, Any]:
+def predict(source: Path, target: Path) -> dict[str, Any]:
     """Predicts every scan of a folder without mirroring, case by case.
 
     The time is that of the cases, with reading and writing.
@@ -170,7 +153,7 @@ def predict(source: Path, target: Path, checkpoint: str) -> dict[str, Any]:
         allow_tqdm=False,
     )
     (folder,) = model.glob(f"PeersTrainer__*__{CONFIGURATION}")
-    predictor.initialize_from_trained_model_folder(str(folder), ("all",), checkpoint)
+    predictor.initialize_from_trained_model_folder(str(folder), ("all",), CHECKPOINT)
     target.mkdir(parents=True, exist_ok=True)
     before, clock = cpu_seconds(), time.monotonic()
     scans = sorted(source.glob("*_0000.nii.gz"))
@@ -203,7 +186,7 @@ def main() -> None:
     elif command == "train":
         figures = train(int(words[0]), int(words[1]))
     elif command == "predict":
-        figures = predict(Path(words[0]), Path(words[1]), words[2])
+        figures = predict(Path(words[0]), Path(words[1]))
     elif command == "evaluate":
         figures = evaluate(Path(words[0]), Path(words[1]))
     else:
