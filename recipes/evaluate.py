@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from sammed3d_backbone import console
-from sammed3d_backbone.cli.checks import add_workers, require_free
+from sammed3d_backbone.cli.checks import add_workers, on_device, require_free
 from sammed3d_backbone.data.checks import label_problems
 from sammed3d_backbone.data.datasets import Case, Dataset, read_fold
 from sammed3d_backbone.data.folders import open_dataset
@@ -34,7 +34,7 @@ from sammed3d_backbone.data.preparation import load_image
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.evaluation.report import About, write_report, write_results
 from sammed3d_backbone.evaluation.scores import TOLERANCE_MM, read_scores, score_cases
-from sammed3d_backbone.files import locked
+from sammed3d_backbone.files import inside, locked
 from sammed3d_backbone.inference.card import Card
 from sammed3d_backbone.inference.segmenter import ByFiles, Segmenter
 from sammed3d_backbone.loading.exposure import seen_in_pretraining
@@ -128,9 +128,11 @@ def evaluate(args: argparse.Namespace) -> Path:
         predict, origin = from_model(args.source, args.device, dataset, ids)
         default = source.parent / "evaluation" if source.is_file() else Path("evaluation")
     out = args.out or default
-    require_free((out / "scores.csv",), (), force=args.force)
+    outputs = [inside(out / "predictions", name, ".nii.gz") for name in ids]
+    inputs = source.iterdir() if source.is_dir() else ()
+    require_free((out / "scores.csv", *outputs), [*inputs], force=args.force)
     failed: dict[str, str] = {}
-    backend = args.backend or ("loky" if args.jobs != 1 else None)
+    backend = "loky" if args.backend is None and args.jobs != 1 else args.backend
     with locked(out), workers(backend, args.jobs):
         scores = score_cases(
             predict,
@@ -231,7 +233,7 @@ def from_model(
             f"the model has labels {card.labels}, {dataset.name} has {dict(dataset.labels)}; give "
             "data with the same classes"
         )
-    segmenter.model.to(device)
+    on_device(segmenter.model, device)
     start = card.training.get("start", {})
     own = {*card.training.get("cases", ())} & {*ids}
     is_same = card.training.get("dataset", {}).get("name") == dataset.name

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import joblib
 
 DASK = "dask://"
+BACKENDS = ("loky", "threading", "sequential", "ray")  # of joblib, that give results one by one
 MAX_JOBS = 1024  # processes start at once, and each takes memory
 ANSWER_S = 10  # seconds in which a scheduler has to answer
 
@@ -18,13 +19,12 @@ def workers(backend: str | None, jobs: int) -> Iterator[None]:
 
     Args:
         backend: ``dask://HOST:PORT``, a running Dask scheduler, whose workers need this package and
-            the same paths; or a name that joblib knows: "loky", "threading", "multiprocessing",
-            "ray". None leaves the choice to the call of joblib.
+            the same paths; or one of `BACKENDS`. None leaves the choice to the call of joblib.
         jobs: Number of workers; -1 for all cores. A cluster computes with all that it has.
 
     Raises:
-        ValueError: If there are too many workers, joblib does not know the back end, or its package
-            is missing.
+        ValueError: If there are too many workers, the back end is not known, or its package is
+            missing.
         ConnectionError: If no scheduler answers.
     """
     if jobs == 0:
@@ -37,6 +37,10 @@ def workers(backend: str | None, jobs: int) -> Iterator[None]:
         client = _client(backend.removeprefix(DASK))
         with client, joblib.parallel_config("dask", client=client):
             yield
+    elif backend not in BACKENDS:
+        raise ValueError(
+            f"backend {backend!r} is not known; give {', '.join(BACKENDS)} or {DASK}..."
+        )
     else:
         if backend == "ray":
             _register_ray()

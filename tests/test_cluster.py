@@ -162,3 +162,10 @@ def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
     given = workers("dask://127.0.0.1:9", 1)
     with pytest.raises(ConnectionError, match="start `dask scheduler`"), given:
         pass
+
+
+@pytest.mark.parametrize("backend", ["", "lokj", "multiprocessing"])
+def test_a_back_end_that_cannot_be_used_is_refused_with_those_that_can(backend):
+    given = workers(backend, 1)
+    with pytest.raises(ValueError, match="threading"), given:
+        pass

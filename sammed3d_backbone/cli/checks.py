@@ -66,7 +66,7 @@ def add_workers(
         "--backend",
         metavar="NAME",
         help="dask://HOST:PORT, a running Dask cluster that sees the same paths; or joblib's: "
-        "loky, threading, multiprocessing, ray",
+        "loky, threading, sequential, ray",
     )
 
 

@@ -199,8 +199,10 @@ def _run_push(args: argparse.Namespace) -> int:
     if path is not None:
         with reading(path):
             scores = json.loads(read_text(path))
+    with reading(path or args.model):
+        page = model_card(segmenter.card, args.repo_id, scores=scores, licence=args.licence)
     if args.dry_run:
-        print(model_card(segmenter.card, args.repo_id, scores=scores, licence=args.licence))
+        print(page)
         print(f"dry run: nothing uploaded to {args.repo_id}")
         return 0
     print(

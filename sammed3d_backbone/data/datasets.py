@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sammed3d_backbone.data.limits import GRID_TOLERANCE
-from sammed3d_backbone.files import plain_name, read_text, reading
+from sammed3d_backbone.files import MAX_NAME_BYTES, plain_name, read_text, reading
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,11 @@ def class_names(pairs: Iterable[tuple[object, object]], problems: list[str]) -> 
             problems.append(f"label {name!r}: {value!r} is not a whole number of 0 or more")
         elif not isinstance(name, str) or not name.strip():
             problems.append(f"label value {value} has the name {name!r}; give it one")
+        elif len(name) > MAX_NAME_BYTES or any(0xD800 <= ord(c) < 0xE000 for c in name):
+            problems.append(
+                f"the name {name[:40]!r} of label value {value} is longer than {MAX_NAME_BYTES} "
+                "characters, or has an unpaired surrogate; rename it"
+            )
         elif value in names:
             problems.append(f"labels {names[value]!r} and {name!r} both have value {value}")
         else:

@@ -149,6 +149,10 @@ def _listed_cases(
             if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
                 problems.append(f'{entry!r} in "training" lacks "image" or "label"; add both paths')
                 continue
+            fold = entry.get("fold")
+            if fold is not None and (type(fold) is not int or fold < 0):
+                problems.append(f'{entry["label"]}: "fold" is {fold!r}; give 0, 1, 2, ...')
+                fold = None
             images, label = entry["image"], folder / entry["label"]
             if isinstance(images, list):  # of MONAI's data lists: a file per channel
                 stem, files = _split_name(label.name)[0], tuple(folder / path for path in images)
@@ -164,7 +168,7 @@ def _listed_cases(
                     images=files,
                     label=label,
                     split=split if validation else "",
-                    fold=entry.get("fold"),
+                    fold=fold,
                     **_known_facts(stem, entry, problems),
                 )
             )
@@ -182,8 +186,8 @@ def _mapped_cases(
     cases = []
     for name, entry in mapped.items():
         is_whole = isinstance(entry, dict) and ("label" in entry or entry.get("masks"))
-        if not is_whole or not entry.get("images"):
-            problems.append(f'{name} in "dataset" lacks "images" or "label"; add the paths')
+        if not is_whole or not entry.get("images") or isinstance(entry["images"], str):
+            problems.append(f'{name} in "dataset" lacks "images" or "label"; add a list and a path')
             continue
         images = tuple(folder / path for path in entry["images"])
         masks = {of: folder / path for of, path in entry.get("masks", {}).items()}

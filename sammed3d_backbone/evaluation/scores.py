@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -273,6 +274,14 @@ def read_scores(path: Path) -> list[Score]:
                 f"{path} has no columns {', '.join(COLUMNS)}; score the cases again with "
                 "recipes/evaluate.py"
             )
+        rows = list(table)
+        if odd := [row for row in rows if None in row or None in row.values()]:
+            raise ValueError(
+                f"{path} has rows that are cut or too long, e.g. {odd[0]}; copy it again"
+            )
+        times = Counter((row["case"], row["class"]) for row in rows)
+        if twice := [" ".join(key) for key, n in times.items() if n > 1]:
+            raise ValueError(f"{path} has several rows of {twice[0]}; keep one")
         return [
             Score(
                 case=row["case"],
@@ -282,7 +291,7 @@ def read_scores(path: Path) -> list[Score]:
                 annotated=row["annotated"] == "yes",
                 truncated=row["truncated"] == "yes",
             )
-            for row in table
+            for row in rows
         ]
 
 

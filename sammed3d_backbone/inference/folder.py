@@ -198,7 +198,7 @@ def _by_workers(
     found = [
         ScanFiles(scan.id, tuple(path.resolve() for path in scan.paths)) for scan in scans
     ]  # a worker's current folder may be another
-    with workers(backend or "loky", jobs):
+    with workers("loky" if backend is None else backend, jobs):
         tasks = (joblib.delayed(_predict_scan)(predict, scan, target.resolve()) for scan in found)
         yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(tasks)
 

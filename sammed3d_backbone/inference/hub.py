@@ -41,7 +41,7 @@ def model_card(
 
     start = card.training.get("start", {})
     dataset = card.training.get("dataset", {})
-    rows = [] if scores is None else scores.get("tables", {}).get("all", [])
+    rows = [] if scores is None else scores["tables"]["all"]
     readme: ModelCard = ModelCard.from_template(
         ModelCardData(
             library_name="sammed3d-backbone",
@@ -142,7 +142,7 @@ def require_repo_id(repo_id: str) -> None:
     Raises:
         ValueError: If it is not of the form OWNER/NAME.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
         raise ValueError(
             f"invalid repository id {repo_id!r}: expected OWNER/NAME, for example me/hippocampus"
         )

@@ -32,7 +32,7 @@ def merge_masks(predictions: Mapping[str, Prediction], policy: MergePolicy) -> t
     if policy not in MERGE_POLICIES:
         raise ValueError(f"policy={policy!r}: expected one of {', '.join(MERGE_POLICIES)}")
     if not predictions:
-        raise ValueError("predictions: expected at least one")
+        raise ValueError("no predictions, since no object was clicked; click inside one first")
     found = list(predictions.values())
     claims = np.zeros(found[0].mask.shape, dtype=np.uint16)
     for prediction in found:

@@ -123,8 +123,11 @@ class Segmenter:
             )
         with reading(path):
             card = Card.from_json(metadata[CARD_KEY] if config is None else config)
-            with torch.device("meta"):  # without values: a card may ask for any amount of memory
-                outline = build_network(card, tensors)
+            try:
+                with torch.device("meta"):  # no values: a card may ask for any amount of memory
+                    outline = build_network(card, tensors)
+            except RuntimeError as error:  # torch's, of a size below 0
+                raise ValueError(f"the card is of no network: {error}") from None
             if config is not None and CARD_KEY in metadata:
                 _say_differences(path, card, Card.from_json(metadata[CARD_KEY]))
         for name, own in outline.state_dict().items():

@@ -20,6 +20,7 @@ from scipy import ndimage
 from sammed3d_backbone.console import progress_bar
 from sammed3d_backbone.data.datasets import Case, Dataset, DatasetError
 from sammed3d_backbone.data.geometry import Geometry, Triple, TripleMm
+from sammed3d_backbone.data.limits import value_range
 from sammed3d_backbone.data.preparation import open_case
 from sammed3d_backbone.data.regions import components, depth_mm
 from sammed3d_backbone.data.volume import Volume
@@ -155,6 +156,10 @@ def _measured(case: Case, dataset: Dataset) -> tuple[list[str], CasePrint | None
     if opened is None or problems:
         return problems, None
     image, label = opened
+    try:
+        value_range(image.array)
+    except ValueError as error:  # as when the case is prepared for training
+        return [f"{case.images[0]}: {error}"], None
     geometry = Geometry.plan(image.shape, image.affine)
     labelled = (label.array > 0) & (label.array < len(dataset.labels))
     channels = image.array.reshape(image.channels, *image.shape)

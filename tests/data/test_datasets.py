@@ -27,6 +27,8 @@ from sammed3d_backbone.data.folders import read_dataset
         ([(1.0, "head")], "1.0"),
         ([(1, " ")], "value 1"),
         ([(1, None)], "None"),
+        ([(1, "x" * 201)], "value 1"),
+        ([(1, "\ud800")], "value 1"),
     ],
 )
 def test_no_name_or_value_of_a_class_wins_over_another(pairs, named):

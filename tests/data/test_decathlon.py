@@ -220,3 +220,19 @@ def test_a_listed_fold_with_a_subject_on_both_sides_is_refused(decathlon):
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(DatasetError, match="anna"):
         read_fold(read_dataset(folder), 0)
+
+
+@pytest.mark.parametrize("fold", [-1, "0", [0], float("nan")])
+def test_a_fold_that_is_no_number_of_one_is_refused(decathlon, fold):
+    folder = decathlon(cases=2)
+    info = json.loads((folder / "dataset.json").read_text())
+    info["training"][0]["fold"] = fold
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match='"fold"'):
+        read_dataset(folder)
+
+
+def test_a_name_in_the_place_of_a_list_of_images_is_refused(nnunet):
+    entry = {"images": "imagesTr/case_0_0000.nii.gz", "label": "labelsTr/case_0.nii.gz"}
+    with pytest.raises(DatasetError, match='case_0 in "dataset"'):
+        read_dataset(nnunet(dataset={"case_0": entry}))

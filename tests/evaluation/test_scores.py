@@ -211,6 +211,15 @@ def test_another_table_is_refused(tmp_path):
         read_scores(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize("change", [lambda t: t[:-8], lambda t: t[:-1] + ",1\n", lambda t: t * 2])
+def test_a_table_whose_rows_are_cut_or_come_twice_is_refused(tmp_path, change):
+    write_scores(tmp_path, SCORES, CLASSES, {})
+    header, rows = (tmp_path / "scores.csv").read_text().split("\n", 1)
+    (tmp_path / "scores.csv").write_text(f"{header}\n{change(rows)}")
+    with pytest.raises(ValueError, match="rows"):
+        read_scores(tmp_path / "scores.csv")
+
+
 def test_the_failure_of_one_case_leaves_the_scores_of_the_others(dataset):
     def sometimes(case):
         if case.id == "a":

@@ -161,6 +161,7 @@ def test_little_is_known_of_a_bare_card():
     ("repo_id", "token", "remedy"),
     [
         ("toes", "secret", "OWNER/NAME"),
+        ("../toes", "secret", "OWNER/NAME"),
         ("me/toes", "wrong", "hf auth login"),
         ("you/toes", "secret", "HF_TOKEN"),
     ],
@@ -172,6 +173,15 @@ def test_what_the_hub_does_not_allow_is_one_line(
     assert main(["push", str(run / "last.safetensors"), repo_id]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert remedy in line
+    assert hub.commits == {}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"tables": {"all": [{"class": "toe"}]}}'])
+def test_scores_of_another_form_are_named(hub, run, tmp_path, capsys, text):
+    (tmp_path / "s.json").write_text(text)
+    given = ["--scores", str(tmp_path / "s.json")]
+    assert main(["push", str(run / "last.safetensors"), "me/toes", *given]) == 2
+    assert "s.json" in capsys.readouterr().err
     assert hub.commits == {}
 
 

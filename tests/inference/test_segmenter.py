@@ -278,6 +278,16 @@ def test_a_card_without_what_a_network_needs_is_refused(tmp_path, segmenter):
         Segmenter.from_pretrained(path)
 
 
+def test_a_card_of_a_size_below_0_is_refused(tmp_path, segmenter):
+    path = with_card(
+        tmp_path / "model.safetensors",
+        segmenter,
+        lambda v: v.update(adapter={"feature_size": -4}),
+    )
+    with pytest.raises(ValueError, match="card"):
+        Segmenter.from_pretrained(path)
+
+
 def test_tensors_that_do_not_fit_the_card_are_refused(tmp_path, segmenter):
     path = rewritten(tmp_path / "model.safetensors", segmenter, tensors={"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match="extra"):

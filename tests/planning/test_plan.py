@@ -9,6 +9,7 @@ from sammed3d_backbone.recipes.finetune_unetr import Config
 
 from sammed3d_backbone import config
 from sammed3d_backbone.cli import main
+from sammed3d_backbone.data.datasets import DatasetError
 from sammed3d_backbone.data.folders import read_dataset
 from sammed3d_backbone.data.volume import Volume
 from sammed3d_backbone.loading.registry import WEIGHTS
@@ -220,3 +221,21 @@ def test_a_recipe_is_copied_once(tmp_path, monkeypatch, capsys):
     assert main(["recipe", "copy", "finetune_unetr"]) == 2
     assert main(["recipe", "copy", "nothing"]) == 2
     assert "finetune_unetr" in capsys.readouterr().err
+
+
+def test_a_scan_of_one_value_is_refused_before_it_is_planned_for(make_set):
+    folder = make_set()
+    path = folder / "imagesTr/case_2.nii.gz"
+    Volume(np.full(SHAPE, 7, np.float32), Volume.load(path).affine).save(path)
+    with pytest.raises(DatasetError, match=r"case_2\.nii\.gz"):
+        looked_at(folder)
+
+
+def test_a_key_and_its_value_may_follow_an_option(tmp_path, capsys):
+    plan = tmp_path / "x.plan.yaml"
+    plan.write_text("name: x\ndata: nowhere\n")
+    assert main(["train", str(plan), "--dry-run", "lr=fast"]) == 2
+    assert "lr='fast'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", str(plan), "--dry-run", "--fast"])
+    assert "--fast" in capsys.readouterr().err

@@ -171,3 +171,16 @@ def test_a_split_that_did_not_come_with_the_data_is_refused(published, command, 
     with pytest.raises(SystemExit, match="2"):
         command(published[0] / "labelsVa", *published, *asked)
     assert "--fold" in capsys.readouterr().err
+
+
+def test_predictions_are_not_replaced_by_their_own_copies(toy_data, tmp_path, command, capsys):
+    made = tmp_path / "predictions"
+    for number in range(6):
+        label = Volume.load(toy_data / f"labelsTr/case_{number}.nii.gz")
+        label.save(made / f"case_{number}.nii.gz")
+    before = (made / "case_0.nii.gz").read_bytes()
+    for further in ([], ["--force"]):
+        with pytest.raises(SystemExit, match="2"):
+            command(made, toy_data, "--out", tmp_path, *further)
+    assert "case_0.nii.gz" in capsys.readouterr().err
+    assert (made / "case_0.nii.gz").read_bytes() == before
