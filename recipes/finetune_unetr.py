@@ -98,7 +98,7 @@ class Config:
     checkpointing: bool = False  # recompute blocks in the backward pass to save memory
     compiled: bool = False  # torch.compile: minutes at the start, then faster steps
     validate_every: PositiveInt = 250  # steps; ten lines of the log in between
-    seed: int = 0
+    seed: NonNegativeInt = 0
     # Prediction
     overlap: Annotated[float, Field(ge=0, le=MAX_OVERLAP)] = (
         0.5  # share that sliding windows overlap

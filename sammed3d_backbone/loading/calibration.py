@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+LARGEST = 100.0  # of the numbers of a calibration; fitted ones are near 1
 LEAST = 0.01  # a confidence below this, or above 1 minus this, counts as this
 
 
@@ -20,11 +21,18 @@ class DiceCalibration:
         intercept: See above.
         slope: See above.
         per_click: See above; a mask prompt without clicks counts as one click.
+
+    Raises:
+        ValueError: If a number is not finite, or larger than `LARGEST`.
     """
 
     intercept: float = 0.0
     slope: float = 1.0
     per_click: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not all(abs(n) <= LARGEST for n in (self.intercept, self.slope, self.per_click)):
+            raise ValueError(f"{self}: expected numbers from -{LARGEST:g} to {LARGEST:g}")
 
     def __str__(self) -> str:
         """One line."""
@@ -38,4 +46,4 @@ class DiceCalibration:
         value = min(max(confidence, LEAST), 1 - LEAST)
         logit = math.log(value / (1 - value))
         shifted = self.intercept + self.slope * logit + self.per_click * math.log(max(clicks, 1))
-        return 1 / (1 + math.exp(-shifted))
+        return 1 / (1 + math.exp(min(-shifted, 700)))

@@ -292,15 +292,17 @@ def from_metadata(record: Weights, metadata: dict[str, str]) -> Weights:
     """
     if METADATA_KEY not in metadata or record.variant is not None:
         return record
-    from pydantic import TypeAdapter
+    from pydantic import TypeAdapter, ValidationError
 
     try:
         inner = TypeAdapter(Weights).validate_json(metadata[METADATA_KEY])
-    except ValueError as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
         raise ValueError(
             f"the metadata entry {METADATA_KEY!r} of {record.name} is not a valid weights record "
-            f"({error}); write the file again with `sammed3d convert`"
-        ) from error
+            f"({field}: {first['msg']}); write the file again with `sammed3d convert`"
+        ) from None
     return dataclasses.replace(
         inner,
         name=record.name,

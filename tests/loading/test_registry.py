@@ -7,6 +7,7 @@ import re
 import pytest
 
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
+from sammed3d_backbone.loading.calibration import DiceCalibration
 from sammed3d_backbone.loading.registry import (
     DEFAULT_WEIGHTS,
     LISTED,
@@ -112,8 +113,17 @@ def test_a_record_of_a_later_release_is_read_as_far_as_it_is_known():
         "3",
         '{"name": "a", "pretraining": [{}]}',
         '{"name": "a", "preprocessing": {}}',
+        '{"name": "a", "dice_calibration": {"intercept": NaN}}',
+        '{"name": "a", "dice_calibration": {"slope": 1e300}}',
     ],
 )
 def test_metadata_that_is_no_record_is_refused(entry):
-    with pytest.raises(ValueError, match="weights_record"):
+    with pytest.raises(ValueError, match="weights_record") as caught:
         from_metadata(Weights(name="a"), {"weights_record": entry})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_calibration_of_large_numbers_stays_between_0_and_1(sign):
+    dice = DiceCalibration(sign * 100, 100, sign * 100).expected(0.5, 10**6)
+    assert 0 <= dice <= 1

@@ -12,7 +12,7 @@ import torch
 from balls import answer_balls
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sammed3d_backbone.recipes import distill
+from sammed3d_backbone.recipes import distill, finetune_unetr, pretrain_promptable
 from sammed3d_backbone.recipes.distill import Config, main
 
 from sammed3d_backbone import Predictor, Volume, config, sam
@@ -251,3 +251,11 @@ def test_a_scan_with_voxels_that_are_not_finite_is_named(small, scans, value):
         Volume(scan.array, scan.affine).save(path)
     with pytest.raises(ValueError, match="non-finite"):
         main(replace(small, sources=(), data=str(scans), val_cases=1))
+
+
+@pytest.mark.parametrize("recipe", [Config, finetune_unetr.Config, pretrain_promptable.Config])
+def test_a_seed_below_0_is_named(recipe):
+    known = {field.name for field in fields(recipe)}
+    given = {"name": "x", "data": "y", "sources": [], "shares": []}
+    with pytest.raises(ValueError, match="seed=-1"):
+        config.build(recipe, {k: v for k, v in given.items() if k in known} | {"seed": -1})
