@@ -108,7 +108,8 @@ def _run_clicks(args: argparse.Namespace) -> int:
         journal = Journal(folder, header, rules.steps)
         failed = run_benchmark(model, rules, click_set, journal, tracks)
         if not read_journal(folder)[1]:
-            raise ValueError(f"no case of {click_set.name} could be played: {failed}")
+            why = failed or "no label has a voxel"
+            raise ValueError(f"no case of {click_set.name} could be played: {why}")
         report = write_click_report(folder, click_set, machine)
     for line in _main_figures(summarise_clicks(read_journal(folder)[1], rules.published)):
         print(line)

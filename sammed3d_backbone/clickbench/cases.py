@@ -25,7 +25,7 @@ from sammed3d_backbone.data.datasets import (
     require_whole_masks,
 )
 from sammed3d_backbone.data.folders import folder_of, open_dataset
-from sammed3d_backbone.data.limits import require_bytes
+from sammed3d_backbone.data.limits import require_bytes, value_range
 from sammed3d_backbone.data.preparation import load_image, load_label
 from sammed3d_backbone.data.preprocessing import Modality, modality_of
 from sammed3d_backbone.data.regions import Mask, values_of
@@ -75,6 +75,10 @@ class ClickSet:
             image, labels = read_npz(files.label, spacing_is_xyz=self.spacing_is_xyz)
         else:
             image, labels = _read_pair(case)
+        try:
+            value_range(image.array)
+        except ValueError as error:  # not a failure of the model
+            raise DatasetError(f"{files.images[0]} cannot be used:", [str(error)]) from None
         names = case.labels
         if names is None:
             names = {int(value): str(value) for value in np.unique(labels) if value}
@@ -126,6 +130,7 @@ class ClickSet:
         digest = hashlib.sha256()
         for case in self.cases:
             for path in dict.fromkeys((*case.case.images, *case.case.label_files)):
+                require_file(path)
                 content = hashlib.sha256(path.read_bytes()).hexdigest()
                 digest.update(f"{case.case.id} {path.name} {content}\n".encode())
         return digest.hexdigest()
@@ -200,6 +205,12 @@ def read_npz(path: Path, *, spacing_is_xyz: bool) -> tuple[Volume, NDArray[Any]]
         raise DatasetError(
             f"{path} cannot be used:",
             [f"imgs {image.shape}, gts {labels.shape}, spacing {spacing_mm.shape}; give one grid"],
+        )
+    is_real = image.dtype.kind in "biuf" and labels.dtype.kind in "biuf"
+    if not is_real or (labels != np.round(labels)).any():
+        raise DatasetError(
+            f"{path} cannot be used:",
+            [f"imgs of {image.dtype}, gts of {labels.dtype}; give real numbers and whole ones"],
         )
     affine = np.diag([*(spacing_mm if spacing_is_xyz else spacing_mm[::-1]), 1.0])
     return Volume(image.T.astype(np.float32), affine), labels.T

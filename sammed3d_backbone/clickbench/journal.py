@@ -27,7 +27,7 @@ class Journal:
     """The result folder of one run, new or resumed.
 
     Raises:
-        ValueError: If the folder holds results of another header; names what differs.
+        ValueError: If the folder holds results of another header, or its files are damaged.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], steps: int) -> None:
@@ -35,19 +35,15 @@ class Journal:
         self._lines, self._times = folder / "clicks.jsonl", folder / "times.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         header = json.loads(json.dumps({"format": FORMAT, **header}))
-        kept: list[Line] = []
-        if self._lines.is_file():
+        with reading(self._lines):
             earlier, kept = _whole_targets(self._lines, steps)
+            self._done = {key_of(line) for line in kept}
             changed = sorted(k for k in {*earlier, *header} if earlier.get(k) != header.get(k))
-            if earlier and changed:
-                changes = ", ".join(
-                    f"{k} ({earlier.get(k)!r} -> {header.get(k)!r})" for k in changed
-                )
-                raise ValueError(
-                    f"{folder} holds results of another run: {changes}; choose another"
-                )
-        self._done = {key_of(line) for line in kept}
-        times = [line for line in _read(self._times) if key_of(line) in self._done]
+        if earlier and changed:
+            changes = ", ".join(f"{k} ({earlier.get(k)!r} -> {header.get(k)!r})" for k in changed)
+            raise ValueError(f"{folder} holds results of another run: {changes}; choose another")
+        with reading(self._times):
+            times = [line for line in _read(self._times) if key_of(line) in self._done]
         write_text(self._lines, "".join(map(_dumped, [header, *kept])))
         write_text(self._times, "".join(map(_dumped, times)))
 

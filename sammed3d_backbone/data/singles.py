@@ -50,6 +50,8 @@ def read_singles(folder: Path) -> tuple[LabelledCase, ...]:
             f"{path} cannot be used:",
             [f'{error!r}; give a list of {{"image":, "label":, "labels": {{"1": name}}}}'],
         ) from None
+    ids = Counter(one.case.id for one in found)
+    problems += [f"{n} volumes would be {name}; rename some" for name, n in ids.items() if n > 1]
     if problems:
         raise DatasetError(f"{path} cannot be used:", problems)
     return found

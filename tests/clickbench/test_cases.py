@@ -1,5 +1,6 @@
 """Targets of data sets in every layout."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from sammed3d_backbone.clickbench.cases import (
     MODEL_MASKS,
     ClickSet,
     read_click_set,
+    read_npz,
 )
 from sammed3d_backbone.data.datasets import DatasetError, LabelledCase
+from sammed3d_backbone.data.volume import Volume
 
 
 def targets(click_set, **changed):
@@ -151,9 +154,9 @@ def test_connected_parts_can_be_targets_of_their_own(data):
 
 def test_subjects_and_places_of_files_can_be_told(tmp_path):
     for name in ("p1_left", "p1_right"):
-        volume = nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4))
-        nib.save(volume, tmp_path / f"{name}_image.nii.gz")
-        nib.save(volume, tmp_path / f"{name}_mask.nii.gz")
+        for kind, array in (("image", np.arange(64)), ("mask", np.ones(64))):
+            volume = nib.Nifti1Image(array.astype(np.uint8).reshape(4, 4, 4), np.eye(4))
+            nib.save(volume, tmp_path / f"{name}_{kind}.nii.gz")
     layout, subjects = tmp_path / "layout.yaml", tmp_path / "subjects.json"
     layout.write_text(
         "name: cubes\nchannels: [MR]\nclasses: [cube]\n"
@@ -170,3 +173,39 @@ def test_subjects_and_places_of_files_can_be_told(tmp_path):
 def test_subjects_of_single_volumes_are_refused(data):
     with pytest.raises(ValueError, match="has a case per subject; leave out"):
         read_click_set(data, subjects=Path("subjects.json"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scan_that_is_not_finite_is_no_failure_of_the_model(data, value):
+    (case, *_) = read_click_set(data).cases
+    image = Volume.load(case.case.images[0])
+    image.array[0, 0, 0] = value
+    image.save(case.case.images[0])
+    with pytest.raises(DatasetError, match="non-finite"):
+        next(read_click_set(data).targets(case))
+
+
+@pytest.mark.parametrize(
+    "change", [{"gts": 0.5}, {"gts": np.nan}, {"gts": "a"}, {"imgs": 1j}, {"imgs": "a"}], ids=str
+)
+def test_an_archive_of_other_numbers_is_refused(tmp_path, change):
+    arrays = {"imgs": np.arange(60.0), "gts": np.ones(60)}
+    arrays |= {name: np.full(60, value) for name, value in change.items()}
+    arrays = {name: array.reshape(3, 4, 5) for name, array in arrays.items()}
+    np.savez(tmp_path / "a.npz", spacing=np.ones(3), **arrays)
+    with pytest.raises(DatasetError, match=r"a\.npz"):
+        read_npz(tmp_path / "a.npz", spacing_is_xyz=True)
+
+
+def test_volumes_of_one_name_are_refused(data):
+    entries = json.loads((data / "labels.json").read_text())
+    (data / "labels.json").write_text(json.dumps([*entries, entries[0]]))
+    with pytest.raises(DatasetError, match="rename"):
+        read_click_set(data)
+
+
+def test_a_volume_that_is_missing_is_named_before_anything_is_played(data):
+    found = read_click_set(data)
+    found.cases[0].case.images[0].unlink()
+    with pytest.raises(FileNotFoundError, match="check the path"):
+        found.content_sha256()

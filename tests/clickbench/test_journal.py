@@ -6,7 +6,7 @@ import shutil
 import pytest
 from standins import Sphere, played_into
 
-from sammed3d_backbone.clickbench.journal import mask_path, read_journal, read_times
+from sammed3d_backbone.clickbench.journal import Journal, mask_path, read_journal, read_times
 
 
 def text(folder):
@@ -67,3 +67,16 @@ def test_classes_never_share_a_mask(tmp_path):
     assert {path.parent for path in paths} == {tmp_path / "masks/case 1"}
     with pytest.raises(ValueError, match="name"):
         mask_path(tmp_path, {**line, "case": "../case", "class": "a"})
+
+
+@pytest.mark.parametrize("line", ["x\n", "[]\n", "{}\n", '{"case": 1}\n'])
+@pytest.mark.parametrize("name", ["clicks.jsonl", "times.jsonl"])
+def test_a_damaged_file_is_named_when_a_run_is_resumed(finished, tmp_path, name, line):
+    out = shutil.copytree(finished[1], tmp_path / "out")
+    header, _ = read_journal(out)
+    with (out / name).open("a") as file:
+        file.write(line)
+    before = (out / name).read_text()
+    with pytest.raises(ValueError, match=name):
+        Journal(out, header, 10)
+    assert (out / name).read_text() == before
