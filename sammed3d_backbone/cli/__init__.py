@@ -62,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    return console.run_program(lambda: _run(argv), "sammed3d")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Reads the arguments and runs their command."""
     parser: argparse.ArgumentParser = Parser(
         prog="sammed3d", description="SAM-Med3D as a backbone and as a promptable model."
     )
@@ -75,4 +80,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="sammed3d: %(message)s")
-    return console.run_program(lambda: args.run(args), "sammed3d")
+    code: int = args.run(args)
+    return code

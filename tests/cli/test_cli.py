@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from sammed3d_backbone import encoder, sam
+from sammed3d_backbone import cli, encoder, sam
 from sammed3d_backbone.cli import main
 from sammed3d_backbone.data.preprocessing import SAM_MED3D
 from sammed3d_backbone.loading.checkpoint import ENCODER, content_sha256, read
@@ -57,6 +57,15 @@ def same(left, right):
 
 
 # --- info ------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_while_arguments_are_read_is_one_line(monkeypatch, capsys):
+    def stop(commands):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "COMMANDS", (stop,))
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err.splitlines() == ["sammed3d: interrupted"]
 
 
 def test_info_alone_lists_the_table(capsys):
