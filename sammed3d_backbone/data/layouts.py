@@ -59,6 +59,8 @@ class Layout:
                 f"values={list(self.values)}; give {len(self.classes)} different ones, none of "
                 "them 0"
             )
+        if rooted := [pattern for pattern in patterns if Path(pattern).is_absolute()]:
+            raise ValueError(f"{rooted[0]!r} is absolute; give it relative to the folder")
         if any("{split}" in pattern for pattern in patterns) != (len(self.splits) == len(SPLITS)):
             raise ValueError(
                 f"splits={list(self.splits)}; give what {{split}} stands for in training and in "
@@ -153,7 +155,7 @@ def _matches(folder: Path, pattern: str, layout: Layout) -> Iterator[tuple[str, 
         else:
             seen.add(group)
             expression += f"(?P<{group}>[^/]+)"
-    for path in folder.glob(re.sub(r"\{\w+\}", "*", pattern)):
+    for path in folder.glob(re.sub(r"(\{\w+\}|\*)+", "*", pattern)):
         match = re.fullmatch(expression, path.relative_to(folder).as_posix())
         if match is None or path.name.startswith("."):
             continue

@@ -207,3 +207,15 @@ def test_a_layout_is_a_flat_yaml_file(tmp_path):
         read_layout(path)
     with pytest.raises(FileNotFoundError, match=r"pass one of recipes/layouts/\*\.yaml"):
         read_layout(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("pattern", ["img/*{case}.nii.gz", "img/i*{case}*.gz"])
+def test_an_asterisk_may_stand_beside_the_case(flat, pattern):
+    layout = replace(FLAT, images=(pattern,), cases=r"000\d")
+    first = read_dataset(flat, layout).cases[0]
+    assert (first.id, first.images) == ("0000", (flat / "img/img0000.nii.gz",))
+
+
+def test_a_pattern_outside_of_the_folder_is_refused():
+    with pytest.raises(ValueError, match="relative"):
+        replace(FLAT, images=("/img/img{case}.nii.gz",))
