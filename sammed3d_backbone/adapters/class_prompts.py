@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sammed3d_backbone.adapters.contract import Encoder
-from sammed3d_backbone.adapters.network import EncoderNetwork
+from sammed3d_backbone.adapters.contract import Encoder, require_encoder
+from sammed3d_backbone.adapters.network import EncoderNetwork, require_classes
 from sammed3d_backbone.loading.fitting import LoadReport
 from sammed3d_backbone.loading.promptable_decoder import fill_class_prompts
 from sammed3d_backbone.loading.variants import variant as variant_sizes
@@ -61,10 +61,8 @@ class ClassPrompts(EncoderNetwork):
         variant: str = "tiny",
         weights: str | os.PathLike[str] | None = None,
     ) -> None:
-        if out_channels < 2:
-            raise ValueError(
-                f"out_channels={out_channels}: expected 2 or more, the background and a class"
-            )
+        require_encoder(encoder)
+        require_classes(out_channels, least=2)
         if isinstance(getattr(encoder, "neck", None), nn.Identity):
             raise ValueError(
                 "the encoder has lost its neck in another network, and class_prompts reads the "

@@ -64,14 +64,7 @@ def check_encoder(encoder: Encoder) -> None:
         TypeError: If a name of the contract is missing.
         ValueError: If what comes out is not what the attributes promise.
     """
-    wanted = [name for name in dir(Encoder) if not name.startswith("_")]
-    wanted += [name for name in Encoder.__annotations__ if name not in wanted]
-    missing = [name for name in wanted if not hasattr(encoder, name)]
-    if missing or not isinstance(encoder, nn.Module):
-        raise TypeError(
-            f"{type(encoder).__name__} lacks {missing or 'torch.nn.Module as a base'}; "
-            f"adapters need it: see sammed3d_backbone.adapters.contract.Encoder"
-        )
+    require_encoder(encoder)
     patch = encoder.patch_size
     if patch < 2 or patch & (patch - 1) or any(n % patch for n in encoder.img_size):
         raise ValueError(
@@ -85,6 +78,22 @@ def check_encoder(encoder: Encoder) -> None:
     _check_maps(copy.deepcopy(encoder).eval(), volume)
     for index in sorted({0, encoder.depth - 1}):
         _check_pruning(copy.deepcopy(encoder).eval(), volume, index)
+
+
+def require_encoder(encoder: object) -> None:
+    """Refuses what lacks a name of the contract; nothing is run.
+
+    Raises:
+        TypeError: If a name of the contract is missing.
+    """
+    wanted = [name for name in dir(Encoder) if not name.startswith("_")]
+    wanted += [name for name in Encoder.__annotations__ if name not in wanted]
+    missing = [name for name in wanted if not hasattr(encoder, name)]
+    if missing or not isinstance(encoder, nn.Module):
+        raise TypeError(
+            f"{type(encoder).__name__} lacks {missing or 'torch.nn.Module as a base'}; give "
+            "encoder(...), or a module as sammed3d_backbone.adapters.contract.Encoder describes it"
+        )
 
 
 def _check_groups(encoder: Encoder) -> None:

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from sammed3d_backbone.adapters.contract import Encoder
-from sammed3d_backbone.adapters.network import EncoderNetwork, require_classes
+from sammed3d_backbone.adapters.contract import Encoder, require_encoder
+from sammed3d_backbone.adapters.network import EncoderNetwork, require_classes, require_feature_size
 from sammed3d_backbone.models.layers import LayerNorm3d
 
 
@@ -38,6 +38,7 @@ def linear_head(encoder: Encoder, out_channels: int) -> HeadNetwork:
     Raises:
         ValueError: If `out_channels` is not positive.
     """
+    require_encoder(encoder)
     require_classes(out_channels)
     logits = nn.Conv3d(encoder.embed_dim, out_channels, kernel_size=1)
     voxels = nn.Upsample(scale_factor=encoder.patch_size, mode="trilinear", align_corners=False)
@@ -58,7 +59,9 @@ def expanding_head(encoder: Encoder, out_channels: int, *, feature_size: int = 1
     Source: the patch decoder of Wald et al., Primus: enforcing attention usage for 3D medical
         image segmentation, 2025.
     """
+    require_encoder(encoder)
     require_classes(out_channels)
+    require_feature_size(feature_size)
     stages = encoder.patch_size.bit_length() - 1
     widths = [encoder.embed_dim, *(feature_size * 2**stage for stage in reversed(range(stages)))]
     layers: list[nn.Module] = []

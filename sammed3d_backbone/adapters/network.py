@@ -4,14 +4,18 @@ The base class holds an encoder of the contract as `encoder`, so that its tensor
 names in every file.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sammed3d_backbone.adapters.contract import Encoder
+
+MAX_CLASSES = 2**16  # a network of more would not fit into memory
 
 
 class EncoderNetwork(nn.Module):
@@ -69,21 +73,40 @@ def spread_indices(encoder: Encoder, count: int) -> list[int]:
 
 def require_out_indices(encoder: Encoder, out_indices: Sequence[int], count: int) -> None:
     """Refuses block numbers that do not ascend, do not exist, or are not `count` in number."""
-    fits = out_indices and 0 <= min(out_indices) <= max(out_indices) < encoder.depth
-    if not fits or len(out_indices) != count or list(out_indices) != sorted(set(out_indices)):
+    try:
+        chosen = [operator.index(index) for index in out_indices]
+    except TypeError:  # not whole numbers, or not a list
+        chosen = []
+    fits = chosen and 0 <= min(chosen) <= max(chosen) < encoder.depth
+    if not fits or len(chosen) != count or chosen != sorted(set(chosen)):
         raise ValueError(
-            f"out_indices={tuple(out_indices)}: expected {count} ascending block numbers between "
+            f"out_indices={out_indices!r}: expected {count} ascending block numbers between "
             f"0 and {encoder.depth - 1}, one for each resolution, "
             f"e.g. {tuple(spread_indices(encoder, count))}"
         )
 
 
-def require_classes(out_channels: int) -> None:
-    """Refuses a network without classes."""
-    if out_channels < 1:
+def require_classes(out_channels: int, least: int = 1) -> None:
+    """Refuses a number of classes that no label map has."""
+    if not is_whole(out_channels) or not least <= out_channels <= MAX_CLASSES:
         raise ValueError(
-            f"out_channels={out_channels}: expected the number of classes including background"
+            f"out_channels={out_channels!r}: expected the number of classes including background, "
+            f"a whole number from {least} to {MAX_CLASSES:,}"
         )
+
+
+def require_feature_size(feature_size: int) -> None:
+    """Refuses a number of channels that no decoder can have."""
+    if not is_whole(feature_size) or feature_size < 1:
+        raise ValueError(
+            f"feature_size={feature_size!r}: expected the channels at full resolution, a whole "
+            "number from 1"
+        )
+
+
+def is_whole(value: object) -> bool:
+    """Whether an argument is a whole number, of Python or of NumPy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _under_encoder(pattern: str) -> str:

@@ -12,8 +12,13 @@ import torch.nn.functional as F
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock
 from torch import Tensor, nn
 
-from sammed3d_backbone.adapters.contract import Encoder
-from sammed3d_backbone.adapters.network import EncoderNetwork, require_out_indices, spread_indices
+from sammed3d_backbone.adapters.contract import Encoder, require_encoder
+from sammed3d_backbone.adapters.network import (
+    EncoderNetwork,
+    require_feature_size,
+    require_out_indices,
+    spread_indices,
+)
 from sammed3d_backbone.models.layers import LayerNorm3d
 
 Kind = Literal["simple", "multi_level", "conv_stem"]
@@ -60,6 +65,8 @@ class PyramidNetwork(EncoderNetwork):
         full_resolution: bool = False,
         norm_name: str | tuple[str, dict[str, Any]] = "instance",
     ) -> None:
+        require_encoder(encoder)
+        require_feature_size(feature_size)
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
         count = len(STRIDES) if kind == "multi_level" else 1

@@ -14,10 +14,11 @@ from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrPrUpBlock, UnetrUpBlock
 from torch import Tensor, nn
 
-from sammed3d_backbone.adapters.contract import Encoder
+from sammed3d_backbone.adapters.contract import Encoder, require_encoder
 from sammed3d_backbone.adapters.network import (
     EncoderNetwork,
     require_classes,
+    require_feature_size,
     require_out_indices,
     spread_indices,
 )
@@ -74,9 +75,11 @@ class UNETR(EncoderNetwork):
         res_block: bool = True,
         weights: str | os.PathLike[str] | None = None,
     ) -> None:
+        require_encoder(encoder)
         require_classes(out_channels)
         if feature_size is None:
             feature_size = 16 if weights is None else stored_feature_size(weights) or 16
+        require_feature_size(feature_size)
         stages = encoder.patch_size.bit_length() - 1
         even = spread_indices(encoder, stages)
         if out_indices is None:

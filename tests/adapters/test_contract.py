@@ -6,6 +6,7 @@ from foreign import ConvEncoder
 from torch import nn
 
 from sammed3d_backbone.adapters.contract import check_encoder
+from sammed3d_backbone.adapters.registry import ADAPTERS, adapter
 from sammed3d_backbone.loading.variants import VARIANTS
 from sammed3d_backbone.models.image_encoder import ImageEncoder3D
 
@@ -135,3 +136,31 @@ def test_the_check_runs_where_the_parameters_are():
         encoder = ConvEncoder()
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         check_encoder(encoder)
+
+
+@pytest.mark.parametrize("network", ADAPTERS)
+@pytest.mark.parametrize("given", [None, "tiny", nn.Linear(2, 2)], ids=["none", "name", "layer"])
+def test_every_network_refuses_what_is_not_an_encoder(network, given):
+    with pytest.raises(TypeError, match=r"lacks .*encoder\("):
+        adapter(network)(given, 3)
+
+
+@pytest.mark.parametrize("network", ADAPTERS)
+@pytest.mark.parametrize("classes", ["3", None, 2.5, True, [3], float("nan"), 0, 10**7])
+def test_every_network_refuses_a_number_of_classes_that_is_none(network, classes):
+    with pytest.raises(ValueError, match=r"out_channels=.*whole number"):
+        adapter(network)(ConvEncoder(), classes)
+
+
+@pytest.mark.parametrize("network", ["unetr", "segresnet", "flexible_unet", "expanding_head"])
+@pytest.mark.parametrize("size", ["16", 2.5, 0])
+def test_every_network_refuses_a_number_of_channels_that_is_none(network, size):
+    with pytest.raises(ValueError, match="feature_size="):
+        adapter(network)(ConvEncoder(), 3, feature_size=size)
+
+
+@pytest.mark.parametrize("network", ["unetr", "segresnet", "flexible_unet"])
+@pytest.mark.parametrize("indices", ["x", 3, ["0"], [0.5], []])
+def test_every_network_refuses_indices_that_are_no_block_numbers(network, indices):
+    with pytest.raises(ValueError, match="out_indices="):
+        adapter(network)(ConvEncoder(), 3, out_indices=indices)
