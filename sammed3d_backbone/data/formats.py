@@ -50,14 +50,15 @@ def read_voxels(
         raise FileNotFoundError(f"no file or folder at {path}; check the path")
     if not path.is_dir():
         require_file(path)
-    if path.is_dir() or (not path.name.endswith(SUFFIXES) and is_dicom(path)):
+    is_nifti = path.name.lower().endswith(SUFFIXES)  # ITK may place A.NII.GZ otherwise
+    if path.is_dir() or (not is_nifti and is_dicom(path)):
         _require("highdicom", "dicom", f"{path} is DICOM, which")
         return read_dicom(path, series, slice_tolerance_mm)
     if series is not None or slice_tolerance_mm is not None:
         raise ValueError(f"{path} is not DICOM; leave out series and slice_tolerance_mm")
-    if path.name.endswith(SUFFIXES):
+    if is_nifti:
         return read_nifti(path)
-    if path.suffix in NRRD_SUFFIXES:
+    if path.suffix.lower() in NRRD_SUFFIXES:
         _require("nrrd", "nrrd", f"{path} is NRRD, which")
         from sammed3d_backbone.data.nrrd import read_nrrd
 

@@ -35,7 +35,7 @@ ABOUT_THE_SOURCE = (  # fields of a header that say what an image shows
     "intent_p3",
 )
 QUATERNION_ROUNDING = 1e-3
-MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}  # of the header's xyzt_units
+UNITS = {1: ("meter", 1000.0), 3: ("micron", 0.001)}  # name and mm of the header's xyzt_units
 CHUNK_BYTES = 2**24
 SPARE_BYTES = 2**24  # bytes behind the voxels that are tolerated
 MAX_BYTES = 2**36
@@ -53,7 +53,7 @@ def read_nifti(
         ValueError: If it is not a readable NIfTI image.
     """
     try:
-        with path.open("rb") if path.suffix == ".nii" else gzip.open(path) as file:
+        with path.open("rb") if path.suffix.lower() == ".nii" else gzip.open(path) as file:
             content = _read(path, file)
         kind = nib.Nifti2Image if content[4:7] == b"n+2" else nib.Nifti1Image
         image = kind.from_bytes(content)
@@ -79,10 +79,11 @@ def read_nifti(
     if array.ndim == 4:
         array = np.moveaxis(array, -1, 0)  # (C, X, Y, Z)
     header, affine = image.header.copy(), np.asarray(image.affine, dtype=np.float64)
-    unit, of_time = header.get_xyzt_units()
-    if unit in MM_PER_UNIT:
-        affine[:3] *= MM_PER_UNIT[unit]
-        header.set_xyzt_units("mm", of_time)
+    codes = int(header["xyzt_units"])  # of space in three bits, of time above; some are not valid
+    if codes % 8 in UNITS:
+        unit, mm = UNITS[codes % 8]
+        affine[:3] *= mm
+        header["xyzt_units"] = codes - codes % 8 + 2
         try:
             require_spacing(np.linalg.norm(affine[:3, :3], axis=0))
         except ValueError as error:
@@ -136,6 +137,13 @@ def _require_one_number_per_voxel(path: Path, dtype: np.dtype[Any]) -> None:
         )
 
 
+def _require_pixdim(path: Path, header: nib.nifti1.Nifti1Header) -> None:
+    """Refuses a side of 0, which nibabel takes as 1 mm, where the spacing depends on it."""
+    sides = zip(header["dim"][1:4], header["pixdim"][1:4], strict=True)
+    if header["sform_code"] <= 0 and any(n > 1 and mm == 0 for n, mm in sides):
+        raise ValueError(f"{path} has a pixdim of 0 and no sform; write its spacing in mm")
+
+
 def _read(path: Path, file: IO[bytes] | gzip.GzipFile) -> bytes:
     """The bytes of a NIfTI file, unpacked only as far as its header says that there are voxels.
 
@@ -148,7 +156,9 @@ def _read(path: Path, file: IO[bytes] | gzip.GzipFile) -> bytes:
     kind = nib.Nifti2Header if is_second else nib.Nifti1Header
     first = 544 if is_second else 352
     # Four zeros in place of extensions, which may be longer than what was read.
-    header = kind.from_fileobj(io.BytesIO(content[: first - 4] + bytes(4)))
+    head = content[: first - 4] + bytes(4)
+    header = kind.from_fileobj(io.BytesIO(head))
+    _require_pixdim(path, kind.from_fileobj(io.BytesIO(head), check=False))
     b, c, d = (float(header[f"quatern_{axis}"]) for axis in "bcd")
     if (length := math.hypot(b, c, d)) > 1:
         if length < 1 + QUATERNION_ROUNDING:

@@ -57,7 +57,7 @@ def read_nrrd(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         EOFError,
         zlib.error,
     ) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or "its header ends early"
         raise ValueError(f"{path} cannot be read as NRRD ({reason}); convert it again") from None
     array = array.astype(np.float32, copy=False)
     return (array if channels is None else np.moveaxis(array, channels, 0)), affine

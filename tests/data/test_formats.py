@@ -1,5 +1,6 @@
 """NRRD and what ITK reads: the same voxels at the same places as SimpleITK has them."""
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -149,6 +150,54 @@ def test_what_nothing_reads_is_refused_with_its_path(tmp_path, name):
     (tmp_path / name).write_bytes(b"no image " * 40)
     with pytest.raises(ValueError, match=name):
         Volume.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        (b"NDims = 3", b"NDims = 99"),  # ends the process in ITK
+        (b"ElementSpacing", b"ElementColour"),
+        (b"NDims = 3", b"NDims = 3\nDistanceUnits = cm"),
+        (b"NDims = 3", b"NDims = 3\nElementToIntensityFunctionSlope = 2"),
+        (b"DimSize = 4 5 6", b"DimSize = 4 5 7"),
+        (b"ElementDataFile = LOCAL", b"ElementDataFile : /etc/passwd"),
+    ],
+)
+def test_a_metaimage_that_itk_misreads_is_refused(tmp_path, given, changed):
+    scan().save(tmp_path / "v.mha")
+    content = (tmp_path / "v.mha").read_bytes()
+    assert content.count(given) == 1
+    (tmp_path / "w.mha").write_bytes(content.replace(given, changed))
+    with pytest.raises(ValueError, match=r"w\.mha|/etc/passwd"):
+        Volume.load(tmp_path / "w.mha")
+
+
+def test_damaged_voxels_of_a_metaimage_are_refused(tmp_path):
+    scan(shape=(20, 20, 20)).save(tmp_path / "v.mha")
+    content = bytearray((tmp_path / "v.mha").read_bytes())
+    content[-200:-196] = bytes(4)
+    (tmp_path / "v.mha").write_bytes(content)
+    with pytest.raises(ValueError, match=r"v\.mha: .*damaged"):
+        Volume.load(tmp_path / "v.mha")
+
+
+def test_a_nifti_pair_that_itk_places_elsewhere_is_refused(tmp_path):
+    array = np.arange(120, dtype=np.int16).reshape(4, 5, 6)
+    pair = nib.Nifti1Pair(array, OBLIQUE)
+    nib.save(pair, tmp_path / "same.hdr")
+    assert np.allclose(Volume.load(tmp_path / "same.hdr").affine, OBLIQUE, atol=1e-4)
+    pair.set_sform(SHEARED, 2)
+    nib.save(pair, tmp_path / "other.hdr")
+    nib.save(nib.Spm99AnalyzeImage(array, np.diag([2, 2, 3, 1])), tmp_path / "analyze.hdr")
+    for name in ("other.hdr", "analyze.hdr"):
+        with pytest.raises(ValueError, match=name):
+            Volume.load(tmp_path / name)
+
+
+def test_a_format_without_directions_is_said(tmp_path, caplog):
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 5, 6), np.int16)), str(tmp_path / "v.tif"))
+    assert Volume.load(tmp_path / "v.tif").shape == (6, 5, 4)
+    assert "v.tif" in caplog.text
 
 
 def test_an_unknown_ending_is_refused_before_writing(tmp_path):

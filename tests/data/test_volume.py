@@ -229,6 +229,34 @@ def test_an_impossible_quaternion_beside_an_sform_is_not_used(tmp_path):
         Volume.load(written(tmp_path / "a.nii", np.ones((2, 3, 4)), **fields, sform_code=0))
 
 
+def test_units_without_a_meaning_are_millimetres(tmp_path):
+    image = nib.Nifti1Image(np.ones((3, 3, 3), np.int16), np.diag([2, 2, 3, 1]))
+    image.header["xyzt_units"] = 255
+    nib.save(image, tmp_path / "v.nii")
+    assert Volume.load(tmp_path / "v.nii").spacing_mm == (2, 2, 3)
+
+
+def test_a_pixdim_of_zero_is_refused_where_the_spacing_depends_on_it(tmp_path):
+    image = nib.Nifti1Image(np.ones((3, 3, 3), np.int16), np.diag([2, 2, 3, 1]))
+    content = bytearray(image.to_bytes())
+    content[76 + 3 * 4 : 76 + 4 * 4] = bytes(4)  # pixdim[3]
+    (tmp_path / "v.nii").write_bytes(content)
+    assert Volume.load(tmp_path / "v.nii").spacing_mm == (2, 2, 3)  # of the sform
+    content[252:256] = bytes(4)  # qform_code and sform_code
+    (tmp_path / "v.nii").write_bytes(content)
+    with pytest.raises(ValueError, match=r"v\.nii has a pixdim"):
+        Volume.load(tmp_path / "v.nii")
+
+
+def test_capitals_in_the_ending_change_nothing(tmp_path):
+    image = nib.Nifti1Image(np.ones((3, 4, 5), np.int16), np.diag([2, 2, 3, 1]))
+    sheared = np.array([[2, 0.5, 0, 0], [0, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+    image.set_sform(sheared, 2)
+    nib.save(image, tmp_path / "v.nii.gz")
+    (tmp_path / "v.nii.gz").rename(tmp_path / "V.NII.GZ")
+    assert np.allclose(Volume.load(tmp_path / "V.NII.GZ").affine, sheared)
+
+
 def test_the_channels_of_itk_are_channels(tmp_path, rng):
     array = rng.normal(size=(3, 4, 5, 1, 2)).astype(np.float32)
     nib.save(nib.Nifti1Image(array, OBLIQUE), tmp_path / "v.nii")
