@@ -357,15 +357,16 @@ class Segmenter:
 
     def _parts(self, image: Tensor, modality: Modality | None, *, mirror: bool) -> Iterator[Tensor]:
         """What `logits` returns, in the parts of `sliding_planes`."""
+        if self.precision not in ("float32", "bf16"):
+            raise ValueError(f"precision={self.precision!r}: expected 'float32' or 'bf16'")
         self.model.eval()
         used = self.card.preprocessing
         network = mirrored(self.model, self.flip_axes if mirror else ())
 
         def logits(crops: Tensor) -> Tensor:
             crops = used.crops(crops, modality)
-            if self.precision == "float32":
-                return network(crops)
-            with torch.autocast(crops.device.type, torch.bfloat16):
+            half = self.precision == "bf16"  # whatever autocast the caller is in
+            with torch.autocast(crops.device.type, torch.bfloat16, enabled=half):
                 return network(crops).float()
 
         return sliding_planes(logits, image, used.crop_vox, self.card.overlap)

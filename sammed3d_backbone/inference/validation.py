@@ -5,6 +5,7 @@ What cannot be used is refused; what is unusual but usable becomes a note.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -53,11 +55,11 @@ class ValidatedVolume:
         given = point_vox if point_mm is None else point_mm
         name = "point_vox" if point_mm is None else "point_mm"
         try:
-            point = np.asarray(given, dtype=np.float64)
+            point = np.asarray(_plain(given), dtype=np.float64)
         except (TypeError, ValueError, OverflowError):
-            raise TypeError(f"{name}={given!r}: expected three numbers") from None
+            raise TypeError(f"{name}={reprlib.repr(given)}: expected three numbers") from None
         if point.shape != (3,) or not np.isfinite(point).all():
-            raise ValueError(f"{name}={given!r}: expected three finite numbers")
+            raise ValueError(f"{name}={reprlib.repr(given)}: expected three finite numbers")
         shape = self.volume.shape
         if point_mm is not None:
             point = (np.linalg.inv(self.volume.affine) @ [*point, 1])[:3]
@@ -129,7 +131,7 @@ def validate_volume(
         source = f"{volume}: "
         volume = Volume.load(volume, series=series, slice_tolerance_mm=slice_tolerance_mm)
     else:
-        own = _plain(getattr(volume, "affine", None))
+        own, affine = _plain(getattr(volume, "affine", None)), _plain(affine)
         if own is None and affine is None:
             raise TypeError("an array needs its affine, voxel -> RAS+ mm; give affine=")
         if own is not None and affine is not None and not np.allclose(own, affine):
@@ -161,6 +163,11 @@ def _volume_of(image: Any, affine: Any) -> Volume:  # noqa: ANN401
     if hasattr(image, "dataobj"):  # nibabel: channels last
         array = np.asanyarray(image.dataobj)
         array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array
+    elif type(image).__module__.startswith(("SimpleITK", "itk", "PIL")):
+        raise TypeError(
+            f"a {type(image).__name__} of another library; give the file's path, or an array "
+            "(X, Y, Z) and its affine"
+        )
     else:  # MONAI and TorchIO: channels first
         array = image if isinstance(image, np.ndarray) else _plain(getattr(image, "data", image))
     own_header = header if isinstance(header, nib.Nifti1Header) else None
@@ -171,7 +178,15 @@ def _plain(values: Any) -> Any:  # noqa: ANN401
     """The array of a tensor, also of a subclass as MONAI's; other values as they are."""
     if not isinstance(values, Tensor):
         return values
-    return values.detach().cpu().numpy()
+    try:
+        plain = values.detach().cpu().resolve_conj().resolve_neg()
+        # NumPy has no bfloat16.
+        return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    except (RuntimeError, TypeError) as error:  # on "meta", sparse, quantized, nested
+        raise TypeError(
+            f"a {values.dtype} tensor, {values.layout} on {values.device}, has no array of values; "
+            "give a dense one of real numbers"
+        ) from error
 
 
 def _one_channel(volume: Volume, channel: int | None, source: str) -> Volume:

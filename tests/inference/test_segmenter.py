@@ -209,6 +209,18 @@ def test_half_precision_is_near_and_goes_along_to_workers(segmenter, rng, tmp_pa
         assert 1e-5 < (found - expected).norm() / expected.norm() < 0.03
 
 
+def test_the_callers_autocast_does_not_change_the_precision(segmenter, rng):
+    image = torch.from_numpy(rng.normal(size=(1, 16, 16, 16)).astype(np.float32))
+    expected = segmenter.logits(image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(segmenter.logits(image), expected)
+
+
+def test_an_unknown_precision_is_refused(segmenter):
+    with pytest.raises(ValueError, match="precision="):
+        replace(segmenter, precision="fp16").logits(torch.zeros(1, 16, 16, 16))
+
+
 def test_several_channels_are_asked_for_by_name(segmenter):
     volume = Volume(np.zeros((2, 16, 16, 16), np.float32), np.eye(4))
     with pytest.raises(ValueError, match="MRI"):

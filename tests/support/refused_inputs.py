@@ -16,6 +16,8 @@ from unittest import mock
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
+import torch
 from standin import StandIn
 from standin import segment as segment_known
 
@@ -77,6 +79,9 @@ VOLUMES = [
     Row("affine of 3 x 3", (GRID, np.eye(3)), "affine"),
     Row("spacing in metres", (GRID, np.diag([0.0015, 0.0015, 0.0015, 1])), "0.0015"),
     Row("spacing in micrometres", (GRID, np.diag([1500, 1500, 1500, 1])), "1500"),
+    Row("tensor without values", (torch.empty(5, 6, 7, device="meta"), AFFINE), "meta", TypeError),
+    Row("sparse tensor", (torch.from_numpy(GRID).to_sparse(), AFFINE), "sparse", TypeError),
+    Row("image of SimpleITK", (sitk.GetImageFromArray(GRID), AFFINE), "path", TypeError),
     Row("no such file", ("no/such.nii.gz",), "no/such.nii.gz", FileNotFoundError),
 ]
 
@@ -92,6 +97,7 @@ CLICKS = [
     Row("a number for the sign", {"point_vox": (1, 2, 3), "positive": 1}, "positive", TypeError),
     Row("an object without a name", {"point_vox": (1, 2, 3), "object": None}, "object", TypeError),
     Row("an object with an empty name", {"point_vox": (1, 2, 3), "object": " "}, "object"),
+    Row("a name of 5,000 letters", {"point_vox": (1, 2, 3), "object": "x" * 5000}, "object"),
     Row("words", {"point_vox": ("a", "b", "c")}, "point_vox", TypeError),
     Row("before the first voxel", {"point_vox": (-1, 2, 3)}, "point_vox"),
     Row("behind the last voxel", {"point_vox": (90, 2, 3)}, "point_vox"),

@@ -72,6 +72,8 @@ class EmbeddingCache:
 
     Raises:
         NotADirectoryError: If the folder is a file.
+        TypeError: If the model is not a promptable network.
+        ValueError: If its parameters are not float32, or have no values.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class EmbeddingCache:
         folder: str | Path | None = None,
         progress: bool = False,
     ) -> None:
+        _require_promptable(model)
         self.model = model
         self._module = cast("nn.Module", model).eval()
         self.device = next((p.device for p in self._module.parameters()), torch.device("cpu"))
@@ -127,7 +130,7 @@ class EmbeddingCache:
             labels = torch.tensor([[int(positive) for _, positive in clicks]])
             points = (index.to(self.device), labels.to(self.device))
         mask_logits = None if prior is None else prior[None, None].to(encoding.embedding)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._float32():
             logits, _ = self.model.predict_masks(encoding, points, mask_logits)
         require_finite_output(logits)
         return logits[0, 0].float().cpu()
@@ -148,7 +151,7 @@ class EmbeddingCache:
             return Encoding(
                 stored.embedding.to(self.device), tuple(m.to(self.device) for m in stored.maps)
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), self._float32():
             encoding = self.model.encode(image.to(self.device))
         self.passes += 1
         self._bar.update()
@@ -161,6 +164,10 @@ class EmbeddingCache:
                 logger.warning("encoded windows are not kept: %s", error)
         return encoding
 
+    def _float32(self) -> torch.autocast:
+        """Keeps the caller's autocast out: windows are kept, and a mask depends on prompts only."""
+        return torch.autocast(self.device.type, enabled=False)
+
     def _path(self, folder: Path, image: Tensor) -> Path:
         digest = hashlib.sha256(f"{CACHE_FORMAT} {self.weights_sha256}".encode())
         digest.update(image.contiguous().numpy().data)
@@ -169,6 +176,23 @@ class EmbeddingCache:
     def _bytes(self) -> int:
         encodings = self._encodings.values()
         return sum(tensor.nbytes for one in encodings for tensor in _tensors(one).values())
+
+
+def _require_promptable(model: object) -> None:
+    """Refuses what cannot answer prompts, and networks in another number format."""
+    wanted = ("image_encoder", "encode", "predict_masks")
+    missing = [name for name in wanted if not hasattr(model, name)]
+    if missing or not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} lacks {missing or 'torch.nn.Module as a base'}; give a "
+            "promptable network, as sam(...) builds it"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or parameter.dtype in (torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(
+                f"the network's {name} is {parameter.dtype} on {parameter.device}; the predictor "
+                "computes in float32: call .float() on a network with values"
+            )
 
 
 def _tensors(encoding: Encoding) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ class LogitField:
         known = weights > 0
         return torch.where(known, self._weighted(points) / weights, 0), known
 
+    @torch.autocast("cpu", enabled=False)  # the caller's would mix number formats
     def _weighted(self, points: Axes) -> Tensor:
         """The logits at a grid of points, times a positive weight: enough for their sign."""
         total = torch.zeros([len(axis) for axis in points])

@@ -8,6 +8,7 @@ predicting in between, undo and redo, or a cache do not change it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,11 @@ class Predictor:
         cache_folder: str | Path | None = None,
         progress: bool = False,
     ) -> None:
+        if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+            raise TypeError(f"preprocessing={preprocessing!r}: expected a Preprocessing, or None")
+        self._network = EmbeddingCache(
+            model, max_bytes=cache_bytes, folder=cache_folder, progress=progress
+        )
         used, self._setup_notes = preprocessing_of(model, preprocessing)
         # The window is the network's input, whatever size the weights were stored with.
         self.preprocessing = replace(used, crop_vox=tuple(model.image_encoder.img_size))
@@ -96,9 +102,6 @@ class Predictor:
         self.follow = follow
         self.max_windows = max_windows
         self.enforce_clicks = enforce_clicks
-        self._network = EmbeddingCache(
-            model, max_bytes=cache_bytes, folder=cache_folder, progress=progress
-        )
         self._scan: ValidatedVolume | None = None
         self.reset()
         self._require_settings()
@@ -226,7 +229,11 @@ class Predictor:
 
     def clicks_on(self, object: str) -> list[ClickPrompt]:
         """The clicks on an object, in order."""
-        return [prompt for prompt in self._prompts_on(object) if isinstance(prompt, ClickPrompt)]
+        return [
+            prompt
+            for prompt in self._prompts_on(object_name(object))
+            if isinstance(prompt, ClickPrompt)
+        ]
 
     def encode(
         self, point_vox: Sequence[float] | None = None, *, point_mm: Sequence[float] | None = None
@@ -295,10 +302,11 @@ class Predictor:
         Raises:
             ValueError: If `predict` raises it, or there are no trials.
         """
-        if trials < 1:
-            raise ValueError(f"trials={trials}: expected 1 or more")
+        _require_count("trials", trials)
+        if not 0 <= radius_mm < math.inf:
+            raise ValueError(f"radius_mm={radius_mm}: expected a length in mm, 0 or more")
         self._require_scan()
-        name = self._only_object() if object is None else object
+        name = self._only_object() if object is None else object_name(object)
         mask = self._field(self._state(name)).mask()
         propagator = self._propagator()
         scores = []
@@ -385,8 +393,7 @@ class Predictor:
     def _require_settings(self) -> None:
         if self.clicks not in ("newest", "all"):
             raise ValueError(f"clicks={self.clicks!r}: expected 'newest' or 'all'")
-        if self.max_windows < 1:
-            raise ValueError(f"max_windows={self.max_windows}: expected 1 or more")
+        _require_count("max_windows", self.max_windows)
 
     def _moved(self, prompt: Prompt, radius_mm: float, rng: np.random.Generator) -> Prompt:
         """A click moved to a random voxel near it; other prompts unchanged."""
@@ -481,3 +488,8 @@ def voxel_near(
     offset = np.linalg.solve(volume.affine[:3, :3], offset_mm)
     i, j, k = np.clip(np.rint(point_vox + offset), 0, np.array(volume.shape) - 1).astype(int)
     return int(i), int(j), int(k)
+
+
+def _require_count(name: str, given: int) -> None:
+    if not isinstance(given, int | np.integer) or given < 1:
+        raise ValueError(f"{name}={given!r}: expected a whole number, 1 or more")

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sammed3d_backbone.data.geometry import Triple
+from sammed3d_backbone.files import MAX_NAME_BYTES
 
 OBJECT = "object"  # name of the object if none is given
 
@@ -57,7 +59,7 @@ def object_name(name: object) -> str:
 
     Raises:
         TypeError: If it is neither text nor a whole number.
-        ValueError: If it is empty.
+        ValueError: If it is empty or too long.
     """
     if isinstance(name, int | np.integer) and not isinstance(name, bool):
         return str(int(name))
@@ -65,6 +67,10 @@ def object_name(name: object) -> str:
         raise TypeError(f"object={name!r}: expected text or a whole number")
     if not name.strip():
         raise ValueError(f"object={name!r} is empty; give the object a name")
+    if len(name.encode(errors="replace")) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"object={name[:40]!r}... is longer than {MAX_NAME_BYTES} bytes; give it a shorter name"
+        )
     return name
 
 
@@ -75,7 +81,7 @@ def mask_values(mask: NDArray[Any], shape: Triple) -> NDArray[np.bool_]:
         TypeError: If it does not hold numbers.
         ValueError: If it is empty, has another shape, or is not finite.
     """
-    values = np.asarray(mask)
+    values = np.asarray(mask.detach().cpu() if isinstance(mask, Tensor) else mask)
     if values.dtype.kind not in "biuf":
         raise TypeError(f"mask= of dtype {values.dtype}: expected numbers")
     if values.shape != shape:

@@ -5,9 +5,12 @@ import re
 import numpy as np
 import pytest
 import refused_inputs
+import torch
 from refused_inputs import AFFINE, GRID
+from standin import StandIn
 
 from sammed3d_backbone.inference.interactive import Predictor
+from sammed3d_backbone.loading.factory import sam
 
 
 def by_what(row):
@@ -135,3 +138,54 @@ def test_settings_have_ranges_whenever_they_are_set(predictor, model, balls, nam
     setattr(predictor, name, value)
     with pytest.raises(ValueError, match=name):
         predictor.predict()
+
+
+@pytest.mark.parametrize("model", [None, "tiny", torch.nn.Linear(2, 2), StandIn], ids=str)
+def test_what_is_not_a_promptable_network_is_refused(model):
+    with pytest.raises(TypeError, match="promptable network"):
+        Predictor(model)
+
+
+@pytest.mark.parametrize("number_format", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_in_another_number_format_is_refused(number_format):
+    with pytest.raises(ValueError, match="float32"):
+        Predictor(sam("tiny", pretrained=False, img_size=16).to(number_format))
+
+
+@pytest.mark.parametrize("given", ["3", 2.5, None, float("nan"), 0])
+def test_a_number_of_windows_that_is_none_is_refused(model, given):
+    with pytest.raises(ValueError, match="max_windows"):
+        Predictor(model, max_windows=given)
+
+
+def test_a_long_list_for_a_point_makes_a_short_message(predictor):
+    predictor.set_volume(GRID, AFFINE)
+    with pytest.raises(ValueError, match="point_vox") as caught:
+        predictor.click(range(100_000))
+    assert len(str(caught.value)) < 200
+
+
+def test_points_affines_and_volumes_may_be_tensors_in_training(predictor):
+    volume = torch.from_numpy(GRID).bfloat16().requires_grad_()
+    predictor.set_volume(volume, torch.from_numpy(AFFINE).requires_grad_())
+    predictor.click(torch.ones(3, requires_grad=True))
+    assert predictor.predict().mask.shape == GRID.shape
+
+
+def test_an_object_named_by_a_number_is_found_by_it(predictor, balls):
+    predictor.set_volume(balls[0])
+    predictor.click((22, 40, 36), object=3)
+    assert predictor.clicks_on(3) == predictor.clicks_on("3") != []
+    assert predictor.stability(3, trials=1) > 0
+
+
+def test_the_callers_autocast_does_not_change_a_mask():
+    predictor = Predictor(sam("tiny", pretrained=False, img_size=16))
+    predictor.set_volume(GRID, AFFINE)
+    predictor.click((2, 3, 4))
+    expected = predictor.predict()
+    predictor.set_volume(GRID, AFFINE)
+    predictor.click((2, 3, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = predictor.predict()
+    assert np.array_equal(found.mask, expected.mask)
