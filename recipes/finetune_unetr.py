@@ -218,6 +218,8 @@ def main(
     )
     ema = ModelEmaV3(network, decay=EMA_DECAY, use_warmup=True)
     segmenter = Segmenter(ema.module, card)  # the averaged weights are scored and saved
+    # In between they compute as the training does, at the end as others will predict.
+    between = replace(segmenter, precision="float32" if cfg.mixed_precision == "no" else "bf16")
     save = accelerator.on_main_process(segmenter.save)
     model, optimizer = accelerator.prepare(network, optimizer)
     ema.to(accelerator.device)
@@ -268,7 +270,7 @@ def main(
                 if cost.measured(began):
                     middle = [sorted(val, key=lambda case: case.image.numel())[len(val) // 2]]
                     cost.validated(
-                        partial(validate, accelerator, segmenter.logits, middle, dataset.targets),
+                        partial(validate, accelerator, between.logits, middle, dataset.targets),
                         len(val) * (schedule.stops + 1),  # the report scores each once more
                     )
                     say(f"{optim.describe(network, optimizer, schedule.lr)}\n{cost}")
@@ -276,7 +278,7 @@ def main(
                 continue
             meter.log(state)
             if schedule.is_stop(progress.step):
-                scores = validate(accelerator, segmenter.logits, val, dataset.targets)
+                scores = validate(accelerator, between.logits, val, dataset.targets)
                 summary = summarise_scores(scores, [*dataset.targets])
                 say(f"step {progress.step}: validation Dice {summary['mean_dice']}")
                 run.record(step=progress.step, **summary)

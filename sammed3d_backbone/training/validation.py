@@ -32,8 +32,7 @@ def validate(
     """
     mine = []
     for case in cases[accelerator.process_index :: accelerator.num_processes]:
-        with accelerator.autocast():
-            logits = logits_of(case.image.to(accelerator.device))
+        logits = logits_of(case.image.to(accelerator.device))
         labels = logits.argmax(0).cpu()
         dice = dice_per_class(
             labels, case.label[0], len(logits), case.annotated, targets=targets.values()
