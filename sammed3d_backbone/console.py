@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
@@ -67,9 +68,20 @@ def run_program(call: Callable[[], object], name: str) -> int:
         return 2
 
 
+def _has_folder() -> bool:
+    """Whether the folder that the program runs in still exists."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def reason(error: Exception) -> str:
     """The message of an exception, shortened; with its class, in one line, if it is not ours."""
     text = shortened(str(error))
+    if isinstance(error, FileNotFoundError) and not _has_folder():
+        text += "; the current folder was removed: change to one that exists"
     if isinstance(error, EXPECTED):
         return text
     return " ".join(f"{type(error).__name__}: {text.strip() or 'no message'}".split("\n"))

@@ -7,7 +7,9 @@ that could not run.
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from sammed3d_backbone import console
@@ -50,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2 and the line on standard error."""
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {console.shortened(message)}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,5 +82,8 @@ def _run(argv: Sequence[str] | None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="sammed3d: %(message)s")
+    for name, value in vars(args).items():
+        if isinstance(value, Path):  # a shell leaves ~ as it is in quotes and behind --option=
+            setattr(args, name, Path(os.path.expanduser(value)))  # noqa: PTH111 (raises nothing)
     code: int = args.run(args)
     return code

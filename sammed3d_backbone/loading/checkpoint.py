@@ -157,7 +157,7 @@ def _read_safetensors(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict
 
 
 def _read_torch(path: Path, start: bytes) -> tuple[dict[str, Tensor], dict[str, str], str]:
-    if start[8:9] == b"{" and b'"dtype"' in start:
+    if start[8:9] == b"{" and (b'"dtype"' in start or start[9:23] == b'"__metadata__"'):
         raise CheckpointError(f"{path} looks like safetensors; rename it to .safetensors")
     _refuse_bomb(path)
     stand_ins: list[object] = [(_Inert, name) for name in _PLAIN_GLOBALS]

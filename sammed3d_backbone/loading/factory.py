@@ -96,7 +96,8 @@ def encoder(
         (64, 64, 64)
     """
     sizes = variant_sizes(variant)
-    _check_numbers(in_chans, drop_path_rate)
+    _check_numbers(in_chans, drop_path_rate, patch_size)
+    _require_choice(pretrained)
     img_size = _plain_size(img_size)
     options: dict[str, Any] = {
         "in_chans": operator.index(in_chans),
@@ -175,6 +176,7 @@ def sam(
     """
     decoder = variant_sizes(variant).decoder
     img_size = _plain_size(img_size)
+    _require_choice(pretrained)
     if not pretrained:
         _require_none(weights=weights, weights_file=weights_file)
         image_encoder = encoder(variant, pretrained=False, img_size=img_size, rel_pos=rel_pos)
@@ -228,11 +230,19 @@ def _require_none(**arguments: object) -> None:
         )
 
 
-def _check_numbers(in_chans: int, drop_path_rate: float) -> None:
+def _require_choice(pretrained: bool) -> None:
+    """Refuses text such as "no", which would count as yes."""
+    if pretrained not in (True, False):
+        raise TypeError(f"pretrained={pretrained!r}: expected True or False")
+
+
+def _check_numbers(in_chans: int, drop_path_rate: float, patch_size: int | None) -> None:
     if not hasattr(in_chans, "__index__") or in_chans < 1:
         raise ValueError(f"in_chans={in_chans!r}: expected the number of input channels, 1 or more")
-    if not 0 <= drop_path_rate < 1:
+    if not isinstance(drop_path_rate, int | float) or not 0 <= drop_path_rate < 1:
         raise ValueError(f"drop_path_rate={drop_path_rate!r}: expected 0 or more, and below 1")
+    if patch_size is not None and not hasattr(patch_size, "__index__"):
+        raise ValueError(f"patch_size={patch_size!r}: expected one whole number of voxels")
 
 
 def _plain_size(img_size: int | Sequence[int] | None) -> int | list[int] | None:

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import reprlib
 import threading
 import time
 from concurrent.futures import Future, wait
@@ -57,7 +58,11 @@ def resolve(
 
     Arguments and errors are those of `locate`.
     """
-    text = os.fspath(weights)
+    if not isinstance(weights, str | os.PathLike):
+        raise TypeError(f"weights={weights!r}: expected a name, a file, or 'hf-hub:OWNER/REPO'")
+    if weights == "":
+        raise ValueError("weights='': expected a name, a file, or 'hf-hub:OWNER/REPO'")
+    text = str(os.fspath(weights))
     hub = _HUB_NAME.fullmatch(text)
     if hub is not None:
         return Weights(
@@ -67,7 +72,11 @@ def resolve(
             revision=hub["revision"] or "main",
             status="from the Hub, not in the table",
         ), None
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError):  # too long for a name, or ~ of a user that does not exist
+        raise _unknown(text) from None
     if path.is_dir():
         path = path / (weights_file or WEIGHTS_FILE)
         if not path.is_file():
@@ -84,7 +93,7 @@ def resolve(
     if text in WEIGHTS:
         record = WEIGHTS[text]
         return record, _packaged(record) if record.repo_id is None else None
-    if path.exists():
+    if found:
         return _described(path), path
     raise _unknown(text)
 
@@ -250,11 +259,11 @@ def _unknown(text: str) -> Exception:
     if text.startswith("hf-hub:"):
         return ValueError(f"weights={text!r} is not a valid Hub name; expected hf-hub:OWNER/REPO")
     if Path(text).suffix or len(Path(text).parts) > 1:
-        return FileNotFoundError(f"no weights file {text!r}; {known}")
+        return FileNotFoundError(f"no weights file {reprlib.repr(text)}; {known}")
     near = difflib.get_close_matches(text, WEIGHTS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if text in VARIANTS:
         default = DEFAULT_WEIGHTS.get(text)
         those = f"its weights are {default!r}" if default else "no weights are published for it"
         hint = f" {text!r} is a variant: {those}; pretrained=False is random initialisation."
-    return ValueError(f"unknown weights {text!r}; {known}.{hint}")
+    return ValueError(f"unknown weights {reprlib.repr(text)}; {known}.{hint}")

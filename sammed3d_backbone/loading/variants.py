@@ -5,6 +5,7 @@ spacing and with which normalisation, belongs to the weights: `registry.py`.
 """
 
 import difflib
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -143,10 +144,12 @@ def variant(name: str) -> Variant:
     """
     try:
         return VARIANTS[name]
-    except KeyError:
-        near = difflib.get_close_matches(name, VARIANTS, n=1)
+    except (KeyError, TypeError):
+        near = difflib.get_close_matches(str(name), VARIANTS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown variant {name!r}; known: {sorted(VARIANTS)}.{hint}") from None
+        raise ValueError(
+            f"unknown variant {reprlib.repr(name)}; known: {sorted(VARIANTS)}.{hint}"
+        ) from None
 
 
 def list_variants() -> list[str]:

@@ -379,10 +379,13 @@ class ImageEncoder3D(nn.Module):
     def _checked_size(self, img_size: int | Sequence[int]) -> Grid:
         """The input size as three sides."""
         given = list(img_size) if isinstance(img_size, Iterable) else [img_size] * 3
-        sides = tuple(int(n) for n in given)
+        try:
+            sides = tuple(int(n) for n in given)
+        except (TypeError, ValueError, OverflowError):
+            sides = ()
         if len(sides) != 3 or min(sides) < 1:
             raise ValueError(
-                f"img_size={img_size} is not valid; expected one side in voxels, or three"
+                f"img_size={img_size!r} is not valid; expected one side in voxels, or three"
             )
         p = self.patch_size
         if any(n % p for n in sides):
@@ -400,6 +403,8 @@ class ImageEncoder3D(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         """Refuses volumes that the position table does not fit, naming the way out."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor (B, {self.in_chans}, X, Y, Z), got {type(x)}")
         if x.ndim != 5 or x.shape[1] != self.in_chans:
             raise ValueError(
                 f"input of shape {tuple(x.shape)} is not (B, {self.in_chans}, X, Y, Z); "

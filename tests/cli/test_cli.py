@@ -206,6 +206,30 @@ def test_one_altered_value_in_a_converted_file_fails(tmp_path, checkpoint, capsy
     assert not (tmp_path / "again.safetensors").exists()
 
 
+def test_the_home_folder_is_found_in_every_output(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(checkpoint), "~/made/out.safetensors"]) == 0
+    assert (tmp_path / "made" / "out.safetensors").exists()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path, checkpoint, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["convert", str(checkpoint), "out.safetensors"]) == 2
+    assert "folder was removed" in capsys.readouterr().err
+
+
+def test_wrong_arguments_make_a_short_line_of_plain_text(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "tiny", "\x1b[31m" + "x" * 5000])
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert len(said) < 800
+
+
 def test_convert_refuses_values_that_are_not_finite(tmp_path, capsys):
     torch.save({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "a.pth")
     assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "out.safetensors")]) == 2

@@ -231,6 +231,13 @@ def test_safetensors_under_a_torch_name_is_told_to_be_renamed(tmp_path):
         read(tmp_path / "a.pth")
 
 
+def test_safetensors_with_a_long_description_under_another_name_are_known(tmp_path):
+    write(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"about": "x" * 2000})
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match=r"rename it to \.safetensors"):
+        read(tmp_path / "a.bin")
+
+
 def test_a_folder_names_the_files_inside(tmp_path):
     (tmp_path / "best.pth").touch()
     with pytest.raises(IsADirectoryError, match=r"best\.pth"):

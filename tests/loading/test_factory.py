@@ -126,6 +126,8 @@ def test_sizes_may_be_integers_of_numpy():
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"drop_path_rate": -0.1}, "drop_path_rate"),
         ({"drop_path_rate": float("nan")}, "drop_path_rate"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate"),
+        ({"patch_size": (8, 8, 8)}, "patch_size"),
     ],
 )
 def test_numbers_that_make_no_network_are_refused(given, remedy):
@@ -136,6 +138,34 @@ def test_numbers_that_make_no_network_are_refused(given, remedy):
 def test_an_unknown_variant_gets_the_nearest_one():
     with pytest.raises(ValueError, match=r"Did you mean 'vit_b'\?"):
         encoder("vitb", pretrained=False)
+
+
+@pytest.mark.parametrize(
+    "name", [None, 3, ["toy"], "x" * 5000], ids=["none", "int", "list", "long"]
+)
+def test_what_is_no_variant_is_refused_in_few_words(name):
+    with pytest.raises(ValueError, match="variant") as caught:
+        encoder(name, pretrained=False)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("build", [encoder, sam])
+@pytest.mark.parametrize("given", ["no", None])
+def test_text_for_yes_or_no_is_refused(build, given):
+    with pytest.raises(TypeError, match="pretrained="):
+        build("toy", pretrained=given)
+
+
+@pytest.mark.parametrize("side", [float("nan"), None, "x", (16, 16)])
+def test_an_input_size_that_is_none_is_refused_later_too(side):
+    with pytest.raises(ValueError, match="img_size="):
+        encoder("toy", pretrained=False).set_input_size(side)
+
+
+@pytest.mark.parametrize("given", [None, np.zeros((1, 1, 16, 16, 16)), {"image": 1}])
+def test_what_is_no_tensor_is_refused(given):
+    with pytest.raises(TypeError, match="tensor"):
+        encoder("toy", pretrained=False)(given)
 
 
 def test_weights_of_another_variant_are_refused_before_any_download():

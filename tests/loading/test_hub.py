@@ -70,6 +70,19 @@ def test_a_missing_file_is_named(name):
         locate(name)
 
 
+@pytest.mark.parametrize("given", [3, "", b"tiny", ["tiny"], True])
+def test_what_is_no_name_of_weights_is_refused(given):
+    with pytest.raises((TypeError, ValueError), match="weights="):
+        locate(given)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "~nobody-by-this-name/x.pth"])
+def test_a_name_that_no_file_can_have_is_refused_in_few_words(name):
+    with pytest.raises((ValueError, FileNotFoundError), match="weights") as caught:
+        locate(name)
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("name", ["hf-hub:net", "hf-hub:a/b:c", "hf-hub:"])
 def test_a_name_that_is_not_valid_on_the_hub_is_refused(name):
     with pytest.raises(ValueError, match="hf-hub:OWNER/REPO"):
