@@ -72,12 +72,13 @@ def check_encoder(encoder: Encoder) -> None:
             f"by stage, so patch_size has to be a power of two that divides every side"
         )
     _check_groups(encoder)
+    module: Any = encoder
     generator = torch.Generator().manual_seed(0)
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     volume = torch.randn(2, encoder.in_chans, *encoder.img_size, generator=generator).to(device)
-    _check_maps(copy.deepcopy(encoder).eval(), volume)
+    _check_maps(copy.deepcopy(module).eval(), volume)
     for index in sorted({0, encoder.depth - 1}):
-        _check_pruning(copy.deepcopy(encoder).eval(), volume, index)
+        _check_pruning(copy.deepcopy(module).eval(), volume, index)
 
 
 def require_encoder(encoder: object) -> None:

@@ -49,7 +49,6 @@ class LogitField:
         known = weights > 0
         return torch.where(known, self._weighted(points) / weights, 0), known
 
-    @torch.autocast("cpu", enabled=False)  # the caller's would mix number formats
     def _weighted(self, points: Axes) -> Tensor:
         """The logits at a grid of points, times a positive weight: enough for their sign."""
         total = torch.zeros([len(axis) for axis in points])
@@ -61,7 +60,8 @@ class LogitField:
                 cells = (points[axis][row] - start[axis] + 0.5) / cell - 0.5
                 # One matrix per axis and window: interpolation times weight.
                 matrix = interpolate_axis(torch.eye(logits.shape[axis]), 0, cells) * weight[:, None]
-                values = torch.tensordot(values, matrix, dims=([0], [1]))  # the axis goes last
+                with torch.autocast("cpu", enabled=False):  # the caller's mixes number formats
+                    values = torch.tensordot(values, matrix, dims=([0], [1]))  # axis goes last
             total[rows] += values
         return total
 
