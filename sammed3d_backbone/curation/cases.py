@@ -109,14 +109,20 @@ def _remove_case(folder: Path) -> None:
         path.rmdir()
 
 
-def open_grid(case: Case) -> Volume:
+def open_grid(raw: LabelledCase) -> Volume:
     """Grid and header of a case's image, without the memory of its voxels.
 
     Raises:
         FileNotFoundError: If a file is not there.
         ValueError: If the image cannot be used; says what to do.
     """
+    case = raw.case
     image = load_image(case)
+    if image.channels != raw.channels:
+        raise ValueError(
+            f"{case.images[0]}: {image.channels} channels, but {raw.channels} are named; correct "
+            "one of them"
+        )
     try:
         value_range(image.array)
     except ValueError as error:
@@ -155,7 +161,7 @@ def raw_targets(raw: LabelledCase, grid: Volume) -> Iterator[tuple[ClassMask, fl
 
 def _decide(raw: LabelledCase, rules: CurationRules, staging: Path) -> list[Decision]:
     """Judges all masks of a case and writes those that stay."""
-    grid = open_grid(raw.case)
+    grid = open_grid(raw)
     annotated = raw.case.annotated
     decisions: dict[str, Decision] = {}
     x_mm: dict[str, float] = {}

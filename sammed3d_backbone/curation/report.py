@@ -217,7 +217,7 @@ def _shown(folder: Path, raw_sets: Sequence[RawSet], decision: Decision) -> Show
     """The kept and the removed part of a mask; the planes go through the removed part, if any."""
     raw_set = next(one for one in raw_sets if one.place == decision["place"])
     raw = next(one for one in raw_set.cases if one.case.id == decision["case"])
-    grid = open_grid(raw.case)
+    grid = open_grid(raw)
     before = next(
         target.on(grid).array
         for target, _ in raw_targets(raw, grid)

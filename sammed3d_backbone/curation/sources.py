@@ -89,7 +89,10 @@ def _of_dataset(folder: Path, root: Path, layout: Layout | None) -> RawSet:
         folder=dataset.folder,
         place=_place(dataset.folder, root),
         channels=dataset.channels,
-        cases=tuple(LabelledCase(case, labels, modality) for case in dataset.cases),
+        cases=tuple(
+            LabelledCase(case, labels, modality, channels=len(dataset.channels))
+            for case in dataset.cases
+        ),
         note=dataset.note,
         about=dataset.about,
     )

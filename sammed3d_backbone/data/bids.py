@@ -81,7 +81,7 @@ def read_bids(folder: Path, problems: list[str], chosen: str = "") -> Dataset:
         return Dataset(folder.name, folder, {0: "background"}, (), ())
     names = _names(pipeline, problems)
     starts = {path: folder / path.parent.relative_to(pipeline) / _stem(path) for path in files}
-    images = {path: _images(start) for path, start in starts.items()}
+    images = {path: _images(start, problems) for path, start in starts.items()}
     channels = sorted({suffix for found in images.values() for suffix in found})
     if not channels:
         problems.append(
@@ -119,12 +119,14 @@ def _stem(label: Path) -> str:
     return "_".join(e for e in entities if e.partition("-")[0] not in OF_THE_LABEL)
 
 
-def _images(start: Path) -> dict[str, Path]:
+def _images(start: Path, problems: list[str]) -> dict[str, Path]:
     """Suffix -> image, for the files named `start` plus a suffix."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(start.parent.glob(f"{start.name}_*.nii*")):
         suffix = path.name.removeprefix(f"{start.name}_").partition(".")[0]
         if suffix.isalnum() and path.name.endswith(SUFFIXES):
+            if suffix in found:
+                problems.append(f"{found[suffix]} and {path.name} are one image; keep one")
             found[suffix] = path
     return found
 

@@ -72,6 +72,7 @@ class LabelledCase:
     labels: Mapping[int, str] | None  # value -> class without background; None: all, by number
     modality: str = ""  # such as "MR T2w"; "" if unknown
     mask: str = ""  # origin of the mask
+    channels: int = 1  # of the image
 
 
 @dataclass(frozen=True)

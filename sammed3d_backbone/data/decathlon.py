@@ -19,6 +19,7 @@ from sammed3d_backbone.data.datasets import (
     subject_name,
 )
 from sammed3d_backbone.data.nifti import SUFFIXES
+from sammed3d_backbone.files import MAX_NAME_BYTES
 
 DESCRIPTION = "dataset.json"
 
@@ -83,6 +84,11 @@ def _labels(info: Mapping[str, Any], problems: list[str]) -> Labels:
         problems.append('"labels" is missing; name the values, as {"0": "background", "1": ...}')
         return {0: "background"}, {}, False
     before = len(problems)
+    words = [word for word in (*given, *given.values()) if isinstance(word, str)]
+    if strange := [word for word in words if word.lower() == "ignore" != word]:
+        problems.append(
+            f'the label {strange[0]!r} may be meant as "ignore"; write it so, or rename'
+        )
     regions: dict[str, tuple[int, ...]] = {}
     if any(isinstance(value, list) for value in given.values()):
         regions = _regions(given, problems)
@@ -132,7 +138,13 @@ def _channels(info: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
     if not isinstance(named, dict) or sorted(named) != [str(i) for i in range(len(named))]:
         problems.append('the channels are not numbered; give them as {"0": "T1", "1": "T2"}')
         return ("image",)
-    return tuple(str(named[str(i)]) for i in range(len(named)))
+    names = tuple(str(named[str(i)]) for i in range(len(named)))
+    problems += [
+        f"channel {name[:40]!r} has a name of more than {MAX_NAME_BYTES} characters; shorten it"
+        for name in names
+        if len(name) > MAX_NAME_BYTES
+    ]
+    return names
 
 
 def _listed_cases(

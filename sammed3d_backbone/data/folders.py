@@ -112,6 +112,8 @@ def read_dataset(folder: str | Path, layout: Layout | None = None) -> Dataset:
             continue
         if case.split not in SPLITS and (case.split or has_splits):
             problems.append(f"{case.id} has split {case.split!r}; give {', '.join(SPLITS)}")
+        if not case.images:
+            problems.append(f"{case.id} has no image; name one")
         problems += [
             f"{path} is missing; copy it or remove {case.id}"
             for path in (*case.images, *case.label_files)

@@ -170,6 +170,9 @@ def test_an_image_that_cannot_be_used_is_refused_with_a_record(curated, tmp_path
     image = np.full(SHAPE, np.nan, np.float32)
     write_volume("raw/set/one.nii.gz", image, affine=np.diag([2.0, 2.0, 2.0, 1.0]))
     assert "non-finite" in refusal(tmp_path)
+    image = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
+    write_volume("raw/set/one.nii.gz", image, affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+    assert "2 channels" in refusal(tmp_path)
     (tmp_path / "raw/set/one.nii.gz").write_bytes(b"no image")
     assert refusal(tmp_path).endswith("copy or convert it again")
 

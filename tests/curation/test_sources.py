@@ -15,8 +15,7 @@ from sammed3d_backbone.data.layouts import Layout
 def targets(raw_set):
     return {
         raw.case.id: {
-            target.name: int(target.mask.sum())
-            for target, _ in raw_targets(raw, open_grid(raw.case))
+            target.name: int(target.mask.sum()) for target, _ in raw_targets(raw, open_grid(raw))
         }
         for raw in raw_set.cases
     }

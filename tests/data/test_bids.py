@@ -1,5 +1,6 @@
 """BIDS folders with labels in a derivative."""
 
+import gzip
 import json
 import shutil
 
@@ -62,6 +63,13 @@ def test_its_sessions_stay_together_in_a_fold(bids):
 def test_a_channel_that_one_case_lacks_is_missed(bids):
     (bids / "sub-02/anat/sub-02_FLAIR.nii.gz").unlink()
     with pytest.raises(DatasetError, match=r"sub-02_FLAIR\.nii\.gz is missing; copy it or remove"):
+        read_dataset(bids)
+
+
+def test_an_image_that_is_there_twice_is_refused(bids):
+    packed = bids / "sub-02/anat/sub-02_T1w.nii.gz"
+    packed.with_name("sub-02_T1w.nii").write_bytes(gzip.decompress(packed.read_bytes()))
+    with pytest.raises(DatasetError, match=r"sub-02_T1w\.nii "):
         read_dataset(bids)
 
 
