@@ -11,6 +11,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+READ_BY_ALL = (
+    "depth",
+    "embed_dim",
+    "forward_intermediates",
+    "in_chans",
+    "patch_size",
+    "prune_intermediate_layers",
+)
+
 
 class Encoder(Protocol):
     """A plain 3-D encoder with one token grid.
@@ -64,7 +73,9 @@ def check_encoder(encoder: Encoder) -> None:
         TypeError: If a name of the contract is missing.
         ValueError: If what comes out is not what the attributes promise.
     """
-    require_encoder(encoder)
+    wanted = [name for name in dir(Encoder) if not name.startswith("_")]
+    wanted += [name for name in Encoder.__annotations__ if name not in wanted]
+    require_encoder(encoder, wanted)
     patch = encoder.patch_size
     if patch < 2 or patch & (patch - 1) or any(n % patch for n in encoder.img_size):
         raise ValueError(
@@ -81,15 +92,17 @@ def check_encoder(encoder: Encoder) -> None:
         _check_pruning(copy.deepcopy(module).eval(), volume, index)
 
 
-def require_encoder(encoder: object) -> None:
-    """Refuses what lacks a name of the contract; nothing is run.
+def require_encoder(encoder: object, names: Sequence[str] = READ_BY_ALL) -> None:
+    """Refuses what lacks names of the contract; nothing is run.
+
+    Args:
+        encoder: Anything.
+        names: The names; by default those without which no network is built.
 
     Raises:
-        TypeError: If a name of the contract is missing.
+        TypeError: If a name is missing.
     """
-    wanted = [name for name in dir(Encoder) if not name.startswith("_")]
-    wanted += [name for name in Encoder.__annotations__ if name not in wanted]
-    missing = [name for name in wanted if not hasattr(encoder, name)]
+    missing = [name for name in names if not hasattr(encoder, name)]
     if missing or not isinstance(encoder, nn.Module):
         raise TypeError(
             f"{type(encoder).__name__} lacks {missing or 'torch.nn.Module as a base'}; give "
