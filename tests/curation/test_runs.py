@@ -208,7 +208,7 @@ def test_nothing_is_written_among_the_raw_data(folder, place):
     ("workers", "remedy"),
     [
         ({"jobs": 0}, "give 1 or more, or -1 for all cores"),
-        ({"backend": "slurm"}, "expected one of"),
+        ({"backend": "slurm"}, "slurm.* is not known"),
         ({"backend": "ray"}, "pip install ray"),
     ],
 )
