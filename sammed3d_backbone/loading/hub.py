@@ -28,6 +28,8 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 # hf-hub:OWNER/REPO or hf-hub:OWNER/REPO@REV, as in timm.
 _HUB_NAME = re.compile(r"hf-hub:(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_SHORT = reprlib.Repr()  # shows a path of usual length whole
+_SHORT.maxstring = 300
 
 
 def locate(
@@ -259,7 +261,7 @@ def _unknown(text: str) -> Exception:
     if text.startswith("hf-hub:"):
         return ValueError(f"weights={text!r} is not a valid Hub name; expected hf-hub:OWNER/REPO")
     if Path(text).suffix or len(Path(text).parts) > 1:
-        return FileNotFoundError(f"no weights file {reprlib.repr(text)}; {known}")
+        return FileNotFoundError(f"no weights file {_SHORT.repr(text)}; {known}")
     near = difflib.get_close_matches(text, WEIGHTS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     if text in VARIANTS:
