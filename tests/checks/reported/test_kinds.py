@@ -278,7 +278,7 @@ def test_6_a_scan_that_is_a_fifo():
 @pytest.mark.parametrize("written", ["x.raw", "LIST\nx.raw", "../here/x.raw", "/dev/zero"])
 def test_6_a_header_that_names_a_fifo_for_its_voxels(written):
     os.mkfifo("x.raw")
-    header = "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_FLOAT\n"
+    header = "NDims = 3\nDimSize = 4 4 4\nElementSpacing = 1 1 1\nElementType = MET_FLOAT\n"
     for name in ("v.mhd", "v.mha"):
         Path(name).write_text(f"{header}ElementDataFile = {written}\n")
         code, said = segment(name, "out.nii.gz", "--point", "1,1,1")
