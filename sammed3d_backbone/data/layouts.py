@@ -48,7 +48,9 @@ class Layout:
             )
         named = {name for pattern in patterns for name in re.findall(r"\{(\w*)\}", pattern)}
         if unknown := sorted(named - {*PLACEHOLDERS}):
-            raise ValueError(f"{{{unknown[0]}}} means nothing; there are {', '.join(PLACEHOLDERS)}")
+            raise ValueError(
+                f"unknown placeholder {{{unknown[0]}}}; known: {', '.join(PLACEHOLDERS)}"
+            )
         if len(self.images) not in (1, len(self.channels)):
             raise ValueError(
                 f"{len(self.images)} patterns in images for {len(self.channels)} channels; give "

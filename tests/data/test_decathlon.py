@@ -83,13 +83,20 @@ def test_a_description_that_does_not_do_is_refused(decathlon, changes, remedy):
         read_dataset(decathlon(**changes))
 
 
-@pytest.mark.parametrize("subject", [None, "", True, ["anna"]])
-def test_a_subject_that_names_nobody_is_refused(decathlon, subject):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("subject", subject) for subject in (None, "", True, ["anna"])),
+        *(("fold", fold) for fold in (-1, "0", [0], float("nan"))),
+    ],
+)
+def test_a_subject_or_fold_of_another_type_is_refused(decathlon, key, value):
     folder = decathlon(cases=2)
     info = json.loads((folder / "dataset.json").read_text())
-    info["training"][0]["subject"] = subject
+    info["training"][0][key] = value
     (folder / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(DatasetError, match="case_0 has the subject"):
+    named = {"subject": "case_0 has the subject", "fold": '"fold"'}[key]
+    with pytest.raises(DatasetError, match=named):
         read_dataset(folder)
 
 
@@ -224,16 +231,6 @@ def test_a_listed_fold_with_a_subject_on_both_sides_is_refused(decathlon):
     (folder / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(DatasetError, match="anna"):
         read_fold(read_dataset(folder), 0)
-
-
-@pytest.mark.parametrize("fold", [-1, "0", [0], float("nan")])
-def test_a_fold_that_is_no_number_of_one_is_refused(decathlon, fold):
-    folder = decathlon(cases=2)
-    info = json.loads((folder / "dataset.json").read_text())
-    info["training"][0]["fold"] = fold
-    (folder / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(DatasetError, match='"fold"'):
-        read_dataset(folder)
 
 
 def test_a_name_in_the_place_of_a_list_of_images_is_refused(nnunet):
